@@ -1,0 +1,123 @@
+//! The interface between a domain and what executes its instructions. No implementation lives here.
+//!
+//! An engine runs vCPUs until something happens that it does not own: a hypercall, a port access, a halt. The guest
+//! state is one plain structure, [`CpuState`], which every engine loads and stores; saved state, migration and tests
+//! use nothing else.
+#![forbid(unsafe_code)]
+
+mod state;
+
+use std::fmt;
+use std::sync::Arc;
+
+use hospes_units::{Gpa, Gva, VcpuId};
+
+pub use state::*;
+
+/// Why [`Vcpu::run`] came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// VMCALL or VMMCALL at any privilege level; RIP is already behind the instruction. The caller reads the arguments from the registers
+    /// and puts the result into RAX.
+    Hypercall,
+    /// IN or OUT of `size` bytes (1, 2, 4); RIP is already behind the instruction. For an OUT the value is in `value`. For an IN the
+    /// caller puts the result into the low `size` bytes of RAX (a 4-byte IN zero-extends).
+    PortIo {
+        port: u16,
+        size: u8,
+        write: bool,
+        value: u32,
+    },
+    /// A write to an MSR that belongs to the domain and not to the CPU; RIP is already behind the instruction.
+    MsrWrite { index: u32, value: u64 },
+    /// HLT with nothing to deliver; RIP is already behind the instruction. With interrupts off nothing but an INIT or NMI wakes it again.
+    Halt { interrupts_enabled: bool },
+    /// PAUSE loops or a hint that the vCPU is spinning.
+    Yield,
+    /// Triple fault, with the RIP of the instruction that caused it.
+    Shutdown { rip: u64 },
+    /// [`VcpuControl::kick`] was called.
+    Kicked,
+}
+
+/// An engine failure that is not the guest's doing; the domain cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("the host lacks {what}, which the {engine} engine needs: {why}")]
+    Host {
+        engine: &'static str,
+        what: String,
+        why: String,
+    },
+    #[error("internal error of the {engine} engine at guest address {rip:#x}: {what}")]
+    Internal {
+        engine: &'static str,
+        rip: u64,
+        what: String,
+    },
+}
+
+/// A virtual address that the guest's page tables do not map for the access wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtFault {
+    pub gva: Gva,
+}
+
+impl fmt::Display for VirtFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "guest address {} is not mapped", self.gva)
+    }
+}
+
+/// One virtual machine: its memory is given at creation, its vCPUs are made here.
+pub trait Vm: Send + Sync {
+    /// Creates a vCPU; each number once.
+    fn create_vcpu(&self, id: VcpuId) -> Result<Box<dyn Vcpu>, EngineError>;
+
+    /// Tells the engine that the monitor has written (or is about to show something else at) this range of guest memory: translated code and
+    /// cached translations of it are dropped before this returns.
+    fn mark_written(&self, gpa: Gpa, len: u64);
+}
+
+/// One virtual CPU, owned by the thread that runs it.
+pub trait Vcpu: Send {
+    /// Runs the guest until something happens that the engine does not handle itself.
+    fn run(&mut self) -> Result<Exit, EngineError>;
+
+    /// The complete state; exact between two calls of [`Vcpu::run`].
+    fn state(&mut self) -> &mut CpuState;
+
+    /// Must be called after changing anything but general registers through [`Vcpu::state`].
+    fn state_changed(&mut self);
+
+    /// The part that other threads may use.
+    fn control(&self) -> Arc<dyn VcpuControl>;
+
+    /// Copies from the guest's current address space, as the kernel (CPL 0) sees it.
+    fn read_virt(&mut self, gva: Gva, buf: &mut [u8]) -> Result<(), VirtFault>;
+
+    /// Copies into the guest's current address space, as the kernel (CPL 0) sees it.
+    fn write_virt(&mut self, gva: Gva, buf: &[u8]) -> Result<(), VirtFault>;
+
+    /// Guest physical address behind a virtual one, as the kernel sees it.
+    fn translate(&mut self, gva: Gva) -> Option<Gpa>;
+}
+
+/// What other threads may do to a vCPU. All methods return at once.
+pub trait VcpuControl: Send + Sync {
+    /// Makes [`Vcpu::run`] return [`Exit::Kicked`] soon; sticky while the vCPU is not running.
+    fn kick(&self);
+
+    /// Raises a fixed, edge-triggered interrupt in the vCPU's local APIC; false where the APIC is disabled by software and the interrupt is
+    /// lost. Wakes a vCPU inside [`Vcpu::run`]; one that is halted outside is woken by the caller.
+    fn raise_interrupt(&self, vector: u8) -> bool;
+
+    /// Asserts or withdraws a level-like interrupt that is injected whenever interrupts are enabled, without the local APIC.
+    fn set_callback_line(&self, vector: Option<u8>);
+
+    /// Raises an NMI.
+    fn raise_nmi(&self);
+
+    /// True where an interrupt, NMI or INIT waits that would end a HLT now.
+    fn has_wakeup(&self) -> bool;
+}

@@ -1,0 +1,367 @@
+//! Guest memory: one memfd, mapped so that host address = base + guest physical address, for ever.
+//!
+//! Everything read from here is under the guest's control and may change between two reads: copy once, validate, use.
+//! The guest reaches only ranges that [`GuestMemory`] knows as RAM or as special pages; what lies between them in the
+//! reservation is `PROT_NONE`.
+//!
+//! Invariants: the reservation is never unmapped while a `GuestMemory` lives; a frame, once backed, stays backed by
+//! readable and writable memory; special pages replace what lay there in place (`MAP_FIXED`).
+//! Limits: the reservation ends [`RESERVE_ABOVE_RAM`] bytes above the highest RAM address.
+
+use std::os::fd::OwnedFd;
+use std::sync::RwLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use hospes_units::{Gfn, Gpa, PAGE_SIZE};
+use rustix::fs::{FallocateFlags, MemfdFlags};
+use rustix::mm::{MapFlags, ProtFlags};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// Address space kept free above the last byte of RAM; guests place grant frames there.
+pub const RESERVE_ABOVE_RAM: u64 = 16 << 30;
+
+/// Why an access to guest memory, or its creation, failed.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    #[error("guest physical range {gpa}+{len:#x} is not memory")]
+    NotMemory { gpa: Gpa, len: u64 },
+    #[error("cannot {what} {bytes} bytes of guest memory: {source}")]
+    Host {
+        what: &'static str,
+        bytes: u64,
+        source: rustix::io::Errno,
+    },
+    #[error("guest memory range {start:#x}-{end:#x} is empty, unaligned or overlaps another")]
+    BadRange { start: u64, end: u64 },
+}
+
+/// A range of guest physical addresses backed by memory: `start..end`, bytes, page aligned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    pub start: u64,
+    pub end: u64,
+}
+
+/// The memory of one domain.
+#[derive(Debug)]
+pub struct GuestMemory {
+    base: *mut u8,
+    reserved: u64,
+    fd: OwnedFd,
+    fd_len: AtomicU64,
+    ram: Vec<Range>,
+    /// Frames outside `ram` that are backed: special pages placed later (grant frames).
+    extra: RwLock<Vec<Gfn>>,
+}
+
+// SAFETY: `base` points to a reservation that lives as long as the value; all accesses through it are raw copies or
+// atomics, never references to guest bytes, so sharing between threads races only as hardware would.
+unsafe impl Send for GuestMemory {}
+// SAFETY: as above.
+unsafe impl Sync for GuestMemory {}
+
+fn host(what: &'static str, bytes: u64) -> impl Fn(rustix::io::Errno) -> MemoryError {
+    move |source| MemoryError::Host {
+        what,
+        bytes,
+        source,
+    }
+}
+
+impl GuestMemory {
+    /// Reserves and maps the given RAM ranges (ascending, page aligned, not overlapping), zero filled.
+    pub fn new(ram: &[Range]) -> Result<GuestMemory, MemoryError> {
+        let mut last = 0;
+        for r in ram {
+            if r.start >= r.end || r.start < last || (r.start | r.end) % PAGE_SIZE != 0 {
+                return Err(MemoryError::BadRange {
+                    start: r.start,
+                    end: r.end,
+                });
+            }
+            last = r.end;
+        }
+        let reserved = last.max(1 << 32) + RESERVE_ABOVE_RAM;
+        let total: u64 = ram.iter().map(|r| r.end - r.start).sum();
+        let fd = rustix::fs::memfd_create("hospes-guest", MemfdFlags::CLOEXEC)
+            .map_err(host("create", total))?;
+        rustix::fs::ftruncate(&fd, total).map_err(host("size", total))?;
+        // SAFETY: an anonymous reservation at an address the kernel chooses overlaps nothing.
+        let base = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                reserved as usize,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }
+        .map_err(host("reserve", reserved))? as *mut u8;
+        let memory = GuestMemory {
+            base,
+            reserved,
+            fd,
+            fd_len: AtomicU64::new(total),
+            ram: ram.to_vec(),
+            extra: RwLock::new(Vec::new()),
+        };
+        let mut offset = 0;
+        for r in ram {
+            memory.map_fixed(r.start, r.end - r.start, offset)?;
+            offset += r.end - r.start;
+        }
+        Ok(memory)
+    }
+
+    fn map_fixed(&self, gpa: u64, len: u64, fd_offset: u64) -> Result<(), MemoryError> {
+        debug_assert!(gpa + len <= self.reserved);
+        // SAFETY: the target lies inside our own reservation, so MAP_FIXED replaces only mappings of ours, and nobody
+        // holds references (only raw pointers that stay valid) to them.
+        unsafe {
+            rustix::mm::mmap(
+                self.base.add(gpa as usize).cast(),
+                len as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
+                &self.fd,
+                fd_offset,
+            )
+        }
+        .map_err(host("map", len))?;
+        Ok(())
+    }
+
+    /// Host address of guest physical address 0.
+    pub fn host_base(&self) -> *mut u8 {
+        self.base
+    }
+
+    /// Bytes of address space reserved from [`Self::host_base`].
+    pub fn reserved_bytes(&self) -> u64 {
+        self.reserved
+    }
+
+    /// The RAM ranges given at creation.
+    pub fn ram(&self) -> &[Range] {
+        &self.ram
+    }
+
+    /// The memory file; special pages lie behind the RAM.
+    pub fn fd(&self) -> &OwnedFd {
+        &self.fd
+    }
+
+    /// Whether the frame is backed by memory.
+    pub fn is_backed(&self, gfn: Gfn) -> bool {
+        let a = gfn.gpa().0;
+        self.ram.iter().any(|r| r.start <= a && a < r.end)
+            || self.extra.read().expect("extra lock").contains(&gfn)
+    }
+
+    /// Host address of a backed frame.
+    pub fn page(&self, gfn: Gfn) -> Option<*mut u8> {
+        // SAFETY: a backed frame lies inside the reservation.
+        self.is_backed(gfn)
+            .then(|| unsafe { self.base.add(gfn.gpa().0 as usize) })
+    }
+
+    /// Creates a zeroed page of the memory file that no guest frame shows yet; returns its offset in the file.
+    pub fn new_special_page(&self) -> Result<u64, MemoryError> {
+        let offset = self.fd_len.fetch_add(PAGE_SIZE, Ordering::Relaxed);
+        rustix::fs::ftruncate(&self.fd, offset + PAGE_SIZE).map_err(host("size", PAGE_SIZE))?;
+        Ok(offset)
+    }
+
+    /// Maps a special page for the monitor's own use, at an address that never changes.
+    pub fn map_special_for_monitor(&self, offset: u64) -> Result<*mut u8, MemoryError> {
+        // SAFETY: a new mapping at an address the kernel chooses overlaps nothing.
+        let p = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                PAGE_SIZE as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                &self.fd,
+                offset,
+            )
+        }
+        .map_err(host("map", PAGE_SIZE))?;
+        Ok(p.cast())
+    }
+
+    /// Shows the special page at `offset` in guest frame `gfn`, in place of what was there. Idempotent.
+    ///
+    /// The caller must have the engine forget cached translations of the frame.
+    pub fn place_special(&self, gfn: Gfn, offset: u64) -> Result<(), MemoryError> {
+        let gpa = gfn.gpa();
+        if gfn.0 > (self.reserved >> 12) || gpa.0 + PAGE_SIZE > self.reserved {
+            return Err(MemoryError::NotMemory {
+                gpa,
+                len: PAGE_SIZE,
+            });
+        }
+        self.map_fixed(gpa.0, PAGE_SIZE, offset)?;
+        if !self.is_backed(gfn) {
+            self.extra.write().expect("extra lock").push(gfn);
+        }
+        Ok(())
+    }
+
+    /// Gives the frame's memory back to the host; it reads as zeros afterwards and takes memory again when written.
+    pub fn discard(&self, gfn: Gfn) -> Result<(), MemoryError> {
+        let offset = self.fd_offset(gfn).ok_or(MemoryError::NotMemory {
+            gpa: gfn.gpa(),
+            len: PAGE_SIZE,
+        })?;
+        rustix::fs::fallocate(
+            &self.fd,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            offset,
+            PAGE_SIZE,
+        )
+        .map_err(host("discard", PAGE_SIZE))
+    }
+
+    fn fd_offset(&self, gfn: Gfn) -> Option<u64> {
+        let a = gfn.gpa().0;
+        let mut before = 0;
+        for r in &self.ram {
+            if r.start <= a && a < r.end {
+                return Some(before + (a - r.start));
+            }
+            before += r.end - r.start;
+        }
+        None
+    }
+
+    /// Host pointer to `len` bytes at `gpa`; an error unless every page of them is backed.
+    pub fn slice(&self, gpa: Gpa, len: u64) -> Result<*mut u8, MemoryError> {
+        let bad = MemoryError::NotMemory { gpa, len };
+        let Some(end) = gpa.0.checked_add(len) else {
+            return Err(bad);
+        };
+        let inside = self.ram.iter().any(|r| r.start <= gpa.0 && end <= r.end)
+            || (gpa.gfn().0..=(end.max(gpa.0 + 1) - 1) >> 12).all(|f| self.is_backed(Gfn(f)));
+        if !inside {
+            return Err(bad);
+        }
+        // SAFETY: the range was just checked to lie in backed pages of the reservation.
+        Ok(unsafe { self.base.add(gpa.0 as usize) })
+    }
+
+    /// Copies guest bytes out.
+    pub fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let p = self.slice(gpa, buf.len() as u64)?;
+        // SAFETY: `slice` checked the source; `buf` is ours, so the two cannot overlap.
+        unsafe { std::ptr::copy_nonoverlapping(p, buf.as_mut_ptr(), buf.len()) };
+        Ok(())
+    }
+
+    /// Copies bytes into the guest.
+    pub fn write(&self, gpa: Gpa, buf: &[u8]) -> Result<(), MemoryError> {
+        let p = self.slice(gpa, buf.len() as u64)?;
+        // SAFETY: `slice` checked the target; `buf` is ours, so the two cannot overlap.
+        unsafe { std::ptr::copy_nonoverlapping(buf.as_ptr(), p, buf.len()) };
+        Ok(())
+    }
+
+    /// Fills a range with zeros.
+    pub fn zero(&self, gpa: Gpa, len: u64) -> Result<(), MemoryError> {
+        let p = self.slice(gpa, len)?;
+        // SAFETY: `slice` checked the target.
+        unsafe { std::ptr::write_bytes(p, 0, len as usize) };
+        Ok(())
+    }
+
+    /// Reads one plain value.
+    pub fn read_obj<T: FromBytes + IntoBytes + Immutable>(
+        &self,
+        gpa: Gpa,
+    ) -> Result<T, MemoryError> {
+        let mut value = T::new_zeroed();
+        self.read(gpa, value.as_mut_bytes())?;
+        Ok(value)
+    }
+
+    /// Writes one plain value.
+    pub fn write_obj<T: IntoBytes + Immutable>(
+        &self,
+        gpa: Gpa,
+        value: &T,
+    ) -> Result<(), MemoryError> {
+        self.write(gpa, value.as_bytes())
+    }
+}
+
+impl Drop for GuestMemory {
+    fn drop(&mut self) {
+        // SAFETY: the reservation is ours and, with the last owner gone, nothing points into it any more.
+        let _ = unsafe { rustix::mm::munmap(self.base.cast(), self.reserved as usize) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory() -> GuestMemory {
+        GuestMemory::new(&[
+            Range {
+                start: 0,
+                end: 0x10_0000,
+            },
+            Range {
+                start: 1 << 32,
+                end: (1 << 32) + 0x2000,
+            },
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn read_across_the_end_of_a_range_fails() {
+        let m = memory();
+        let mut buf = [0; 8];
+        m.read(Gpa(0xf_fff8), &mut buf).unwrap();
+        assert!(m.read(Gpa(0xf_fff9), &mut buf).is_err());
+        assert!(m.read(Gpa(u64::MAX - 3), &mut buf).is_err());
+    }
+
+    #[test]
+    fn place_special_replaces_the_page_and_keeps_neighbours() {
+        let m = memory();
+        m.write(Gpa(0x1000), &[1; 4096]).unwrap();
+        m.write(Gpa(0x2000), &[2; 4096]).unwrap();
+        let off = m.new_special_page().unwrap();
+        let own = m.map_special_for_monitor(off).unwrap();
+        m.place_special(Gfn(1), off).unwrap();
+        // SAFETY: `own` is a mapped page.
+        unsafe { own.write_volatile(7) };
+        let mut b = [0; 1];
+        m.read(Gpa(0x1000), &mut b).unwrap();
+        assert_eq!(b, [7]);
+        m.read(Gpa(0x2000), &mut b).unwrap();
+        assert_eq!(b, [2]);
+    }
+
+    #[test]
+    fn place_special_outside_ram_backs_the_frame() {
+        let m = memory();
+        let gfn = Gfn(0x17fff);
+        assert!(!m.is_backed(gfn));
+        let off = m.new_special_page().unwrap();
+        m.place_special(gfn, off).unwrap();
+        m.place_special(gfn, off).unwrap();
+        assert!(m.is_backed(gfn));
+        assert!(m.place_special(Gfn(u64::MAX >> 12), off).is_err());
+    }
+
+    #[test]
+    fn discard_gives_zeros() {
+        let m = memory();
+        m.write(Gpa(1 << 32), &[9; 16]).unwrap();
+        m.discard(Gfn(1 << 20)).unwrap();
+        let mut b = [1; 16];
+        m.read(Gpa(1 << 32), &mut b).unwrap();
+        assert_eq!(b, [0; 16]);
+    }
+}
