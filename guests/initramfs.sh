@@ -1,0 +1,25 @@
+#!/bin/sh
+# Makes the two small initial root file systems:
+#   target/guests/initramfs-busybox.cpio   busybox and guests/init.sh, which does what the kernel command line asks
+#   target/guests/initramfs-init.cpio      one static program that prints a mark and powers off: measures boot time
+set -eu
+. "$(dirname -- "$0")/lib.sh"
+
+here=$HOSPES_ROOT/guests
+have python3 || install_packages python3
+have gcc || install_packages gcc libc6-dev
+mkdir -p "$GUESTS"
+
+private_apt
+version=$(newest_version busybox-static "$SUITE(-updates|-security)?/")
+[ -n "$version" ] || die "the archive has no busybox-static: remove $GUESTS/apt and try again."
+busybox=$(unpack_package busybox-static "$version")/bin/busybox
+
+python3 "$here/newc.py" "$GUESTS/initramfs-busybox.cpio" \
+    dir:/bin dir:/dev dir:/proc dir:/sys dir:/tmp dir:/root dir:/etc dir:/run dir:/mnt \
+    "file:/bin/busybox:0755:$busybox" link:/bin/sh:busybox "file:/init:0755:$here/init.sh"
+
+gcc -O2 -static -o "$GUESTS/init-mark" "$here/init_mark.c" ||
+    die "init_mark.c does not compile: install gcc and libc6-dev."
+python3 "$here/newc.py" "$GUESTS/initramfs-init.cpio" dir:/dev "file:/init:0755:$GUESTS/init-mark"
+say "initramfs-busybox.cpio has busybox-static $version; initramfs-init.cpio is ready"
