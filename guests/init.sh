@@ -3,7 +3,7 @@
 #   shell      an interactive shell on the console (also when nothing is said)
 #   visit      print what this machine looks like from inside, compute something, power off
 #   poweroff, reboot, halt, panic    print the mark, then end in this way
-#   dmesg      print the kernel's log between two marks, then power off
+#   dmesg      print the kernel's log with its levels between two marks, then power off
 #   idle       print the mark, then sleep until told otherwise
 /bin/busybox mkdir -p /bin /proc /sys /dev /tmp /run
 /bin/busybox mount -t proc proc /proc
@@ -55,7 +55,7 @@ visit)
     ;;
 dmesg)
     echo "HOSPES-BEGIN dmesg"
-    dmesg
+    dmesg -r
     echo "HOSPES-END dmesg"
     finish
     ;;

@@ -1,0 +1,64 @@
+#!/bin/sh
+# Installs on this machine what a target of the Makefile needs and does not find.
+#
+#   guests/install.sh build|test|bench|soak...
+set -eu
+. "$(dirname -- "$0")/lib.sh"
+
+PATH=$PATH:$HOME/.cargo/bin
+MINIMUM_RUST=1.85
+
+# new_enough: is there a cargo at all, and is its rustc at least MINIMUM_RUST?
+new_enough() {
+    have cargo && have rustc || return 1
+    found=$(rustc --version 2>/dev/null | cut -d' ' -f2)
+    [ "$(printf '%s\n%s\n' "$MINIMUM_RUST" "$found" | sort -V | head -n 1)" = "$MINIMUM_RUST" ]
+}
+
+rust() {
+    new_enough && return 0
+    say "no Rust $MINIMUM_RUST or newer here: taking the archive's rustc-web and cargo-web"
+    if installed rustc || installed cargo; then
+        die "the installed packages rustc and cargo are older than $MINIMUM_RUST and exclude rustc-web: remove them (apt-get remove rustc cargo), or install rustup."
+    fi
+    install_packages rustc-web cargo-web
+    new_enough || die "rustc is still older than $MINIMUM_RUST: install a newer one with rustup."
+}
+
+build() {
+    have gcc || install_packages gcc libc6-dev
+    [ -f /usr/include/stdio.h ] || install_packages libc6-dev
+    have python3 || install_packages python3
+    have git || install_packages git
+    [ -e /etc/ssl/certs/ca-certificates.crt ] || install_packages ca-certificates
+    rust
+}
+
+# Lints and formatting come with rustup, or as packages beside rustc-web.
+lints() {
+    cargo fmt --version >/dev/null 2>&1 || { installed rustc-web && install_packages rustfmt-web; } ||
+        die "cargo fmt is missing: rustup component add rustfmt."
+    cargo clippy --version >/dev/null 2>&1 || { installed rustc-web && install_packages rust-web-clippy; } ||
+        die "cargo clippy is missing: rustup component add clippy."
+}
+
+[ $# -gt 0 ] || set -- build
+for purpose; do
+    build
+    case $purpose in
+    build) ;;
+    test) lints ;;
+    bench)
+        have qemu-system-x86_64 || install_packages qemu-system-x86
+        have mmdebstrap || install_packages mmdebstrap
+        ;;
+    soak)
+        have mmdebstrap || install_packages mmdebstrap
+        have go || install_packages golang-go
+        # 32-bit self-checking programs need the 32-bit C library.
+        [ -e /usr/include/gnu/stubs-32.h ] || [ -e /usr/include/x86_64-linux-gnu/gnu/stubs-32.h ] ||
+            install_packages gcc-multilib libc6-dev-i386
+        ;;
+    *) die "unknown purpose '$purpose': say build, test, bench or soak." ;;
+    esac
+done

@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Boots real Debian kernels in Hospes and looks at what they say and how they end.
+
+    tests/boot.py [--system hospes|tcg] [--boots N] [--list] [WORD...]
+
+Only tests whose name contains one of the WORDs run, all without any. `--system tcg` boots the same guests in QEMU, which
+checks the guests and the tests themselves; what only Hospes can do is then left out. The last line is "N passed, N failed";
+the exit status is 0 when nothing failed.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
+
+import dmesg  # noqa: E402
+import vm  # noqa: E402
+
+KERNELS = {"amd64": "xz", "cloud": "lz4", "bpo": "zstd"}
+BOOT_S = 120
+END_S = 60
+
+
+class Failure(Exception):
+    """A test's expectation was not met; the sentence says which."""
+
+
+def expect(condition, sentence):
+    if not condition:
+        raise Failure(sentence)
+
+
+class Bench:
+    """What every test gets: the monitor to use and a fresh run-time directory."""
+
+    def __init__(self, system, run):
+        self.system = system
+        self.run = run
+
+    def boot(self, **spec):
+        return vm.Guest(vm.Spec(**spec).argv(self.system), self.run.environment())
+
+    def expect_no_domain(self, name):
+        if self.system == "hospes":
+            listed = self.run.hospes("list").stdout
+            expect(name not in listed, f"{name} has ended but `hospes list` still shows it:\n{listed}")
+
+
+# ---- to the shell ---------------------------------------------------------------------------------------------------
+
+
+def boots_to_shell(bench, kernel):
+    with bench.boot(kernel=f"vmlinuz-{kernel}", command_line="quiet hospes.do=shell", name="shell") as guest:
+        guest.wait_for("guest# ", BOOT_S)
+        guest.send("echo answer-$((6 * 7)); uname -r\n")
+        guest.wait_for(r"answer-42\n\d+\.\d+", END_S)
+        guest.send("poweroff -f\n")
+        status = guest.wait(END_S)
+        expect(status == 0, f"the domain powered itself off and the exit status is {status} instead of 0\n{guest.tail()}")
+    bench.expect_no_domain("shell")
+
+
+def says_nothing_forbidden(bench, kernel):
+    with bench.boot(kernel=f"vmlinuz-{kernel}", command_line="quiet hospes.do=dmesg", name="log") as guest:
+        guest.wait_for("HOSPES-END dmesg", BOOT_S)
+        guest.wait(END_S)
+    log = vm.between(guest.console, "dmesg")
+    expect(log.count("\n") > 50, f"the log has only {log.count(chr(10))} lines")
+    complaints = dmesg.complaints(log)
+    expect(not complaints, "the kernel says what it must not say:\n" + "\n".join(complaints))
+    if bench.system == "hospes":
+        expect("Hypervisor detected: Xen PVH" in log, "the kernel does not name Xen PVH as its hypervisor")
+
+
+def boots_with_memory(bench, memory_mb):
+    with bench.boot(command_line="quiet hospes.do=visit", name="memory", memory_mb=memory_mb) as guest:
+        match = guest.wait_for(r"MemTotal:\s+(\d+) kB", BOOT_S)
+        seen_mb = int(match.group(1)) // 1024
+        expect(memory_mb * 0.6 < seen_mb <= memory_mb, f"a guest of {memory_mb} MB sees {seen_mb} MB")
+        expect(guest.wait(END_S) == 0, f"the exit status is {guest.process.returncode}\n{guest.tail()}")
+
+
+def boots_every_time(bench, count):
+    for number in range(1, count + 1):
+        with bench.boot(ramdisk="initramfs-init.cpio", command_line="quiet", name=f"again{number}") as guest:
+            try:
+                guest.wait_for("HOSPES-MARK", BOOT_S)
+                status = guest.wait(END_S)
+            except vm.GuestError as error:
+                raise Failure(f"boot {number} of {count}: {error}") from None
+            expect(status == 0, f"boot {number} of {count} ended with status {status}\n{guest.tail()}")
+
+
+# ---- how it ends ----------------------------------------------------------------------------------------------------
+
+
+def ends_by_itself(bench, way):
+    action = {"poweroff": "on_poweroff", "halt": "on_poweroff", "reboot": "on_reboot", "panic": "on_crash"}[way]
+    with bench.boot(command_line=f"quiet hospes.do={way}", name="ends", settings=(f'{action}="destroy"',)) as guest:
+        guest.wait_for("HOSPES-GUEST ready", BOOT_S)
+        status = guest.wait(END_S)
+        expect(guest.console.count("HOSPES-GUEST ready") == 1, f"{action}=destroy and the guest booted again")
+        expect(status == 0, f"the domain ended by itself ({way}) and the exit status is {status}\n{guest.tail()}")
+    bench.expect_no_domain("ends")
+
+
+def starts_again(bench, way):
+    action = {"reboot": "on_reboot", "panic": "on_crash", "poweroff": "on_poweroff"}[way]
+    with bench.boot(command_line=f"quiet hospes.do={way}", name="again", settings=(f'{action}="restart"',)) as guest:
+        guest.wait_for("HOSPES-GUEST ready", BOOT_S)
+        guest.wait_for("HOSPES-GUEST ready", BOOT_S)
+        ended = bench.run.hospes("destroy", "again")
+        expect(ended.returncode == 0, f"`hospes destroy again` failed: {ended.stderr}")
+        guest.wait(END_S)
+    bench.expect_no_domain("again")
+
+
+def is_preserved(bench, way):
+    action = {"poweroff": "on_poweroff", "panic": "on_crash"}[way]
+    with bench.boot(command_line=f"quiet hospes.do={way}", name="kept", settings=(f'{action}="preserve"',)) as guest:
+        guest.wait_for("HOSPES-GUEST ready", BOOT_S)
+        letter = {"poweroff": "s", "panic": "c"}[way]
+        deadline = time.monotonic() + END_S
+        while True:
+            rows = [row.split() for row in bench.run.hospes("list").stdout.splitlines() if row.startswith("kept ")]
+            if rows and letter in rows[0][4]:
+                break
+            expect(time.monotonic() < deadline, f"{action}=preserve and `hospes list` never shows state {letter}: {rows}")
+            time.sleep(0.2)
+        ended = bench.run.hospes("destroy", "kept")
+        expect(ended.returncode == 0, f"`hospes destroy kept` failed: {ended.stderr}")
+    bench.expect_no_domain("kept")
+
+
+# ---- wrong input ----------------------------------------------------------------------------------------------------
+
+
+def image(directory, name, content):
+    path = os.path.join(directory, name)
+    with open(path, "wb") as handle:
+        handle.write(content)
+    return path
+
+
+def damaged(content):
+    """The same image with 4 KiB of its compressed part inverted."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(255 - byte for byte in content[middle : middle + 4096]) + content[middle + 4096 :]
+
+
+def bad_kernels(directory):
+    """Name of the case -> path of a file that cannot be booted."""
+    good = (vm.GUESTS / "vmlinuz-cloud").read_bytes()
+    return {
+        "missing": os.path.join(directory, "nowhere"),
+        "directory": directory,
+        "empty": image(directory, "empty", b""),
+        "text": image(directory, "text", b"this is no kernel\n" * 100),
+        "without-pvh-note": str(vm.GUESTS / "init-mark"),
+        "truncated": image(directory, "half", good[: len(good) // 2]),
+        "truncated-header": image(directory, "header", good[:700]),
+        "damaged": image(directory, "damaged", damaged(good)),
+    }
+
+
+BAD_SETTINGS = {
+    "memory-too-small": ("memory=1",),
+    "memory-too-large": ("memory=999999999",),
+    "no-vcpu": ("vcpus=0",),
+    "unknown-action": ('on_poweroff="explode"',),
+    "syntax": ('extra="never ends',),
+    "ramdisk-missing": ('ramdisk="/nonexistent/initramfs"',),
+    "empty-name": ('name=""',),
+}
+
+
+def refuses(bench, settings, kernel=None):
+    spec = vm.Spec(name="refused", settings=settings)
+    if kernel:
+        spec.kernel = kernel
+    with vm.Guest(spec.argv("hospes"), bench.run.environment()) as guest:
+        status = guest.wait(END_S)
+        sentence = guest.errors.strip()
+    expect(status == 1, f"the exit status is {status} instead of 1; it says: {sentence}")
+    expect("panicked" not in sentence, f"the monitor panicked: {sentence}")
+    words = [word for line in sentence.splitlines() if not line.startswith("Parsing config") for word in line.split()]
+    expect(len(words) >= 5, f"the message is no sentence: {sentence!r}")
+    bench.expect_no_domain("refused")
+
+
+def refuses_kernel(bench, case):
+    with tempfile.TemporaryDirectory(prefix="hospes-bad-") as directory:
+        refuses(bench, (), bad_kernels(directory)[case])
+
+
+BAD_KERNELS = (
+    "missing", "directory", "empty", "text", "without-pvh-note", "truncated", "truncated-header", "damaged",
+)
+
+
+def tests(boots):
+    """(name, works under QEMU too, function of the bench) in the order in which they run."""
+    part = functools.partial
+    for kernel, compression in KERNELS.items():
+        yield f"boots_to_shell_{kernel}_{compression}", True, part(boots_to_shell, kernel=kernel)
+        yield f"says_nothing_forbidden_{kernel}", True, part(says_nothing_forbidden, kernel=kernel)
+    for memory_mb in (128, 2048):
+        yield f"boots_with_{memory_mb}_mb", True, part(boots_with_memory, memory_mb=memory_mb)
+    for way in ("poweroff", "halt", "reboot", "panic"):
+        yield f"ends_by_{way}", False, part(ends_by_itself, way=way)
+    for way in ("reboot", "panic", "poweroff"):
+        yield f"starts_again_after_{way}", False, part(starts_again, way=way)
+    for way in ("poweroff", "panic"):
+        yield f"is_preserved_after_{way}", False, part(is_preserved, way=way)
+    for case in BAD_KERNELS:
+        yield f"refuses_kernel_{case}", False, part(refuses_kernel, case=case)
+    for case, settings in BAD_SETTINGS.items():
+        yield f"refuses_{case}", False, part(refuses, settings=settings)
+    yield f"boots_{boots}_times_in_a_row", True, part(boots_every_time, count=boots)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--system", choices=("hospes", "tcg"), default="hospes")
+    parser.add_argument("--boots", type=int, default=int(os.environ.get("BOOTS", "5")))
+    parser.add_argument("--list", action="store_true", help="print the names and do nothing")
+    parser.add_argument("words", nargs="*")
+    options = parser.parse_args()
+    passed = failed = 0
+    for name, portable, function in tests(options.boots):
+        if options.words and not any(word in name for word in options.words):
+            continue
+        if options.system != "hospes" and not portable:
+            continue
+        if options.list:
+            print(name)
+            continue
+        started = time.monotonic()
+        try:
+            with vm.RunDirectory() as run:
+                function(Bench(options.system, run))
+        except (Failure, vm.GuestError, dmesg.ListError, OSError) as error:
+            failed += 1
+            print(f"FAIL {name} ({time.monotonic() - started:.1f} s)\n  " + str(error).replace("\n", "\n  "), flush=True)
+        else:
+            passed += 1
+            print(f"ok   {name} ({time.monotonic() - started:.1f} s)", flush=True)
+    if not options.list:
+        print(f"{passed} passed, {failed} failed")
+    return 1 if failed or not (passed or options.list) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
