@@ -1,0 +1,82 @@
+//! What a translation is given and what it gives back.
+
+use crate::layout::Mode;
+
+/// A request to translate the code at one guest address.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// Guest bytes from `pc` to the end of its page at most.
+    pub bytes: &'a [u8],
+    /// Guest virtual address of the first byte.
+    pub pc: u64,
+    pub mode: Mode,
+    /// Position in the code cache where the block will be placed, 16-byte aligned.
+    pub cache_pos: i64,
+}
+
+/// Where the guest's program counter is, for one stretch of host code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resume {
+    /// At the instruction this many bytes behind the block's start.
+    Offset(u16),
+    /// As `Offset`, but directly behind an STI: no interrupt before the next instruction.
+    OffsetInShadow(u16),
+    /// In the frame: between leaving one block and entering another.
+    RipInFrame,
+}
+
+/// From `host` bytes behind the block's start on, until the next entry, this is where the guest's state is.
+#[derive(Clone, Copy, Debug)]
+pub struct SideEntry {
+    pub host: u32,
+    pub resume: Resume,
+    /// General registers whose value is in the frame and not in the host register.
+    pub spilled: u16,
+    /// The status flags are in the frame and not in the host register.
+    pub flags_saved: bool,
+}
+
+/// A jump to another block in the same guest page that may be connected directly.
+#[derive(Clone, Copy, Debug)]
+pub struct ChainSite {
+    /// Position of the 4-byte aligned displacement, from the block's start.
+    pub at: u32,
+    /// Guest virtual address of the target.
+    pub target: u64,
+    pub mode: Mode,
+}
+
+/// Translated code, position-dependent (see [`Request::cache_pos`]).
+#[derive(Debug, Default)]
+pub struct Translation {
+    pub code: Vec<u8>,
+    /// Entry for transfers that know their target: registers and flags live. Begins with a 5-byte no-operation, 8-byte aligned, that can be
+    /// replaced by a jump to `stale_stub` with one atomic store.
+    pub direct_entry: u32,
+    /// Code that leaves to the engine at the block's own address.
+    pub stale_stub: u32,
+    /// Ascending by host position.
+    pub side: Vec<SideEntry>,
+    pub chains: Vec<ChainSite>,
+    /// Guest bytes this translation depends on, from `pc`: its own and those looked at ahead. `before` bytes in front of `pc`.
+    pub extent_before: u16,
+    pub extent: u16,
+    /// Number of guest instructions.
+    pub instructions: u16,
+}
+
+impl Translation {
+    /// The side table entry that covers a host position inside the block.
+    pub fn side_at(&self, host: u32) -> Option<SideEntry> {
+        let n = self.side.partition_point(|e| e.host <= host);
+        n.checked_sub(1).map(|i| self.side[i])
+    }
+
+    /// Host position where the instruction at this guest offset begins, if it begins inside.
+    pub fn host_of(&self, offset: u16) -> Option<u32> {
+        self.side
+            .iter()
+            .find(|e| matches!(e.resume, Resume::Offset(o) | Resume::OffsetInShadow(o) if o == offset))
+            .map(|e| e.host)
+    }
+}

@@ -1,0 +1,509 @@
+//! What the translator must know of one guest instruction.
+
+use std::sync::LazyLock;
+
+use iced_x86::{
+    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
+    OpAccess, OpKind, Register, RflagsBits,
+};
+
+use crate::layout::Mode;
+
+/// How an instruction is carried over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Copied as it is; touches no memory.
+    Copy,
+    /// One memory operand, which is redirected.
+    Mem,
+    /// LEA: address arithmetic only.
+    Lea,
+    /// Does nothing that a guest could see.
+    Nop,
+    Push,
+    Pop,
+    Leave,
+    /// Direct near jump, call, conditional jump; the target's virtual address.
+    Jmp(u64),
+    Call(u64),
+    Jcc(u64),
+    /// Near jump or call through a register or memory.
+    JmpIndirect,
+    CallIndirect,
+    Ret,
+    Stac,
+    Clac,
+    Cli,
+    Sti,
+    /// Reads of the FS or GS base by RDFSBASE or RDGSBASE.
+    ReadSegBase,
+    /// Executed one at a time by the engine.
+    Step,
+}
+
+/// The memory operand of an instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemAccess {
+    /// Bytes.
+    pub size: u32,
+    /// The access writes, or checks for writing.
+    pub write: bool,
+}
+
+/// A decoded instruction with what it reads and writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Insn {
+    pub instr: Instruction,
+    pub kind: Kind,
+    /// Offset from the block's first byte.
+    pub offset: u16,
+    pub len: u8,
+    /// General registers read (or written only in part), as a bit mask.
+    pub reads: u16,
+    /// General registers written in full, without regard to their old value.
+    pub writes: u16,
+    pub mem: Option<MemAccess>,
+    /// Status flags read; `RflagsBits`.
+    pub flags_read: u32,
+    /// Status flags given a new value whatever they were.
+    pub flags_killed: u32,
+    /// Status flags that may change at all.
+    pub flags_modified: u32,
+    /// Uses AH, BH, CH or DH, which rules out registers that need a REX prefix.
+    pub high_byte: bool,
+}
+
+/// The six arithmetic flags as iced names them.
+pub const STATUS: u32 = RflagsBits::OF
+    | RflagsBits::SF
+    | RflagsBits::ZF
+    | RflagsBits::AF
+    | RflagsBits::CF
+    | RflagsBits::PF;
+
+const CLASS_STEP: u8 = 0;
+const CLASS_PLAIN: u8 = 1;
+const CLASS_FPU: u8 = 2;
+const CLASS_AVX: u8 = 3;
+const CLASS_NOP: u8 = 4;
+
+static CLASSES: LazyLock<Vec<u8>> = LazyLock::new(|| Code::values().map(classify).collect());
+
+fn classify(code: Code) -> u8 {
+    use Mnemonic as M;
+    let op = code.op_code();
+    if !op.is_instruction() {
+        return CLASS_STEP;
+    }
+    match code.mnemonic() {
+        M::Nop
+        | M::Endbr64
+        | M::Endbr32
+        | M::Reservednop
+        | M::Prefetcht0
+        | M::Prefetcht1
+        | M::Prefetcht2
+        | M::Prefetchnta
+        | M::Prefetchw
+        | M::Prefetch
+        | M::Prefetchwt1
+        | M::Cldemote
+        | M::Rdsspq
+        | M::Rdsspd => return CLASS_NOP,
+        M::Cpuid
+        | M::Rdtsc
+        | M::Rdtscp
+        | M::Rdpmc
+        | M::Rdpid
+        | M::Sgdt
+        | M::Sidt
+        | M::Sldt
+        | M::Str
+        | M::Smsw
+        | M::Lar
+        | M::Lsl
+        | M::Verr
+        | M::Verw
+        | M::Xgetbv
+        | M::Xsetbv
+        | M::Fxsave
+        | M::Fxsave64
+        | M::Fxrstor
+        | M::Fxrstor64
+        | M::Rdpkru
+        | M::Wrpkru
+        | M::Pushf
+        | M::Pushfq
+        | M::Pushfd
+        | M::Popf
+        | M::Popfq
+        | M::Popfd
+        | M::Cld
+        | M::Std
+        | M::Fnstenv
+        | M::Fldenv
+        | M::Fnsave
+        | M::Frstor
+        | M::Lds
+        | M::Les
+        | M::Lfs
+        | M::Lgs
+        | M::Lss
+        | M::Enter
+        | M::Bound
+        | M::Arpl
+        | M::Xlatb
+        | M::Maskmovq
+        | M::Maskmovdqu
+        | M::Vmaskmovdqu
+        | M::Vmaskmovps
+        | M::Vmaskmovpd
+        | M::Vpmaskmovd
+        | M::Vpmaskmovq
+        | M::Pusha
+        | M::Pushad
+        | M::Popa
+        | M::Popad
+        | M::Aaa
+        | M::Aas
+        | M::Daa
+        | M::Das
+        | M::Aam
+        | M::Aad
+        | M::Salc
+        | M::Clflush
+        | M::Clflushopt
+        | M::Clwb
+        | M::Wrfsbase
+        | M::Wrgsbase
+        | M::Rdfsbase
+        | M::Rdgsbase
+        | M::Loop
+        | M::Loope
+        | M::Loopne
+        | M::Jcxz
+        | M::Jecxz
+        | M::Jrcxz
+        | M::Into
+        | M::Serialize
+        | M::In
+        | M::Out => {
+            return CLASS_STEP;
+        }
+        _ => {}
+    }
+    if op.is_privileged()
+        || op.is_save_restore()
+        || (0..op.op_count()).any(|i| {
+            use iced_x86::OpCodeOperandKind as K;
+            matches!(
+                op.op_kind(i),
+                K::seg_reg
+                    | K::es
+                    | K::cs
+                    | K::ss
+                    | K::ds
+                    | K::fs
+                    | K::gs
+                    | K::cr_reg
+                    | K::dr_reg
+                    | K::tr_reg
+                    | K::mem_vsib32x
+                    | K::mem_vsib64x
+                    | K::mem_vsib32y
+                    | K::mem_vsib64y
+                    | K::mem_vsib32z
+                    | K::mem_vsib64z
+                    | K::sibmem
+            )
+        })
+    {
+        return CLASS_STEP;
+    }
+    if !matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX) {
+        return CLASS_STEP;
+    }
+    let mut class = CLASS_PLAIN;
+    for feature in code.cpuid_features() {
+        use CpuidFeature as F;
+        match feature {
+            F::INTEL8086
+            | F::INTEL8086_ONLY
+            | F::INTEL186
+            | F::INTEL286
+            | F::INTEL386
+            | F::INTEL386_ONLY
+            | F::INTEL486
+            | F::CMOV
+            | F::POPCNT
+            | F::LZCNT
+            | F::BMI1
+            | F::BMI2
+            | F::ADX
+            | F::RDRAND
+            | F::RDSEED
+            | F::MOVBE
+            | F::CMPXCHG16B
+            | F::CX8
+            | F::X64
+            | F::PAUSE
+            | F::MULTIBYTENOP => {}
+            F::FPU
+            | F::FPU287
+            | F::FPU387
+            | F::MMX
+            | F::SSE
+            | F::SSE2
+            | F::SSE3
+            | F::SSSE3
+            | F::SSE4_1
+            | F::SSE4_2
+            | F::AES
+            | F::PCLMULQDQ
+            | F::SHA => {
+                class = class.max(CLASS_FPU);
+            }
+            F::AVX | F::AVX2 | F::FMA | F::F16C => class = class.max(CLASS_AVX),
+            _ => return CLASS_STEP,
+        }
+    }
+    class
+}
+
+fn gpr_mask(register: Register) -> u16 {
+    let full = register.full_register();
+    if full.is_gpr64() {
+        1 << full.number()
+    } else {
+        0
+    }
+}
+
+/// Number of a general register operand, whatever its width; high-byte registers count as the register they are part of.
+pub fn gpr(register: Register) -> Option<u8> {
+    let full = register.full_register();
+    full.is_gpr64().then(|| full.number() as u8)
+}
+
+fn count_is_zero_or_unknown(instr: &Instruction) -> bool {
+    use Mnemonic as M;
+    let operand = match instr.mnemonic() {
+        M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Rcl | M::Rcr => 1,
+        M::Shld | M::Shrd => 2,
+        _ => return false,
+    };
+    match instr.op_kind(operand) {
+        OpKind::Immediate8 => {
+            let mask = if instr.op0_kind() == OpKind::Register && instr.op0_register().size() == 8
+                || instr.memory_size().size() == 8
+            {
+                63
+            } else {
+                31
+            };
+            instr.immediate8() & mask == 0
+        }
+        _ => true,
+    }
+}
+
+impl Insn {
+    /// Classifies a decoded instruction for translation in `mode`.
+    pub fn new(
+        instr: Instruction,
+        offset: u16,
+        mode: Mode,
+        factory: &mut InstructionInfoFactory,
+    ) -> Insn {
+        let mut insn = Insn {
+            instr,
+            kind: Kind::Step,
+            offset,
+            len: instr.len() as u8,
+            reads: 0,
+            writes: 0,
+            mem: None,
+            flags_read: 0,
+            flags_killed: 0,
+            flags_modified: 0,
+            high_byte: false,
+        };
+        insn.kind = insn.decide(mode);
+        if insn.kind == Kind::Step {
+            insn.flags_read = STATUS;
+            return insn;
+        }
+        if insn.kind == Kind::Nop {
+            return insn;
+        }
+        insn.flags_read = instr.rflags_read() & STATUS;
+        insn.flags_modified = instr.rflags_modified() & STATUS;
+        insn.flags_killed =
+            (instr.rflags_written() | instr.rflags_cleared() | instr.rflags_set()) & STATUS;
+        if count_is_zero_or_unknown(&instr) {
+            insn.flags_killed = 0;
+        }
+        let info = factory.info(&instr);
+        for used in info.used_registers() {
+            let r = used.register();
+            let mask = gpr_mask(r);
+            if mask == 0 {
+                continue;
+            }
+            if matches!(r, Register::AH | Register::BH | Register::CH | Register::DH) {
+                insn.high_byte = true;
+            }
+            if used.access() == OpAccess::Write && r.size() >= 4 {
+                insn.writes |= mask;
+            } else {
+                insn.reads |= mask;
+            }
+        }
+        insn.writes &= !insn.reads;
+        if insn.kind == Kind::Mem || insn.has_memory_operand() {
+            let write = (0..instr.op_count())
+                .filter(|&i| instr.op_kind(i) == OpKind::Memory)
+                .any(|i| !matches!(info.op_access(i), OpAccess::Read | OpAccess::CondRead));
+            insn.mem = Some(MemAccess {
+                size: instr.memory_size().size() as u32,
+                write,
+            });
+            if insn.mem.is_some_and(|m| m.size == 0 || m.size > 64) && insn.kind == Kind::Mem {
+                insn.kind = Kind::Step;
+                insn.flags_read = STATUS;
+            }
+        }
+        insn
+    }
+
+    /// Whether one of the explicit operands is memory.
+    pub fn has_memory_operand(&self) -> bool {
+        (0..self.instr.op_count()).any(|i| self.instr.op_kind(i) == OpKind::Memory)
+    }
+
+    fn decide(&self, mode: Mode) -> Kind {
+        use Mnemonic as M;
+        let i = &self.instr;
+        let long = mode.has(Mode::LONG);
+        let stack = if long { 8 } else { 4 };
+        if i.is_invalid()
+            || self.has_memory_operand() && i.memory_displ_size() == 2
+            || i.memory_base().size() == 2
+            || i.memory_index().size() == 2
+        {
+            return Kind::Step;
+        }
+        match i.mnemonic() {
+            M::Lea => return Kind::Lea,
+            M::Stac if !mode.has(Mode::USER) => return Kind::Stac,
+            M::Clac if !mode.has(Mode::USER) => return Kind::Clac,
+            M::Cli if !mode.has(Mode::USER) => return Kind::Cli,
+            M::Sti if !mode.has(Mode::USER) => return Kind::Sti,
+            M::Rdtsc if mode.has(Mode::TSC) => return Kind::Copy,
+            M::Rdfsbase | M::Rdgsbase if long && mode.has(Mode::FSGSBASE) => {
+                return Kind::ReadSegBase;
+            }
+            M::Push => {
+                let plain = match i.op0_kind() {
+                    OpKind::Register => {
+                        i.op0_register().is_gpr() && i.op0_register().size() == stack
+                    }
+                    OpKind::Memory => i.memory_size().size() == stack,
+                    OpKind::Immediate8to64 | OpKind::Immediate32to64 => long,
+                    OpKind::Immediate8to32 | OpKind::Immediate32 => !long,
+                    _ => false,
+                };
+                return if plain { Kind::Push } else { Kind::Step };
+            }
+            M::Pop => {
+                let plain = i.op0_kind() == OpKind::Register
+                    && i.op0_register().is_gpr()
+                    && i.op0_register().size() == stack
+                    && gpr(i.op0_register()) != Some(4);
+                return if plain { Kind::Pop } else { Kind::Step };
+            }
+            M::Leave => {
+                return if i.code() == Code::Leaveq && long || i.code() == Code::Leaved && !long {
+                    Kind::Leave
+                } else {
+                    Kind::Step
+                };
+            }
+            _ => {}
+        }
+        match i.flow_control() {
+            FlowControl::Next => {}
+            FlowControl::UnconditionalBranch if i.op0_kind() == near(long) => {
+                return Kind::Jmp(i.near_branch_target());
+            }
+            FlowControl::ConditionalBranch
+                if i.op0_kind() == near(long) && i.is_jcc_short_or_near() =>
+            {
+                return Kind::Jcc(i.near_branch_target());
+            }
+            FlowControl::Call if i.op0_kind() == near(long) => {
+                return Kind::Call(i.near_branch_target());
+            }
+            FlowControl::IndirectBranch | FlowControl::IndirectCall
+                if matches!(
+                    (i.code(), long),
+                    (Code::Jmp_rm64 | Code::Call_rm64, true)
+                        | (Code::Jmp_rm32 | Code::Call_rm32, false)
+                ) =>
+            {
+                return if i.flow_control() == FlowControl::IndirectBranch {
+                    Kind::JmpIndirect
+                } else {
+                    Kind::CallIndirect
+                };
+            }
+            FlowControl::Return
+                if matches!(
+                    (i.code(), long),
+                    (Code::Retnq | Code::Retnq_imm16, true)
+                        | (Code::Retnd | Code::Retnd_imm16, false)
+                ) =>
+            {
+                return Kind::Ret;
+            }
+            _ => return Kind::Step,
+        }
+        let allowed = match CLASSES[i.code() as usize] {
+            CLASS_NOP => return Kind::Nop,
+            CLASS_PLAIN => true,
+            CLASS_FPU => mode.has(Mode::FPU),
+            CLASS_AVX => mode.has(Mode::AVX),
+            _ => false,
+        };
+        if !allowed {
+            Kind::Step
+        } else if self.has_memory_operand() {
+            Kind::Mem
+        } else if (0..i.op_count()).any(|n| {
+            matches!(
+                i.op_kind(n),
+                OpKind::MemorySegSI
+                    | OpKind::MemorySegESI
+                    | OpKind::MemorySegRSI
+                    | OpKind::MemorySegDI
+                    | OpKind::MemorySegEDI
+                    | OpKind::MemorySegRDI
+                    | OpKind::MemoryESDI
+                    | OpKind::MemoryESEDI
+                    | OpKind::MemoryESRDI
+            )
+        }) {
+            Kind::Step
+        } else {
+            Kind::Copy
+        }
+    }
+}
+
+fn near(long: bool) -> OpKind {
+    if long {
+        OpKind::NearBranch64
+    } else {
+        OpKind::NearBranch32
+    }
+}

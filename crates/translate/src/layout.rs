@@ -1,0 +1,136 @@
+//! Where translated code finds the vCPU: byte offsets from the GS base, and the shape of the tables in it.
+
+/// Entries of each data TLB; a power of two.
+pub const TLB_ENTRIES: usize = 1024;
+/// Bytes of a [`TlbEntry`].
+pub const TLB_ENTRY_BYTES: usize = 32;
+/// Entries of each jump cache; a power of two.
+pub const JUMP_ENTRIES: usize = 4096;
+/// Bits of a guest address that select a jump cache entry.
+pub const JUMP_MASK: u64 = ((JUMP_ENTRIES as u64) - 1) << JUMP_SHIFT;
+const JUMP_SHIFT: u32 = 3;
+
+/// A page address that no access matches: its tags are not canonical.
+pub const TLB_INVALID: u64 = 0x8000_0000_0000_0000;
+
+/// One entry of a data TLB. An access matches where `address ^ tag` is below the page size.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct TlbEntry {
+    /// Guest virtual page if reads are allowed, else [`TLB_INVALID`].
+    pub read: u64,
+    /// Guest virtual page if writes are allowed, else [`TLB_INVALID`].
+    pub write: u64,
+    /// Host address of the page.
+    pub host: u64,
+    /// Guest frame number of the page, for the monitor's own bookkeeping; bit 63 marks a global page.
+    pub gfn: u64,
+}
+
+impl TlbEntry {
+    /// Matches nothing; a false hit by a non-canonical address reaches a non-canonical host address.
+    pub const INVALID: TlbEntry = TlbEntry {
+        read: TLB_INVALID,
+        write: TLB_INVALID,
+        host: TLB_INVALID,
+        gfn: 0,
+    };
+}
+
+/// Index of the TLB entry for a guest virtual address.
+pub const fn tlb_index(gva: u64) -> usize {
+    (gva >> 12) as usize & (TLB_ENTRIES - 1)
+}
+
+/// Index of the jump cache entry for a guest virtual address.
+pub const fn jump_index(pc: u64) -> usize {
+    ((pc & JUMP_MASK) >> JUMP_SHIFT) as usize
+}
+
+/// Byte offsets of the frame's fields from the GS base.
+#[derive(Clone, Copy, Debug)]
+pub struct FrameLayout {
+    /// Sixteen 64-bit general registers; at the same time their spill slots.
+    pub gpr: i32,
+    pub rip: i32,
+    /// 16 bits: AL = OF, AH = SF ZF AF PF CF.
+    pub flags: i32,
+    /// Byte: the interrupt flag.
+    pub interrupt_flag: i32,
+    /// Byte: the alignment-check flag.
+    pub ac_flag: i32,
+    /// Byte: an interrupt waits for the interrupt flag.
+    pub irq_pending: i32,
+    /// Bases of ES, CS, SS, DS, FS, GS; 64 bits each, in encoding order.
+    pub seg_base: [i32; 6],
+    /// 32 bits: what an exit concerns.
+    pub exit_arg: i32,
+    /// 64 bits: the guest virtual address of a missed access.
+    pub exit_ea: i32,
+    /// 32 bits: size of a missed access in bytes, bit 8 set for a write.
+    pub exit_info: i32,
+    /// Data TLBs: user, kernel, kernel with AC set.
+    pub tlb: [i32; 3],
+    /// Jump caches: user, kernel.
+    pub jumps: [i32; 2],
+    /// 64 bits: [`JUMP_MASK`].
+    pub jump_mask: i32,
+    /// 64 bits: where the native-execution snippet finds its operand.
+    pub operand: i32,
+}
+
+/// Positions of the shared exit code in the code cache, bytes from its start. Where there are two, the first saves the flags from the host's register, the
+/// second finds them saved.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stubs {
+    pub chain: [i64; 2],
+    pub mem: [i64; 2],
+    pub step: [i64; 2],
+    pub lookup: [i64; 2],
+    pub native: i64,
+    /// Indirect transfer whose target is not known: RCX and RDX are in their slots, flags saved, RIP in the frame.
+    pub jump_miss: i64,
+}
+
+/// What of the CPU's mode translated code depends on; part of a block's key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Mode(pub u16);
+
+impl Mode {
+    /// 64-bit code; otherwise 32-bit code with flat segments.
+    pub const LONG: u16 = 1;
+    /// Privilege level 3.
+    pub const USER: u16 = 2;
+    /// Kernel accesses to user pages are allowed (EFLAGS.AC under SMAP).
+    pub const AC: u16 = 4;
+    /// x87, MMX and SSE may be used.
+    pub const FPU: u16 = 8;
+    /// AVX may be used.
+    pub const AVX: u16 = 16;
+    /// RDTSC needs no trap and no offset.
+    pub const TSC: u16 = 32;
+    /// CR4.FSGSBASE.
+    pub const FSGSBASE: u16 = 64;
+    /// Without paging: addresses are 32-bit physical.
+    pub const UNPAGED: u16 = 128;
+
+    pub const fn has(self, bit: u16) -> bool {
+        self.0 & bit != 0
+    }
+
+    /// Which of the three data TLBs accesses in this mode use.
+    pub const fn tlb(self) -> usize {
+        if self.has(Self::USER) {
+            0
+        } else if self.has(Self::AC) {
+            2
+        } else {
+            1
+        }
+    }
+
+    /// Which of the two jump caches transfers in this mode use.
+    pub const fn jumps(self) -> usize {
+        !self.has(Self::USER) as usize
+    }
+}

@@ -1,0 +1,16 @@
+//! Translates x86 code to x86 code: decode, classify, emit. A pure function from guest bytes to host bytes and tables.
+//!
+//! It maps nothing, starts no threads and keeps no blocks: the engine owns the code cache. Guest registers stay in the host registers of the same name; what is not
+//! touched is re-emitted as it was. Rewritten are memory operands (a software TLB in front of each), control flow and what is privileged.
+//! Refuses: instructions that cross the given bytes' end (the engine executes them alone). Limits: see [`emit`] and [`layout`].
+#![forbid(unsafe_code)]
+
+pub mod asm;
+pub mod block;
+pub mod emit;
+pub mod insn;
+pub mod layout;
+
+pub use block::{ChainSite, Request, Resume, SideEntry, Translation};
+pub use emit::Translator;
+pub use layout::{FrameLayout, Mode, Stubs, TlbEntry};
