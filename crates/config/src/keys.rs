@@ -1,0 +1,322 @@
+//! Every key of xl.cfg(5) and what its value looks like.
+
+use crate::number::parse_number;
+use crate::parse::{Value, ValueKind};
+
+/// What a value has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// One value, taken as text.
+    Text,
+    Number,
+    /// A number; 0 is false.
+    Boolean,
+    /// A list of single values.
+    List,
+    /// A list of lists.
+    Lists,
+    /// One text, or a list of them.
+    TextOrList,
+    /// One of these words.
+    Word(&'static [&'static str]),
+    /// One of these words, or (deprecated in xl) its place in the list.
+    WordOrIndex(&'static [&'static str]),
+    /// A number, 0 for false, or a list.
+    BooleanOrList,
+}
+
+/// What is done with a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Support {
+    /// Has an effect.
+    Full,
+    /// Known; its value is checked for its shape and has no effect yet.
+    Ignored,
+    /// As `Ignored`, and deprecated: the text says what to write instead.
+    Deprecated(&'static str),
+}
+
+/// A key of the configuration file.
+#[derive(Clone, Copy, Debug)]
+pub struct Key {
+    pub name: &'static str,
+    pub shape: Shape,
+    pub support: Support,
+}
+
+const ACTIONS: Shape = Shape::Word(&[
+    "destroy",
+    "restart",
+    "rename-restart",
+    "preserve",
+    "coredump-destroy",
+    "coredump-restart",
+    "soft-reset",
+]);
+const TSC_MODES: &[&str] = &["default", "always_emulate", "native", "native_paravirt"];
+const TIMER_MODES: &[&str] = &[
+    "delay_for_missed_ticks",
+    "no_delay_for_missed_ticks",
+    "no_missed_ticks_pending",
+    "one_missed_tick_pending",
+];
+
+const fn key(name: &'static str, shape: Shape, support: Support) -> Key {
+    Key {
+        name,
+        shape,
+        support,
+    }
+}
+
+macro_rules! ignored {
+    ($shape:expr; $($name:literal),* $(,)?) => {
+        &[$(key($name, $shape, Support::Ignored)),*]
+    };
+}
+
+const FULL: &[Key] = &[
+    key("name", Shape::Text, Support::Full),
+    key("type", Shape::Word(&["pv", "pvh", "hvm"]), Support::Full),
+    key("builder", Shape::Word(&["generic", "hvm"]), Support::Full),
+    key("uuid", Shape::Text, Support::Full),
+    key("kernel", Shape::Text, Support::Full),
+    key("ramdisk", Shape::Text, Support::Full),
+    key("cmdline", Shape::Text, Support::Full),
+    key("root", Shape::Text, Support::Full),
+    key("extra", Shape::Text, Support::Full),
+    key("memory", Shape::Number, Support::Full),
+    key("maxmem", Shape::Number, Support::Full),
+    key("vcpus", Shape::Number, Support::Full),
+    key("maxvcpus", Shape::Number, Support::Full),
+    key("on_poweroff", ACTIONS, Support::Full),
+    key("on_reboot", ACTIONS, Support::Full),
+    key("on_watchdog", ACTIONS, Support::Full),
+    key("on_crash", ACTIONS, Support::Full),
+    key("on_soft_reset", ACTIONS, Support::Full),
+];
+
+const TEXTS: &[Key] = ignored![Shape::Text;
+    "pool", "seclabel", "init_seclabel", "device_tree", "rdm", "firmware", "firmware_override", "pvshim_path",
+    "pvshim_cmdline", "pvshim_extra", "device_model_user", "bootloader", "boot", "bios_path_override", "acpi_firmware",
+    "smbios_firmware", "soundhw", "vnclisten", "vncpasswd", "keymap", "display", "xauthority", "spicehost",
+    "spicepasswd", "spice_image_compression", "spice_streaming_video", "device_model_override", "stubdomain_kernel",
+    "stubdomain_cmdline", "stubdomain_ramdisk", "device_model_stubdomain_seclabel",
+];
+
+const NUMBERS: &[Key] = ignored![Shape::Number;
+    "cpu_weight", "cap", "period", "slice", "latency", "extratime", "max_grant_frames", "max_maptrack_frames",
+    "max_grant_version", "vmtrace_buf_kb", "rdm_mem_boundary", "max_event_channels", "shadow_memory", "rtc_timeoffset",
+    "mmio_hole", "videoram", "vncdisplay", "spiceport", "spicetls_port", "spiceusbredirection", "usbversion",
+    "stubdomain_memory", "nr_spis",
+];
+
+const BOOLEANS: &[Key] = ignored![Shape::Boolean;
+    "pvshim", "nomigrate", "driver_domain", "xend_suspend_evtchn_compat", "vpmu", "pci_permissive", "pci_msitranslate",
+    "pci_seize", "pci_power_mgmt", "dm_restrict", "e820_host", "hap", "oos", "pae", "acpi", "acpi_s3", "acpi_s4",
+    "acpi_laptop_slate", "apic", "nx", "hpet", "nestedhvm", "localtime", "vpt_align", "xen_platform_pci", "stdvga",
+    "vnc", "vncunused", "sdl", "opengl", "nographic", "spice", "spicedisable_ticketing", "spiceagent_mouse",
+    "spicevdagent", "spice_clipboard_sharing", "vkb_device", "usb", "device_model_stubdomain_override", "msr_relaxed",
+];
+
+const LISTS: &[Key] = ignored![Shape::List;
+    "disk", "vif", "vif2", "vtpm", "p9", "pvcalls", "vfb", "channel", "usbctrl", "usbdev", "pci", "dtdev", "ioports",
+    "iomem", "irqs", "vdispl", "vkb", "device_model_args", "device_model_args_pv", "device_model_args_hvm", "mca_caps",
+];
+
+const OTHERS: &[Key] = &[
+    key("vnuma", Shape::Lists, Support::Ignored),
+    key("vsnd", Shape::Lists, Support::Ignored),
+    key("cpus", Shape::TextOrList, Support::Ignored),
+    key("cpus_soft", Shape::TextOrList, Support::Ignored),
+    key("cpuid", Shape::TextOrList, Support::Ignored),
+    key("serial", Shape::TextOrList, Support::Ignored),
+    key("usbdevice", Shape::TextOrList, Support::Ignored),
+    key("gfx_passthru", Shape::Text, Support::Ignored),
+    key("viridian", Shape::BooleanOrList, Support::Ignored),
+    key(
+        "passthrough",
+        Shape::Word(&["default", "disabled", "enabled", "sync_pt", "share_pt"]),
+        Support::Ignored,
+    ),
+    key("tee", Shape::Word(&["none", "optee"]), Support::Ignored),
+    key("hdtype", Shape::Word(&["ide", "ahci"]), Support::Ignored),
+    key(
+        "bios",
+        Shape::Word(&["rombios", "seabios", "ovmf"]),
+        Support::Ignored,
+    ),
+    key(
+        "altp2m",
+        Shape::WordOrIndex(&["disabled", "mixed", "external", "limited"]),
+        Support::Ignored,
+    ),
+    key(
+        "ms_vm_genid",
+        Shape::Word(&["generate", "none"]),
+        Support::Ignored,
+    ),
+    key("tsc_mode", Shape::WordOrIndex(TSC_MODES), Support::Ignored),
+    key(
+        "timer_mode",
+        Shape::WordOrIndex(TIMER_MODES),
+        Support::Ignored,
+    ),
+    key(
+        "vga",
+        Shape::Word(&["stdvga", "cirrus", "none", "qxl"]),
+        Support::Ignored,
+    ),
+    key(
+        "vendor_device",
+        Shape::Word(&["none", "xenserver"]),
+        Support::Ignored,
+    ),
+    key(
+        "device_model_version",
+        Shape::Word(&["qemu-xen", "qemu-xen-traditional"]),
+        Support::Ignored,
+    ),
+    key(
+        "gic_version",
+        Shape::Word(&["v2", "v3", "default"]),
+        Support::Ignored,
+    ),
+    key("vuart", Shape::Text, Support::Ignored),
+    key("bootloader_args", Shape::TextOrList, Support::Ignored),
+    key(
+        "altp2mhvm",
+        Shape::Boolean,
+        Support::Deprecated("use altp2m=\"MODE\""),
+    ),
+    key(
+        "device_model",
+        Shape::Text,
+        Support::Deprecated("use device_model_override=\"PATH\""),
+    ),
+    key(
+        "vncviewer",
+        Shape::Number,
+        Support::Deprecated("use the option -V of create"),
+    ),
+];
+
+/// All keys, those with an effect first.
+pub fn known_keys() -> impl Iterator<Item = &'static Key> {
+    [FULL, TEXTS, NUMBERS, BOOLEANS, LISTS, OTHERS]
+        .into_iter()
+        .flatten()
+}
+
+pub(crate) fn find(name: &str) -> Option<&'static Key> {
+    known_keys().find(|key| key.name == name)
+}
+
+/// The known key that `name` most likely is a misspelling of.
+pub(crate) fn similar(name: &str) -> Option<&'static str> {
+    if name.len() > 64 {
+        return None;
+    }
+    known_keys()
+        .map(|key| (edit_distance(name, key.name), key.name))
+        .filter(|(distance, candidate)| *distance <= 2 && *distance * 3 <= candidate.len())
+        .min()
+        .map(|(_, candidate)| candidate)
+}
+
+/// Levenshtein distance, in bytes.
+fn edit_distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let replace = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = replace.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+impl Shape {
+    /// Checks a value; the error says what it should be.
+    pub(crate) fn check(self, value: &Value) -> Result<(), String> {
+        match (self, &value.kind) {
+            (Shape::Text | Shape::TextOrList, ValueKind::Atom(_)) => Ok(()),
+            (Shape::Text, ValueKind::List(_)) => {
+                Err("is a list but should be a single value".into())
+            }
+            (Shape::Number | Shape::Boolean | Shape::BooleanOrList, ValueKind::Atom(atom)) => {
+                parse_number(&atom.text).map(|_| ()).map_err(|fault| {
+                    format!("\"{}\" {fault}{}", atom.text.escape_debug(), self.hint())
+                })
+            }
+            (Shape::Number | Shape::Boolean, ValueKind::List(_)) => {
+                Err("is a list but should be a number".into())
+            }
+            (Shape::List | Shape::TextOrList | Shape::BooleanOrList, ValueKind::List(items)) => {
+                match items
+                    .iter()
+                    .find(|item| matches!(item.kind, ValueKind::List(_)))
+                {
+                    Some(inner) => Err(format!(
+                        "has a list inside (at {}) where a single value belongs",
+                        inner.location
+                    )),
+                    None => Ok(()),
+                }
+            }
+            (Shape::List | Shape::Lists, ValueKind::Atom(_)) => {
+                Err("is a single value but should be a list: put it in [ ]".into())
+            }
+            (Shape::Lists, ValueKind::List(items)) => {
+                match items
+                    .iter()
+                    .find(|item| matches!(item.kind, ValueKind::Atom(_)))
+                {
+                    Some(inner) => Err(format!(
+                        "has a single value inside (at {}) where a list belongs",
+                        inner.location
+                    )),
+                    None => Ok(()),
+                }
+            }
+            (Shape::Word(words) | Shape::WordOrIndex(words), ValueKind::List(_)) => Err(format!(
+                "is a list but should be one of {}",
+                words.join(", ")
+            )),
+            (Shape::Word(words), ValueKind::Atom(atom)) if words.contains(&atom.text.as_str()) => {
+                Ok(())
+            }
+            (Shape::WordOrIndex(words), ValueKind::Atom(atom))
+                if words.contains(&atom.text.as_str()) || self.index(value).is_some() =>
+            {
+                Ok(())
+            }
+            (Shape::Word(words) | Shape::WordOrIndex(words), ValueKind::Atom(atom)) => {
+                Err(format!(
+                    "cannot be \"{}\": it is one of {}",
+                    atom.text.escape_debug(),
+                    words.join(", ")
+                ))
+            }
+        }
+    }
+
+    /// The word a deprecated number stands for.
+    pub(crate) fn index(self, value: &Value) -> Option<&'static str> {
+        let (Shape::WordOrIndex(words), ValueKind::Atom(atom)) = (self, &value.kind) else {
+            return None;
+        };
+        let index = usize::try_from(parse_number(&atom.text).ok()?).ok()?;
+        words.get(index).copied()
+    }
+
+    fn hint(self) -> &'static str {
+        match self {
+            Shape::Boolean | Shape::BooleanOrList => " (true is 1, false is 0)",
+            _ => "",
+        }
+    }
+}
