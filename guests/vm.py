@@ -1,7 +1,7 @@
 """Starts guests and talks to their consoles: the part that `make run`, the boot tests, the benchmark and the soak share.
 
-A guest runs under one of two monitors: `hospes`, or `tcg` (QEMU without acceleration), the peer. Both get the same kernel,
-initial root file system, memory and processors; only the name of the console differs.
+A guest runs under `hospes` or under a peer: `tcg` (QEMU without acceleration) gets the same kernel, initial root file system,
+memory and processors, only the name of the console differs; `uml` (User-Mode Linux) is a kernel of its own.
 """
 
 import dataclasses
@@ -50,6 +50,11 @@ class Spec:
 
     def argv(self, system):
         kernel, ramdisk = self.paths()
+        if system == "uml":
+            return [
+                str(GUESTS / "linux-uml"), f"mem={self.memory_mb}M", f"initrd={ramdisk}", "con=null", "con0=fd:0,fd:1",
+                "ssl=null", *self.command_line.split(),
+            ]
         extra = f"console={CONSOLE[system]} {self.command_line}".strip()
         if system == "hospes":
             return [
@@ -61,6 +66,8 @@ class Spec:
             "qemu-system-x86_64", "-accel", "tcg", "-cpu", self.tcg_cpu, "-m", str(self.memory_mb), "-smp",
             str(self.vcpus), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot",
             "-kernel", kernel, "-initrd", ramdisk, "-append", extra,
+            # Guest memory under a name of its own, so that it can be told from the monitor's.
+            "-machine", "memory-backend=ram", "-object", f"memory-backend-memfd,id=ram,share=on,size={self.memory_mb}M",
         ]
 
 
