@@ -1,0 +1,147 @@
+//! The command line, with the grammar and the output of xl(1).
+//!
+//! It reads arguments, prints and asks; what is done is in the tool stack. [`run`] is the whole program but for the
+//! machine that domain processes run, which the binary brings along.
+//!
+//! Exit statuses are those of docs/commands.md: 0 done, 1 failed, 2 not understood.
+#![forbid(unsafe_code)]
+
+mod commands;
+mod create;
+mod help;
+mod list;
+mod output;
+mod terminal;
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::process::ExitCode;
+
+use hospes_toolstack::{DOMAIN_SUBCOMMAND, MachineFactory, domain_process};
+use lexopt::Arg;
+
+use crate::help::Command;
+
+/// Options in front of the subcommand.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Global {
+    /// `-v`: say more.
+    pub verbose: bool,
+    /// `-N`: look, but change nothing.
+    pub dry_run: bool,
+}
+
+/// Why a command did not do its work.
+pub(crate) enum Failure {
+    /// The arguments make no sense: status 2, with a hint at the help.
+    Usage(String),
+    /// Status 1.
+    Failed(anyhow::Error),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        Failure::Failed(error.into())
+    }
+}
+
+pub(crate) type Outcome = Result<(), Failure>;
+
+/// An argument that the command does not know.
+pub(crate) fn unexpected(argument: Arg<'_>) -> Failure {
+    Failure::Usage(argument.unexpected().to_string())
+}
+
+/// The value of an option or argument, which has to be UTF-8.
+pub(crate) fn text(value: OsString) -> Result<String, Failure> {
+    value
+        .into_string()
+        .map_err(|value| Failure::Usage(format!("{value:?} is not valid UTF-8")))
+}
+
+/// The program: `arguments` begin with its own name, by which it calls itself in messages.
+pub fn run(
+    arguments: impl IntoIterator<Item = OsString>,
+    factory: &dyn MachineFactory,
+) -> ExitCode {
+    let mut arguments = arguments.into_iter();
+    let program = arguments
+        .next()
+        .as_deref()
+        .and_then(|name| Path::new(name).file_name())
+        .and_then(OsStr::to_str)
+        .unwrap_or("hospes")
+        .to_string();
+    let mut parser = lexopt::Parser::from_args(arguments);
+    let mut global = Global::default();
+    let command = loop {
+        match parser.next() {
+            Ok(Some(Arg::Short('v'))) => global.verbose = true,
+            Ok(Some(Arg::Short('N'))) => global.dry_run = true,
+            // Meant for the days of xend, and for progress and time stamps on slow operations.
+            Ok(Some(Arg::Short('f' | 't' | 'T'))) => {}
+            Ok(Some(Arg::Short('h') | Arg::Long("help"))) => break "help".to_string(),
+            Ok(Some(Arg::Short('V') | Arg::Long("version"))) => {
+                return status(output::print(format_args!(
+                    "hospes {}\n",
+                    env!("CARGO_PKG_VERSION")
+                )));
+            }
+            Ok(Some(Arg::Value(name))) => break name.to_string_lossy().into_owned(),
+            Ok(Some(argument)) => {
+                let fault = argument.unexpected();
+                eprintln!("{program}: {fault}; `{program} help' lists the options");
+                return ExitCode::from(2);
+            }
+            Ok(None) => {
+                eprint!("{}", help::overview(&program));
+                return ExitCode::FAILURE;
+            }
+            Err(fault) => {
+                eprintln!("{program}: {fault}; `{program} help' lists the options");
+                return ExitCode::from(2);
+            }
+        }
+    };
+    if command == DOMAIN_SUBCOMMAND {
+        return domain_process(factory);
+    }
+    let Some(command) = help::find(&command) else {
+        eprintln!(
+            "{program}: there is no command `{command}'; `{program} help' lists the commands"
+        );
+        return ExitCode::FAILURE;
+    };
+    match commands::execute(command, &program, global, parser) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => report(&program, command, failure),
+    }
+}
+
+fn report(program: &str, command: &Command, failure: Failure) -> ExitCode {
+    match failure {
+        Failure::Usage(fault) => {
+            eprintln!("{program} {}: {fault}", command.name);
+            eprintln!("{}", help::usage(program, command));
+            eprintln!("`{program} {} --help' tells more.", command.name);
+            ExitCode::from(2)
+        }
+        Failure::Failed(error) => {
+            // The reader of a pipe has left: it knows.
+            let broken_pipe = error
+                .downcast_ref::<std::io::Error>()
+                .is_some_and(|fault| fault.kind() == std::io::ErrorKind::BrokenPipe);
+            if !broken_pipe {
+                eprintln!("{program}: {error:#}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn status(result: std::io::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}

@@ -1,0 +1,304 @@
+//! `list`, with xl's columns.
+
+use std::fs;
+
+use anyhow::Context;
+use hospes_config::Uuid;
+use hospes_toolstack::{DomainInfo, EndReason, Entry, Error, HOST_NAME, Host};
+use lexopt::{Arg, Parser};
+use serde_json::{Value, json};
+
+use crate::output::print;
+use crate::{Failure, Outcome, text, unexpected};
+
+#[derive(Debug, Default)]
+struct Options {
+    long: bool,
+    verbose: bool,
+    context: bool,
+    cpupool: bool,
+    numa: bool,
+    domains: Vec<String>,
+}
+
+pub(crate) fn list(mut parser: Parser) -> Outcome {
+    let mut options = Options::default();
+    while let Some(argument) = parser
+        .next()
+        .map_err(|fault| Failure::Usage(fault.to_string()))?
+    {
+        match argument {
+            Arg::Short('l') | Arg::Long("long") => options.long = true,
+            Arg::Short('v') | Arg::Long("verbose") => options.verbose = true,
+            Arg::Short('Z') | Arg::Long("context") => options.context = true,
+            Arg::Short('c') | Arg::Long("cpupool") => options.cpupool = true,
+            Arg::Short('n') | Arg::Long("numa") => options.numa = true,
+            Arg::Value(value) => options.domains.push(text(value)?),
+            argument => return Err(unexpected(argument)),
+        }
+    }
+    Ok(list_with(&options)?)
+}
+
+/// What xl prints where there is nothing to print, as for the label without a security module.
+const NO_LABEL: &str = "-";
+
+/// A row: the entry is missing for the host.
+type Row = (DomainInfo, Option<Entry>);
+
+fn list_with(options: &Options) -> anyhow::Result<()> {
+    let host = Host::from_environment()?;
+    let rows = wanted(all(&host)?, &options.domains)?;
+    if options.long {
+        let items: Vec<Value> = rows.iter().map(long).collect();
+        return Ok(print(format_args!("{:#}\n", Value::Array(items)))?);
+    }
+    let mut table = header(options);
+    for (info, _) in &rows {
+        table.push_str(&row(info, options));
+    }
+    Ok(print(format_args!("{table}"))?)
+}
+
+fn all(host: &Host) -> anyhow::Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for entry in host.entries()? {
+        // One that ended just now has no place in the list.
+        if let Some(info) = host.info(&entry) {
+            rows.push((info, Some(entry)));
+        }
+    }
+    let used_kib = rows.iter().map(|(info, _)| info.memory_kib).sum();
+    rows.insert(0, (host_info(used_kib)?, None));
+    Ok(rows)
+}
+
+fn wanted(rows: Vec<Row>, names: &[String]) -> anyhow::Result<Vec<Row>> {
+    if names.is_empty() {
+        return Ok(rows);
+    }
+    names
+        .iter()
+        .map(|who| {
+            let id = who.parse::<u16>().ok();
+            let found = rows.iter().find(|(info, _)| match id {
+                Some(id) => info.domid == id,
+                None => info.name == *who,
+            });
+            Ok(found
+                .cloned()
+                .ok_or_else(|| Error::NoSuchDomain { who: who.clone() })?)
+        })
+        .collect()
+}
+
+fn header(options: &Options) -> String {
+    let mut line =
+        String::from("Name                                        ID   Mem VCPUs\tState\tTime(s)");
+    if options.verbose {
+        line.push_str("   UUID                            Reason-Code\tSecurity Label");
+    } else if options.context {
+        line.push_str("   Security Label");
+    }
+    if options.cpupool {
+        line.push_str("         Cpupool");
+    }
+    if options.numa {
+        line.push_str(" NODE Affinity");
+    }
+    line.push('\n');
+    line
+}
+
+/// The fifth letter of the state, by the reason of the shutdown.
+fn reason_letter(reason: Option<&EndReason>) -> char {
+    match reason {
+        None | Some(EndReason::Poweroff | EndReason::Destroyed) => '-',
+        Some(EndReason::Reboot) => 'r',
+        Some(EndReason::Suspend) => 's',
+        Some(EndReason::Crash(_)) => 'c',
+        Some(EndReason::Watchdog) => 'w',
+        Some(EndReason::SoftReset) => 'S',
+    }
+}
+
+fn row(info: &DomainInfo, options: &Options) -> String {
+    let flag = |set: bool, letter: char| if set { letter } else { '-' };
+    let state = [
+        flag(info.running, 'r'),
+        flag(info.blocked, 'b'),
+        flag(info.paused, 'p'),
+        flag(info.shutdown.is_some(), 's'),
+        reason_letter(info.shutdown.as_ref()),
+        flag(info.dying, 'd'),
+    ];
+    let mut line = format!(
+        "{:<40} {:>5} {:>5} {:>5}     {}  {:>8.1}",
+        info.name,
+        info.domid,
+        info.memory_kib / 1024,
+        info.vcpus_online,
+        state.iter().collect::<String>(),
+        info.cpu_time_ns as f64 / 1e9,
+    );
+    if options.verbose {
+        let code = info.shutdown.as_ref().and_then(EndReason::code);
+        let code = code.map_or_else(|| NO_LABEL.to_string(), |code| format!("{code:x}"));
+        line.push_str(&format!(" {} {code:>8}", info.uuid));
+    }
+    if options.verbose || options.context {
+        line.push_str(&format!(" {NO_LABEL:>16}"));
+    }
+    if options.cpupool {
+        line.push_str(&format!("{:>16}", "Pool-0"));
+    }
+    if options.numa {
+        line.push_str(" all");
+    }
+    line.push('\n');
+    line
+}
+
+fn long((info, entry): &Row) -> Value {
+    let config = match entry {
+        Some(entry) => {
+            let mut config = entry.record.config.to_json();
+            config["c_info"]["name"] = json!(info.name);
+            config["c_info"]["uuid"] = json!(info.uuid);
+            config
+        }
+        None => json!({
+            "c_info": { "name": info.name, "uuid": info.uuid },
+            "b_info": { "max_vcpus": info.vcpus_online, "target_memkb": info.memory_kib },
+        }),
+    };
+    json!({ "domid": info.domid, "config": config })
+}
+
+/// The host as Domain-0: what the domains do not have, and the time of everything that runs on it.
+fn host_info(used_kib: u64) -> anyhow::Result<DomainInfo> {
+    let read = |path: &str| fs::read_to_string(path).with_context(|| format!("cannot read {path}"));
+    let total_kib =
+        memory_total_kib(&read("/proc/meminfo")?).context("/proc/meminfo has no MemTotal")?;
+    let ticks = busy_ticks(&read("/proc/stat")?).context("/proc/stat has no line cpu")?;
+    let ticks_per_s = rustix::param::clock_ticks_per_second().max(1);
+    Ok(DomainInfo {
+        domid: 0,
+        name: HOST_NAME.into(),
+        uuid: Uuid::NIL,
+        memory_kib: total_kib.saturating_sub(used_kib),
+        vcpus_online: std::thread::available_parallelism().map_or(1, |count| count.get() as u32),
+        cpu_time_ns: ticks.saturating_mul(1_000_000_000 / ticks_per_s),
+        running: true,
+        blocked: false,
+        paused: false,
+        shutdown: None,
+        dying: false,
+    })
+}
+
+fn memory_total_kib(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+/// The time of all CPUs but idle and waiting for I/O, in clock ticks (proc(5), /proc/stat).
+fn busy_ticks(stat: &str) -> Option<u64> {
+    let line = stat.lines().find_map(|line| line.strip_prefix("cpu "))?;
+    let columns: Vec<u64> = line
+        .split_whitespace()
+        .map_while(|column| column.parse().ok())
+        .collect();
+    // user, nice, system, idle, iowait, irq, softirq, steal; the guests' time is in user and nice already.
+    let busy = columns
+        .iter()
+        .take(8)
+        .enumerate()
+        .filter(|(index, _)| !matches!(index, 3 | 4));
+    (columns.len() >= 4).then(|| busy.map(|(_, ticks)| ticks).sum())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info() -> DomainInfo {
+        DomainInfo {
+            domid: 2,
+            name: "linux".into(),
+            uuid: Uuid::NIL,
+            memory_kib: 2048 << 10,
+            vcpus_online: 2,
+            cpu_time_ns: 5_624_240_000_000,
+            running: true,
+            blocked: false,
+            paused: false,
+            shutdown: None,
+            dying: false,
+        }
+    }
+
+    #[test]
+    fn row_has_the_columns_of_xl() {
+        let options = Options::default();
+        let name = "Name                                        ID   Mem VCPUs\tState\tTime(s)\n";
+        assert_eq!(header(&options), name);
+        assert_eq!(
+            row(&info(), &options),
+            "linux                                        2  2048     2     r-----    5624.2\n"
+        );
+    }
+
+    #[test]
+    fn row_shows_why_a_domain_has_ended() {
+        let cases = [
+            (EndReason::Poweroff, "---s--"),
+            (EndReason::Reboot, "---sr-"),
+            (EndReason::Suspend, "---ss-"),
+            (EndReason::Crash("x".into()), "---sc-"),
+            (EndReason::Watchdog, "---sw-"),
+        ];
+        for (reason, state) in cases {
+            let ended = DomainInfo {
+                running: false,
+                shutdown: Some(reason),
+                ..info()
+            };
+            let row = row(&ended, &Options::default());
+            assert_eq!(row.split_whitespace().nth(4), Some(state));
+        }
+    }
+
+    #[test]
+    fn row_verbose_adds_uuid_reason_and_label() {
+        let options = Options {
+            verbose: true,
+            ..Options::default()
+        };
+        let row = row(&info(), &options);
+        let columns: Vec<&str> = row.split_whitespace().collect();
+        assert_eq!(
+            columns[6..],
+            ["00000000-0000-0000-0000-000000000000", "-", "-"]
+        );
+    }
+
+    #[test]
+    fn busy_ticks_leaves_out_idle_time() {
+        let stat = "cpu  10 1 5 1000 50 2 3 4 7 0\ncpu0 1 2 3 4\n";
+        assert_eq!(busy_ticks(stat), Some(25));
+        assert_eq!(busy_ticks("cpu  x"), None);
+        assert_eq!(busy_ticks(""), None);
+    }
+
+    #[test]
+    fn memory_total_kib_finds_its_line() {
+        assert_eq!(
+            memory_total_kib("MemTotal:       24593692 kB\nMemFree: 1 kB\n"),
+            Some(24_593_692)
+        );
+        assert_eq!(memory_total_kib("MemFree: 1 kB\n"), None);
+    }
+}

@@ -1,0 +1,169 @@
+//! The user's side of a console.
+
+use std::io::{self, Read, Write, stdin, stdout};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
+
+/// Leaves the console: Ctrl-], as in xenconsole.
+const ESCAPE: u8 = 0x1d;
+
+/// A terminal that passes every key on; it is set back when this is dropped.
+struct Raw {
+    saved: Option<Termios>,
+}
+
+impl Raw {
+    fn enter() -> io::Result<Raw> {
+        let input = stdin();
+        if !isatty(&input) {
+            return Ok(Raw { saved: None });
+        }
+        let saved = tcgetattr(&input)?;
+        let mut raw = saved.clone();
+        raw.make_raw();
+        tcsetattr(&input, OptionalActions::Now, &raw)?;
+        Ok(Raw { saved: Some(saved) })
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        if let Some(saved) = &self.saved {
+            // There is nobody to tell where this fails.
+            let _ = tcsetattr(stdin(), OptionalActions::Now, saved);
+        }
+    }
+}
+
+/// Connects standard input and output with a console until it ends or the user leaves. The end of the input alone is
+/// no reason to leave: the output may still be wanted.
+pub(crate) fn attach(stream: &UnixStream) -> io::Result<()> {
+    let _raw = Raw::enter()?;
+    // A guest that does not read must keep neither its output nor the escape key from the user.
+    stream.set_nonblocking(true)?;
+    let mut session = Session {
+        stream,
+        input_open: true,
+        pending: Vec::new(),
+    };
+    while session.step()? {}
+    Ok(())
+}
+
+/// Input is read while less than so much of it waits for the guest, in bytes.
+const PENDING_MAX: usize = 4096;
+
+struct Session<'a> {
+    stream: &'a UnixStream,
+    input_open: bool,
+    /// Input the console has not taken yet.
+    pending: Vec<u8>,
+}
+
+/// What happened to a non-blocking or interrupted call that did nothing.
+fn is_nothing(fault: &io::Error) -> bool {
+    matches!(
+        fault.kind(),
+        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+    )
+}
+
+/// The domain process is gone.
+fn is_end(fault: &io::Error) -> bool {
+    matches!(
+        fault.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
+}
+
+impl Session<'_> {
+    /// One round; false where the session is over.
+    fn step(&mut self) -> io::Result<bool> {
+        let input = stdin();
+        let input = input.as_fd();
+        let mut wanted = PollFlags::IN;
+        if !self.pending.is_empty() {
+            wanted |= PollFlags::OUT;
+        }
+        let mut descriptors = vec![PollFd::new(self.stream, wanted)];
+        if self.input_open && self.pending.len() < PENDING_MAX {
+            descriptors.push(PollFd::new(&input, PollFlags::IN));
+        }
+        match poll(&mut descriptors, None) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(true),
+            Err(fault) => return Err(fault.into()),
+        }
+        let stream_events = descriptors[0].revents();
+        let input_ready = descriptors
+            .get(1)
+            .is_some_and(|descriptor| !descriptor.revents().is_empty());
+        if stream_events.intersects(!PollFlags::OUT) && !self.pass_output()? {
+            return Ok(false);
+        }
+        if stream_events.contains(PollFlags::OUT) {
+            self.send()?;
+        }
+        if input_ready {
+            return self.pass_input();
+        }
+        Ok(true)
+    }
+
+    /// False where the console has ended.
+    fn pass_output(&mut self) -> io::Result<bool> {
+        let mut buffer = [0; 16 << 10];
+        let length = match self.stream.read(&mut buffer) {
+            Ok(length) => length,
+            Err(fault) if is_nothing(&fault) => return Ok(true),
+            Err(fault) if is_end(&fault) => 0,
+            Err(fault) => return Err(fault),
+        };
+        let mut out = stdout().lock();
+        out.write_all(&buffer[..length])?;
+        out.flush()?;
+        Ok(length > 0)
+    }
+
+    fn send(&mut self) -> io::Result<()> {
+        match self.stream.write(&self.pending) {
+            Ok(length) => {
+                self.pending.drain(..length);
+            }
+            Err(fault) if is_nothing(&fault) => {}
+            // The last output is still to be read.
+            Err(fault) if is_end(&fault) => {
+                self.pending.clear();
+                self.input_open = false;
+            }
+            Err(fault) => return Err(fault),
+        }
+        Ok(())
+    }
+
+    /// False where the user leaves.
+    fn pass_input(&mut self) -> io::Result<bool> {
+        let mut buffer = [0; 1024];
+        // Not through the buffer of `Stdin`: what it holds back would never become readable again.
+        let length = match rustix::io::read(stdin(), &mut buffer) {
+            Ok(length) => length,
+            Err(Errno::INTR | Errno::AGAIN) => return Ok(true),
+            // The terminal is gone.
+            Err(Errno::IO) => 0,
+            Err(fault) => return Err(fault.into()),
+        };
+        if length == 0 {
+            self.input_open = false;
+            return Ok(true);
+        }
+        let typed = &buffer[..length];
+        let escape = typed.iter().position(|byte| *byte == ESCAPE);
+        self.pending.extend(&typed[..escape.unwrap_or(length)]);
+        self.send()?;
+        Ok(escape.is_none())
+    }
+}

@@ -1,0 +1,240 @@
+//! The commands' side: finding domains and asking them.
+
+use std::io::{self, BufReader, ErrorKind};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hospes_units::DomId;
+
+use crate::error::{Error, Result};
+use crate::launch::{self, CreateRequest};
+use crate::paths::Paths;
+use crate::protocol::{self, DomainInfo, Ended, Reply, Request, ShutdownKind, Until};
+use crate::registry::{Entry, HOST_NAME, Registry, is_locked};
+
+/// How long a domain that is being built may take to open its sockets.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
+/// How long an answer may take.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+/// The same for a list, which has to go on with the next domain.
+const LIST_PATIENCE: Duration = Duration::from_secs(2);
+/// How often a domain is looked up anew that was restarted while it was asked.
+const RETRIES: usize = 5;
+
+/// The domains of the calling user on this host.
+#[derive(Clone, Debug)]
+pub struct Host {
+    paths: Paths,
+    registry: Registry,
+}
+
+impl Host {
+    /// The host with the directories of the calling user.
+    pub fn from_environment() -> Result<Host> {
+        Ok(Host::new(Paths::from_environment()?))
+    }
+
+    pub fn new(paths: Paths) -> Host {
+        Host {
+            registry: Registry::new(&paths),
+            paths,
+        }
+    }
+
+    pub fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
+    /// Creates a domain and returns its id when it is there. It runs unless it is to be left paused.
+    pub fn create(&self, request: CreateRequest) -> Result<DomId> {
+        launch::create(&self.paths, request)
+    }
+
+    /// All domains by id, without the host.
+    pub fn entries(&self) -> Result<Vec<Entry>> {
+        self.registry.entries()
+    }
+
+    /// The domain with this id (a number) or name.
+    pub fn find(&self, who: &str) -> Result<Entry> {
+        if who == "0" || who == HOST_NAME {
+            return Err(Error::Host);
+        }
+        let entries = self.entries()?;
+        let is_number = !who.is_empty() && who.bytes().all(|byte| byte.is_ascii_digit());
+        let found = if is_number {
+            let id = who.parse::<u16>().ok();
+            entries.into_iter().find(|entry| Some(entry.domid.0) == id)
+        } else {
+            entries.into_iter().find(|entry| entry.record.name == who)
+        };
+        found.ok_or_else(|| Error::NoSuchDomain { who: who.into() })
+    }
+
+    /// The state of a domain. One that does not answer is described by its record alone; `None` where it has ended.
+    pub fn info(&self, entry: &Entry) -> Option<DomainInfo> {
+        match ask(entry, &Request::Info, Duration::ZERO, LIST_PATIENCE) {
+            Ok(Reply::Info(info)) => Some(info),
+            Err(Error::Gone { .. }) => None,
+            _ => Some(DomainInfo {
+                domid: entry.domid.0,
+                name: entry.record.name.clone(),
+                uuid: entry.record.uuid,
+                memory_kib: entry.record.config.memory_mib << 10,
+                vcpus_online: entry.record.config.vcpus,
+                cpu_time_ns: 0,
+                running: false,
+                blocked: false,
+                paused: false,
+                shutdown: None,
+                dying: false,
+            }),
+        }
+    }
+
+    pub fn pause(&self, who: &str) -> Result<()> {
+        self.request(who, &Request::Pause).and_then(done)
+    }
+
+    pub fn unpause(&self, who: &str) -> Result<()> {
+        self.request(who, &Request::Unpause).and_then(done)
+    }
+
+    /// Asks a guest to shut down or to reboot.
+    pub fn shutdown(&self, who: &str, kind: ShutdownKind) -> Result<()> {
+        self.request(who, &Request::Shutdown { kind })
+            .and_then(done)
+    }
+
+    /// Ends a domain. A domain process that does not answer is killed.
+    pub fn destroy(&self, who: &str) -> Result<()> {
+        let entry = self.find(who)?;
+        match self.request(who, &Request::Destroy) {
+            Ok(reply) => done(reply),
+            Err(Error::Unreachable { .. }) => self.kill(&entry),
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// Waits for the end of a domain.
+    pub fn wait(&self, domid: DomId, until: Until) -> Result<Ended> {
+        let lost = Ended {
+            reason: None,
+            dead: true,
+            next: None,
+        };
+        let entry = match self.find(&domid.to_string()) {
+            Ok(entry) => entry,
+            Err(Error::NoSuchDomain { .. }) => return Ok(lost),
+            Err(fault) => return Err(fault),
+        };
+        match ask(
+            &entry,
+            &Request::Wait { until },
+            CONNECT_PATIENCE,
+            Duration::MAX,
+        ) {
+            Ok(Reply::Ended(ended)) => Ok(ended),
+            Ok(reply) => Err(unexpected(&reply)),
+            Err(Error::Gone { .. }) => Ok(lost),
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// A connection to a domain's console; it begins with the last output.
+    pub fn console(&self, who: &str) -> Result<UnixStream> {
+        let entry = self.find(who)?;
+        connect(&entry, "console.sock", CONNECT_PATIENCE)
+    }
+
+    fn request(&self, who: &str, request: &Request) -> Result<Reply> {
+        let mut tries = 0;
+        loop {
+            let entry = self.find(who)?;
+            tries += 1;
+            match ask(&entry, request, CONNECT_PATIENCE, ANSWER_PATIENCE) {
+                // A domain that reboots has its name again under another id.
+                Err(Error::Gone { .. }) if tries < RETRIES && entry.record.name == who => {}
+                answer => return answer,
+            }
+        }
+    }
+
+    /// Kills a domain process. Its socket says which it is, so that no other can be hit.
+    fn kill(&self, entry: &Entry) -> Result<()> {
+        let domid = entry.domid;
+        let unreachable = |source: io::Error| Error::Unreachable { domid, source };
+        let stream = connect(entry, "control.sock", Duration::ZERO)?;
+        let peer = rustix::net::sockopt::socket_peercred(&stream)
+            .map_err(|fault| unreachable(fault.into()))?;
+        let process = rustix::process::pidfd_open(peer.pid, rustix::process::PidfdFlags::empty())
+            .map_err(|fault| unreachable(fault.into()))?;
+        rustix::process::pidfd_send_signal(process, rustix::process::Signal::KILL)
+            .map_err(|fault| unreachable(fault.into()))?;
+        let deadline = Instant::now() + ANSWER_PATIENCE;
+        while is_locked(&entry.dir) {
+            if Instant::now() >= deadline {
+                return Err(unreachable(ErrorKind::TimedOut.into()));
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        // Removes what it left.
+        self.entries().map(drop)
+    }
+}
+
+/// Connects to one of a domain's sockets; one that is being built opens them in a while.
+fn connect(entry: &Entry, socket: &str, patience: Duration) -> Result<UnixStream> {
+    let domid = entry.domid;
+    let deadline = Instant::now() + patience;
+    loop {
+        match UnixStream::connect(entry.dir.join(socket)) {
+            Ok(stream) => return Ok(stream),
+            Err(_) if !is_locked(&entry.dir) => return Err(Error::Gone { domid }),
+            Err(fault)
+                if matches!(
+                    fault.kind(),
+                    ErrorKind::NotFound | ErrorKind::ConnectionRefused
+                ) && Instant::now() < deadline =>
+            {
+                thread::sleep(Duration::from_millis(5));
+            }
+            Err(source) => return Err(Error::Unreachable { domid, source }),
+        }
+    }
+}
+
+/// One request and its answer.
+fn ask(
+    entry: &Entry,
+    request: &Request,
+    connecting: Duration,
+    answering: Duration,
+) -> Result<Reply> {
+    let domid = entry.domid;
+    let stream = connect(entry, "control.sock", connecting)?;
+    let timeout = (answering != Duration::MAX).then_some(answering);
+    let fault = |source: io::Error| match source.kind() {
+        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => Error::Gone { domid },
+        _ => Error::Unreachable { domid, source },
+    };
+    stream.set_read_timeout(timeout).map_err(fault)?;
+    protocol::send(&stream, request)?.map_err(fault)?;
+    let line = protocol::read_line(&mut BufReader::new(&stream))?.map_err(fault)?;
+    match protocol::decode(&line.ok_or(Error::Gone { domid })?)? {
+        Reply::Error { message } => Err(Error::Refused { domid, message }),
+        reply => Ok(reply),
+    }
+}
+
+fn done(reply: Reply) -> Result<()> {
+    match reply {
+        Reply::Done => Ok(()),
+        reply => Err(unexpected(&reply)),
+    }
+}
+
+fn unexpected(reply: &Reply) -> Error {
+    Error::Protocol(format!("the answer belongs to another request: {reply:?}"))
+}

@@ -1,0 +1,84 @@
+//! Why an operation failed.
+
+use std::io;
+use std::path::PathBuf;
+
+use hospes_units::DomId;
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Each sentence says what happened and what can be done.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{who} is an invalid domain identifier: no such domain runs; see the list of domains")]
+    NoSuchDomain { who: String },
+    #[error("domain {domid} has ended in the meantime")]
+    Gone { domid: DomId },
+    #[error("Domain-0 is the host itself: this can only be done to the domains it runs")]
+    Host,
+    #[error(
+        "a domain named \"{name}\" exists already with id {domid}: choose another name or destroy it"
+    )]
+    NameTaken { name: String, domid: DomId },
+    #[error(
+        "a domain with the UUID {uuid} exists already: \"{name}\" with id {domid}; remove `uuid' or destroy it"
+    )]
+    UuidTaken {
+        uuid: hospes_config::Uuid,
+        name: String,
+        domid: DomId,
+    },
+    #[error("all domain ids are in use: destroy a domain")]
+    NoFreeId,
+    #[error("{what} {path}: {source}", path = .path.display())]
+    File {
+        what: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error(
+        "{path} belongs to another user (uid {owner}) or is open to others: remove it or set {variable} to a directory of your own",
+        path = .path.display()
+    )]
+    Unsafe {
+        path: PathBuf,
+        owner: u32,
+        variable: &'static str,
+    },
+    #[error("no directory for {what}: set {variable} to one")]
+    NoDirectory {
+        what: &'static str,
+        variable: &'static str,
+    },
+    #[error("another hospes command has held {path} for too long: see which process it is with `fuser`", path = .path.display())]
+    Locked { path: PathBuf },
+    #[error("domain {domid} does not answer ({source}): see its log, or destroy it")]
+    Unreachable { domid: DomId, source: io::Error },
+    #[error("domain {domid} refused: {message}")]
+    Refused { domid: DomId, message: String },
+    #[error(
+        "the other side breaks the protocol: {0}; are all hospes programs of the same version?"
+    )]
+    Protocol(String),
+    #[error("{message}")]
+    Create { message: String },
+    #[error("the domain process ended ({status}) before the domain was there; its log is {log}", log = .log.display())]
+    ProcessDied {
+        status: std::process::ExitStatus,
+        log: PathBuf,
+    },
+    #[error("cannot start the domain process: {0}")]
+    Spawn(io::Error),
+}
+
+/// Adds what was done and to which file.
+pub(crate) fn at<'a>(
+    what: &'static str,
+    path: &'a std::path::Path,
+) -> impl Fn(io::Error) -> Error + 'a {
+    move |source| Error::File {
+        what,
+        path: path.to_path_buf(),
+        source,
+    }
+}

@@ -1,0 +1,106 @@
+//! Starting a domain process.
+//!
+//! The program starts itself anew with a hidden subcommand. The process gets a [`Launch`] on its standard input and
+//! answers with a [`Launched`] on its standard output before it goes on alone; standard error is its log.
+
+use std::io::BufReader;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use hospes_config::{DomainConfig, Uuid};
+use hospes_units::DomId;
+
+use crate::DOMAIN_SUBCOMMAND;
+use crate::error::{Error, Result, at};
+use crate::logfile::{LOG_MAX_BYTES, LogFile, open_append};
+use crate::paths::Paths;
+use crate::protocol::{self, Launch, Launched};
+
+/// A domain to be created.
+#[derive(Clone, Debug)]
+pub struct CreateRequest {
+    pub config: DomainConfig,
+    /// Leave the domain paused.
+    pub paused: bool,
+}
+
+/// A fresh version 4 UUID.
+pub(crate) fn random_uuid() -> Result<Uuid> {
+    let mut bytes = [0; 16];
+    let length = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|fault| {
+            at("cannot read random numbers from", Path::new("getrandom(2)"))(fault.into())
+        })?;
+    // Up to 256 bytes are never given in part.
+    debug_assert_eq!(length, bytes.len());
+    Ok(Uuid::from_random(bytes))
+}
+
+/// Creates a domain and returns when it is there.
+pub(crate) fn create(paths: &Paths, request: CreateRequest) -> Result<DomId> {
+    let mut config = request.config;
+    config.kernel =
+        std::path::absolute(&config.kernel).map_err(at("cannot resolve", &config.kernel))?;
+    if let Some(ramdisk) = &mut config.ramdisk {
+        *ramdisk = std::path::absolute(&*ramdisk).map_err(at("cannot resolve", ramdisk))?;
+    }
+    if config.uuid.is_none() {
+        config.uuid = Some(random_uuid()?);
+    }
+    paths.create()?;
+    start_process(&Launch {
+        config,
+        paused: request.paused,
+        run: paths.run.clone(),
+        log: paths.log.clone(),
+    })
+}
+
+/// Starts a domain process and waits for its answer.
+pub(crate) fn start_process(launch: &Launch) -> Result<DomId> {
+    let paths = Paths {
+        run: launch.run.clone(),
+        log: launch.log.clone(),
+    };
+    let log_path = paths.domain_log(&launch.config.name);
+    // Moves a log that has become too long out of the way.
+    LogFile::open(&log_path, LOG_MAX_BYTES)
+        .and_then(|mut log| log.append(b""))
+        .map_err(at("cannot open the log", &log_path))?;
+    let log = open_append(&log_path).map_err(at("cannot open the log", &log_path))?;
+    // The name by which the process was started may mean another program by now.
+    let mut child = Command::new("/proc/self/exe")
+        .arg0(
+            std::env::args_os()
+                .next()
+                .unwrap_or_else(|| "hospes".into()),
+        )
+        .arg(DOMAIN_SUBCOMMAND)
+        .arg(&launch.config.name)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .spawn()
+        .map_err(Error::Spawn)?;
+    let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+        return Err(Error::Spawn(std::io::ErrorKind::BrokenPipe.into()));
+    };
+    // Where the process has died already, its exit status says more than the broken pipe.
+    let _ = protocol::send(stdin, launch)?;
+    let line = protocol::read_line(&mut BufReader::new(stdout))?.map_err(Error::Spawn)?;
+    let Some(line) = line else {
+        let status = child.wait().map_err(Error::Spawn)?;
+        return Err(Error::ProcessDied {
+            status,
+            log: log_path,
+        });
+    };
+    match protocol::decode(&line)? {
+        Launched::Domain { domid } => Ok(DomId(domid)),
+        Launched::Error { message } => {
+            child.wait().map_err(Error::Spawn)?;
+            Err(Error::Create { message })
+        }
+    }
+}

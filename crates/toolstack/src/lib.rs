@@ -1,0 +1,43 @@
+//! Operations on domains: create, list, pause, shut down, destroy, attach a console.
+//!
+//! Every domain lives in a process of its own, which owns a directory `<run>/domains/<domid>/`:
+//!
+//! | file | what |
+//! |---|---|
+//! | `lock` | locked by the domain process for as long as it lives; an unlocked one is stale and is removed |
+//! | `domain.json` | a [`Record`]: name, UUID, process, configuration |
+//! | `control.sock` | requests and replies of [`protocol`], one JSON object a line |
+//! | `console.sock` | the console's bytes, both ways, beginning with the last output |
+//!
+//! [`Host`] is the side of the commands, [`domain_process`] the side of the domain. The machine itself is behind
+//! [`Machine`] and [`MachineFactory`]: nothing here knows how a guest is executed.
+//!
+//! Trust: directories are 0700 and sockets 0600; a peer has to have the same user id or be root, and everything it
+//! sends is bounded and checked. What the guest prints is bounded too: history, queues and log files have limits.
+#![forbid(unsafe_code)]
+
+mod client;
+mod clock;
+mod error;
+mod hub;
+mod launch;
+mod logfile;
+mod machine;
+mod paths;
+mod process;
+pub mod protocol;
+mod registry;
+mod server;
+mod supervisor;
+
+pub use client::Host;
+pub use error::{Error, Result};
+pub use launch::CreateRequest;
+pub use machine::{Machine, MachineError, MachineFactory, MachineInfo, MachineSpec};
+pub use paths::Paths;
+pub use process::domain_process;
+pub use protocol::{DomainInfo, EndReason, Ended, ShutdownKind, Until};
+pub use registry::{Entry, HOST_NAME, Record};
+
+/// The hidden subcommand with which the program starts itself as a domain process.
+pub const DOMAIN_SUBCOMMAND: &str = "__domain";

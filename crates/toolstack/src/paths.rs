@@ -1,0 +1,157 @@
+//! Where run-time state and logs are kept.
+
+use std::env;
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result, at};
+
+/// Chooses the directory of run-time state.
+pub const RUN_VARIABLE: &str = "HOSPES_RUN_DIR";
+/// Chooses the directory of logs.
+pub const LOG_VARIABLE: &str = "HOSPES_LOG_DIR";
+
+/// The directories of one user's domains.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Paths {
+    /// Sockets, locks, records: gone after a reboot of the host.
+    pub run: PathBuf,
+    /// `<name>.log` with the messages of the domain process, `<name>.console.log` with what the guest printed.
+    pub log: PathBuf,
+}
+
+impl Paths {
+    /// The directories of the calling user: `$HOSPES_RUN_DIR`, else `/run/hospes` for root and
+    /// `$XDG_RUNTIME_DIR/hospes` for others; `$HOSPES_LOG_DIR`, else `/var/log/hospes` for root and
+    /// `$XDG_STATE_HOME/hospes` (by default `~/.local/state/hospes`) for others.
+    pub fn from_environment() -> Result<Paths> {
+        let root = rustix::process::geteuid().is_root();
+        Paths::choose(root, |name| {
+            env::var_os(name)
+                .filter(|value| !value.is_empty())
+                .map(PathBuf::from)
+        })
+    }
+
+    fn choose(root: bool, variable: impl Fn(&str) -> Option<PathBuf>) -> Result<Paths> {
+        let run = match variable(RUN_VARIABLE) {
+            Some(path) => path,
+            None if root => PathBuf::from("/run/hospes"),
+            None => variable("XDG_RUNTIME_DIR")
+                .ok_or(Error::NoDirectory {
+                    what: "run-time state ($XDG_RUNTIME_DIR is not set)",
+                    variable: RUN_VARIABLE,
+                })?
+                .join("hospes"),
+        };
+        let log = match variable(LOG_VARIABLE) {
+            Some(path) => path,
+            None if root => PathBuf::from("/var/log/hospes"),
+            None => variable("XDG_STATE_HOME")
+                .or_else(|| Some(variable("HOME")?.join(".local/state")))
+                .ok_or(Error::NoDirectory {
+                    what: "logs ($HOME is not set)",
+                    variable: LOG_VARIABLE,
+                })?
+                .join("hospes"),
+        };
+        // Domain processes run in another working directory.
+        let absolute =
+            |path: PathBuf| std::path::absolute(&path).map_err(at("cannot resolve", &path));
+        Ok(Paths {
+            run: absolute(run)?,
+            log: absolute(log)?,
+        })
+    }
+
+    /// Makes the directories, readable by the user alone.
+    pub fn create(&self) -> Result<()> {
+        make_private(&self.run, RUN_VARIABLE)?;
+        make_private(&self.log, LOG_VARIABLE)
+    }
+
+    /// Messages of the domain process.
+    pub fn domain_log(&self, name: &str) -> PathBuf {
+        self.log.join(format!("{name}.log"))
+    }
+
+    /// What the guest printed.
+    pub fn console_log(&self, name: &str) -> PathBuf {
+        self.log.join(format!("{name}.console.log"))
+    }
+}
+
+/// A directory another user could write to would let him put sockets in the place of ours.
+fn make_private(path: &Path, variable: &'static str) -> Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(at("cannot make the directory", path))?;
+    let metadata = fs::metadata(path).map_err(at("cannot look at", path))?;
+    if metadata.uid() != rustix::process::geteuid().as_raw() || metadata.mode() & 0o022 != 0 {
+        return Err(Error::Unsafe {
+            path: path.to_path_buf(),
+            owner: metadata.uid(),
+            variable,
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn choose(root: bool, variables: &[(&str, &str)]) -> Result<Paths> {
+        Paths::choose(root, |name| {
+            variables
+                .iter()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| PathBuf::from(value))
+        })
+    }
+
+    #[test]
+    fn choose_follows_user_and_variables() {
+        type Case = (
+            bool,
+            &'static [(&'static str, &'static str)],
+            &'static str,
+            &'static str,
+        );
+        let cases: &[Case] = &[
+            (true, &[], "/run/hospes", "/var/log/hospes"),
+            (true, &[("HOSPES_RUN_DIR", "/r")], "/r", "/var/log/hospes"),
+            (true, &[("HOSPES_LOG_DIR", "/l")], "/run/hospes", "/l"),
+            (
+                false,
+                &[("XDG_RUNTIME_DIR", "/run/user/7"), ("HOME", "/h")],
+                "/run/user/7/hospes",
+                "/h/.local/state/hospes",
+            ),
+            (
+                false,
+                &[("XDG_RUNTIME_DIR", "/x"), ("XDG_STATE_HOME", "/s")],
+                "/x/hospes",
+                "/s/hospes",
+            ),
+        ];
+        for (root, variables, run, log) in cases {
+            let paths = choose(*root, variables).expect("both are known");
+            assert_eq!(
+                (paths.run, paths.log),
+                (PathBuf::from(run), PathBuf::from(log))
+            );
+        }
+    }
+
+    #[test]
+    fn choose_without_variables_names_the_one_to_set() {
+        let error = choose(false, &[("HOME", "/h")]).expect_err("no run-time directory");
+        assert!(error.to_string().contains("HOSPES_RUN_DIR"), "{error}");
+        let error = choose(false, &[("XDG_RUNTIME_DIR", "/x")]).expect_err("no home");
+        assert!(error.to_string().contains("HOSPES_LOG_DIR"), "{error}");
+    }
+}

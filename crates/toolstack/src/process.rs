@@ -1,0 +1,108 @@
+//! The domain process.
+
+use std::io::{BufReader, stderr, stdin, stdout};
+use std::process::ExitCode;
+
+use rustix::fs::Mode;
+
+use crate::error::{Error, Result};
+use crate::hub::ConsoleHub;
+use crate::logfile::{LOG_MAX_BYTES, LogFile};
+use crate::machine::MachineFactory;
+use crate::paths::Paths;
+use crate::protocol::{self, Launch, Launched};
+use crate::supervisor::{Supervisor, log};
+
+/// What the hidden subcommand [`crate::DOMAIN_SUBCOMMAND`] does: one domain, until it has ended.
+pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
+    detach();
+    let launch = match read_launch() {
+        Ok(launch) => launch,
+        Err(fault) => {
+            answer(&Launched::Error {
+                message: fault.to_string(),
+            });
+            return ExitCode::FAILURE;
+        }
+    };
+    let paths = Paths {
+        run: launch.run,
+        log: launch.log,
+    };
+    let console_log = paths.console_log(&launch.config.name);
+    let console_log = match LogFile::open(&console_log, LOG_MAX_BYTES) {
+        Ok(file) => Some(file),
+        Err(fault) => {
+            log!(
+                "there will be no console log, {} cannot be opened: {fault}",
+                console_log.display()
+            );
+            None
+        }
+    };
+    let hub = ConsoleHub::new(console_log);
+    // Every launch has one; a process without would still be a valid domain.
+    let uuid = launch.config.uuid.unwrap_or(hospes_config::Uuid::NIL);
+    let supervisor = Supervisor::new(factory, paths, hub, launch.config, uuid);
+    let current = match supervisor.start() {
+        Ok(current) => current,
+        Err(fault) => {
+            log!("{fault}");
+            answer(&Launched::Error {
+                message: fault.to_string(),
+            });
+            return ExitCode::FAILURE;
+        }
+    };
+    let told = answer(&Launched::Domain {
+        domid: current.domid().0,
+    });
+    if !told {
+        log!("the command that asked for the domain was ended: so is the domain");
+        supervisor.abandon(current);
+        return ExitCode::FAILURE;
+    }
+    drop_streams();
+    if !launch.paused {
+        current.unpause();
+    }
+    supervisor.run(current);
+    ExitCode::SUCCESS
+}
+
+/// Survives the terminal, and gives no file to others.
+fn detach() {
+    // Fails for the leader of a process group: then a shell started it, by hand.
+    let _ = rustix::process::setsid();
+    rustix::process::umask(Mode::RWXG | Mode::RWXO);
+    // The directory it was started in may want to be unmounted; paths in a launch are absolute.
+    if let Err(fault) = rustix::process::chdir("/") {
+        log!("cannot change to /: {fault}");
+    }
+}
+
+fn read_launch() -> Result<Launch> {
+    let line = protocol::read_line(&mut BufReader::new(stdin().lock()))?.map_err(Error::Spawn)?;
+    match line {
+        Some(line) => protocol::decode(&line),
+        None => Err(Error::Protocol(
+            "this subcommand is started by create, not by hand".into(),
+        )),
+    }
+}
+
+/// False where nobody listens any more.
+fn answer(launched: &Launched) -> bool {
+    matches!(protocol::send(stdout().lock(), launched), Ok(Ok(())))
+}
+
+/// Lets go of the pipes to the command that started this: their other ends wait for that.
+fn drop_streams() {
+    let null = std::fs::File::open("/dev/null").map_err(|fault| fault.to_string());
+    let dropped = null
+        .and_then(|null| rustix::stdio::dup2_stdin(&null).map_err(|fault| fault.to_string()))
+        .and_then(|()| rustix::stdio::dup2_stdout(stderr()).map_err(|fault| fault.to_string()));
+    if let Err(fault) = dropped {
+        log!("cannot let go of standard input and output: {fault}");
+    }
+}

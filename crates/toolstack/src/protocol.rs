@@ -1,0 +1,283 @@
+//! Messages between commands and domain processes: one JSON object a line, in UTF-8, each with the protocol's version.
+//!
+//! On the control socket a client sends requests and gets one reply to each, in order. A peer that sends a line longer
+//! than [`MAX_LINE_BYTES`] or something else than a request gets an error and is disconnected.
+
+use std::io::{self, BufRead, Read, Write};
+use std::path::PathBuf;
+
+use hospes_config::{DomainConfig, Uuid};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Version of all messages here.
+pub const VERSION: u32 = 1;
+/// Longest message, in bytes.
+pub const MAX_LINE_BYTES: usize = 64 << 10;
+
+/// What a guest is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShutdownKind {
+    Poweroff,
+    Reboot,
+}
+
+/// Why a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EndReason {
+    Poweroff,
+    Reboot,
+    Suspend,
+    /// With what is known of the cause.
+    Crash(String),
+    Watchdog,
+    SoftReset,
+    /// By a command.
+    Destroyed,
+}
+
+impl EndReason {
+    /// The number of Xen's public ABI (`SHUTDOWN_*`, sched.h), which xl prints; `None` for what is no shutdown.
+    pub fn code(&self) -> Option<u32> {
+        match self {
+            EndReason::Poweroff => Some(0),
+            EndReason::Reboot => Some(1),
+            EndReason::Suspend => Some(2),
+            EndReason::Crash(_) => Some(3),
+            EndReason::Watchdog => Some(4),
+            EndReason::SoftReset => Some(5),
+            EndReason::Destroyed => None,
+        }
+    }
+}
+
+/// What [`Request::Wait`] waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Until {
+    /// The guest has ended, even where the domain is preserved.
+    Shutdown,
+    /// The domain's id is free again.
+    Death,
+}
+
+/// One request on the control socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "kebab-case")]
+pub enum Request {
+    Info,
+    Pause,
+    Unpause,
+    Shutdown {
+        kind: ShutdownKind,
+    },
+    /// The reply comes when the domain is gone.
+    Destroy,
+    Wait {
+        until: Until,
+    },
+}
+
+/// How a domain ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// `None` where the domain process died before it could say.
+    pub reason: Option<EndReason>,
+    /// True where the domain is gone and not only shut down.
+    pub dead: bool,
+    /// Id of the domain that took its place (a reboot gives a new id).
+    pub next: Option<u16>,
+}
+
+/// What is known of a domain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DomainInfo {
+    pub domid: u16,
+    pub name: String,
+    pub uuid: Uuid,
+    /// Memory the guest has now, in KiB.
+    pub memory_kib: u64,
+    pub vcpus_online: u32,
+    /// In nanoseconds.
+    pub cpu_time_ns: u64,
+    pub running: bool,
+    pub blocked: bool,
+    pub paused: bool,
+    /// Why the guest has ended, where it has.
+    pub shutdown: Option<EndReason>,
+    pub dying: bool,
+}
+
+/// The answer to a request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+pub enum Reply {
+    Done,
+    Info(DomainInfo),
+    Ended(Ended),
+    Error { message: String },
+}
+
+/// What a domain process is told at its start, on its standard input.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launch {
+    /// With absolute paths and a UUID.
+    pub config: DomainConfig,
+    /// Leave the domain paused.
+    pub paused: bool,
+    /// Directory of run-time state.
+    pub run: PathBuf,
+    /// Directory of logs.
+    pub log: PathBuf,
+}
+
+/// What a domain process answers, once, on its standard output.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Launched {
+    Domain { domid: u16 },
+    Error { message: String },
+}
+
+#[derive(Serialize, Deserialize)]
+struct Message<T> {
+    version: u32,
+    body: T,
+}
+
+/// One message as a line.
+pub fn encode<T: Serialize>(body: &T) -> Result<Vec<u8>> {
+    let message = Message {
+        version: VERSION,
+        body,
+    };
+    let mut line =
+        serde_json::to_vec(&message).map_err(|fault| Error::Protocol(fault.to_string()))?;
+    line.push(b'\n');
+    if line.len() > MAX_LINE_BYTES {
+        return Err(Error::Protocol(format!(
+            "a message of {} bytes is too long",
+            line.len()
+        )));
+    }
+    Ok(line)
+}
+
+/// The message in a line.
+pub fn decode<T: DeserializeOwned>(line: &[u8]) -> Result<T> {
+    #[derive(Deserialize)]
+    struct Version {
+        version: u32,
+    }
+    let fault = |fault: serde_json::Error| {
+        Error::Protocol(format!("a message is not understood ({fault})"))
+    };
+    // First the version alone: the rest may look different in another one.
+    let Version { version } = serde_json::from_slice(line).map_err(fault)?;
+    if version != VERSION {
+        return Err(Error::Protocol(format!(
+            "it speaks version {version}, this is version {VERSION}"
+        )));
+    }
+    let message: Message<T> = serde_json::from_slice(line).map_err(fault)?;
+    Ok(message.body)
+}
+
+/// Writes one message.
+pub fn send<T: Serialize>(mut to: impl Write, body: &T) -> Result<io::Result<()>> {
+    let line = encode(body)?;
+    Ok(to.write_all(&line).and_then(|()| to.flush()))
+}
+
+/// Reads one line without its end; `None` at the end of the stream.
+pub fn read_line(from: &mut impl BufRead) -> Result<io::Result<Option<Vec<u8>>>> {
+    let mut line = Vec::new();
+    if let Err(fault) = from
+        .take(MAX_LINE_BYTES as u64 + 1)
+        .read_until(b'\n', &mut line)
+    {
+        return Ok(Err(fault));
+    }
+    if line.len() > MAX_LINE_BYTES {
+        return Err(Error::Protocol(format!(
+            "a line has more than {MAX_LINE_BYTES} bytes"
+        )));
+    }
+    match line.pop() {
+        Some(b'\n') => Ok(Ok(Some(line))),
+        Some(_) => Err(Error::Protocol("the stream ends inside a line".into())),
+        None => Ok(Ok(None)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn decode_encoded_request_returns_it() {
+        for request in [
+            Request::Info,
+            Request::Shutdown {
+                kind: ShutdownKind::Reboot,
+            },
+            Request::Wait {
+                until: Until::Death,
+            },
+        ] {
+            let line = encode(&request).expect("short");
+            assert_eq!(decode::<Request>(&line).expect("valid"), request);
+        }
+    }
+
+    #[test]
+    fn decode_other_version_names_both() {
+        let error = decode::<Request>(b"{\"version\":2,\"body\":{\"op\":\"fly\"}}")
+            .expect_err("another version");
+        assert!(
+            error.to_string().contains("version 2, this is version 1"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn decode_unknown_request_is_an_error() {
+        for line in [
+            &b"{\"version\":1,\"body\":{\"op\":\"fly\"}}"[..],
+            b"{}",
+            b"",
+            b"[1]",
+            b"\xff",
+        ] {
+            assert!(decode::<Request>(line).is_err());
+        }
+    }
+
+    #[test]
+    fn read_line_too_long_is_an_error() {
+        let long = vec![b'x'; MAX_LINE_BYTES + 2];
+        assert!(read_line(&mut &long[..]).is_err());
+        assert!(read_line(&mut &b"half"[..]).is_err());
+        assert!(matches!(read_line(&mut &b""[..]), Ok(Ok(None))));
+    }
+
+    proptest! {
+        #[test]
+        fn decode_any_bytes_does_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = decode::<Request>(&bytes);
+            let _ = decode::<Reply>(&bytes);
+            let _ = read_line(&mut &bytes[..]);
+        }
+
+        #[test]
+        fn decode_encoded_reply_returns_it(message in "\\PC{0,80}") {
+            let reply = Reply::Error { message };
+            prop_assert_eq!(decode::<Reply>(&encode(&reply).expect("short")).expect("valid"), reply);
+        }
+    }
+}

@@ -1,0 +1,437 @@
+//! The domains of a run-time directory: ids, records, and which of them still live.
+//!
+//! A domain lives as long as its process holds the lock on `domains/<id>/lock`. The kernel drops the lock with the
+//! process, however it ends, so that nothing stale is ever taken for a domain, not even after its pid was reused.
+//! Everything that adds, removes or renames a domain holds `<run>/lock`.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use hospes_config::{DomainConfig, Uuid};
+use hospes_units::DomId;
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use crate::clock::Utc;
+use crate::error::{Error, Result, at};
+use crate::paths::Paths;
+
+/// The first id that Xen reserves (`DOMID_FIRST_RESERVED`): ids are below it.
+const FIRST_RESERVED_ID: u16 = 0x7ff0;
+/// How long the lock of the directory is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// Longest record that is read, in bytes.
+const RECORD_MAX_BYTES: u64 = 64 << 10;
+
+/// Name of domain 0.
+pub const HOST_NAME: &str = "Domain-0";
+
+/// What is written down about a domain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    pub name: String,
+    pub uuid: Uuid,
+    /// The domain process.
+    pub pid: u32,
+    /// When the domain was created, in seconds since 1970.
+    pub created_unix_s: u64,
+    pub config: DomainConfig,
+}
+
+impl Record {
+    /// The record of a domain of the calling process.
+    pub fn new(config: &DomainConfig, uuid: Uuid) -> Record {
+        Record {
+            name: config.name.clone(),
+            uuid,
+            pid: std::process::id(),
+            created_unix_s: Utc::now().unix_s(),
+            config: config.clone(),
+        }
+    }
+}
+
+/// A living domain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub domid: DomId,
+    pub dir: PathBuf,
+    pub record: Record,
+}
+
+/// The id and directory of a domain, held by its process.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    domid: DomId,
+    dir: PathBuf,
+    /// Holds the lock.
+    _lock: File,
+}
+
+impl Slot {
+    pub fn domid(&self) -> DomId {
+        self.domid
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Registry {
+    run: PathBuf,
+}
+
+impl Registry {
+    pub fn new(paths: &Paths) -> Registry {
+        Registry {
+            run: paths.run.clone(),
+        }
+    }
+
+    fn domains(&self) -> PathBuf {
+        self.run.join("domains")
+    }
+
+    /// Takes the lock of the directory; it is released when the file is dropped.
+    fn lock(&self) -> Result<File> {
+        let path = self.run.join("lock");
+        let file = open_lock(&path).map_err(at("cannot open", &path))?;
+        let deadline = Instant::now() + LOCK_PATIENCE;
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(file),
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::Locked { path }),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(fault) => return Err(at("cannot lock", &path)(fault.into())),
+            }
+        }
+    }
+
+    /// All living domains by id. What is left of dead ones is removed.
+    pub fn entries(&self) -> Result<Vec<Entry>> {
+        if !self.run.exists() {
+            return Ok(Vec::new());
+        }
+        let _lock = self.lock()?;
+        self.scan()
+    }
+
+    /// As [`Registry::entries`], for the holder of the lock.
+    fn scan(&self) -> Result<Vec<Entry>> {
+        let domains = self.domains();
+        let listing = match fs::read_dir(&domains) {
+            Ok(listing) => listing,
+            Err(fault) if fault.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(fault) => return Err(at("cannot list", &domains)(fault)),
+        };
+        let mut entries = Vec::new();
+        for item in listing {
+            let item = item.map_err(at("cannot list", &domains))?;
+            // What else may lie here is not ours.
+            let Some(id) = item
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse::<u16>().ok())
+            else {
+                continue;
+            };
+            let dir = item.path();
+            if !is_locked(&dir) {
+                fs::remove_dir_all(&dir)
+                    .map_err(at("cannot remove what is left of a dead domain in", &dir))?;
+                continue;
+            }
+            entries.push(Entry {
+                domid: DomId(id),
+                record: read_record(&dir)?,
+                dir,
+            });
+        }
+        entries.sort_by_key(|entry| entry.domid);
+        Ok(entries)
+    }
+
+    /// Gives a new domain its id and directory. Name and UUID have to be unused.
+    pub fn allocate(&self, record: &Record) -> Result<Slot> {
+        let _lock = self.lock()?;
+        self.allocate_locked(record, None)
+    }
+
+    /// Gives a domain the place of `old`, which ends: under one lock, so that no other takes its name in between.
+    pub fn replace(&self, old: Slot, record: &Record) -> Result<Slot> {
+        let _lock = self.lock()?;
+        let slot = self.allocate_locked(record, Some(old.domid));
+        remove(old)?;
+        slot
+    }
+
+    /// Ends a domain's entry.
+    pub fn release(&self, slot: Slot) -> Result<()> {
+        let _lock = self.lock()?;
+        remove(slot)
+    }
+
+    /// Changes the record of a living domain of the calling process.
+    pub fn update(&self, slot: &Slot, record: &Record) -> Result<()> {
+        let _lock = self.lock()?;
+        check_unused(&self.scan()?, record, Some(slot.domid))?;
+        write_record(&slot.dir, record)
+    }
+
+    fn allocate_locked(&self, record: &Record, ignored: Option<DomId>) -> Result<Slot> {
+        let domains = self.domains();
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&domains)
+            .map_err(at("cannot make the directory", &domains))?;
+        let entries = self.scan()?;
+        check_unused(&entries, record, ignored)?;
+        let domid = self.next_id(&entries)?;
+        let dir = domains.join(domid.to_string());
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&dir)
+            .map_err(at("cannot make the directory", &dir))?;
+        let path = dir.join("lock");
+        let lock = open_lock(&path).map_err(at("cannot open", &path))?;
+        flock(&lock, FlockOperation::LockExclusive)
+            .map_err(|fault| at("cannot lock", &path)(fault.into()))?;
+        write_record(&dir, record)?;
+        Ok(Slot {
+            domid,
+            dir,
+            _lock: lock,
+        })
+    }
+
+    /// Ids ascend, so that a command with an old id meets no other domain; after the last they begin again.
+    fn next_id(&self, entries: &[Entry]) -> Result<DomId> {
+        let path = self.run.join("next-domid");
+        let stored = fs::read_to_string(&path)
+            .ok()
+            .and_then(|text| text.trim().parse::<u16>().ok());
+        let first = stored
+            .filter(|id| (1..FIRST_RESERVED_ID).contains(id))
+            .unwrap_or(1);
+        let used = |id: u16| entries.iter().any(|entry| entry.domid == DomId(id));
+        let id = (first..FIRST_RESERVED_ID)
+            .chain(1..first)
+            .find(|id| !used(*id))
+            .ok_or(Error::NoFreeId)?;
+        fs::write(&path, format!("{}\n", id + 1)).map_err(at("cannot write", &path))?;
+        Ok(DomId(id))
+    }
+}
+
+fn check_unused(entries: &[Entry], record: &Record, ignored: Option<DomId>) -> Result<()> {
+    if record.name == HOST_NAME {
+        return Err(Error::NameTaken {
+            name: record.name.clone(),
+            domid: DomId::HOST,
+        });
+    }
+    for entry in entries.iter().filter(|entry| Some(entry.domid) != ignored) {
+        if entry.record.name == record.name {
+            return Err(Error::NameTaken {
+                name: record.name.clone(),
+                domid: entry.domid,
+            });
+        }
+        if entry.record.uuid == record.uuid {
+            return Err(Error::UuidTaken {
+                uuid: record.uuid,
+                name: entry.record.name.clone(),
+                domid: entry.domid,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn remove(slot: Slot) -> Result<()> {
+    fs::remove_dir_all(&slot.dir).map_err(at("cannot remove", &slot.dir))
+}
+
+fn open_lock(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(path)
+}
+
+/// Whether a living process holds the lock of a domain's directory.
+pub(crate) fn is_locked(dir: &Path) -> bool {
+    let Ok(file) = OpenOptions::new().write(true).open(dir.join("lock")) else {
+        return false;
+    };
+    flock(&file, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
+}
+
+fn write_record(dir: &Path, record: &Record) -> Result<()> {
+    let path = dir.join("domain.json");
+    let text =
+        serde_json::to_vec(record).map_err(|fault| at("cannot write", &path)(fault.into()))?;
+    // A reader never sees half a record.
+    let new = dir.join("domain.json.new");
+    OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)
+        .and_then(|mut file| file.write_all(&text))
+        .and_then(|()| fs::rename(&new, &path))
+        .map_err(at("cannot write", &path))
+}
+
+fn read_record(dir: &Path) -> Result<Record> {
+    let path = dir.join("domain.json");
+    let fault = at("cannot read", &path);
+    let mut text = Vec::new();
+    File::open(&path)
+        .and_then(|file| file.take(RECORD_MAX_BYTES).read_to_end(&mut text))
+        .map_err(&fault)?;
+    serde_json::from_slice(&text).map_err(|broken| fault(broken.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hospes_config::{Source, load};
+
+    struct Directory(PathBuf);
+
+    impl Drop for Directory {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn registry(test: &str) -> (Registry, Directory) {
+        let run =
+            std::env::temp_dir().join(format!("hospes-registry-{test}-{}", std::process::id()));
+        fs::create_dir_all(&run).expect("temporary directory");
+        (Registry { run: run.clone() }, Directory(run))
+    }
+
+    fn record(name: &str, uuid: u8) -> Record {
+        let text = format!("name='{name}'; type='pvh'; kernel='/k'; memory=64");
+        let source = Source {
+            name: "test",
+            text: &text,
+        };
+        let config = load(&[source]).0.expect("valid");
+        Record::new(&config, Uuid::from_bytes([uuid; 16]))
+    }
+
+    #[test]
+    fn allocate_gives_ascending_ids() {
+        let (registry, _directory) = registry("ascending");
+        let first = registry.allocate(&record("a", 1)).expect("free");
+        let second = registry.allocate(&record("b", 2)).expect("free");
+        assert_eq!((first.domid(), second.domid()), (DomId(1), DomId(2)));
+        registry.release(second).expect("held");
+        let third = registry.allocate(&record("b", 2)).expect("free");
+        assert_eq!(third.domid(), DomId(3));
+        let listed: Vec<DomId> = registry
+            .entries()
+            .expect("list")
+            .iter()
+            .map(|entry| entry.domid)
+            .collect();
+        assert_eq!(listed, [DomId(1), DomId(3)]);
+    }
+
+    #[test]
+    fn allocate_behind_the_last_id_begins_again() {
+        let (registry, directory) = registry("wrap");
+        let _first = registry.allocate(&record("a", 1)).expect("free");
+        fs::write(directory.0.join("next-domid"), "32751").expect("writable");
+        assert_eq!(
+            registry.allocate(&record("b", 2)).expect("free").domid(),
+            DomId(32751)
+        );
+        assert_eq!(
+            registry.allocate(&record("c", 3)).expect("free").domid(),
+            DomId(2)
+        );
+        fs::write(directory.0.join("next-domid"), "garbage").expect("writable");
+        assert_eq!(
+            registry.allocate(&record("d", 4)).expect("free").domid(),
+            DomId(2)
+        );
+    }
+
+    #[test]
+    fn allocate_used_name_or_uuid_is_refused() {
+        let (registry, _directory) = registry("unique");
+        let _slot = registry.allocate(&record("a", 1)).expect("free");
+        assert!(matches!(
+            registry.allocate(&record("a", 2)),
+            Err(Error::NameTaken { .. })
+        ));
+        assert!(matches!(
+            registry.allocate(&record("b", 1)),
+            Err(Error::UuidTaken { .. })
+        ));
+        assert!(matches!(
+            registry.allocate(&record(HOST_NAME, 2)),
+            Err(Error::NameTaken { .. })
+        ));
+    }
+
+    #[test]
+    fn replace_keeps_the_name_and_changes_the_id() {
+        let (registry, _directory) = registry("replace");
+        let old = registry.allocate(&record("a", 1)).expect("free");
+        let new = registry
+            .replace(old, &record("a", 1))
+            .expect("its own name");
+        assert_eq!(new.domid(), DomId(2));
+        assert_eq!(registry.entries().expect("list").len(), 1);
+    }
+
+    #[test]
+    fn update_changes_the_name_unless_it_is_used() {
+        let (registry, _directory) = registry("update");
+        let slot = registry.allocate(&record("a", 1)).expect("free");
+        let _other = registry.allocate(&record("b", 2)).expect("free");
+        registry.update(&slot, &record("c", 1)).expect("free name");
+        assert_eq!(registry.entries().expect("list")[0].record.name, "c");
+        assert!(matches!(
+            registry.update(&slot, &record("b", 1)),
+            Err(Error::NameTaken { .. })
+        ));
+    }
+
+    #[test]
+    fn entries_removes_what_no_process_holds() {
+        let (registry, directory) = registry("stale");
+        let slot = registry.allocate(&record("a", 1)).expect("free");
+        // As after SIGKILL: the lock is gone, the files are not.
+        drop(slot);
+        let half_made = directory.0.join("domains/7");
+        fs::create_dir(&half_made).expect("writable");
+        assert_eq!(registry.entries().expect("list"), []);
+        assert_eq!(
+            fs::read_dir(directory.0.join("domains"))
+                .expect("there")
+                .count(),
+            0
+        );
+        registry
+            .allocate(&record("a", 1))
+            .expect("the name is free again");
+    }
+}

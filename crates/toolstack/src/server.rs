@@ -1,0 +1,255 @@
+//! The sockets of a domain process.
+
+use std::io::{BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::error::{Error, Result, at};
+use crate::hub::{ConsoleHub, Watcher};
+use crate::protocol::{self, Reply, Request, Until};
+use crate::supervisor::{Instance, log};
+
+/// Most connections at a time, per socket.
+const CONNECTIONS_MAX: usize = 32;
+/// A control connection without a request for so long is closed.
+const IDLE: Duration = Duration::from_secs(30);
+/// How often a waiting connection looks whether its client is still there.
+const MOMENT: Duration = Duration::from_millis(500);
+/// How long input waits for room in the guest before it tries again.
+const INPUT_RETRY: Duration = Duration::from_millis(5);
+
+/// The two listening sockets.
+pub(crate) struct Server {
+    listeners: Vec<UnixListener>,
+}
+
+impl Server {
+    /// Binds the sockets in a domain's directory and serves them from threads.
+    pub(crate) fn start(
+        dir: &Path,
+        instance: &Arc<Instance>,
+        hub: &Arc<ConsoleHub>,
+    ) -> Result<Server> {
+        let mut server = Server {
+            listeners: Vec::new(),
+        };
+        let for_console = hub.clone();
+        server.listen(&dir.join("console.sock"), move |stream| {
+            serve_console(&stream, &for_console)
+        })?;
+        // An idle connection must not keep an ended machine's memory.
+        let instance = Arc::downgrade(instance);
+        server.listen(&dir.join("control.sock"), move |stream| {
+            serve_control(&stream, &instance)
+        })?;
+        Ok(server)
+    }
+
+    fn listen(
+        &mut self,
+        path: &Path,
+        serve: impl Fn(UnixStream) + Send + Sync + 'static,
+    ) -> Result<()> {
+        // The process's umask makes it 0600.
+        let listener = UnixListener::bind(path).map_err(at("cannot make the socket", path))?;
+        let accepting = listener
+            .try_clone()
+            .map_err(at("cannot use the socket", path))?;
+        let serve = Arc::new(serve);
+        let connections = Arc::new(AtomicUsize::new(0));
+        thread::spawn(move || {
+            // Accepting ends with an error when the socket is shut down.
+            while let Ok((stream, _)) = accepting.accept() {
+                if !is_allowed(&stream) || connections.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
+                    continue;
+                }
+                connections.fetch_add(1, Ordering::Relaxed);
+                let (serve, connections) = (serve.clone(), connections.clone());
+                thread::spawn(move || {
+                    serve(stream);
+                    connections.fetch_sub(1, Ordering::Relaxed);
+                });
+            }
+        });
+        self.listeners.push(listener);
+        Ok(())
+    }
+
+    /// Takes no more connections; those that are there stay.
+    pub(crate) fn stop(&self) {
+        for listener in &self.listeners {
+            if let Err(fault) = rustix::net::shutdown(listener, rustix::net::Shutdown::Both) {
+                log!("a socket cannot be closed: {fault}");
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// The peer has to be this user or root. The directory's mode says so already; a passed file descriptor would not.
+fn is_allowed(stream: &UnixStream) -> bool {
+    rustix::net::sockopt::socket_peercred(stream)
+        .is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid())
+}
+
+fn serve_control(stream: &UnixStream, instance: &Weak<Instance>) {
+    if stream.set_read_timeout(Some(IDLE)).is_err() {
+        return;
+    }
+    let mut reader = BufReader::new(stream);
+    loop {
+        let line = match protocol::read_line(&mut reader) {
+            Ok(Ok(Some(line))) => line,
+            Ok(_) => return,
+            Err(fault) => return refuse(stream, &fault),
+        };
+        let request = match protocol::decode(&line) {
+            Ok(request) => request,
+            Err(fault) => return refuse(stream, &fault),
+        };
+        let Some(instance) = instance.upgrade() else {
+            return;
+        };
+        // From here on the process does not end before the answer is out.
+        instance.add_waiting();
+        let answered =
+            answer(stream, &instance, request).is_some_and(|reply| reply_to(stream, &reply));
+        instance.forget_waiting();
+        if !answered {
+            return;
+        }
+    }
+}
+
+fn refuse(stream: &UnixStream, fault: &Error) {
+    reply_to(
+        stream,
+        &Reply::Error {
+            message: fault.to_string(),
+        },
+    );
+}
+
+/// False where the peer is gone.
+fn reply_to(stream: &UnixStream, reply: &Reply) -> bool {
+    matches!(protocol::send(stream, reply), Ok(Ok(())))
+}
+
+/// `None` where the client has left.
+fn answer(stream: &UnixStream, instance: &Instance, request: Request) -> Option<Reply> {
+    let machine = instance.machine();
+    let ended = "it has shut down already: destroy it";
+    Some(match request {
+        Request::Info => Reply::Info(instance.info()),
+        Request::Pause => {
+            machine.pause();
+            Reply::Done
+        }
+        Request::Unpause => {
+            machine.unpause();
+            Reply::Done
+        }
+        Request::Shutdown { .. } if instance.has_shut_down() => Reply::Error {
+            message: ended.into(),
+        },
+        Request::Shutdown { kind } => match machine.request_shutdown(kind) {
+            Ok(()) => Reply::Done,
+            Err(fault) => Reply::Error {
+                message: fault.to_string(),
+            },
+        },
+        Request::Destroy => {
+            instance.destroy();
+            wait(stream, instance, Until::Death)?;
+            Reply::Done
+        }
+        Request::Wait { until } => wait(stream, instance, until)?,
+    })
+}
+
+fn wait(stream: &UnixStream, instance: &Instance, until: Until) -> Option<Reply> {
+    loop {
+        if let Some(ended) = instance.wait_moment(until, MOMENT) {
+            return Some(Reply::Ended(ended));
+        }
+        if has_left(stream, Some(Duration::ZERO)) {
+            return None;
+        }
+    }
+}
+
+/// Whether the peer has closed its end altogether; waits for that so long, for ever without a time.
+fn has_left(stream: &UnixStream, time: Option<Duration>) -> bool {
+    let mut descriptors = [PollFd::new(stream, PollFlags::empty())];
+    let time = time.map(|time| Timespec {
+        tv_sec: time.as_secs() as i64,
+        tv_nsec: i64::from(time.subsec_nanos()),
+    });
+    loop {
+        match poll(&mut descriptors, time.as_ref()) {
+            Ok(_) => {
+                return descriptors[0]
+                    .revents()
+                    .intersects(PollFlags::HUP | PollFlags::ERR);
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return true,
+        }
+    }
+}
+
+fn serve_console(stream: &UnixStream, hub: &Arc<ConsoleHub>) {
+    let watcher = hub.attach();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            pass_output(stream, &watcher);
+            watcher.finish();
+            // Ends the other direction too.
+            let _ = stream.shutdown(Shutdown::Both);
+        });
+        pass_input(stream, hub);
+        // A client may close its input and go on reading.
+        has_left(stream, None);
+        watcher.close();
+    });
+}
+
+fn pass_output(mut stream: &UnixStream, watcher: &Watcher) {
+    while let Some(chunk) = watcher.next() {
+        if stream.write_all(&chunk).is_err() {
+            return;
+        }
+    }
+}
+
+fn pass_input(mut stream: &UnixStream, hub: &ConsoleHub) {
+    let mut buffer = [0; 1024];
+    while let Ok(length) = stream.read(&mut buffer) {
+        if length == 0 {
+            return;
+        }
+        let mut rest = &buffer[..length];
+        while !rest.is_empty() {
+            let taken = hub.input(rest).min(rest.len());
+            rest = &rest[taken..];
+            if taken == 0 {
+                if has_left(stream, Some(Duration::ZERO)) {
+                    return;
+                }
+                thread::sleep(INPUT_RETRY);
+            }
+        }
+    }
+}
