@@ -1,0 +1,397 @@
+//! Instructions that the host CPU runs itself: everything here is about their memory operand and about whether they may run at all.
+//!
+//! An operand inside one page of guest memory is used where it lies, so LOCK forms stay atomic; one that crosses pages or is not memory goes
+//! through a copy at the same address modulo 64. Write permission is checked before anything runs.
+
+use hospes_engine::{cr, rflags};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+
+use super::class::{Class, MemAccess, class_of, encodable, mem_access};
+use super::cx::{Cx, Exec, Flow, sign_extend};
+use super::host::{Exception, Host, NativeFault, Operand, vector};
+
+/// Longest operand of a natively run instruction: FNSAVE's 108 bytes.
+const MAX_OPERAND: usize = 128;
+
+/// Room for any operand at any offset modulo 64.
+#[repr(C, align(64))]
+struct Bounce([u8; MAX_OPERAND + 64]);
+
+const XCR0_AVX: u64 = 0x6;
+const XCR0_AVX512: u64 = 0xe6;
+
+/// The memory operand's number, if there is one.
+pub(super) fn memory_operand(i: &Instruction) -> Option<u32> {
+    (0..i.op_count()).find(|&k| i.op_kind(k) == OpKind::Memory)
+}
+
+/// Where the x87 instruction and data pointers lie in an image of FNSTENV or FNSAVE. They would be those of the host's code, so guests find
+/// zeros there; for other instructions the operand is left alone.
+fn hidden_pointers(i: &Instruction) -> std::ops::Range<usize> {
+    match i.code() {
+        Code::Fnstenv_m14byte | Code::Fnsave_m94byte => 6..14,
+        Code::Fnstenv_m28byte | Code::Fnsave_m108byte => 12..28,
+        _ => 0..0,
+    }
+}
+
+impl<H: Host> Cx<'_, H> {
+    /// Whether CR0, CR4 and XCR0 let this class of instruction run.
+    pub fn check_enabled(&self, class: Class, m: Mnemonic) -> Exec<()> {
+        let (cr0, cr4) = (self.cpu.cr0, self.cpu.cr4);
+        let ud = |bad: bool| if bad { Err(Exception::ud()) } else { Ok(()) };
+        match class {
+            Class::Plain => return Ok(()),
+            Class::Refused => return Err(Exception::ud()),
+            Class::PlainVex => return self.need_protected(),
+            Class::X87 if m == Mnemonic::Wait => {
+                let both = cr::CR0_MP | cr::CR0_TS;
+                return if cr0 & both == both {
+                    Err(Exception::nm())
+                } else {
+                    Ok(())
+                };
+            }
+            Class::X87 => {
+                if cr0 & cr::CR0_EM != 0 {
+                    return Err(Exception::nm());
+                }
+            }
+            Class::Mmx => ud(cr0 & cr::CR0_EM != 0)?,
+            Class::Sse => ud(cr0 & cr::CR0_EM != 0 || cr4 & cr::CR4_OSFXSR == 0)?,
+            Class::Avx | Class::Avx512 => {
+                self.need_protected()?;
+                let need = if class == Class::Avx {
+                    XCR0_AVX
+                } else {
+                    XCR0_AVX512
+                };
+                ud(cr4 & cr::CR4_OSXSAVE == 0 || self.cpu.xcr0 & need != need)?;
+            }
+        }
+        if cr0 & cr::CR0_TS != 0 {
+            return Err(Exception::nm());
+        }
+        Ok(())
+    }
+
+    /// Runs one instruction of the "ordinary computation" kind.
+    pub fn native(&mut self, i: &Instruction) -> Exec<Flow> {
+        let class = class_of(i.code());
+        self.check_enabled(class, i.mnemonic())?;
+        if let Some(code) = encodable(i.code()) {
+            let mut other = *i;
+            other.set_code(code);
+            return self.native_checked(&other);
+        }
+        self.native_checked(i)
+    }
+
+    fn native_checked(&mut self, i: &Instruction) -> Exec<Flow> {
+        let result = match memory_operand(i).map(|k| mem_access(i, k)) {
+            None | Some(MemAccess::None) => self.host.run_native(self.cpu, i, None),
+            Some(a) if i.op_mask() != Register::None => {
+                self.native_masked(i, a == MemAccess::Write)?
+            }
+            Some(a) => self.native_memory(i, a == MemAccess::Write)?,
+        };
+        match result {
+            Ok(()) => Ok(Flow::Next),
+            Err(NativeFault::Simd) if self.cpu.cr4 & cr::CR4_OSXMMEXCPT == 0 => {
+                Err(Exception::ud())
+            }
+            Err(f) => Err(f.into()),
+        }
+    }
+
+    fn native_memory(&mut self, i: &Instruction, write: bool) -> Exec<Result<(), NativeFault>> {
+        let size = i.memory_size().size();
+        if size == 0 || size > MAX_OPERAND {
+            return Err(Exception::ud());
+        }
+        let (s, off) = self.mem_ref(i);
+        let lin = self.linear(s, off, size as u64, write)?;
+        if size <= 8 && size.is_power_of_two() {
+            self.check_alignment(lin, size)?;
+        }
+        let access = self.access(write);
+        let direct = (lin & 0xfff) as usize + size <= 4096 && hidden_pointers(i).is_empty();
+        let result = if direct {
+            let gpa = self.translate(lin, access)?;
+            match self.host.memory().page(gpa.gfn()) {
+                Some(page) => {
+                    if write {
+                        self.host.before_write(gpa, size);
+                    }
+                    // SAFETY: the page is backed and the operand lies inside it.
+                    let ptr = unsafe { page.add(gpa.page_offset() as usize) };
+                    self.host
+                        .run_native(self.cpu, i, Some(Operand { ptr, len: size }))
+                }
+                None => self.native_bounced(i, lin, size, write)?,
+            }
+        } else {
+            self.native_bounced(i, lin, size, write)?
+        };
+        self.watch(lin, size, write);
+        Ok(result)
+    }
+
+    fn native_bounced(
+        &mut self,
+        i: &Instruction,
+        lin: u64,
+        size: usize,
+        write: bool,
+    ) -> Exec<Result<(), NativeFault>> {
+        let access = self.access(write);
+        let span = self.span(lin, size, access)?;
+        let mut bounce = Bounce([0; MAX_OPERAND + 64]);
+        let copy = &mut bounce.0[(lin & 63) as usize..][..size];
+        self.read_span(&span, copy);
+        let operand = Operand {
+            ptr: copy.as_mut_ptr(),
+            len: size,
+        };
+        let result = self.host.run_native(self.cpu, i, Some(operand));
+        if write && result.is_ok() {
+            copy[hidden_pointers(i)].fill(0);
+            self.write_span(&span, copy);
+        }
+        Ok(result)
+    }
+
+    /// AVX-512 with a mask: pages that only masked-out elements touch raise no fault.
+    fn native_masked(&mut self, i: &Instruction, write: bool) -> Exec<Result<(), NativeFault>> {
+        let size = i.memory_size().size();
+        if size == 0 || size > 64 {
+            return Err(Exception::ud());
+        }
+        self.host.load_fpu(self.cpu);
+        let active = self.active_bytes(i, size);
+        let (s, off) = self.mem_ref(i);
+        if active == 0 {
+            let mut bounce = Bounce([0; MAX_OPERAND + 64]);
+            let ptr = bounce.0[(off & 63) as usize..].as_mut_ptr();
+            return Ok(self
+                .host
+                .run_native(self.cpu, i, Some(Operand { ptr, len: size })));
+        }
+        let (first, last) = (active.trailing_zeros(), 63 - active.leading_zeros());
+        let lin = self
+            .linear(
+                s,
+                off.wrapping_add(u64::from(first)),
+                u64::from(last - first) + 1,
+                write,
+            )?
+            .wrapping_sub(u64::from(first));
+        let access = self.access(write);
+        let mut bounce = Bounce([0; MAX_OPERAND + 64]);
+        let copy = &mut bounce.0[(lin & 63) as usize..][..size];
+        // Both pages are checked before anything runs.
+        let mut pieces = [None; 2];
+        let room = (4096 - (lin & 0xfff) as usize).min(size);
+        for (slot, (from, to)) in pieces.iter_mut().zip([(0, room), (room, size)]) {
+            let bytes = (from..to).fold(0u64, |m, k| m | 1 << k);
+            if active & bytes != 0 {
+                let gpa = self.translate(lin.wrapping_add(from as u64), access)?;
+                self.phys_read(gpa, &mut copy[from..to]);
+                *slot = Some((gpa, from, to));
+            }
+        }
+        let operand = Operand {
+            ptr: copy.as_mut_ptr(),
+            len: size,
+        };
+        let result = self.host.run_native(self.cpu, i, Some(operand));
+        if write && result.is_ok() {
+            for (gpa, from, to) in pieces.into_iter().flatten() {
+                for k in (from..to).filter(|k| active >> k & 1 != 0) {
+                    let at = hospes_units::Gpa(gpa.0 + (k - from) as u64);
+                    self.phys_write(at, &copy[k..=k]);
+                }
+            }
+        }
+        self.watch(
+            lin.wrapping_add(u64::from(first)),
+            (last - first) as usize + 1,
+            write,
+        );
+        Ok(result)
+    }
+
+    /// Bytes of a memory operand that a masked instruction touches, one bit each.
+    fn active_bytes(&self, i: &Instruction, size: usize) -> u64 {
+        let k = self.mask_register(i.op_mask());
+        let element = i.memory_size().element_size().max(1);
+        let count = size / element;
+        let all = u64::MAX >> (64 - size);
+        if count <= 1 {
+            // One element, used by the lanes of the register operand.
+            let lanes = (i.op0_register().size().max(element) / element).min(64);
+            return if k & (u64::MAX >> (64 - lanes)) != 0 {
+                all
+            } else {
+                0
+            };
+        }
+        let lanes = k & (u64::MAX >> (64 - count));
+        let packed = matches!(
+            i.mnemonic(),
+            Mnemonic::Vcompressps
+                | Mnemonic::Vcompresspd
+                | Mnemonic::Vpcompressb
+                | Mnemonic::Vpcompressw
+                | Mnemonic::Vpcompressd
+                | Mnemonic::Vpcompressq
+                | Mnemonic::Vexpandps
+                | Mnemonic::Vexpandpd
+                | Mnemonic::Vpexpandb
+                | Mnemonic::Vpexpandw
+                | Mnemonic::Vpexpandd
+                | Mnemonic::Vpexpandq
+        );
+        if packed {
+            let bytes = lanes.count_ones() as usize * element;
+            return if bytes == 0 {
+                0
+            } else {
+                u64::MAX >> (64 - bytes)
+            };
+        }
+        let one = u64::MAX >> (64 - 8 * element.min(8)) & (u64::MAX >> (64 - element.min(64)));
+        (0..count)
+            .filter(|n| lanes >> n & 1 != 0)
+            .fold(0, |m, n| m | one << (n * element))
+    }
+
+    /// BT, BTS, BTR, BTC with the bit number in a register: it also selects the memory word, near or far.
+    pub fn bit_test(&mut self, i: &Instruction) -> Exec<Flow> {
+        if i.op0_kind() != OpKind::Memory || i.op1_kind() != OpKind::Register {
+            return self.native(i);
+        }
+        let size = i.op1_register().size();
+        let index = sign_extend(self.get(i.op1_register()), size) as i64;
+        let bits = 8 * size as i64;
+        let (s, off) = self.mem_ref(i);
+        let words = index.div_euclid(bits) * size as i64;
+        let off = off.wrapping_add(words as u64) & super::cx::mask(self.address_size(i));
+        let bit = index.rem_euclid(bits) as u32;
+        let write = i.mnemonic() != Mnemonic::Bt;
+        let lin = self.linear(s, off, size as u64, write)?;
+        self.check_alignment(lin, size)?;
+        let access = self.access(write);
+        let span = self.span(lin, size, access)?;
+        let flip = 1u64 << bit;
+        let change = |v: u64| match i.mnemonic() {
+            Mnemonic::Bts => v | flip,
+            Mnemonic::Btr => v & !flip,
+            Mnemonic::Btc => v ^ flip,
+            _ => v,
+        };
+        let old = if write {
+            self.update(&span, lin, size, change)
+        } else {
+            let mut b = [0; 8];
+            self.read_span(&span, &mut b[..size]);
+            u64::from_le_bytes(b)
+        };
+        self.set_flag(rflags::CF, old & flip != 0);
+        self.watch(lin, size, write);
+        Ok(Flow::Next)
+    }
+
+    /// Replaces a value in memory, atomically where it is naturally aligned; returns the old one.
+    fn update(
+        &mut self,
+        span: &super::cx::Span,
+        lin: u64,
+        size: usize,
+        change: impl Fn(u64) -> u64,
+    ) -> u64 {
+        use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::SeqCst};
+        let page = self.host.memory().page(span.first.gfn());
+        if let (true, Some(page)) = (lin % size as u64 == 0, page) {
+            self.host.before_write(span.first, size);
+            macro_rules! update {
+                ($atomic:ty, $value:ty, $ptr:expr) => {{
+                    // SAFETY: the page is backed, the value lies inside it and is naturally aligned.
+                    let a = unsafe { &*$ptr.cast::<$atomic>() };
+                    let f = |v: $value| Some(change(u64::from(v)) as $value);
+                    // The closure never declines, so both outcomes carry the old value.
+                    u64::from(a.fetch_update(SeqCst, SeqCst, f).unwrap_or_else(|v| v))
+                }};
+            }
+            // SAFETY: the offset lies inside the backed page.
+            let ptr = unsafe { page.add(span.first.page_offset() as usize) };
+            return match size {
+                2 => update!(AtomicU16, u16, ptr),
+                4 => update!(AtomicU32, u32, ptr),
+                _ => update!(AtomicU64, u64, ptr),
+            };
+        }
+        let mut b = [0; 8];
+        self.read_span(span, &mut b[..size]);
+        let old = u64::from_le_bytes(b);
+        self.write_span(span, &change(old).to_le_bytes()[..size]);
+        old
+    }
+
+    /// AAA, AAS, AAM, AAD, DAA, DAS, SALC: decimal arithmetic that 64-bit hosts no longer have.
+    pub fn decimal(&mut self, i: &Instruction) -> Exec<Flow> {
+        let ax = self.get(Register::AX) as u16;
+        let (al, ah) = (ax as u8, (ax >> 8) as u8);
+        let (cf, af) = (self.flag(rflags::CF), self.flag(rflags::AF));
+        let adjust = al & 15 > 9 || af;
+        let result = match i.code() {
+            Code::Salc => {
+                self.set(Register::AL, if cf { 0xff } else { 0 });
+                return Ok(Flow::Next);
+            }
+            Code::Aaa | Code::Aas => {
+                let ax = match (adjust, i.code()) {
+                    (false, _) => ax,
+                    (true, Code::Aaa) => ax.wrapping_add(0x106),
+                    (true, _) => ax.wrapping_sub(0x106),
+                };
+                self.set_flag(rflags::AF | rflags::CF, adjust);
+                ax & 0xff0f
+            }
+            Code::Aam_imm8 => {
+                let base = i.immediate8();
+                if base == 0 {
+                    return Err(Exception::plain(vector::DE));
+                }
+                self.set_flag(rflags::AF | rflags::CF, false);
+                u16::from(al / base) << 8 | u16::from(al % base)
+            }
+            Code::Aad_imm8 => {
+                self.set_flag(rflags::AF | rflags::CF, false);
+                u16::from(al.wrapping_add(ah.wrapping_mul(i.immediate8())))
+            }
+            code => {
+                let high = al > 0x99 || cf;
+                let low_step = if adjust { 6 } else { 0 };
+                let high_step = if high { 0x60 } else { 0 };
+                let subtract = code == Code::Das;
+                let borrow = subtract && adjust && al < 6;
+                let new = if subtract {
+                    al.wrapping_sub(low_step).wrapping_sub(high_step)
+                } else {
+                    al.wrapping_add(low_step).wrapping_add(high_step)
+                };
+                self.set_flag(rflags::AF, adjust);
+                self.set_flag(rflags::CF, high || borrow);
+                u16::from(ah) << 8 | u16::from(new)
+            }
+        };
+        self.set(Register::AX, u64::from(result));
+        let al = result as u8;
+        self.set_flag(rflags::PF, al.count_ones() % 2 == 0);
+        self.set_flag(rflags::ZF, al == 0);
+        self.set_flag(rflags::SF, al >> 7 != 0);
+        self.set_flag(rflags::OF, false);
+        Ok(Flow::Next)
+    }
+}
