@@ -14,7 +14,7 @@ for word in $($b cat /proc/cmdline); do
     esac
 done
 echo "HOSPES-BEGIN mitigations"
-$b grep . /sys/devices/system/cpu/vulnerabilities/* 2>/dev/null | $b sed 's,.*/,,'
+$b grep . /sys/devices/system/cpu/vulnerabilities/* 2>/dev/null | $b sed 's,^.*vulnerabilities/,,'
 echo "HOSPES-END mitigations"
 # shellcheck disable=SC2086
 /bench/suite.sh $rows
