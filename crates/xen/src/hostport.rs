@@ -1,0 +1,82 @@
+//! The monitor's end of an event channel.
+
+use std::fmt;
+use std::sync::{Arc, Weak};
+
+use hospes_units::Port;
+
+use crate::events::EventError;
+use crate::{Xen, lock};
+
+/// Called when the guest sends an event; from the vCPU's thread, so it must only wake somebody.
+pub type Listener = Arc<dyn Fn() + Send + Sync>;
+
+/// A back end's end of an event channel. Dropping it leaves the port unbound, so that another back end can connect.
+pub struct HostPort {
+    xen: Weak<Xen>,
+    port: Port,
+    connection: u64,
+}
+
+impl HostPort {
+    /// The port's number as the guest knows it.
+    pub fn port(&self) -> Port {
+        self.port
+    }
+
+    /// Sends an event to the guest. Does nothing once the guest has closed the port.
+    pub fn notify(&self) {
+        let Some(xen) = self.xen.upgrade() else {
+            return;
+        };
+        let target = lock(&xen.ports).target(self.port, self.connection);
+        if let Some(vcpu) = target {
+            xen.post(self.port.0, vcpu);
+        }
+    }
+
+    /// Whether the guest still has the port open.
+    pub fn is_connected(&self) -> bool {
+        self.xen.upgrade().is_some_and(|xen| {
+            lock(&xen.ports)
+                .target(self.port, self.connection)
+                .is_some()
+        })
+    }
+}
+
+impl Drop for HostPort {
+    fn drop(&mut self) {
+        if let Some(xen) = self.xen.upgrade() {
+            lock(&xen.ports).disconnect(self.port, self.connection);
+        }
+    }
+}
+
+impl fmt::Debug for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HostPort({})", self.port)
+    }
+}
+
+impl Xen {
+    /// Connects a back end to a port that the guest allocated for it (`event-channel` in a device's xenstore directory).
+    pub fn connect_port(
+        self: &Arc<Self>,
+        port: Port,
+        listener: Listener,
+    ) -> Result<HostPort, EventError> {
+        let connection = lock(&self.ports).connect(port, listener)?;
+        Ok(HostPort {
+            xen: Arc::downgrade(self),
+            port,
+            connection,
+        })
+    }
+
+    /// Allocates a port of the guest for a back end and connects it: for the console and xenstore, before the guest runs.
+    pub fn allocate_port(self: &Arc<Self>, listener: Listener) -> Result<HostPort, EventError> {
+        let port = lock(&self.ports).allocate_for_host()?;
+        self.connect_port(port, listener)
+    }
+}

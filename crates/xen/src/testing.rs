@@ -1,0 +1,229 @@
+//! A machine without an engine, for tests: registers, flat memory and controls that record what they are told.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
+
+use hospes_engine::{
+    CpuState, EngineError, Exit, Segment, Vcpu, VcpuControl, VirtFault, Vm, cr, reg, seg,
+};
+use hospes_memory::{GuestMemory, Range};
+use hospes_units::{DomId, Gfn, Gpa, Gva, VcpuId};
+
+use crate::{Config, E820, Host, Outcome, TrapInstruction, TscRate, Xen, lock};
+
+/// What a vCPU was told.
+#[derive(Debug, Default)]
+pub struct Control {
+    pub interrupts: Mutex<Vec<u8>>,
+    pub lapic_off: AtomicBool,
+    pub line: Mutex<Option<u8>>,
+    pub kicks: AtomicU32,
+    pub nmis: AtomicU32,
+}
+
+impl VcpuControl for Control {
+    fn kick(&self) {
+        self.kicks.fetch_add(1, SeqCst);
+    }
+
+    fn raise_interrupt(&self, vector: u8) -> bool {
+        if self.lapic_off.load(SeqCst) {
+            return false;
+        }
+        lock(&self.interrupts).push(vector);
+        true
+    }
+
+    fn set_callback_line(&self, vector: Option<u8>) {
+        *lock(&self.line) = vector;
+    }
+
+    fn raise_nmi(&self) {
+        self.nmis.fetch_add(1, SeqCst);
+    }
+
+    fn has_wakeup(&self) -> bool {
+        !lock(&self.interrupts).is_empty()
+    }
+}
+
+/// A vCPU whose virtual addresses are physical ones.
+pub struct FlatVcpu {
+    pub state: CpuState,
+    pub control: Arc<Control>,
+    memory: Arc<GuestMemory>,
+}
+
+impl Vcpu for FlatVcpu {
+    fn run(&mut self) -> Result<Exit, EngineError> {
+        Ok(Exit::Kicked)
+    }
+
+    fn fetch_fpu(&mut self) {}
+
+    fn state(&mut self) -> &mut CpuState {
+        &mut self.state
+    }
+
+    fn state_changed(&mut self) {}
+
+    fn control(&self) -> Arc<dyn VcpuControl> {
+        self.control.clone()
+    }
+
+    fn read_virt(&mut self, gva: Gva, buf: &mut [u8]) -> Result<(), VirtFault> {
+        self.memory
+            .read(Gpa(gva.0), buf)
+            .map_err(|_| VirtFault { gva })
+    }
+
+    fn write_virt(&mut self, gva: Gva, buf: &[u8]) -> Result<(), VirtFault> {
+        self.memory
+            .write(Gpa(gva.0), buf)
+            .map_err(|_| VirtFault { gva })
+    }
+
+    fn translate(&mut self, gva: Gva) -> Option<Gpa> {
+        self.memory
+            .is_backed(Gpa(gva.0).gfn())
+            .then_some(Gpa(gva.0))
+    }
+}
+
+#[derive(Default)]
+pub struct RecordingVm {
+    pub written: Mutex<Vec<(Gpa, u64)>>,
+}
+
+impl Vm for RecordingVm {
+    fn create_vcpu(&self, _: VcpuId) -> Result<Box<dyn Vcpu>, EngineError> {
+        Err(EngineError::Host {
+            engine: "recording",
+            what: "a processor".into(),
+            why: "it runs nothing".into(),
+        })
+    }
+
+    fn mark_written(&self, gpa: Gpa, len: u64) {
+        lock(&self.written).push((gpa, len));
+    }
+}
+
+#[derive(Default)]
+pub struct RecordingHost {
+    pub wakes: Mutex<Vec<u32>>,
+    pub console: Mutex<Vec<u8>>,
+    pub watchdog: AtomicBool,
+}
+
+impl Host for RecordingHost {
+    fn wake(&self, vcpu: VcpuId) {
+        lock(&self.wakes).push(vcpu.0);
+    }
+
+    fn console_write(&self, bytes: &[u8]) {
+        lock(&self.console).extend(bytes);
+    }
+
+    fn watchdog_expired(&self) {
+        self.watchdog.store(true, SeqCst);
+    }
+}
+
+/// A domain with 1 MiB of memory.
+pub struct Machine {
+    pub xen: Arc<Xen>,
+    pub vm: Arc<RecordingVm>,
+    pub host: Arc<RecordingHost>,
+    pub vcpus: Vec<FlatVcpu>,
+}
+
+/// Where tests put arguments.
+pub const ARG: u64 = 0x8000;
+
+impl Machine {
+    pub fn new(vcpus: u32) -> Machine {
+        let memory = Arc::new(
+            GuestMemory::new(&[Range {
+                start: 0,
+                end: 0x10_0000,
+            }])
+            .unwrap(),
+        );
+        let config = Config {
+            domid: DomId(7),
+            uuid: *b"0123456789abcdef",
+            vcpus,
+            trap: TrapInstruction::Vmcall,
+            memory_map: vec![E820 {
+                addr: 0,
+                size: 0x10_0000,
+                kind: 1,
+            }],
+            ram_pages: 256,
+            store_gfn: Gfn(0xc),
+            console_gfn: Gfn(0xd),
+            grant_frames: 64,
+            tsc: TscRate { hz: 2e9 },
+            system_time_ns: 0,
+        };
+        let vm = Arc::new(RecordingVm::default());
+        let host = Arc::new(RecordingHost::default());
+        let xen = Xen::new(config, memory.clone(), vm.clone(), host.clone()).unwrap();
+        let vcpus = (0..vcpus)
+            .map(|id| {
+                let mut state = CpuState {
+                    cr0: cr::CR0_PE | cr::CR0_PG,
+                    ..CpuState::default()
+                };
+                state.msr.efer = cr::EFER_LMA | cr::EFER_LME;
+                state.seg[seg::CS].attr = 0x9b | Segment::ATTR_L;
+                state.seg[seg::SS].attr = 0x93;
+                let control = Arc::new(Control::default());
+                xen.attach_vcpu(VcpuId(id), control.clone());
+                FlatVcpu {
+                    state,
+                    control,
+                    memory: memory.clone(),
+                }
+            })
+            .collect();
+        Machine {
+            xen,
+            vm,
+            host,
+            vcpus,
+        }
+    }
+
+    /// A hypercall of a vCPU; the result of RAX and what its thread shall do.
+    pub fn call_on(&mut self, id: usize, number: u64, args: [u64; 3]) -> (i64, Outcome) {
+        let vcpu = &mut self.vcpus[id];
+        vcpu.state.gpr[reg::RAX] = number;
+        vcpu.state.gpr[reg::RDI] = args[0];
+        vcpu.state.gpr[reg::RSI] = args[1];
+        vcpu.state.gpr[reg::RDX] = args[2];
+        let outcome = self.xen.hypercall(vcpu, VcpuId(id as u32));
+        (vcpu.state.gpr[reg::RAX] as i64, outcome)
+    }
+
+    pub fn call(&mut self, number: u64, args: [u64; 3]) -> i64 {
+        self.call_on(0, number, args).0
+    }
+
+    /// A call whose argument is one structure at [`ARG`]; the structure comes back as the call left it.
+    pub fn call_with<T>(&mut self, number: u64, cmd: u64, arg: &mut T) -> i64
+    where
+        T: zerocopy::FromBytes + zerocopy::IntoBytes + zerocopy::Immutable,
+    {
+        let memory = self.xen.memory().clone();
+        memory.write_obj(Gpa(ARG), arg).unwrap();
+        let result = self.call(number, [cmd, ARG, 1]);
+        *arg = memory.read_obj(Gpa(ARG)).unwrap();
+        result
+    }
+
+    pub fn interrupts(&self, id: usize) -> Vec<u8> {
+        std::mem::take(&mut *lock(&self.vcpus[id].control.interrupts))
+    }
+}
