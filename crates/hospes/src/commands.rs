@@ -146,7 +146,12 @@ fn shut_down(kind: ShutdownKind, global: Global, mut parser: Parser) -> Outcome 
     if global.dry_run {
         return Ok(());
     }
-    let mut asked = Vec::new();
+    let until = if waits > 1 {
+        Until::Death
+    } else {
+        Until::Shutdown
+    };
+    let mut watches = Vec::new();
     let mut failure = None;
     for entry in entries {
         let doing = match kind {
@@ -154,8 +159,14 @@ fn shut_down(kind: ShutdownKind, global: Global, mut parser: Parser) -> Outcome 
             ShutdownKind::Reboot => "Rebooting",
         };
         eprintln!("{doing} domain {}", entry.domid);
+        // Before the request: an end that comes at once is not missed.
+        let watch = if waits > 0 {
+            Some(host.watch(entry.domid, until)?)
+        } else {
+            None
+        };
         match host.shutdown(&entry.domid.to_string(), kind) {
-            Ok(()) => asked.push(entry.domid),
+            Ok(()) => watches.extend(watch),
             // With -a the others are still to be asked.
             Err(fault) if all => {
                 eprintln!("{fault}");
@@ -165,15 +176,10 @@ fn shut_down(kind: ShutdownKind, global: Global, mut parser: Parser) -> Outcome 
         }
     }
     if waits > 0 {
-        eprintln!("Waiting for {} domains", asked.len());
-        let until = if waits == 1 {
-            Until::Shutdown
-        } else {
-            Until::Death
-        };
-        for domid in asked {
-            let ended = host.wait(domid, until)?;
-            eprintln!("{}", describe_end(domid, &ended));
+        eprintln!("Waiting for {} domains", watches.len());
+        for watch in watches {
+            let domid = watch.domid();
+            eprintln!("{}", describe_end(domid, &watch.wait()?));
         }
     }
     failure.map_or(Ok(()), |fault| Err(fault.into()))

@@ -112,7 +112,7 @@ fn create_with(global: Global, options: Options) -> anyhow::Result<()> {
 
 /// Follows a domain through its reboots, each of which gives it another id.
 fn wait_for_death(host: &Host, mut domid: DomId) -> anyhow::Result<()> {
-    while let Some(next) = host.wait(domid, Until::Death)?.next {
+    while let Some(next) = host.watch(domid, Until::Death)?.wait()?.next {
         domid = DomId(next);
     }
     Ok(())

@@ -29,6 +29,38 @@ pub struct Host {
     registry: Registry,
 }
 
+/// The end of a domain, waited for. From its making on nothing is missed.
+#[derive(Debug)]
+pub struct Watch {
+    domid: DomId,
+    /// `None` where the domain had ended before.
+    stream: Option<UnixStream>,
+}
+
+impl Watch {
+    pub fn domid(&self) -> DomId {
+        self.domid
+    }
+
+    /// Blocks until it has come.
+    pub fn wait(self) -> Result<Ended> {
+        let lost = Ended {
+            reason: None,
+            dead: true,
+            next: None,
+        };
+        let Some(stream) = self.stream else {
+            return Ok(lost);
+        };
+        match receive(self.domid, &stream, None) {
+            Ok(Reply::Ended(ended)) => Ok(ended),
+            Ok(reply) => Err(unexpected(&reply)),
+            Err(Error::Gone { .. }) => Ok(lost),
+            Err(fault) => Err(fault),
+        }
+    }
+}
+
 impl Host {
     /// The host with the directories of the calling user.
     pub fn from_environment() -> Result<Host> {
@@ -117,29 +149,18 @@ impl Host {
         }
     }
 
-    /// Waits for the end of a domain.
-    pub fn wait(&self, domid: DomId, until: Until) -> Result<Ended> {
-        let lost = Ended {
-            reason: None,
-            dead: true,
-            next: None,
-        };
-        let entry = match self.find(&domid.to_string()) {
-            Ok(entry) => entry,
-            Err(Error::NoSuchDomain { .. }) => return Ok(lost),
+    /// Begins to wait for the end of a domain.
+    pub fn watch(&self, domid: DomId, until: Until) -> Result<Watch> {
+        let stream = match self.find(&domid.to_string()) {
+            Ok(entry) => match send(&entry, &Request::Wait { until }, CONNECT_PATIENCE) {
+                Ok(stream) => Some(stream),
+                Err(Error::Gone { .. }) => None,
+                Err(fault) => return Err(fault),
+            },
+            Err(Error::NoSuchDomain { .. }) => None,
             Err(fault) => return Err(fault),
         };
-        match ask(
-            &entry,
-            &Request::Wait { until },
-            CONNECT_PATIENCE,
-            Duration::MAX,
-        ) {
-            Ok(Reply::Ended(ended)) => Ok(ended),
-            Ok(reply) => Err(unexpected(&reply)),
-            Err(Error::Gone { .. }) => Ok(lost),
-            Err(fault) => Err(fault),
-        }
+        Ok(Watch { domid, stream })
     }
 
     /// A connection to a domain's console; it begins with the last output.
@@ -212,19 +233,31 @@ fn ask(
     connecting: Duration,
     answering: Duration,
 ) -> Result<Reply> {
-    let domid = entry.domid;
+    let stream = send(entry, request, connecting)?;
+    receive(entry.domid, &stream, Some(answering))
+}
+
+/// The answer is still to come.
+fn send(entry: &Entry, request: &Request, connecting: Duration) -> Result<UnixStream> {
     let stream = connect(entry, "control.sock", connecting)?;
-    let timeout = (answering != Duration::MAX).then_some(answering);
-    let fault = |source: io::Error| match source.kind() {
-        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => Error::Gone { domid },
-        _ => Error::Unreachable { domid, source },
-    };
-    stream.set_read_timeout(timeout).map_err(fault)?;
-    protocol::send(&stream, request)?.map_err(fault)?;
-    let line = protocol::read_line(&mut BufReader::new(&stream))?.map_err(fault)?;
+    protocol::send(&stream, request)?.map_err(|fault| lost(entry.domid, fault))?;
+    Ok(stream)
+}
+
+fn receive(domid: DomId, stream: &UnixStream, patience: Option<Duration>) -> Result<Reply> {
+    let fault = |source: io::Error| lost(domid, source);
+    stream.set_read_timeout(patience).map_err(fault)?;
+    let line = protocol::read_line(&mut BufReader::new(stream))?.map_err(fault)?;
     match protocol::decode(&line.ok_or(Error::Gone { domid })?)? {
         Reply::Error { message } => Err(Error::Refused { domid, message }),
         reply => Ok(reply),
+    }
+}
+
+fn lost(domid: DomId, source: io::Error) -> Error {
+    match source.kind() {
+        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => Error::Gone { domid },
+        _ => Error::Unreachable { domid, source },
     }
 }
 

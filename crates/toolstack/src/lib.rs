@@ -30,7 +30,7 @@ mod registry;
 mod server;
 mod supervisor;
 
-pub use client::Host;
+pub use client::{Host, Watch};
 pub use error::{Error, Result};
 pub use launch::CreateRequest;
 pub use machine::{Machine, MachineError, MachineFactory, MachineInfo, MachineSpec};

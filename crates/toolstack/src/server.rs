@@ -1,7 +1,9 @@
 //! The sockets of a domain process.
 
+use std::fs::{self, Permissions};
 use std::io::{BufReader, Read, Write};
 use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -57,8 +59,9 @@ impl Server {
         path: &Path,
         serve: impl Fn(UnixStream) + Send + Sync + 'static,
     ) -> Result<()> {
-        // The process's umask makes it 0600.
         let listener = UnixListener::bind(path).map_err(at("cannot make the socket", path))?;
+        fs::set_permissions(path, Permissions::from_mode(0o600))
+            .map_err(at("cannot protect the socket", path))?;
         let accepting = listener
             .try_clone()
             .map_err(at("cannot use the socket", path))?;

@@ -1,0 +1,165 @@
+//! The whole command line, with a machine that has no guest: for tests of what happens around a guest.
+//!
+//! Once unpaused it prints `mock guest ready` and obeys the lines it gets on its console: `poweroff`, `reboot`, `crash`,
+//! `watchdog` and `suspend` end it, `flood` prints 4 MiB, anything else is answered with `echo: ` and the line. With
+//! `deaf` in its kernel command line it does not follow requests to shut down. A kernel that is no file is an error.
+#![forbid(unsafe_code)]
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use hospes_toolstack::{
+    EndReason, Machine, MachineError, MachineFactory, MachineInfo, MachineSpec, ShutdownKind,
+};
+
+struct State {
+    console: Box<dyn Write + Send>,
+    line: Vec<u8>,
+    started: bool,
+    paused: bool,
+    end: Option<EndReason>,
+}
+
+struct Mock {
+    state: Mutex<State>,
+    changed: Condvar,
+    memory_kib: u64,
+    vcpus: u32,
+    deaf: bool,
+}
+
+impl Mock {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end(&self, state: &mut State, reason: EndReason) {
+        state.end.get_or_insert(reason);
+        self.changed.notify_all();
+    }
+
+    fn obey(&self, state: &mut State) {
+        let line = String::from_utf8_lossy(&std::mem::take(&mut state.line)).into_owned();
+        let reason = match line.as_str() {
+            "poweroff" => EndReason::Poweroff,
+            "reboot" => EndReason::Reboot,
+            "crash" => EndReason::Crash("asked to".into()),
+            "watchdog" => EndReason::Watchdog,
+            "suspend" => EndReason::Suspend,
+            "flood" => {
+                for _ in 0..4096 {
+                    say(state, &"x".repeat(1023));
+                }
+                return say(state, "flooded");
+            }
+            other => return say(state, &format!("echo: {other}")),
+        };
+        self.end(state, reason);
+    }
+}
+
+fn say(state: &mut State, line: &str) {
+    // The sink of the tool stack does not fail.
+    let _ = writeln!(state.console, "{line}");
+}
+
+impl Machine for Mock {
+    fn unpause(&self) {
+        let mut state = self.lock();
+        state.paused = false;
+        if !std::mem::replace(&mut state.started, true) {
+            say(&mut state, "mock guest ready");
+        }
+    }
+
+    fn pause(&self) {
+        self.lock().paused = true;
+    }
+
+    fn request_shutdown(&self, kind: ShutdownKind) -> Result<(), MachineError> {
+        let mut state = self.lock();
+        if self.deaf {
+            say(&mut state, "I hear nothing");
+            return Ok(());
+        }
+        let reason = match kind {
+            ShutdownKind::Poweroff => EndReason::Poweroff,
+            ShutdownKind::Reboot => EndReason::Reboot,
+        };
+        self.end(&mut state, reason);
+        Ok(())
+    }
+
+    fn destroy(&self) {
+        self.end(&mut self.lock(), EndReason::Destroyed);
+    }
+
+    fn wait(&self) -> EndReason {
+        let mut state = self.lock();
+        loop {
+            if let Some(reason) = &state.end {
+                return reason.clone();
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn info(&self) -> MachineInfo {
+        let state = self.lock();
+        MachineInfo {
+            memory_kib: self.memory_kib,
+            vcpus_online: self.vcpus,
+            cpu_time_ns: 1_500_000_000,
+            running: false,
+            blocked: !state.paused,
+            paused: state.paused,
+        }
+    }
+
+    fn console_input(&self, bytes: &[u8]) -> usize {
+        let mut state = self.lock();
+        for byte in bytes {
+            match byte {
+                b'\n' | b'\r' => self.obey(&mut state),
+                _ => state.line.push(*byte),
+            }
+        }
+        bytes.len()
+    }
+}
+
+struct Factory;
+
+impl MachineFactory for Factory {
+    fn create(
+        &self,
+        spec: &MachineSpec<'_>,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Arc<dyn Machine>, MachineError> {
+        let kernel = &spec.config.kernel;
+        if !kernel.is_file() {
+            return Err(format!("the kernel {} is no file: give another", kernel.display()).into());
+        }
+        Ok(Arc::new(Mock {
+            state: Mutex::new(State {
+                console,
+                line: Vec::new(),
+                started: false,
+                paused: true,
+                end: None,
+            }),
+            changed: Condvar::new(),
+            memory_kib: spec.config.memory_mib << 10,
+            vcpus: spec.config.vcpus,
+            deaf: spec.config.cmdline.contains("deaf"),
+        }))
+    }
+}
+
+fn main() -> ExitCode {
+    hospes_cli::run(std::env::args_os(), &Factory)
+}

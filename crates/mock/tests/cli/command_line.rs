@@ -1,0 +1,187 @@
+//! Arguments, help, exit statuses, and peers of the sockets that do not behave.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+
+use crate::common::Bench;
+
+const COMMANDS: &[&str] = &[
+    "create", "list", "console", "pause", "unpause", "shutdown", "reboot", "destroy", "domid",
+    "domname", "help",
+];
+
+#[test]
+fn help_knows_every_command() {
+    let bench = Bench::new();
+    let overview = bench.ok(&["help"]);
+    let long = bench.ok(&["help", "--long"]);
+    for command in COMMANDS {
+        assert!(
+            overview.contains(&format!("\n {command} ")),
+            "{command} in {overview}"
+        );
+        let page = bench.ok(&[command, "--help"]);
+        assert!(page.starts_with("Usage: hospes-mock [-vfN] "), "{page}");
+        assert_eq!(bench.ok(&["help", command]), page);
+        assert!(long.contains(&page));
+    }
+    assert!(bench.ok(&["--version"]).starts_with("hospes "));
+}
+
+#[test]
+fn run_as_xl_calls_itself_so() {
+    let bench = Bench::new();
+    let output = bench
+        .command()
+        .arg0("/usr/sbin/xl")
+        .args(["help", "list"])
+        .output()
+        .expect("it can be started");
+    assert!(String::from_utf8_lossy(&output.stdout).starts_with("Usage: xl [-vfN] list"));
+}
+
+#[test]
+fn run_wrong_arguments_gives_the_status_of_xl() {
+    let bench = Bench::new();
+    let cases: &[(i32, &[&str], &str)] = &[
+        (1, &[], "Commands:"),
+        (1, &["fly"], "there is no command `fly'"),
+        (1, &["help", "fly"], "there is no command `fly'"),
+        (2, &["-x"], "invalid option '-x'"),
+        (2, &["list", "-x"], "invalid option '-x'"),
+        (2, &["create", "-x"], "Usage: hospes-mock [-vfN] create"),
+        (2, &["create", "a.cfg", "b.cfg"], "second file"),
+        (2, &["create", "-f"], "missing argument"),
+        (2, &["pause"], "the domain is missing"),
+        (2, &["pause", "a", "b"], "unexpected argument \"b\""),
+        (2, &["shutdown"], "give -a or a domain"),
+        (2, &["console", "-n", "x", "d"], "-n wants a number"),
+        (
+            1,
+            &["pause", "nobody"],
+            "nobody is an invalid domain identifier",
+        ),
+        (1, &["destroy", "77"], "77 is an invalid domain identifier"),
+        (
+            1,
+            &["destroy", "99999999999"],
+            "is an invalid domain identifier",
+        ),
+        (1, &["destroy", "0"], "Domain-0 is the host itself"),
+        (
+            1,
+            &["domid", "nobody"],
+            "Can't get domid of domain name 'nobody'",
+        ),
+        (
+            1,
+            &["domname", "7"],
+            "Can't get domain name of domain id '7'",
+        ),
+        (1, &["domname", "x"], "Invalid domain id: x"),
+        (
+            1,
+            &["create", "/nonexistent.cfg"],
+            "cannot read the configuration file /nonexistent.cfg",
+        ),
+        (1, &["create", "/dev/null"], "the domain has no name"),
+        (
+            1,
+            &["create", "/dev/null", "name='a"],
+            "command line:1: error: the string is not closed",
+        ),
+        (1, &["create", "/dev/zero"], "is it a configuration file?"),
+    ];
+    for (status, arguments, part) in cases {
+        let said = bench.fails(*status, arguments);
+        assert!(said.contains(part), "{arguments:?}: {said}");
+    }
+}
+
+#[test]
+fn create_dry_run_prints_json_and_creates_nothing() {
+    let bench = Bench::new();
+    for arguments in [
+        bench.creation("one", &["-n"]),
+        [vec!["-N".into()], bench.creation("one", &[])].concat(),
+    ] {
+        let json: serde_json::Value = serde_json::from_str(&bench.ok(&arguments)).expect("JSON");
+        assert_eq!(json["c_info"]["name"], "one");
+        assert_eq!(json["b_info"]["max_memkb"], 65536);
+    }
+    assert!(!bench.path("run").exists());
+    bench.create("one", &[]);
+    bench.ok(&["-N", "destroy", "one"]);
+    assert!(bench.row("one").is_some());
+}
+
+#[test]
+fn create_notes_and_warns_unless_quiet() {
+    let bench = Bench::new();
+    let mut arguments = bench.creation("one", &["-n"]);
+    arguments.extend(["vif=['']".into(), "memry=1".into()]);
+    let loud = String::from_utf8(bench.run(&arguments).stderr).expect("text");
+    assert!(
+        loud.contains("command line:1: note: `vif' is not supported yet, ignored"),
+        "{loud}"
+    );
+    assert!(loud.contains("did you mean `memory'?"), "{loud}");
+    arguments.insert(1, "-q".into());
+    let quiet = String::from_utf8(bench.run(&arguments).stderr).expect("text");
+    assert!(
+        !quiet.contains("note:") && !quiet.contains("Parsing"),
+        "{quiet}"
+    );
+    assert!(quiet.contains("warning:"), "{quiet}");
+}
+
+#[test]
+fn control_socket_is_private_and_survives_garbage() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    for (path, mode) in [
+        ("control.sock", 0o600),
+        ("console.sock", 0o600),
+        ("domain.json", 0o600),
+        (".", 0o700),
+    ] {
+        let metadata = std::fs::metadata(bench.domain_dir(1).join(path)).expect("there");
+        assert_eq!(metadata.permissions().mode() & 0o777, mode, "{path}");
+    }
+    let too_long = vec![b'{'; 100_000];
+    let garbage: &[&[u8]] = &[
+        b"hello\n",
+        b"\xff\xfe\n",
+        b"{\"version\":7,\"body\":{}}\n",
+        b"{\"version\":1,\"body\":{\"op\":\"fly\"}}\n",
+        &too_long,
+    ];
+    for bytes in garbage {
+        let mut stream =
+            UnixStream::connect(bench.domain_dir(1).join("control.sock")).expect("it listens");
+        stream.write_all(bytes).expect("it reads");
+        let mut answer = Vec::new();
+        // A peer that is cut off in the middle of its line may get a reset behind the answer.
+        let _ = stream.read_to_end(&mut answer);
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(answer.contains("\"reply\":\"error\""), "{answer}");
+    }
+    // Nor do connections that say nothing keep others out for good, or the domain from ending.
+    let _silent: Vec<UnixStream> = (0..8)
+        .map(|_| UnixStream::connect(bench.domain_dir(1).join("control.sock")).expect("it listens"))
+        .collect();
+    assert!(bench.row("one").is_some());
+    bench.ok(&["destroy", "one"]);
+}
+
+#[test]
+fn run_directory_open_to_others_is_refused() {
+    let bench = Bench::new();
+    let run = bench.path("run");
+    std::fs::create_dir(&run).expect("writable");
+    std::fs::set_permissions(&run, std::fs::Permissions::from_mode(0o777)).expect("ours");
+    let said = bench.fails(1, &bench.creation("one", &[]));
+    assert!(said.contains("HOSPES_RUN_DIR"), "{said}");
+}

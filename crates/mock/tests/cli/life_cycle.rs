@@ -1,0 +1,280 @@
+//! Domains from their creation to their end.
+
+use crate::common::{Bench, process_fields, until};
+use rustix::process::{Pid, Signal, kill_process};
+
+fn signal(pid: i32, signal: Signal) {
+    kill_process(Pid::from_raw(pid).expect("a pid"), signal).expect("it lives");
+}
+
+#[test]
+fn create_detached_lists_and_destroys() {
+    let bench = Bench::new();
+    bench.create("one", &["vcpus=2"]);
+    let row = bench.row("one").expect("listed");
+    assert_eq!(row[1..], ["1", "64", "2", "-b----", "1.5"]);
+    assert_eq!(bench.ok(&["domid", "one"]), "1\n");
+    assert_eq!(bench.ok(&["domname", "1"]), "one\n");
+    bench.ok(&["destroy", "one"]);
+    assert_eq!(bench.row("one"), None);
+    assert!(!bench.domain_dir(1).exists());
+    assert!(bench.log("one.console.log").contains("mock guest ready"));
+    assert!(bench.log("one.log").contains("Domain 1 has been destroyed"));
+}
+
+#[test]
+fn create_detached_leaves_the_session_of_the_terminal() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    let session = process_fields(bench.pid(1))[3].clone();
+    assert_eq!(session, bench.pid(1).to_string());
+}
+
+#[test]
+fn create_two_domains_keeps_them_apart() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    bench.create("two", &["memory=128"]);
+    assert_eq!(bench.row("one").expect("listed")[2], "64");
+    assert_eq!(bench.row("two").expect("listed")[1..3], ["2", "128"]);
+    bench.ok(&["destroy", "1"]);
+    assert_eq!(bench.row("one"), None);
+    assert_eq!(bench.row("two").expect("listed")[1], "2");
+}
+
+#[test]
+fn create_used_name_or_uuid_is_refused() {
+    let bench = Bench::new();
+    let uuid = "uuid='59e1cf6c-6ab9-4879-90e7-adc8d1c63bf5'";
+    bench.create("one", &[uuid]);
+    let said = bench.fails(1, &bench.creation("one", &[]));
+    assert!(said.contains("\"one\" exists already with id 1"), "{said}");
+    let mut arguments = bench.creation("two", &[]);
+    arguments.push(uuid.into());
+    let said = bench.fails(1, &arguments);
+    assert!(said.contains("UUID"), "{said}");
+    assert_eq!(bench.row("two"), None);
+}
+
+#[test]
+fn create_that_fails_says_why_and_leaves_nothing() {
+    let bench = Bench::new();
+    let mut arguments = bench.creation("bad", &[]);
+    arguments.push("kernel='/nonexistent'".into());
+    let said = bench.fails(1, &arguments);
+    assert!(said.contains("Parsing config from /dev/null"), "{said}");
+    assert!(
+        said.contains("the kernel /nonexistent is no file"),
+        "{said}"
+    );
+    assert_eq!(bench.row("bad"), None);
+    assert!(!bench.domain_dir(1).exists());
+}
+
+#[test]
+fn create_relative_kernel_is_found_from_where_the_command_runs() {
+    let bench = Bench::new();
+    std::fs::write(
+        bench.path("d.cfg"),
+        "name='one'\ntype='pvh'\nmemory=64\nkernel='kernel'\n",
+    )
+    .expect("writable");
+    let status = bench
+        .command()
+        .args(["create", "-q", "d.cfg"])
+        .current_dir(bench.path("."))
+        .status()
+        .expect("the program can be started");
+    assert!(status.success());
+    assert!(bench.row("one").is_some());
+}
+
+#[test]
+fn create_paused_waits_for_unpause() {
+    let bench = Bench::new();
+    bench.ok(&bench.creation("one", &["-p"]));
+    assert_eq!(bench.row("one").expect("listed")[4], "--p---");
+    assert_eq!(bench.log("one.console.log"), "");
+    bench.ok(&["unpause", "one"]);
+    assert_eq!(bench.row("one").expect("listed")[4], "-b----");
+    bench.ok(&["pause", "one"]);
+    assert_eq!(bench.row("one").expect("listed")[4], "--p---");
+}
+
+#[test]
+fn create_foreground_returns_when_the_domain_has_ended() {
+    let bench = Bench::new();
+    let mut foreground = bench.spawn(&bench.creation("one", &["-F", "-q"]));
+    until("the domain is there", || bench.row("one").is_some());
+    // A reboot is not the end.
+    bench.ok(&["reboot", "one"]);
+    until("it has rebooted", || {
+        bench.row("one").is_some_and(|row| row[1] == "2")
+    });
+    assert!(foreground.child.try_wait().expect("a child").is_none());
+    bench.ok(&["shutdown", "one"]);
+    assert_eq!(foreground.wait(), Some(0));
+    assert_eq!(bench.row("one"), None);
+}
+
+#[test]
+fn create_unattended_leaves_the_ended_domain() {
+    let bench = Bench::new();
+    bench.ok(&bench.creation("one", &["-e", "-q"]));
+    bench.ok(&["shutdown", "-w", "one"]);
+    assert_eq!(bench.row("one").expect("kept")[4], "---s--");
+}
+
+#[test]
+fn list_after_sigkill_shows_nothing_and_frees_the_name() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    bench.create("two", &[]);
+    signal(bench.pid(1), Signal::KILL);
+    until("the dead domain is gone", || bench.row("one").is_none());
+    assert!(!bench.domain_dir(1).exists());
+    assert!(bench.row("two").is_some());
+    bench.create("one", &[]);
+    assert_eq!(bench.row("one").expect("listed")[1], "3");
+}
+
+#[test]
+fn destroy_of_a_stopped_process_kills_it() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    signal(bench.pid(1), Signal::STOP);
+    // The list says what it knows and goes on.
+    assert_eq!(
+        bench.row("one").expect("listed")[1..5],
+        ["1", "64", "1", "------"]
+    );
+    bench.ok(&["destroy", "one"]);
+    assert_eq!(bench.row("one"), None);
+    assert!(!bench.domain_dir(1).exists());
+}
+
+#[test]
+fn shutdown_wait_returns_behind_the_end() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    bench.create("two", &[]);
+    let output = bench.run(&["shutdown", "-a", "-w", "-w"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    for line in [
+        "Shutting down domain 1",
+        "Shutting down domain 2",
+        "Waiting for 2 domains",
+        "Domain 1 has been shut down, reason code 0",
+        "Domain 2 has been shut down, reason code 0",
+    ] {
+        assert!(said.lines().any(|said| said == line), "{line:?} in {said}");
+    }
+    assert_eq!((bench.row("one"), bench.row("two")), (None, None));
+}
+
+#[test]
+fn shutdown_a_guest_that_does_not_listen_returns_at_once() {
+    let bench = Bench::new();
+    bench.create("one", &["extra='deaf'"]);
+    bench.ok(&["shutdown", "one"]);
+    until("it was asked", || {
+        bench.log("one.console.log").contains("I hear nothing")
+    });
+    assert_eq!(bench.row("one").expect("listed")[4], "-b----");
+}
+
+#[test]
+fn end_preserved_shows_its_reason_until_destroyed() {
+    for (line, state) in [
+        ("poweroff", "---s--"),
+        ("crash", "---sc-"),
+        ("watchdog", "---sw-"),
+        ("suspend", "---ss-"),
+    ] {
+        let bench = Bench::new();
+        let preserve = "on_poweroff='preserve'; on_crash='preserve'; on_watchdog='preserve'";
+        let mut arguments = bench.creation("kept", &["-c", "-q"]);
+        arguments.push(preserve.into());
+        let mut console = bench.spawn(&arguments);
+        console.expect("mock guest ready");
+        console.send(&format!("{line}\n"));
+        until("the domain has ended", || {
+            bench.row("kept").is_some_and(|row| row[4] == state)
+        });
+        let said = bench.fails(1, &["shutdown", "kept"]);
+        assert!(said.contains("shut down already"), "{said}");
+        bench.ok(&["destroy", "kept"]);
+        assert_eq!(bench.row("kept"), None);
+        assert_eq!(console.wait(), Some(0));
+    }
+}
+
+#[test]
+fn end_restarted_has_a_new_id_and_the_same_console() {
+    let bench = Bench::new();
+    let mut arguments = bench.creation("again", &["-c", "-q"]);
+    arguments.push("on_crash='restart'".into());
+    let mut console = bench.spawn(&arguments);
+    for (id, end) in [("1", "reboot"), ("2", "crash"), ("3", "poweroff")] {
+        console.expect("mock guest ready");
+        assert_eq!(bench.row("again").expect("listed")[1], id);
+        console.send(&format!("{end}\n"));
+    }
+    assert_eq!(console.wait(), Some(0));
+    assert_eq!(bench.row("again"), None);
+}
+
+#[test]
+fn end_restarting_destroyed_does_not_come_back() {
+    let bench = Bench::new();
+    bench.create("again", &["on_poweroff='restart'"]);
+    bench.ok(&["shutdown", "again"]);
+    // Whether it is waiting, being built or running again.
+    bench.ok(&["destroy", "again"]);
+    assert_eq!(bench.row("again"), None);
+}
+
+#[test]
+fn end_renamed_keeps_the_old_domain_under_another_name() {
+    let bench = Bench::new();
+    bench.create("twin", &["on_crash='rename-restart'"]);
+    let mut console = bench.spawn(&["console", "twin"]);
+    console.expect("mock guest ready");
+    console.send("crash\n");
+    until("the new domain is there", || {
+        bench.row("twin").is_some_and(|row| row[1] == "2")
+    });
+    let table = bench.ok(&["list"]);
+    let old = table
+        .lines()
+        .find(|line| line.starts_with("twin-2"))
+        .expect("kept");
+    let columns: Vec<&str> = old.split_whitespace().collect();
+    assert_eq!((columns[1], columns[4]), ("1", "---sc-"));
+    assert_ne!(bench.pid(1), bench.pid(2));
+}
+
+#[test]
+fn list_long_prints_the_configuration() {
+    let bench = Bench::new();
+    bench.create("one", &["extra='quiet'"]);
+    let list: serde_json::Value =
+        serde_json::from_str(&bench.ok(&["list", "-l", "one"])).expect("JSON");
+    assert_eq!(list[0]["domid"], 1);
+    assert_eq!(list[0]["config"]["c_info"]["name"], "one");
+    assert_eq!(list[0]["config"]["b_info"]["cmdline"], "quiet");
+    let said = bench.fails(1, &["list", "nobody"]);
+    assert!(
+        said.contains("nobody is an invalid domain identifier"),
+        "{said}"
+    );
+    assert!(
+        bench
+            .ok(&["list"])
+            .lines()
+            .nth(1)
+            .expect("two lines")
+            .starts_with("Domain-0 ")
+    );
+}

@@ -1,0 +1,6 @@
+//! The command line from the outside, with a machine that has no guest.
+
+mod command_line;
+mod common;
+mod console;
+mod life_cycle;
