@@ -1,13 +1,78 @@
 # Everything a user or a CI run needs. `make help` lists the targets.
-.PHONY: help run guests test bench soak clean-guests
+.PHONY: help run build guests test lint deny unit-test boot-test soak-test bench soak clean-guests
+
+# rustup puts cargo where a shell may not look.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+CARGO ?= cargo
+BOOTS ?= 5
+SOAK_MINUTES ?= 3
+DENY_TOOL := target/tools/bin/cargo-deny
 
 help:
-	@echo 'make run              build, fetch a Debian kernel, boot it: a shell in the guest, or a scripted visit without a terminal'
-	@echo 'make guests           fetch the kernels and make the small guests under target/guests'
-	@echo 'make test             formatting, lints, dependencies, unit tests, guest boots, a short soak'
-	@echo 'make bench            the benchmark on the machine itself, QEMU TCG, User-Mode Linux and Hospes (BENCH=quick, ROWS=, SYSTEMS=)'
-	@echo 'make soak MINUTES=n   self-checking programs in a Debian guest for n minutes'
+	@echo 'make run                build, fetch a Debian kernel, boot it: a shell in the guest; without a terminal, a scripted visit'
+	@echo 'make test               formatting, lints, dependencies, unit tests, guest boots, a soak (BOOTS=5, SOAK_MINUTES=3)'
+	@echo 'make bench              Hospes against this machine, QEMU TCG and User-Mode Linux (BENCH=quick, ROWS=a,b, SYSTEMS=a,b)'
+	@echo 'make soak MINUTES=n     self-checking programs in a Debian guest for n minutes'
+	@echo 'make guests             fetch the kernels and make the small guests under target/guests'
+	@echo 'make clean-guests       remove them and everything downloaded for them'
+
+run: build
+	guests/kernels.sh cloud
+	guests/initramfs.sh
+	@python3 guests/run.py
+
+build:
+	guests/install.sh build
+	$(CARGO) build --release -p hospes
 
 guests:
+	guests/install.sh build
 	guests/kernels.sh
 	guests/initramfs.sh
+
+test: lint deny unit-test boot-test soak-test
+	@echo 'make test: everything passed'
+
+lint:
+	guests/install.sh test
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+
+# Without default features and without optimisation it is built in a minute or two, once.
+$(DENY_TOOL):
+	@echo 'building cargo-deny into target/tools, once'
+	$(CARGO) install --quiet cargo-deny --locked --debug --no-default-features --root target/tools
+
+deny: $(DENY_TOOL)
+	$(DENY_TOOL) --log-level error check bans licenses sources
+
+unit-test:
+	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
+	    $(CARGO) nextest run --release --workspace && $(CARGO) test --release --workspace --doc; \
+	else \
+	    $(CARGO) test --release --workspace; \
+	fi
+
+boot-test: build guests
+	python3 tests/boot.py --boots $(BOOTS)
+
+soak-test:
+	@$(MAKE) --no-print-directory soak MINUTES=$(SOAK_MINUTES)
+
+bench: build
+	guests/install.sh bench
+	guests/kernels.sh cloud
+	guests/initramfs.sh
+	bench/root.sh
+	@python3 bench/run.py
+
+soak: build
+	@[ -n "$(MINUTES)" ] || { echo 'say for how long: make soak MINUTES=10' >&2; exit 2; }
+	guests/install.sh soak
+	guests/kernels.sh cloud
+	soak/root.sh
+	@python3 soak/run.py $(MINUTES)
+
+clean-guests:
+	rm -rf target/guests

@@ -50,10 +50,8 @@ for purpose; do
     test) lints ;;
     bench)
         have qemu-system-x86_64 || install_packages qemu-system-x86
-        have mmdebstrap || install_packages mmdebstrap
         ;;
     soak)
-        have mmdebstrap || install_packages mmdebstrap
         have go || install_packages golang-go
         # 32-bit self-checking programs need the 32-bit C library.
         [ -e /usr/include/gnu/stubs-32.h ] || [ -e /usr/include/x86_64-linux-gnu/gnu/stubs-32.h ] ||

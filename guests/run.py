@@ -29,11 +29,21 @@ REQUIRED = {
 
 
 def shell():
-    spec = vm.Spec(command_line="quiet hospes.do=shell", name="hospes-run")
-    print("run: booting a Debian kernel; in the guest, `poweroff -f` ends it and Ctrl-] leaves the console", file=sys.stderr)
+    """Becomes the console of a new domain; returns only when the monitor cannot be started."""
+    name = f"run-{os.getpid()}"
+    spec = vm.Spec(command_line="quiet hospes.do=shell", name=name)
+    environment = dict(os.environ)
+    if os.geteuid() != 0 and not any(environment.get(known) for known in ("HOSPES_RUN_DIR", "XDG_RUNTIME_DIR")):
+        # A login without a session manager: a directory of the user's own will do.
+        environment["HOSPES_RUN_DIR"] = os.path.expanduser("~/.local/state/hospes/run")
     argv = spec.argv("hospes")
+    print(
+        f"run: booting a Debian kernel as domain {name}\n"
+        f"run: in the guest, `poweroff -f` ends it; Ctrl-] leaves the console and lets it run on: `{argv[0]} destroy {name}` ends it",
+        file=sys.stderr,
+    )
     try:
-        os.execv(argv[0], argv)
+        os.execve(argv[0], argv, environment)
     except OSError as error:
         return f"{argv[0]} cannot be started ({error.strerror}): build it with cargo build --release"
 
