@@ -84,10 +84,14 @@ pub trait Vcpu: Send {
     /// Runs the guest until something happens that the engine does not handle itself.
     fn run(&mut self) -> Result<Exit, EngineError>;
 
-    /// The complete state; exact between two calls of [`Vcpu::run`].
+    /// The state, exact between two calls of [`Vcpu::run`]; the XSAVE image in it only after [`Vcpu::fetch_fpu`].
     fn state(&mut self) -> &mut CpuState;
 
-    /// Must be called after changing anything but general registers through [`Vcpu::state`].
+    /// Brings the XSAVE image in [`Vcpu::state`] up to date.
+    fn fetch_fpu(&mut self);
+
+    /// Must be called after changing anything but general registers, RIP and RFLAGS through [`Vcpu::state`]; the XSAVE image counts only if it was fetched
+    /// before, or before the first run.
     fn state_changed(&mut self);
 
     /// The part that other threads may use.

@@ -690,7 +690,7 @@ impl Work<'_> {
 
     /// Emits the TLB check of an access; returns the register with the host address.
     fn check(&mut self, i: usize, address: Address, size: u32, write: bool, avoid: u16) -> u8 {
-        let table = self.layout.tlb[self.mode.tlb()];
+        let table = self.layout.tlb[self.mode.table()];
         let field = if write { 8 } else { 0 };
         let site = self.site_start(i);
         let (s, tag, host) = match address {
@@ -980,7 +980,7 @@ impl Work<'_> {
         }
         self.resume = Resume::RipInFrame;
         self.note();
-        let table = self.layout.jumps[self.mode.jumps()];
+        let table = self.layout.jumps[self.mode.table()];
         match target {
             Some(target) => self.asm.jmp_mem(table + 8 * jump_index(target) as i32),
             None => {

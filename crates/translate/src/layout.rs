@@ -71,8 +71,8 @@ pub struct FrameLayout {
     pub exit_info: i32,
     /// Data TLBs: user, kernel, kernel with AC set.
     pub tlb: [i32; 3],
-    /// Jump caches: user, kernel.
-    pub jumps: [i32; 2],
+    /// Jump caches, for the same three kinds of code.
+    pub jumps: [i32; 3],
     /// 64 bits: [`JUMP_MASK`].
     pub jump_mask: i32,
     /// 64 bits: where the native-execution snippet finds its operand.
@@ -118,8 +118,8 @@ impl Mode {
         self.0 & bit != 0
     }
 
-    /// Which of the three data TLBs accesses in this mode use.
-    pub const fn tlb(self) -> usize {
+    /// Which of the three data TLBs and jump caches code in this mode uses.
+    pub const fn table(self) -> usize {
         if self.has(Self::USER) {
             0
         } else if self.has(Self::AC) {
@@ -127,10 +127,5 @@ impl Mode {
         } else {
             1
         }
-    }
-
-    /// Which of the two jump caches transfers in this mode use.
-    pub const fn jumps(self) -> usize {
-        !self.has(Self::USER) as usize
     }
 }

@@ -267,7 +267,7 @@ impl<'a, H: Host> Cx<'a, H> {
             M::Loopne => self.loop_cc(i, Some(false)),
             M::Jcxz | M::Jecxz | M::Jrcxz => self.jrcxz(i),
             M::Retf => self.retf(i),
-            M::Iret => self.iret(match i.code() {
+            M::Iret | M::Iretd | M::Iretq => self.iret(match i.code() {
                 Code::Iretw => 2,
                 Code::Iretd => 4,
                 _ => 8,

@@ -238,11 +238,14 @@ impl Walk<'_> {
                 for (i, &(slot, e)) in seen[..depth].iter().enumerate() {
                     let dirty = self.access.write && i + 1 == depth;
                     let new = e | A | if dirty { D } else { 0 };
+                    if new == e {
+                        continue;
+                    }
                     // SAFETY: as above; the address was valid a moment ago and guest memory is never unmapped.
-                    if new != e
-                        && unsafe { &*slot }
-                            .compare_exchange(e, new, Ordering::AcqRel, Ordering::Relaxed)
-                            .is_err()
+                    let slot = unsafe { &*slot };
+                    if slot
+                        .compare_exchange(e, new, Ordering::AcqRel, Ordering::Relaxed)
+                        .is_err()
                     {
                         return Err(Stop::Changed);
                     }
@@ -323,11 +326,14 @@ impl Walk<'_> {
         for (i, &(slot, e)) in seen.iter().enumerate() {
             let dirty = self.access.write && i == last;
             let new = e | A as u32 | if dirty { D as u32 } else { 0 };
+            if new == e {
+                continue;
+            }
             // SAFETY: the slot was read a moment ago and guest memory is never unmapped.
-            if new != e
-                && unsafe { &*slot }
-                    .compare_exchange(e, new, Ordering::AcqRel, Ordering::Relaxed)
-                    .is_err()
+            let slot = unsafe { &*slot };
+            if slot
+                .compare_exchange(e, new, Ordering::AcqRel, Ordering::Relaxed)
+                .is_err()
             {
                 return Err(Stop::Changed);
             }

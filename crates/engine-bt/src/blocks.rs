@@ -1,0 +1,274 @@
+//! The table of translated blocks, shared by all vCPUs of a domain.
+//!
+//! A block is found by physical address, virtual address and mode. A page from which anything was translated is marked in [`CodePages`]; stores to such a
+//! page take the slow path on every vCPU and drop the blocks that overlap the written bytes.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use hospes_translate::{ChainSite, Mode, Resume, SideEntry, Translation};
+use hospes_units::{Gfn, Gpa, PAGE_SIZE};
+use rustc_hash::FxHashMap;
+
+use crate::cache::CodeMemory;
+
+/// Writes to a page with code that hit none of its blocks before the blocks are dropped so that the page can be written at full speed.
+const STRAY_WRITES: u32 = 64;
+
+/// What a block is found by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    pub gpa: Gpa,
+    pub pc: u64,
+    pub mode: Mode,
+}
+
+/// One translated block. Positions are bytes from the start of the code cache.
+#[derive(Debug)]
+pub struct Block {
+    pub key: Key,
+    pub pos: u32,
+    pub len: u32,
+    pub direct: u32,
+    stale: u32,
+    pub side: Box<[SideEntry]>,
+    pub chains: Box<[ChainSite]>,
+    extent: (u64, u64),
+    pub alive: bool,
+}
+
+/// The guest's state at some host address inside a block.
+#[derive(Clone, Copy, Debug)]
+pub struct Point {
+    /// Guest program counter, `None` where the frame has it.
+    pub rip: Option<u64>,
+    pub in_shadow: bool,
+    pub spilled: u16,
+    pub flags_saved: bool,
+}
+
+impl Block {
+    /// Position for transfers that verify their target.
+    pub fn indirect(&self) -> u32 {
+        self.pos
+    }
+
+    /// Where the guest is when the host is at `pos`.
+    pub fn point(&self, pos: u32) -> Option<Point> {
+        let host = pos.checked_sub(self.pos)?;
+        let n = self.side.partition_point(|e| e.host <= host);
+        let entry = self.side[n.checked_sub(1)?];
+        let (rip, in_shadow) = match entry.resume {
+            Resume::Offset(o) => (Some(self.guest(o)), false),
+            Resume::OffsetInShadow(o) => (Some(self.guest(o)), true),
+            Resume::RipInFrame => (None, false),
+        };
+        Some(Point {
+            rip,
+            in_shadow,
+            spilled: entry.spilled,
+            flags_saved: entry.flags_saved,
+        })
+    }
+
+    /// Position where the instruction at guest address `rip` can be entered with all registers and flags in the frame.
+    pub fn reentry(&self, rip: u64) -> Option<u32> {
+        let offset = rip.checked_sub(self.key.pc)?;
+        self.side
+            .iter()
+            .find(|e| matches!(e.resume, Resume::Offset(o) if u64::from(o) == offset))
+            .map(|e| self.pos + e.host)
+    }
+
+    fn guest(&self, offset: u16) -> u64 {
+        let rip = self.key.pc.wrapping_add(u64::from(offset));
+        if self.key.mode.has(Mode::LONG) {
+            rip
+        } else {
+            rip & 0xffff_ffff
+        }
+    }
+}
+
+/// One bit for each guest frame that has translations. Read by every vCPU without a lock.
+#[derive(Debug)]
+pub struct CodePages(Vec<AtomicU64>);
+
+impl CodePages {
+    pub fn new(frames: u64) -> CodePages {
+        CodePages((0..frames.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    pub fn contains(&self, gfn: Gfn) -> bool {
+        self.0
+            .get((gfn.0 / 64) as usize)
+            .is_some_and(|w| w.load(Ordering::Acquire) & 1 << (gfn.0 % 64) != 0)
+    }
+
+    /// True if the bit was clear.
+    fn insert(&self, gfn: Gfn) -> bool {
+        let bit = 1 << (gfn.0 % 64);
+        self.0[(gfn.0 / 64) as usize].fetch_or(bit, Ordering::SeqCst) & bit == 0
+    }
+
+    fn remove(&self, gfn: Gfn) {
+        self.0[(gfn.0 / 64) as usize].fetch_and(!(1 << (gfn.0 % 64)), Ordering::SeqCst);
+    }
+
+    fn clear(&self) {
+        for w in &self.0 {
+            w.store(0, Ordering::SeqCst);
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Page {
+    blocks: Vec<u32>,
+    stray_writes: u32,
+}
+
+/// All blocks of the present generation, in the order of their positions.
+#[derive(Debug)]
+pub struct Blocks {
+    start: usize,
+    end: usize,
+    next: usize,
+    list: Vec<Block>,
+    by_key: FxHashMap<Key, u32>,
+    pages: HashMap<u64, Page, rustc_hash::FxBuildHasher>,
+}
+
+impl Blocks {
+    /// Blocks are placed in `start..end` of the code cache.
+    pub fn new(start: usize, end: usize) -> Blocks {
+        Blocks {
+            start,
+            end,
+            next: start,
+            list: Vec::new(),
+            by_key: FxHashMap::default(),
+            pages: HashMap::default(),
+        }
+    }
+
+    pub fn find(&self, key: &Key) -> Option<&Block> {
+        self.by_key.get(key).map(|&n| &self.list[n as usize])
+    }
+
+    /// The block, dead or alive, that lies around a position.
+    pub fn at(&self, pos: u32) -> Option<&Block> {
+        let n = self.list.partition_point(|b| b.pos <= pos);
+        let block = &self.list[n.checked_sub(1)?];
+        (pos < block.pos + block.len).then_some(block)
+    }
+
+    /// Where the next block will be placed; `None` when less than `room` bytes are left.
+    pub fn place(&self, room: usize) -> Option<usize> {
+        (self.next + room <= self.end).then_some(self.next)
+    }
+
+    /// Marks the page as one with code. True if it was not: then stores to it must be stopped on every vCPU before its bytes are read.
+    pub fn mark(&mut self, pages: &CodePages, gfn: Gfn) -> bool {
+        pages.insert(gfn)
+    }
+
+    /// Adds a translation that was made for the position [`Blocks::place`] gave.
+    pub fn insert(&mut self, code: &CodeMemory, key: Key, t: Translation) -> &Block {
+        let pos = self.next;
+        code.put(pos, &t.code);
+        let n = self.list.len() as u32;
+        self.next = (pos + t.code.len()).next_multiple_of(16);
+        self.list.push(Block {
+            key,
+            pos: pos as u32,
+            len: t.code.len() as u32,
+            direct: pos as u32 + t.direct_entry,
+            stale: pos as u32 + t.stale_stub,
+            side: t.side.into(),
+            chains: t.chains.into(),
+            extent: (
+                key.gpa.0 - u64::from(t.extent_before),
+                key.gpa.0 + u64::from(t.extent),
+            ),
+            alive: true,
+        });
+        self.by_key.insert(key, n);
+        self.pages.entry(key.gpa.gfn().0).or_default().blocks.push(n);
+        &self.list[n as usize]
+    }
+
+    /// Drops the blocks that depend on any of these bytes, which lie in one page. True if there were any.
+    pub fn invalidate(&mut self, code: &CodeMemory, pages: &CodePages, gpa: Gpa, len: u64) -> bool {
+        let gfn = gpa.gfn();
+        let Some(page) = self.pages.get_mut(&gfn.0) else {
+            pages.remove(gfn);
+            return false;
+        };
+        let (start, end) = (gpa.0, gpa.0 + len);
+        let list = &mut self.list;
+        let by_key = &mut self.by_key;
+        let before = page.blocks.len();
+        let mut drop_if = |all: bool, blocks: &mut Vec<u32>| {
+            blocks.retain(|&n| {
+                let b = &mut list[n as usize];
+                let hit = all || b.extent.0 < end && start < b.extent.1;
+                if hit {
+                    b.alive = false;
+                    b.chains = Box::default();
+                    by_key.remove(&b.key);
+                    code.divert(b.direct as usize, b.stale as usize);
+                }
+                !hit
+            });
+        };
+        drop_if(false, &mut page.blocks);
+        if page.blocks.len() == before {
+            page.stray_writes += 1;
+            if page.stray_writes >= STRAY_WRITES {
+                drop_if(true, &mut page.blocks);
+            }
+        }
+        let dropped = page.blocks.len() != before;
+        if page.blocks.is_empty() {
+            self.pages.remove(&gfn.0);
+            pages.remove(gfn);
+        }
+        dropped
+    }
+
+    /// Drops the blocks of every page in a physical range of any length.
+    pub fn invalidate_range(
+        &mut self,
+        code: &CodeMemory,
+        pages: &CodePages,
+        gpa: Gpa,
+        len: u64,
+    ) -> bool {
+        let mut any = false;
+        let mut at = gpa.0;
+        let end = gpa.0 + len;
+        while at < end {
+            let next = ((at / PAGE_SIZE) + 1) * PAGE_SIZE;
+            if pages.contains(Gpa(at).gfn()) {
+                any |= self.invalidate(code, pages, Gpa(at), next.min(end) - at);
+            }
+            at = next;
+        }
+        any
+    }
+
+    /// Forgets everything. No vCPU may be inside translated code, and all must forget their jump caches before they go back.
+    pub fn clear(&mut self, pages: &CodePages) {
+        self.next = self.start;
+        self.list.clear();
+        self.by_key.clear();
+        self.pages.clear();
+        pages.clear();
+    }
+
+    /// Number of live blocks and bytes of code.
+    pub fn statistics(&self) -> (usize, usize) {
+        (self.by_key.len(), self.next - self.start)
+    }
+}

@@ -1,0 +1,108 @@
+//! The memory of translated code: one memfd, mapped once writable and once executable, never both through one mapping.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::MemfdFlags;
+use rustix::mm::{MapFlags, ProtFlags};
+
+/// Bytes kept at the start for the stubs.
+pub const STUB_BYTES: usize = 8192;
+/// Bytes at the end of the cache for each vCPU's native snippets.
+pub const SNIPPET_BYTES: usize = 64 * 1024;
+
+/// The two mappings of the code cache. Positions are bytes from its start.
+#[derive(Debug)]
+pub struct CodeMemory {
+    write: *mut u8,
+    exec: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the mappings live as long as the value. Writers hold the block table's lock or write single aligned words atomically.
+unsafe impl Send for CodeMemory {}
+// SAFETY: as above.
+unsafe impl Sync for CodeMemory {}
+
+impl CodeMemory {
+    pub fn new(len: usize) -> Result<CodeMemory, rustix::io::Errno> {
+        let fd = rustix::fs::memfd_create("hospes-code", MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&fd, len as u64)?;
+        let map = |prot| {
+            // SAFETY: a new mapping at an address the kernel chooses overlaps nothing.
+            unsafe {
+                rustix::mm::mmap(
+                    std::ptr::null_mut(),
+                    len,
+                    prot,
+                    MapFlags::SHARED | MapFlags::NORESERVE,
+                    &fd,
+                    0,
+                )
+            }
+        };
+        Ok(CodeMemory {
+            write: map(ProtFlags::READ | ProtFlags::WRITE)?.cast(),
+            exec: map(ProtFlags::READ | ProtFlags::EXEC)?.cast(),
+            len,
+        })
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Executable address of a position.
+    pub fn address(&self, pos: usize) -> usize {
+        debug_assert!(pos < self.len);
+        self.exec as usize + pos
+    }
+
+    /// Position of an executable address, if it is inside.
+    pub fn position(&self, address: usize) -> Option<usize> {
+        address
+            .checked_sub(self.exec as usize)
+            .filter(|&p| p < self.len)
+    }
+
+    /// Puts code where nothing executes yet.
+    pub fn put(&self, pos: usize, code: &[u8]) {
+        assert!(pos + code.len() <= self.len, "code outside the cache");
+        // SAFETY: inside the mapping; the range is not yet reachable by any vCPU.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.add(pos), code.len()) };
+    }
+
+    /// Replaces the 4-byte aligned jump displacement at `pos` so that the jump goes to `target`. Other vCPUs may be executing it.
+    pub fn patch_jump(&self, pos: usize, target: usize) {
+        assert!(pos % 4 == 0 && pos + 4 <= self.len, "misplaced jump");
+        let rel = (target as i64 - (pos as i64 + 4)) as i32;
+        // SAFETY: aligned and inside the mapping; a single aligned store, which instruction fetch sees whole.
+        unsafe {
+            (*self.write.add(pos).cast::<std::sync::atomic::AtomicI32>())
+                .store(rel, Ordering::Release)
+        };
+    }
+
+    /// Replaces the 5-byte no-operation at the 8-byte aligned `pos` by a jump to `target`. Other vCPUs may be executing it.
+    pub fn divert(&self, pos: usize, target: usize) {
+        assert!(pos % 8 == 0 && pos + 8 <= self.len, "misplaced entry");
+        let rel = (target as i64 - (pos as i64 + 5)) as i32;
+        // SAFETY: aligned and inside the mapping. The three bytes behind keep their value: only the lock's holder writes here.
+        unsafe {
+            let word = &*self.write.add(pos).cast::<AtomicU64>();
+            let mut bytes = word.load(Ordering::Relaxed).to_le_bytes();
+            bytes[0] = 0xe9;
+            bytes[1..5].copy_from_slice(&rel.to_le_bytes());
+            word.store(u64::from_le_bytes(bytes), Ordering::Release);
+        }
+    }
+}
+
+impl Drop for CodeMemory {
+    fn drop(&mut self) {
+        // SAFETY: both mappings were made in `new`; no vCPU is left that could execute them.
+        unsafe {
+            let _ = rustix::mm::munmap(self.write.cast(), self.len);
+            let _ = rustix::mm::munmap(self.exec.cast(), self.len);
+        }
+    }
+}

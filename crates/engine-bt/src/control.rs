@@ -1,0 +1,173 @@
+//! What other threads may ask of a vCPU.
+
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
+
+use hospes_engine::VcpuControl;
+
+use crate::signal;
+
+/// Requests to a vCPU; it looks at them before it goes back to translated code.
+pub mod request {
+    /// `run` returns.
+    pub const KICK: u32 = 1;
+    /// Something in the interrupt fields changed.
+    pub const INTERRUPT: u32 = 2;
+    /// Forget which pages may be written.
+    pub const WRITE_TAGS: u32 = 4;
+    /// Forget all jump targets.
+    pub const JUMPS: u32 = 8;
+    /// Forget all cached translations.
+    pub const TLB: u32 = 16;
+    /// INIT was received.
+    pub const INIT: u32 = 32;
+    /// A start-up interrupt was received.
+    pub const SIPI: u32 = 64;
+}
+
+/// The shared side of a vCPU.
+#[derive(Debug, Default)]
+pub struct Control {
+    requests: AtomicU32,
+    /// Set while the vCPU may execute translated code.
+    in_code: AtomicBool,
+    tid: AtomicI32,
+    irr: [AtomicU64; 4],
+    callback: AtomicU32,
+    nmi: AtomicBool,
+    sipi_vector: AtomicU32,
+    apic_disabled: AtomicBool,
+}
+
+impl Control {
+    pub fn attach(&self, tid: i32) {
+        self.tid.store(tid, Ordering::SeqCst);
+    }
+
+    /// Posts requests and makes the vCPU look at them.
+    pub fn post(&self, bits: u32) {
+        self.requests.fetch_or(bits, Ordering::SeqCst);
+        membarrier();
+        if self.in_code.load(Ordering::SeqCst) {
+            signal::kick_thread(self.tid.load(Ordering::SeqCst));
+        }
+    }
+
+    /// Waits until the vCPU has seen what was posted, or is sure to see it before it executes translated code again.
+    pub fn wait_seen(&self, bits: u32) {
+        while self.in_code.load(Ordering::SeqCst)
+            && self.requests.load(Ordering::SeqCst) & bits != 0
+        {
+            std::hint::spin_loop();
+            std::thread::yield_now();
+        }
+    }
+
+    /// Takes all requests. Called by the vCPU.
+    pub fn take(&self) -> u32 {
+        if self.requests.load(Ordering::Relaxed) == 0 {
+            return 0;
+        }
+        self.requests.swap(0, Ordering::SeqCst)
+    }
+
+    pub fn has_requests(&self) -> bool {
+        self.requests.load(Ordering::Relaxed) != 0
+    }
+
+    /// Declares that the vCPU is about to execute translated code. The barrier is on the other side, in `post`.
+    pub fn enter_code(&self) {
+        self.in_code.store(true, Ordering::Relaxed);
+        std::sync::atomic::compiler_fence(Ordering::SeqCst);
+    }
+
+    pub fn leave_code(&self) {
+        std::sync::atomic::compiler_fence(Ordering::SeqCst);
+        self.in_code.store(false, Ordering::Relaxed);
+    }
+
+    /// Moves posted interrupts into the given IRR.
+    pub fn take_interrupts(&self, irr: &mut [u32; 8]) {
+        for (n, word) in self.irr.iter().enumerate() {
+            if word.load(Ordering::Relaxed) != 0 {
+                let bits = word.swap(0, Ordering::SeqCst);
+                irr[2 * n] |= bits as u32;
+                irr[2 * n + 1] |= (bits >> 32) as u32;
+            }
+        }
+    }
+
+    pub fn take_nmi(&self) -> bool {
+        self.nmi.load(Ordering::Relaxed) && self.nmi.swap(false, Ordering::SeqCst)
+    }
+
+    /// The vector to inject without the local APIC, if asserted.
+    pub fn callback(&self) -> Option<u8> {
+        match self.callback.load(Ordering::SeqCst) {
+            0 => None,
+            v => Some(v as u8),
+        }
+    }
+
+    pub fn set_apic_enabled(&self, on: bool) {
+        self.apic_disabled.store(!on, Ordering::SeqCst);
+    }
+
+    pub fn post_startup(&self, vector: u8) {
+        self.sipi_vector.store(u32::from(vector), Ordering::SeqCst);
+        self.post(request::SIPI);
+    }
+
+    pub fn startup_vector(&self) -> u8 {
+        self.sipi_vector.load(Ordering::SeqCst) as u8
+    }
+}
+
+impl VcpuControl for Control {
+    fn kick(&self) {
+        self.post(request::KICK);
+    }
+
+    fn raise_interrupt(&self, vector: u8) -> bool {
+        if self.apic_disabled.load(Ordering::SeqCst) {
+            return false;
+        }
+        self.irr[usize::from(vector / 64)].fetch_or(1 << (vector % 64), Ordering::SeqCst);
+        self.post(request::INTERRUPT);
+        true
+    }
+
+    fn set_callback_line(&self, vector: Option<u8>) {
+        self.callback
+            .store(vector.map_or(0, u32::from), Ordering::SeqCst);
+        if vector.is_some() {
+            self.post(request::INTERRUPT);
+        }
+    }
+
+    fn raise_nmi(&self) {
+        self.nmi.store(true, Ordering::SeqCst);
+        self.post(request::INTERRUPT);
+    }
+
+    fn has_wakeup(&self) -> bool {
+        self.requests.load(Ordering::SeqCst) != 0
+            || self.nmi.load(Ordering::SeqCst)
+            || self.callback.load(Ordering::SeqCst) != 0
+            || self.irr.iter().any(|w| w.load(Ordering::SeqCst) != 0)
+    }
+}
+
+/// A full memory barrier on every running thread of the process, so that the vCPU's own side needs none.
+fn membarrier() {
+    const PRIVATE_EXPEDITED: i32 = 1 << 3;
+    const REGISTER_PRIVATE_EXPEDITED: i32 = 1 << 4;
+    static REGISTERED: std::sync::Once = std::sync::Once::new();
+    // SAFETY: membarrier has no memory operands.
+    unsafe {
+        REGISTERED.call_once(|| {
+            libc::syscall(libc::SYS_membarrier, REGISTER_PRIVATE_EXPEDITED, 0, 0);
+        });
+        libc::syscall(libc::SYS_membarrier, PRIVATE_EXPEDITED, 0, 0);
+    }
+    std::sync::atomic::fence(Ordering::SeqCst);
+}

@@ -1,0 +1,145 @@
+//! The per-vCPU frame: what translated code reaches through the GS base.
+
+use std::mem::offset_of;
+use std::sync::atomic::AtomicU8;
+
+use hospes_engine::{CpuState, Segment};
+use hospes_translate::layout::{
+    FrameLayout, JUMP_ENTRIES, JUMP_MASK, TLB_ENTRIES, TlbEntry,
+};
+
+/// State of one vCPU as the translated code sees it. General registers live in `cpu.gpr` while the monitor runs.
+#[repr(C, align(4096))]
+pub struct Frame {
+    pub cpu: CpuState,
+    /// AL = OF, AH = SF ZF AF PF CF, as LAHF and SETO leave them.
+    pub flags: u16,
+    pub interrupt_flag: u8,
+    pub ac_flag: u8,
+    pub irq_pending: u8,
+    /// Set by the signal handler: the entry code turns back.
+    pub turn_back: AtomicU8,
+    pub exit_arg: u32,
+    pub exit_info: u32,
+    pub exit_ea: u64,
+    pub jump_mask: u64,
+    pub operand: u64,
+    /// Where the entry code jumps to.
+    pub target: u64,
+    pub host_rsp: u64,
+    pub host_mxcsr: u32,
+    pub guest_mxcsr: u32,
+    /// Registers at an interruption, in hardware order, and EFLAGS.
+    pub raw: [u64; 16],
+    pub raw_flags: u64,
+    pub raw_pc: u64,
+    pub raw_signal: i32,
+    /// The guest's vector registers while the monitor runs.
+    pub ymm: [[u8; 32]; 16],
+    pub jumps: [[u64; JUMP_ENTRIES]; 3],
+    pub tlb: [[TlbEntry; TLB_ENTRIES]; 3],
+}
+
+/// Offsets of the frame's fields for the translator.
+pub const LAYOUT: FrameLayout = {
+    let seg = offset_of!(Frame, cpu) + offset_of!(CpuState, seg) + offset_of!(Segment, base);
+    let jumps = offset_of!(Frame, jumps);
+    let tlb = offset_of!(Frame, tlb);
+    let jump_bytes = JUMP_ENTRIES * 8;
+    let tlb_bytes = TLB_ENTRIES * size_of::<TlbEntry>();
+    let segment = size_of::<Segment>();
+    FrameLayout {
+        gpr: (offset_of!(Frame, cpu) + offset_of!(CpuState, gpr)) as i32,
+        rip: (offset_of!(Frame, cpu) + offset_of!(CpuState, rip)) as i32,
+        flags: offset_of!(Frame, flags) as i32,
+        interrupt_flag: offset_of!(Frame, interrupt_flag) as i32,
+        ac_flag: offset_of!(Frame, ac_flag) as i32,
+        irq_pending: offset_of!(Frame, irq_pending) as i32,
+        seg_base: [
+            seg as i32,
+            (seg + segment) as i32,
+            (seg + 2 * segment) as i32,
+            (seg + 3 * segment) as i32,
+            (seg + 4 * segment) as i32,
+            (seg + 5 * segment) as i32,
+        ],
+        exit_arg: offset_of!(Frame, exit_arg) as i32,
+        exit_ea: offset_of!(Frame, exit_ea) as i32,
+        exit_info: offset_of!(Frame, exit_info) as i32,
+        tlb: [
+            tlb as i32,
+            (tlb + tlb_bytes) as i32,
+            (tlb + 2 * tlb_bytes) as i32,
+        ],
+        jumps: [
+            jumps as i32,
+            (jumps + jump_bytes) as i32,
+            (jumps + 2 * jump_bytes) as i32,
+        ],
+        jump_mask: offset_of!(Frame, jump_mask) as i32,
+        operand: offset_of!(Frame, operand) as i32,
+    }
+};
+
+/// A frame in memory of its own, at an address that never changes.
+#[derive(Debug)]
+pub struct FrameBox(*mut Frame);
+
+// SAFETY: the frame is owned by this value alone; the pointer moves with it between threads.
+unsafe impl Send for FrameBox {}
+
+impl FrameBox {
+    pub fn new(miss: u64) -> Result<FrameBox, rustix::io::Errno> {
+        use rustix::mm::{MapFlags, ProtFlags};
+        // SAFETY: a new anonymous mapping overlaps nothing.
+        let p = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                size_of::<Frame>(),
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )
+        }?
+        .cast::<Frame>();
+        // SAFETY: the mapping is zero-filled, which is valid for every field but the activity enum, for which 0 is `Running`; bools are false.
+        let frame = unsafe { &mut *p };
+        frame.cpu = CpuState::default();
+        frame.jump_mask = JUMP_MASK;
+        frame.host_mxcsr = 0x1f80;
+        frame.guest_mxcsr = 0x1f80;
+        for table in &mut frame.jumps {
+            table.fill(miss);
+        }
+        for table in &mut frame.tlb {
+            table.fill(TlbEntry::INVALID);
+        }
+        Ok(FrameBox(p))
+    }
+
+    pub fn as_ptr(&self) -> *mut Frame {
+        self.0
+    }
+}
+
+impl std::ops::Deref for FrameBox {
+    type Target = Frame;
+
+    fn deref(&self) -> &Frame {
+        // SAFETY: the mapping lives as long as `self`; translated code changes it only inside `enter`, which no reference is held across.
+        unsafe { &*self.0 }
+    }
+}
+
+impl std::ops::DerefMut for FrameBox {
+    fn deref_mut(&mut self) -> &mut Frame {
+        // SAFETY: as for `deref`, and `self` is borrowed mutably.
+        unsafe { &mut *self.0 }
+    }
+}
+
+impl Drop for FrameBox {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made in `new` and nobody else knows it.
+        let _ = unsafe { rustix::mm::munmap(self.0.cast(), size_of::<Frame>()) };
+    }
+}

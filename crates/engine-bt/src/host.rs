@@ -1,0 +1,439 @@
+//! What the instruction semantics find around them: TLBs, jump caches, native execution.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use hospes_engine::{CpuState, VcpuControl, VirtFault, rflags};
+use hospes_memory::GuestMemory;
+use hospes_translate::layout::{TLB_ENTRIES, TLB_INVALID, TlbEntry, tlb_index};
+use hospes_translate::Mode;
+use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE, VcpuId};
+use iced_x86::{Instruction, Mnemonic};
+
+use crate::control::{Control, request};
+use crate::exec::{
+    Access, Delivery, Host, Ipi, NativeFault, Operand, PageFault, Shorthand, TlbFlush, Vendor,
+    lapic, walk,
+};
+use crate::fpu;
+use crate::frame::FrameBox;
+use crate::jumps::Jumps;
+use crate::signal::kick_signal;
+use crate::stubs::ExitKind;
+use crate::vcpu::{call, canonical, pack_flags};
+use crate::vm::Shared;
+
+/// Marks of a TLB entry beside its frame number.
+const GLOBAL: u64 = 1 << 63;
+const LARGE: u64 = 1 << 62;
+const MARKS: u64 = GLOBAL | LARGE;
+
+/// The part of a vCPU that serves its instructions.
+pub(crate) struct BtHost {
+    pub shared: Arc<Shared>,
+    pub id: VcpuId,
+    pub control: Arc<Control>,
+    pub frame: FrameBox,
+    pub jumps: Jumps,
+    /// x87 state is in the processor, vector state in the frame, and not in the XSAVE image.
+    pub attached: bool,
+    /// Position in the code cache to go on at, instead of looking RIP up.
+    pub resume_at: Option<u32>,
+    /// Counts how often the whole cache was thrown away.
+    pub generation: u64,
+    /// Counts writes of this vCPU that dropped blocks.
+    pub dropped_blocks: u64,
+    /// Instructions executed one at a time.
+    pub steps: u64,
+    /// Indices filled since the last flush; kernel entries that are global are in the fourth list.
+    filled: [Vec<u16>; 4],
+    /// Large pages stand behind some entries of the user and kernel parts.
+    large: [bool; 3],
+    snippets: HashMap<Instruction, usize>,
+    snippet_next: usize,
+}
+
+impl BtHost {
+    pub fn new(
+        shared: Arc<Shared>,
+        id: VcpuId,
+        control: Arc<Control>,
+        frame: FrameBox,
+        miss: u64,
+    ) -> BtHost {
+        let snippet_next = shared.snippets(id).start;
+        BtHost {
+            shared,
+            id,
+            control,
+            frame,
+            jumps: Jumps::new(miss),
+            attached: false,
+            resume_at: None,
+            generation: 0,
+            dropped_blocks: 0,
+            steps: 0,
+            filled: Default::default(),
+            large: [false; 3],
+            snippets: HashMap::new(),
+            snippet_next,
+        }
+    }
+
+    /// The CPU state, for lending it out beside the rest. The rest touches other fields of the frame only, or goes through the entry code.
+    pub fn cpu_ptr(&self) -> *mut CpuState {
+        // SAFETY: the frame is mapped; only an address is formed.
+        unsafe { &raw mut (*self.frame.as_ptr()).cpu }
+    }
+
+    /// Enters translated code; flags are synchronised on both sides.
+    pub fn enter(&mut self, pos: usize) -> ExitKind {
+        self.sync_flags_out();
+        self.control.enter_code();
+        let kind = call(&self.shared, pos);
+        self.control.leave_code();
+        self.sync_flags_in();
+        kind
+    }
+
+    /// Frame flags to RFLAGS.
+    pub fn sync_flags_in(&mut self) {
+        let f = &mut *self.frame;
+        let status = u64::from(f.flags >> 8) & 0xd5 | u64::from(f.flags & 1) << 11;
+        f.cpu.rflags = f.cpu.rflags & !(rflags::STATUS | rflags::IF | rflags::AC)
+            | status
+            | u64::from(f.interrupt_flag) << 9
+            | u64::from(f.ac_flag) << 18;
+    }
+
+    /// RFLAGS to the frame's flags.
+    pub fn sync_flags_out(&mut self) {
+        let f = &mut *self.frame;
+        f.flags = pack_flags(f.cpu.rflags);
+        f.interrupt_flag = (f.cpu.rflags >> 9) as u8 & 1;
+        f.ac_flag = (f.cpu.rflags >> 18) as u8 & 1;
+    }
+
+    pub fn add_jump(&mut self, mode: Mode, pc: u64, direct: u32, indirect: u32, global: bool) {
+        let address = self.shared.code.address(indirect as usize) as u64;
+        self.jumps
+            .add(&mut self.frame, mode, pc, direct, address, global);
+    }
+
+    pub fn flush_jumps_all(&mut self) {
+        self.jumps.flush_all(&mut self.frame);
+    }
+
+    /// Forgets everything cached of the guest's mappings.
+    pub fn flush_all(&mut self) {
+        for table in &mut self.frame.tlb {
+            table.fill(TlbEntry::INVALID);
+        }
+        for list in &mut self.filled {
+            list.clear();
+        }
+        self.large = [false; 3];
+        self.flush_jumps_all();
+    }
+
+    fn flush_local(&mut self) {
+        for (list, table) in [(0, 0), (1, 1), (2, 2)] {
+            if self.filled[list].len() >= TLB_ENTRIES {
+                self.frame.tlb[table].fill(TlbEntry::INVALID);
+                if table == 1 {
+                    self.filled[3].clear();
+                    self.large[1] = false;
+                }
+            } else {
+                for &n in &self.filled[list] {
+                    let e = &mut self.frame.tlb[table][usize::from(n)];
+                    if e.gfn & GLOBAL == 0 || table != 1 {
+                        *e = TlbEntry::INVALID;
+                    }
+                }
+            }
+            self.filled[list].clear();
+        }
+        self.large[0] = false;
+        self.large[2] = false;
+        self.jumps.flush_local(&mut self.frame);
+    }
+
+    fn flush_page(&mut self, gva: u64) {
+        let page = gva & !(PAGE_SIZE - 1);
+        for table in 0..3 {
+            let e = &mut self.frame.tlb[table][tlb_index(gva)];
+            if e.read == page || e.write == page {
+                *e = TlbEntry::INVALID;
+            }
+            if self.large[table] {
+                // The invalidated translation may be of a large page, of which any 4 KiB piece may be cached. Which size it had is not known; a
+                // gigabyte is the largest.
+                for e in &mut self.frame.tlb[table] {
+                    if e.gfn & LARGE != 0 && (e.read ^ page) >> 30 == 0 {
+                        *e = TlbEntry::INVALID;
+                    }
+                }
+            }
+        }
+        if self.large.iter().any(|&l| l) {
+            self.flush_jumps_all();
+        } else {
+            self.jumps.flush_page(&mut self.frame, gva);
+        }
+    }
+
+    /// Makes stores to a frame take the slow path.
+    pub fn drop_write_tags(&mut self, gfn: Gfn) {
+        for table in &mut self.frame.tlb {
+            for e in table.iter_mut() {
+                if e.gfn & !MARKS == gfn.0 {
+                    e.write = TLB_INVALID;
+                }
+            }
+        }
+    }
+
+    pub fn drop_all_write_tags(&mut self) {
+        for table in &mut self.frame.tlb {
+            for e in table.iter_mut() {
+                e.write = TLB_INVALID;
+            }
+        }
+    }
+
+    /// Walks the guest's tables for a missed access and caches the result. False where the access must be executed by the instruction semantics.
+    pub fn fill(&mut self, gva: Gva, access: Access) -> Result<bool, PageFault> {
+        let cpu = &self.frame.cpu;
+        let t = walk(cpu, &self.shared.memory, gva, access)?;
+        let gfn = t.gpa.gfn();
+        let Some(host) = self.shared.memory.page(gfn) else {
+            return Ok(false);
+        };
+        let code = self.shared.pages.contains(gfn);
+        if access.write && code {
+            return Ok(false);
+        }
+        let table = if access.user {
+            0
+        } else if cpu.rflags & rflags::AC != 0 {
+            2
+        } else {
+            1
+        };
+        let page = gva.page().0;
+        let n = tlb_index(gva.0);
+        let large = t.page_bits > 12;
+        self.frame.tlb[table][n] = TlbEntry {
+            read: page,
+            write: if (access.write || t.writable && t.dirty) && !code {
+                page
+            } else {
+                TLB_INVALID
+            },
+            host: host as u64,
+            gfn: gfn.0 | if t.global { GLOBAL } else { 0 } | if large { LARGE } else { 0 },
+        };
+        self.large[table] |= large;
+        let list = if table == 1 && t.global { 3 } else { table };
+        if self.filled[list].len() < TLB_ENTRIES {
+            self.filled[list].push(n as u16);
+        }
+        Ok(true)
+    }
+
+    pub fn translate_as_kernel(&mut self, gva: Gva, access: Access) -> Result<Gpa, VirtFault> {
+        if !canonical(gva.0) {
+            return Err(VirtFault { gva });
+        }
+        let saved = self.frame.cpu.rflags;
+        self.frame.cpu.rflags |= rflags::AC;
+        let t = walk(&self.frame.cpu, &self.shared.memory, gva, access);
+        self.frame.cpu.rflags = saved;
+        t.map(|t| t.gpa).map_err(|_| VirtFault { gva })
+    }
+
+    /// Goes through a virtual range page by page. `f` copies one piece and says whether the memory was there.
+    pub fn copy_virt(
+        &mut self,
+        gva: Gva,
+        len: usize,
+        access: Access,
+        mut f: impl FnMut(&GuestMemory, Gpa, Range<usize>) -> bool,
+    ) -> Result<(), VirtFault> {
+        let mut done = 0;
+        while done < len {
+            let at = Gva(gva.0.wrapping_add(done as u64));
+            let n = ((PAGE_SIZE - at.page_offset()) as usize).min(len - done);
+            let gpa = self.translate_as_kernel(at, access)?;
+            if access.write {
+                self.before_write(gpa, n);
+            }
+            if !f(&self.shared.memory, gpa, done..done + n) {
+                return Err(VirtFault { gva: at });
+            }
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Position of the code that runs this instruction alone.
+    fn snippet(&mut self, instr: &Instruction) -> Option<usize> {
+        if let Some(&pos) = self.snippets.get(instr) {
+            return Some(pos);
+        }
+        let range = self.shared.snippets(self.id);
+        if self.snippet_next + 64 > range.end {
+            self.snippets.clear();
+            self.snippet_next = range.start;
+        }
+        let pos = self.snippet_next;
+        let code = {
+            let mut t = self.shared.translations.lock().expect("translations");
+            t.translator.native_snippet(instr, pos as i64)?
+        };
+        self.shared.code.put(pos, &code);
+        self.snippet_next = (pos + code.len()).next_multiple_of(16);
+        self.snippets.insert(*instr, pos);
+        Some(pos)
+    }
+}
+
+impl Host for BtHost {
+    fn memory(&self) -> &GuestMemory {
+        &self.shared.memory
+    }
+
+    fn vendor(&self) -> Vendor {
+        self.shared.processor.vendor()
+    }
+
+    fn before_write(&mut self, gpa: Gpa, len: usize) {
+        if !self.shared.pages.contains(gpa.gfn()) {
+            return;
+        }
+        let s = self.shared.clone();
+        let mut t = s.translations.lock().expect("translations");
+        if t.blocks.invalidate(&s.code, &s.pages, gpa, len as u64) {
+            self.dropped_blocks += 1;
+        }
+    }
+
+    fn tlb_flush(&mut self, _cpu: &CpuState, what: TlbFlush) {
+        match what {
+            TlbFlush::All => self.flush_all(),
+            // Entries carry no PCID: only those of the present one exist.
+            TlbFlush::NonGlobal | TlbFlush::Pcid(_) | TlbFlush::Switch => self.flush_local(),
+            TlbFlush::Page(gva) | TlbFlush::PageOfPcid { gva, .. } => self.flush_page(gva.0),
+        }
+    }
+
+    fn run_native(
+        &mut self,
+        _cpu: &mut CpuState,
+        instr: &Instruction,
+        operand: Option<Operand>,
+    ) -> Result<(), NativeFault> {
+        let pos = self.snippet(instr).ok_or(NativeFault::Undefined)?;
+        if matches!(instr.mnemonic(), Mnemonic::Fnstenv | Mnemonic::Fnsave) {
+            // They show the x87 instruction and data pointers, which must not be the host's: going through the image clears them.
+            fpu::store(&mut self.frame);
+            fpu::load(&mut self.frame);
+        }
+        self.frame.operand = operand.map_or(0, |o| o.ptr as u64);
+        loop {
+            self.frame.turn_back.store(0, Ordering::Relaxed);
+            match self.enter(pos) {
+                ExitKind::TurnedBack => {}
+                ExitKind::Signal if self.frame.raw_signal == kick_signal() => {}
+                ExitKind::Signal => {
+                    return Err(match self.frame.raw_signal {
+                        libc::SIGFPE => match instr.mnemonic() {
+                            Mnemonic::Div | Mnemonic::Idiv => NativeFault::Divide,
+                            _ if instr.is_stack_instruction() => NativeFault::X87,
+                            _ if instr.fpu_stack_increment_info().increment() != 0
+                                || is_x87(instr) =>
+                            {
+                                NativeFault::X87
+                            }
+                            _ => NativeFault::Simd,
+                        },
+                        libc::SIGILL => NativeFault::Undefined,
+                        _ => NativeFault::Protection,
+                    });
+                }
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    fn cpuid(&self, cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
+        self.shared.processor.cpuid(self.id, cpu, leaf, subleaf)
+    }
+
+    fn host_tsc(&self) -> u64 {
+        // SAFETY: RDTSC has no preconditions.
+        unsafe { std::arch::x86_64::_rdtsc() }
+    }
+
+    fn send_ipi(&mut self, ipi: Ipi) {
+        let own = self.frame.cpu.lapic.id;
+        let controls = self.shared.controls.read().expect("vCPU list");
+        for (id, control) in controls.iter() {
+            let apic_id = 2 * id.0;
+            let named = match ipi.shorthand {
+                Shorthand::Oneself => apic_id == own,
+                Shorthand::All => true,
+                Shorthand::Others => apic_id != own,
+                Shorthand::None if ipi.dest == u32::MAX => true,
+                Shorthand::None if ipi.logical => {
+                    let logical = lapic::x2apic_logical_id(apic_id);
+                    logical >> 16 == ipi.dest >> 16 && logical & ipi.dest & 0xffff != 0
+                }
+                Shorthand::None => apic_id == ipi.dest,
+            };
+            if !named {
+                continue;
+            }
+            match ipi.delivery {
+                Delivery::Fixed | Delivery::LowestPriority => {
+                    control.raise_interrupt(ipi.vector);
+                }
+                Delivery::Nmi => control.raise_nmi(),
+                Delivery::Init => control.post(request::INIT),
+                Delivery::Startup => control.post_startup(ipi.vector),
+                Delivery::Smi => {}
+            }
+        }
+    }
+
+    fn arch_capabilities(&self) -> u64 {
+        self.shared.processor.arch_capabilities()
+    }
+
+    fn apic_enabled(&mut self) {
+        self.control.set_apic_enabled(true);
+    }
+
+    fn load_fpu(&mut self, _cpu: &mut CpuState) {
+        if self.attached {
+            fpu::store(&mut self.frame);
+        }
+    }
+
+    fn store_fpu(&mut self, _cpu: &mut CpuState) {
+        if self.attached {
+            fpu::load(&mut self.frame);
+        }
+    }
+}
+
+fn is_x87(instr: &Instruction) -> bool {
+    use iced_x86::CpuidFeature as F;
+    instr
+        .cpuid_features()
+        .iter()
+        .any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::MMX))
+}

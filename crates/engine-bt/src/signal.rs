@@ -1,0 +1,222 @@
+//! Signals on vCPU threads: kicks from other threads, and faults of translated code.
+//!
+//! Translated code runs on the guest's stack pointer, so every handler runs on an alternate stack. Handlers only look where the thread was and
+//! rewrite the context to leave the code cache; they take no locks and never unwind.
+
+use std::cell::Cell;
+use std::ptr;
+use std::sync::Once;
+use std::sync::atomic::Ordering;
+
+use crate::frame::Frame;
+use crate::stubs::ExitKind;
+
+/// What the handler must know of the thread's vCPU; addresses are executable ones.
+#[derive(Debug)]
+pub struct ThreadInfo {
+    pub frame: *mut Frame,
+    pub blocks: std::ops::Range<usize>,
+    pub enter_checked: std::ops::Range<usize>,
+    pub leave: usize,
+    pub turned_back: usize,
+    pub snippets: std::ops::Range<usize>,
+}
+
+thread_local! {
+    static CURRENT: Cell<*const ThreadInfo> = const { Cell::new(ptr::null()) };
+}
+
+/// The signal that makes a vCPU leave translated code.
+pub fn kick_signal() -> i32 {
+    libc::SIGRTMIN() + 5
+}
+
+const REGISTERS: [i32; 16] = [
+    libc::REG_RAX,
+    libc::REG_RCX,
+    libc::REG_RDX,
+    libc::REG_RBX,
+    libc::REG_RSP,
+    libc::REG_RBP,
+    libc::REG_RSI,
+    libc::REG_RDI,
+    libc::REG_R8,
+    libc::REG_R9,
+    libc::REG_R10,
+    libc::REG_R11,
+    libc::REG_R12,
+    libc::REG_R13,
+    libc::REG_R14,
+    libc::REG_R15,
+];
+
+extern "C" fn handle(signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let info = CURRENT.get();
+    let kick = signal == kick_signal();
+    if info.is_null() {
+        if !kick {
+            reraise(signal);
+        }
+        return;
+    }
+    // SAFETY: the pointer is set to a live value while this thread runs a vCPU, and the kernel passes a valid context.
+    let (info, context) = unsafe { (&*info, &mut *context.cast::<libc::ucontext_t>()) };
+    let regs = &mut context.uc_mcontext.gregs;
+    let pc = regs[libc::REG_RIP as usize] as usize;
+    // SAFETY: the frame outlives the vCPU's run; plain fields are touched here only while the thread is inside the code cache.
+    let frame = unsafe { &mut *info.frame };
+    if kick {
+        frame.turn_back.store(1, Ordering::Relaxed);
+        if info.enter_checked.contains(&pc) {
+            frame.target = info.turned_back as u64;
+        }
+    }
+    let in_block = info.blocks.contains(&pc);
+    let faulting_snippet = !kick && info.snippets.contains(&pc);
+    if in_block || faulting_snippet {
+        for (to, from) in frame.raw.iter_mut().zip(REGISTERS) {
+            *to = regs[from as usize] as u64;
+        }
+        frame.raw_flags = regs[libc::REG_EFL as usize] as u64;
+        frame.raw_pc = pc as u64;
+        frame.raw_signal = signal;
+        regs[libc::REG_RAX as usize] = ExitKind::Signal as i64;
+        regs[libc::REG_RIP as usize] = info.leave as i64;
+        // The interrupted code's pending-exception state must not hit the exit path: mask nothing here, the exit path loads its own MXCSR.
+        return;
+    }
+    if !kick {
+        reraise(signal);
+    }
+}
+
+/// Lets a fault that is not the guest's doing take its default course when the instruction is executed again.
+fn reraise(signal: i32) {
+    // SAFETY: a zeroed sigaction with SIG_DFL is valid.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = libc::SIG_DFL;
+        libc::sigaction(signal, &action, ptr::null_mut());
+    }
+}
+
+fn install() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        for signal in [
+            libc::SIGSEGV,
+            libc::SIGBUS,
+            libc::SIGFPE,
+            libc::SIGILL,
+            libc::SIGTRAP,
+            kick_signal(),
+        ] {
+            // SAFETY: `handle` is async-signal-safe and has the three-argument form that SA_SIGINFO asks for.
+            unsafe {
+                let mut action: libc::sigaction = std::mem::zeroed();
+                action.sa_sigaction = handle as extern "C" fn(_, _, _) as usize;
+                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+                libc::sigfillset(&mut action.sa_mask);
+                libc::sigaction(signal, &action, ptr::null_mut());
+            }
+        }
+    });
+}
+
+/// An alternate signal stack for the present thread; withdrawn when dropped.
+#[derive(Debug)]
+struct AltStack {
+    base: *mut libc::c_void,
+    len: usize,
+}
+
+impl AltStack {
+    fn new() -> std::io::Result<AltStack> {
+        // SAFETY: plain system calls on memory just mapped.
+        unsafe {
+            let min = libc::getauxval(libc::AT_MINSIGSTKSZ) as usize;
+            let len = (min + 64 * 1024).next_multiple_of(4096);
+            let base = libc::mmap(
+                ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
+            if base == libc::MAP_FAILED {
+                return Err(std::io::Error::last_os_error());
+            }
+            let stack = libc::stack_t {
+                ss_sp: base,
+                ss_flags: 0,
+                ss_size: len,
+            };
+            if libc::sigaltstack(&stack, ptr::null_mut()) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(AltStack { base, len })
+        }
+    }
+}
+
+impl Drop for AltStack {
+    fn drop(&mut self) {
+        // SAFETY: disables the stack on the thread that set it (the owner never changes threads while attached), then frees it.
+        unsafe {
+            let off = libc::stack_t {
+                ss_sp: ptr::null_mut(),
+                ss_flags: libc::SS_DISABLE,
+                ss_size: 0,
+            };
+            libc::sigaltstack(&off, ptr::null_mut());
+            libc::munmap(self.base, self.len);
+        }
+    }
+}
+
+/// Ties a vCPU to the present thread: GS base, signal handlers, alternate stack.
+#[derive(Debug)]
+pub struct Attachment {
+    _stack: AltStack,
+    _info: Box<ThreadInfo>,
+    pub tid: i32,
+    not_send: std::marker::PhantomData<*const ()>,
+}
+
+impl Attachment {
+    pub fn new(info: ThreadInfo) -> std::io::Result<Attachment> {
+        install();
+        let stack = AltStack::new()?;
+        let info = Box::new(info);
+        const ARCH_SET_GS: i32 = 0x1001;
+        // SAFETY: GS is unused by Rust and libc on x86-64 Linux; the base is the frame. `gettid` has no preconditions.
+        let tid = unsafe {
+            if libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, info.frame) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            libc::syscall(libc::SYS_gettid) as i32
+        };
+        CURRENT.set(&raw const *info);
+        Ok(Attachment {
+            _stack: stack,
+            _info: info,
+            tid,
+            not_send: std::marker::PhantomData,
+        })
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        CURRENT.set(ptr::null());
+    }
+}
+
+/// Sends the kick signal to a thread of this process.
+pub fn kick_thread(tid: i32) {
+    // SAFETY: a plain system call; a thread that is gone gives an error that does not matter.
+    unsafe {
+        libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, kick_signal());
+    }
+}

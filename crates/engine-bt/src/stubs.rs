@@ -1,0 +1,178 @@
+//! The code around translated code: the way in, and the ways out.
+//!
+//! `enter` is called as a C function with the host address to go to; it comes back with the [`ExitKind`] in EAX. Between, all general registers, the
+//! flags, MXCSR and YMM0-15 are the guest's, and RSP is the guest's stack pointer. x87 state is always the guest's on a vCPU thread: the monitor uses none.
+
+use std::mem::offset_of;
+
+use hospes_translate::Stubs;
+use hospes_translate::asm::{Asm, RAX, RBP, RBX, RCX, RDI, RSP, cc};
+
+use crate::frame::{Frame, LAYOUT};
+
+/// Why translated code came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ExitKind {
+    /// RIP is in the frame; look for its block.
+    Lookup = 0,
+    /// `exit_arg` is the position of a jump to connect.
+    Chain = 1,
+    /// A data access missed the TLB: `exit_arg` is the position to come back to.
+    Mem = 2,
+    /// The instruction at RIP is for the engine to execute.
+    Step = 3,
+    /// A single native instruction is done.
+    Native = 4,
+    /// A signal arrived at `raw_pc`.
+    Signal = 5,
+    /// The entry code turned back before anything happened.
+    TurnedBack = 6,
+}
+
+impl ExitKind {
+    fn from(n: u32) -> ExitKind {
+        match n {
+            0 => ExitKind::Lookup,
+            1 => ExitKind::Chain,
+            2 => ExitKind::Mem,
+            3 => ExitKind::Step,
+            4 => ExitKind::Native,
+            5 => ExitKind::Signal,
+            _ => ExitKind::TurnedBack,
+        }
+    }
+}
+
+/// Where the pieces are, in bytes from the cache's start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EntryPoints {
+    pub enter: usize,
+    /// First byte of `enter` behind its check of `turn_back`.
+    pub enter_checked: usize,
+    pub enter_end: usize,
+    /// Expects an exit kind in EAX and the general registers saved already.
+    pub leave: usize,
+    pub turned_back: usize,
+}
+
+const TARGET: i32 = offset_of!(Frame, target) as i32;
+const HOST_RSP: i32 = offset_of!(Frame, host_rsp) as i32;
+const HOST_MXCSR: i32 = offset_of!(Frame, host_mxcsr) as i32;
+const GUEST_MXCSR: i32 = offset_of!(Frame, guest_mxcsr) as i32;
+const TURN_BACK: i32 = offset_of!(Frame, turn_back) as i32;
+const YMM: i32 = offset_of!(Frame, ymm) as i32;
+const CALLEE_SAVED: [u8; 6] = [RBX, RBP, 12, 13, 14, 15];
+
+fn gpr(n: u8) -> i32 {
+    LAYOUT.gpr + 8 * i32::from(n)
+}
+
+/// Assembles the stubs for the start of the code cache.
+pub fn assemble() -> (Vec<u8>, Stubs, EntryPoints) {
+    let mut a = Asm::default();
+    let mut points = EntryPoints::default();
+    let mut stubs = Stubs::default();
+
+    points.leave = a.pos();
+    for n in 0..16u8 {
+        a.store_ymm(YMM + 32 * i32::from(n), n);
+    }
+    a.stmxcsr(GUEST_MXCSR);
+    a.ldmxcsr(HOST_MXCSR);
+    a.bytes(&[0xc5, 0xf8, 0x77]); // vzeroupper
+    a.load(RSP, HOST_RSP);
+    for &r in CALLEE_SAVED.iter().rev() {
+        a.pop(r);
+    }
+    a.bytes(&[0xc3]);
+
+    points.turned_back = a.pos();
+    a.mov_imm(RAX, ExitKind::TurnedBack as u64);
+    // Nothing of the guest is in the registers yet, or all of it is still in the frame as well; the vector registers may be half loaded,
+    // so they must not be stored.
+    a.ldmxcsr(HOST_MXCSR);
+    a.bytes(&[0xc5, 0xf8, 0x77]);
+    a.load(RSP, HOST_RSP);
+    for &r in CALLEE_SAVED.iter().rev() {
+        a.pop(r);
+    }
+    a.bytes(&[0xc3]);
+
+    a.align(16, 0);
+    points.enter = a.pos();
+    for &r in &CALLEE_SAVED {
+        a.push(r);
+    }
+    a.store(HOST_RSP, RSP);
+    a.store(TARGET, RDI);
+    a.cmp_mem8(TURN_BACK, 0);
+    let back = a.jcc(cc::NE);
+    a.patch_rel32(back, points.turned_back as i64);
+    points.enter_checked = a.pos();
+    for n in 0..16u8 {
+        a.load_ymm(n, YMM + 32 * i32::from(n));
+    }
+    a.ldmxcsr(GUEST_MXCSR);
+    a.load_u16(RAX, LAYOUT.flags);
+    a.flags_from_ax();
+    for n in 0..16u8 {
+        a.load(n, gpr(n));
+    }
+    a.jmp_mem(TARGET);
+    points.enter_end = a.pos();
+
+    let exit = |a: &mut Asm, kind: ExitKind, save_flags: bool| -> i64 {
+        a.align(16, 0);
+        let at = a.pos() as i64;
+        a.store(gpr(RAX), RAX);
+        if save_flags {
+            a.flags_to_ax();
+            a.store16(LAYOUT.flags, RAX);
+        }
+        for n in RCX..16 {
+            a.store(gpr(n), n);
+        }
+        a.mov_imm(RAX, kind as u64);
+        let j = a.jmp();
+        a.patch_rel32(j, points.leave as i64);
+        at
+    };
+    for (i, save) in [(0, true), (1, false)] {
+        stubs.lookup[i] = exit(&mut a, ExitKind::Lookup, save);
+        stubs.chain[i] = exit(&mut a, ExitKind::Chain, save);
+        stubs.mem[i] = exit(&mut a, ExitKind::Mem, save);
+        stubs.step[i] = exit(&mut a, ExitKind::Step, save);
+    }
+    stubs.native = exit(&mut a, ExitKind::Native, true);
+
+    a.align(16, 0);
+    stubs.jump_miss = a.pos() as i64;
+    a.load(RCX, gpr(RCX));
+    a.load(2, gpr(2));
+    let j = a.jmp();
+    a.patch_rel32(j, stubs.lookup[1]);
+
+    (a.buf, stubs, points)
+}
+
+/// Calls the entry code.
+///
+/// # Safety
+/// The GS base of this thread is the frame; `enter` is the address of the entry stub in an executable mapping; `target` is the address of translated
+/// code whose expectations of the frame hold; the signal handlers are installed on an alternate stack.
+pub unsafe fn enter(enter: usize, target: usize) -> ExitKind {
+    let kind: u64;
+    // SAFETY: by the caller's promise. The stub saves and restores the callee-saved registers; all others, vector and mask registers
+    // included, are clobbered by the C calling convention given here.
+    unsafe {
+        std::arch::asm!(
+            "call {enter}",
+            enter = in(reg) enter,
+            in("rdi") target,
+            lateout("rax") kind,
+            clobber_abi("C"),
+        );
+    }
+    ExitKind::from(kind as u32)
+}

@@ -1,0 +1,645 @@
+//! One vCPU: the loop that finds, enters and leaves translated code.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use hospes_engine::{Activity, CpuState, EngineError, Exit, Segment, Vcpu, VcpuControl, VirtFault};
+use hospes_engine::{cr, rflags, seg};
+use hospes_translate::{Mode, Request};
+use hospes_units::{Gpa, Gva, PAGE_SIZE, VcpuId};
+
+use crate::blocks::Key;
+use crate::control::{Control, request};
+use crate::exec::{
+    self, Access, Exception, Step, debug_active, lapic,
+};
+use crate::fpu;
+use crate::frame::FrameBox;
+use crate::host::BtHost;
+use crate::signal::{Attachment, ThreadInfo, kick_signal};
+use crate::stubs::{ExitKind, enter};
+use crate::vm::{FORGET_CODE, Shared, host_error};
+
+/// Code cache room that one block may need.
+const BLOCK_ROOM: usize = 64 * 1024;
+
+/// Where a program counter's code is.
+enum Found {
+    /// Position of the direct entry.
+    Code(u32),
+    /// The guest took a fault or an instruction was executed instead.
+    Stepped(Step),
+}
+
+pub(crate) struct BtVcpu {
+    pub(crate) host: BtHost,
+    attachment: Option<SendAttachment>,
+    /// The XSAVE image is current.
+    fpu_fetched: bool,
+}
+
+/// The vCPU belongs to the thread that first runs it; the attachment is made and dropped there.
+struct SendAttachment(Attachment);
+
+// SAFETY: `BtVcpu::run` refuses other threads once attached; dropping elsewhere only frees the stack's memory and clears that thread's own (unset) pointer.
+unsafe impl Send for SendAttachment {}
+
+impl BtVcpu {
+    pub fn new(
+        shared: Arc<Shared>,
+        id: VcpuId,
+        control: Arc<Control>,
+    ) -> Result<BtVcpu, EngineError> {
+        let miss = shared.code.address(shared.stubs.jump_miss as usize) as u64;
+        let frame = FrameBox::new(miss).map_err(|e| host_error("memory for a vCPU", e))?;
+        Ok(BtVcpu {
+            host: BtHost::new(shared, id, control, frame, miss),
+            attachment: None,
+            fpu_fetched: false,
+        })
+    }
+
+    fn attach(&mut self) -> Result<(), EngineError> {
+        if let Some(a) = &self.attachment {
+            // SAFETY: no preconditions.
+            let tid = unsafe { libc::syscall(libc::SYS_gettid) } as i32;
+            if a.0.tid == tid {
+                return Ok(());
+            }
+            return Err(EngineError::Internal {
+                engine: "bt",
+                rip: self.host.frame.cpu.rip,
+                what: "a vCPU was run by a second thread".into(),
+            });
+        }
+        let s = &self.host.shared;
+        let range = |r: std::ops::Range<usize>| s.code.address(r.start)..s.code.address(r.end - 1) + 1;
+        let info = ThreadInfo {
+            frame: self.host.frame.as_ptr(),
+            blocks: range(crate::cache::STUB_BYTES..s.snippets(VcpuId(0)).start),
+            enter_checked: range(s.points.enter_checked..s.points.enter_end),
+            leave: s.code.address(s.points.leave),
+            turned_back: s.code.address(s.points.turned_back),
+            snippets: range(s.snippets(self.host.id)),
+        };
+        let attachment = Attachment::new(info).map_err(|e| host_error("signal set-up", e))?;
+        self.host.control.attach(attachment.tid);
+        self.attachment = Some(SendAttachment(attachment));
+        self.host.attached = true;
+        fpu::load(&mut self.host.frame);
+        Ok(())
+    }
+
+    /// The parts of the mode that translations depend on; `None` where code is not translated at all.
+    fn mode(&self) -> Option<Mode> {
+        let cpu = &self.host.frame.cpu;
+        let mut bits = 0;
+        match cpu.code_bits() {
+            64 => bits |= Mode::LONG,
+            32 if flat(cpu) => {}
+            _ => return None,
+        }
+        let user = cpu.cpl() == 3;
+        if user {
+            bits |= Mode::USER;
+            if cpu.rflags & rflags::AC != 0 && cpu.cr0 & cr::CR0_AM != 0 {
+                return None;
+            }
+        } else {
+            if cpu.cpl() != 0 {
+                return None;
+            }
+            if cpu.rflags & rflags::AC != 0 {
+                bits |= Mode::AC;
+            }
+        }
+        let fpu = cpu.cr0 & (cr::CR0_TS | cr::CR0_EM) == 0 && cpu.cr4 & cr::CR4_OSFXSR != 0;
+        if fpu {
+            bits |= Mode::FPU;
+            if cpu.cr4 & cr::CR4_OSXSAVE != 0 && cpu.xcr0 & 6 == 6 {
+                bits |= Mode::AVX;
+            }
+        }
+        if cpu.msr.tsc_offset == 0 && (!user || cpu.cr4 & cr::CR4_TSD == 0) {
+            bits |= Mode::TSC;
+        }
+        if cpu.cr4 & cr::CR4_FSGSBASE != 0 {
+            bits |= Mode::FSGSBASE;
+        }
+        if cpu.cr0 & cr::CR0_PG == 0 {
+            bits |= Mode::UNPAGED;
+        }
+        Some(Mode(bits))
+    }
+
+    fn step(&mut self) -> Step {
+        self.host.steps += 1;
+        let cpu = self.host.cpu_ptr();
+        // SAFETY: the host part never forms a reference to the frame's `cpu` while it is lent out here.
+        exec::step(unsafe { &mut *cpu }, &mut self.host)
+    }
+
+    fn raise(&mut self, e: Exception) -> Step {
+        let cpu = self.host.cpu_ptr();
+        // SAFETY: as in `step`.
+        exec::deliver_exception(unsafe { &mut *cpu }, &mut self.host, e)
+    }
+
+    /// Finds or makes the translation of the code at RIP.
+    fn find_code(&mut self, mode: Mode) -> Found {
+        let rip = self.host.frame.cpu.rip;
+        let table = mode.table();
+        self.host.jumps.enter_mode(&mut self.host.frame, mode);
+        if let Some(direct) = self.host.jumps.get(table, mode, rip) {
+            return Found::Code(direct);
+        }
+        let user = mode.has(Mode::USER);
+        if !canonical(rip) {
+            return Found::Stepped(self.step());
+        }
+        let tr = match exec::walk(
+            &self.host.frame.cpu,
+            &self.host.shared.memory,
+            Gva(rip),
+            Access::exec(user),
+        ) {
+            Ok(tr) => tr,
+            Err(f) => return Found::Stepped(self.raise(Exception::page(rip, f))),
+        };
+        if !self.host.shared.memory.is_backed(tr.gpa.gfn()) {
+            return Found::Stepped(self.step());
+        }
+        let key = Key {
+            gpa: tr.gpa,
+            pc: rip,
+            mode,
+        };
+        let shared = self.host.shared.clone();
+        let mut guard = shared.translations.lock().expect("translations");
+        let t = &mut *guard;
+        let (direct, indirect) = match t.blocks.find(&key) {
+            Some(b) => (b.direct, b.indirect()),
+            None => {
+                let pos = match t.blocks.place(BLOCK_ROOM) {
+                    Some(pos) => pos,
+                    None => {
+                        self.host.flush_jumps_all();
+                        shared.rendezvous(Some(self.host.id), FORGET_CODE);
+                        t.blocks.clear(&shared.pages);
+                        self.host.generation += 1;
+                        t.blocks.place(BLOCK_ROOM).expect("an empty cache has room")
+                    }
+                };
+                if t.blocks.mark(&shared.pages, tr.gpa.gfn()) {
+                    self.host.drop_write_tags(tr.gpa.gfn());
+                    shared.rendezvous(Some(self.host.id), request::WRITE_TAGS);
+                }
+                let mut bytes = [0; PAGE_SIZE as usize];
+                let n = (PAGE_SIZE - tr.gpa.page_offset()) as usize;
+                if shared.memory.read(tr.gpa, &mut bytes[..n]).is_err() {
+                    drop(guard);
+                    return Found::Stepped(self.step());
+                }
+                let made = t.translator.translate(&Request {
+                    bytes: &bytes[..n],
+                    pc: rip,
+                    mode,
+                    cache_pos: pos as i64,
+                });
+                let Some(made) = made else {
+                    drop(guard);
+                    return Found::Stepped(self.step());
+                };
+                let b = t.blocks.insert(&shared.code, key, made);
+                (b.direct, b.indirect())
+            }
+        };
+        drop(guard);
+        self.host.add_jump(mode, rip, direct, indirect, tr.global);
+        Found::Code(direct)
+    }
+
+    /// Enters translated code at a position and deals with what it leaves for. `Ok(None)` means that the loop goes on.
+    fn execute(&mut self, pos: u32) -> Result<Option<Exit>, EngineError> {
+        let kind = self.host.enter(pos as usize);
+        match kind {
+            ExitKind::Lookup => {
+                // Perhaps through the stale stub of a dropped block: whatever is remembered of this address is not to be trusted.
+                let rip = self.host.frame.cpu.rip;
+                self.host.jumps.forget(&mut self.host.frame, rip);
+                Ok(None)
+            }
+            ExitKind::Step => Ok(self.after(|s| s.step())),
+            ExitKind::Chain => {
+                let site = self.host.frame.exit_arg;
+                Ok(self.chain(site))
+            }
+            ExitKind::Mem => Ok(self.missed_access()),
+            ExitKind::Signal => Ok(self.interrupted()),
+            ExitKind::TurnedBack => {
+                // Nothing has been executed: the state is that of the position we wanted to enter.
+                self.locate(pos, None);
+                Ok(None)
+            }
+            ExitKind::Native => Err(self.internal("a block left as a snippet")),
+        }
+    }
+
+    fn internal(&self, what: &str) -> EngineError {
+        EngineError::Internal {
+            engine: "bt",
+            rip: self.host.frame.cpu.rip,
+            what: what.to_owned(),
+        }
+    }
+
+    fn after(&mut self, f: impl FnOnce(&mut Self) -> Step) -> Option<Exit> {
+        match f(self) {
+            Step::Continue => None,
+            Step::Exit(e) => Some(e),
+        }
+    }
+
+    /// Sets RIP (and, where `raw` is given, the registers) to the guest's state at a code cache position.
+    fn locate(&mut self, pos: u32, raw: Option<()>) {
+        let shared = self.host.shared.clone();
+        let guard = shared.translations.lock().expect("translations");
+        let point = guard
+            .blocks
+            .at(pos)
+            .and_then(|b| b.point(pos))
+            .expect("code in the cache belongs to a block");
+        drop(guard);
+        let frame = &mut *self.host.frame;
+        if let Some(rip) = point.rip {
+            frame.cpu.rip = rip;
+        }
+        frame.cpu.interrupt_shadow = point.in_shadow;
+        if raw.is_some() {
+            for r in 0..16 {
+                if point.spilled & 1 << r == 0 {
+                    frame.cpu.gpr[r] = frame.raw[r];
+                }
+            }
+            if !point.flags_saved {
+                frame.flags = pack_flags(frame.raw_flags);
+            }
+            self.host.sync_flags_in();
+        }
+    }
+
+    fn chain(&mut self, site: u32) -> Option<Exit> {
+        let shared = self.host.shared.clone();
+        let found = {
+            let guard = shared.translations.lock().expect("translations");
+            let b = guard.blocks.at(site)?;
+            let c = b.chains.iter().find(|c| b.pos + c.at == site);
+            c.map(|c| (c.target, c.mode, b.key.gpa.gfn()))
+        };
+        let Some((target, mode, gfn)) = found else {
+            // The block has been dropped while it ran: its chains are gone, but the stale stub of a fresh lookup is the same address.
+            return self.lost_chain(site);
+        };
+        self.host.frame.cpu.rip = target;
+        let generation = self.host.generation;
+        if self.mode() != Some(mode) {
+            return None;
+        }
+        match self.find_code(mode) {
+            Found::Code(direct) => {
+                let guard = shared.translations.lock().expect("translations");
+                let target_ok = guard
+                    .blocks
+                    .at(direct)
+                    .is_some_and(|b| b.alive && b.key.gpa.gfn() == gfn);
+                let source_ok = guard.blocks.at(site).is_some_and(|b| b.alive);
+                if target_ok && source_ok && generation == self.host.generation {
+                    shared.code.patch_jump(site as usize, direct as usize);
+                }
+                None
+            }
+            Found::Stepped(step) => self.after(|_| step),
+        }
+    }
+
+    /// A jump of a dropped block was taken: its target is where the side table says the jump instruction is, executed once more by the engine.
+    fn lost_chain(&mut self, site: u32) -> Option<Exit> {
+        self.locate(site, None);
+        None
+    }
+
+    fn missed_access(&mut self) -> Option<Exit> {
+        let frame = &self.host.frame;
+        let (ea, info, site) = (frame.exit_ea, frame.exit_info, frame.exit_arg);
+        let (size, write) = (u64::from(info & 0xff), info & 0x100 != 0);
+        let user = frame.cpu.cpl() == 3;
+        let in_page = (ea & (PAGE_SIZE - 1)) + size <= PAGE_SIZE;
+        if in_page && canonical(ea) {
+            let access = if write {
+                Access::write(user)
+            } else {
+                Access::read(user)
+            };
+            match self.host.fill(Gva(ea), access) {
+                Ok(true) => {
+                    self.host.resume_at = Some(site);
+                    return None;
+                }
+                Ok(false) => {}
+                Err(fault) => {
+                    self.locate(site, None);
+                    return self.after(|s| s.raise(Exception::page(ea, fault)));
+                }
+            }
+        }
+        self.locate(site, None);
+        let generation = self.host.generation;
+        let before = self.host.dropped_blocks;
+        let step = self.step();
+        if step == Step::Continue
+            && before == self.host.dropped_blocks
+            && generation == self.host.generation
+        {
+            // Go on inside the same block if that is where the next instruction is.
+            let rip = self.host.frame.cpu.rip;
+            let guard = self.host.shared.translations.lock().expect("translations");
+            let next = guard
+                .blocks
+                .at(site)
+                .filter(|b| b.alive)
+                .and_then(|b| b.reentry(rip));
+            drop(guard);
+            self.host.resume_at = next;
+        }
+        self.after(|_| step)
+    }
+
+    fn interrupted(&mut self) -> Option<Exit> {
+        let frame = &self.host.frame;
+        let signal = frame.raw_signal;
+        let pos = self
+            .host
+            .shared
+            .code
+            .position(frame.raw_pc as usize)
+            .expect("the handler checked the range") as u32;
+        self.locate(pos, Some(()));
+        if signal == kick_signal() {
+            return None;
+        }
+        self.host.frame.cpu.interrupt_shadow = false;
+        self.after(|s| s.step())
+    }
+
+    /// Handles what others have asked for. True if `run` has to return.
+    fn requests(&mut self) -> bool {
+        let bits = self.host.control.take();
+        if bits == 0 {
+            return false;
+        }
+        if bits & request::WRITE_TAGS != 0 {
+            self.host.drop_all_write_tags();
+        }
+        if bits & request::JUMPS != 0 {
+            self.host.flush_jumps_all();
+            self.host.generation += 1;
+        }
+        if bits & request::TLB != 0 {
+            self.host.flush_all();
+        }
+        if bits & request::INIT != 0 {
+            self.init();
+        }
+        if bits & request::SIPI != 0 && self.host.frame.cpu.activity == Activity::WaitForSipi {
+            let vector = self.host.control.startup_vector();
+            let cpu = &mut self.host.frame.cpu;
+            cpu.activity = Activity::Running;
+            cpu.rip = 0;
+            cpu.seg[seg::CS].selector = u16::from(vector) << 8;
+            cpu.seg[seg::CS].base = u64::from(vector) << 12;
+        }
+        if bits & (request::INTERRUPT | request::KICK) != 0 {
+            let c = self.host.control.clone();
+            c.take_interrupts(&mut self.host.frame.cpu.lapic.irr);
+            if c.take_nmi() {
+                self.host.frame.cpu.nmi_pending = true;
+            }
+        }
+        bits & request::KICK != 0
+    }
+
+    /// INIT: the vCPU waits for a start-up interrupt with the registers of a reset.
+    fn init(&mut self) {
+        let old = &self.host.frame.cpu;
+        let (lapic_id, msr, xsave) = (old.lapic.id, old.msr, old.xsave.clone());
+        let mut cpu = CpuState {
+            activity: Activity::WaitForSipi,
+            xsave,
+            xcr0: 1,
+            cr0: cr::CR0_ET | cr::CR0_CD | cr::CR0_NW,
+            ..CpuState::default()
+        };
+        cpu.lapic.id = lapic_id;
+        cpu.msr = msr;
+        cpu.msr.efer = 0;
+        cpu.rflags = rflags::FIXED;
+        cpu.dr[6] = 0xffff_0ff0;
+        cpu.dr[7] = 0x400;
+        for (n, s) in cpu.seg.iter_mut().enumerate() {
+            s.limit = 0xffff;
+            s.attr = if n == seg::CS { 0x9b } else { 0x93 };
+        }
+        cpu.ldtr = Segment {
+            limit: 0xffff,
+            attr: 0x82,
+            ..Segment::default()
+        };
+        cpu.tr = Segment {
+            limit: 0xffff,
+            attr: 0x8b,
+            ..Segment::default()
+        };
+        self.host.frame.cpu = cpu;
+        self.host.flush_all();
+    }
+
+    /// Delivers the most urgent event that may be taken now; otherwise remembers that one waits.
+    fn events(&mut self) -> Option<Step> {
+        let callback = self.host.control.callback();
+        let cpu = &self.host.frame.cpu;
+        if cpu.activity == Activity::WaitForSipi {
+            return None;
+        }
+        let vector = lapic::pending_vector(&cpu.lapic);
+        if cpu.nmi_pending && !cpu.nmi_blocked && !cpu.interrupt_shadow {
+            self.host.frame.cpu.nmi_pending = false;
+            return Some(self.interrupt(exec::vector::NMI, true));
+        }
+        if vector.is_none() && callback.is_none() {
+            self.host.frame.irq_pending = 0;
+            return None;
+        }
+        if cpu.rflags & rflags::IF == 0 || cpu.interrupt_shadow {
+            self.host.frame.irq_pending = 1;
+            return None;
+        }
+        if let Some(v) = callback {
+            return Some(self.interrupt(v, false));
+        }
+        let v = vector?;
+        lapic::accept(&mut self.host.frame.cpu.lapic, v);
+        self.host.frame.irq_pending =
+            u8::from(lapic::pending_vector(&self.host.frame.cpu.lapic).is_some());
+        Some(self.interrupt(v, false))
+    }
+
+    fn interrupt(&mut self, vector: u8, nmi: bool) -> Step {
+        self.host.frame.cpu.activity = Activity::Running;
+        self.host.resume_at = None;
+        let cpu = self.host.cpu_ptr();
+        // SAFETY: as in `step`.
+        exec::deliver_interrupt(unsafe { &mut *cpu }, &mut self.host, vector, nmi)
+    }
+
+    fn run_loop(&mut self) -> Result<Exit, EngineError> {
+        loop {
+            self.host
+                .frame
+                .turn_back
+                .store(0, Ordering::Relaxed);
+            std::sync::atomic::compiler_fence(Ordering::SeqCst);
+            if self.host.control.has_requests() {
+                // A position to go on at is only good for going on at once.
+                if let Some(pos) = self.host.resume_at.take() {
+                    self.locate(pos, None);
+                }
+                if self.requests() {
+                    return Ok(Exit::Kicked);
+                }
+            }
+            if let Some(pos) = self.host.resume_at.take() {
+                if let Some(exit) = self.execute(pos)? {
+                    return Ok(exit);
+                }
+                continue;
+            }
+            if let Some(step) = self.events() {
+                if let Step::Exit(e) = step {
+                    return Ok(e);
+                }
+                continue;
+            }
+            match self.host.frame.cpu.activity {
+                Activity::Running => {}
+                Activity::Halted | Activity::WaitForSipi => {
+                    let on = self.host.frame.cpu.rflags & rflags::IF != 0
+                        && self.host.frame.cpu.activity == Activity::Halted;
+                    return Ok(Exit::Halt {
+                        interrupts_enabled: on,
+                    });
+                }
+            }
+            let cpu = &self.host.frame.cpu;
+            let mode = if self.host.shared.options.interpret
+                || cpu.interrupt_shadow
+                || debug_active(cpu)
+            {
+                None
+            } else {
+                self.mode()
+            };
+            let exit = match mode {
+                None => self.after(|s| s.step()),
+                Some(mode) => match self.find_code(mode) {
+                    Found::Code(pos) => self.execute(pos)?,
+                    Found::Stepped(step) => self.after(|_| step),
+                },
+            };
+            match exit {
+                None => {}
+                Some(Exit::Halt { .. }) => self.host.frame.cpu.activity = Activity::Halted,
+                Some(exit) => return Ok(exit),
+            }
+        }
+    }
+}
+
+/// Whether 32-bit code sees one flat address space.
+fn flat(cpu: &CpuState) -> bool {
+    [seg::CS, seg::DS, seg::ES, seg::SS].iter().all(|&s| {
+        let s = &cpu.seg[s];
+        s.base == 0 && s.limit == u32::MAX && s.attr & Segment::ATTR_PRESENT != 0
+    }) && cpu.seg[seg::SS].attr & Segment::ATTR_DB != 0
+}
+
+pub(crate) fn canonical(address: u64) -> bool {
+    (address << 16) as i64 >> 16 == address as i64
+}
+
+/// EFLAGS to the frame's form: AL = OF, AH = the low byte.
+pub(crate) fn pack_flags(eflags: u64) -> u16 {
+    ((eflags & 0xd5) as u16) << 8 | 0x200 | (eflags >> 11 & 1) as u16
+}
+
+impl Vcpu for BtVcpu {
+    fn run(&mut self) -> Result<Exit, EngineError> {
+        self.attach()?;
+        self.fpu_fetched = false;
+        self.host.sync_flags_out();
+        self.run_loop()
+    }
+
+    fn state(&mut self) -> &mut CpuState {
+        &mut self.host.frame.cpu
+    }
+
+    fn fetch_fpu(&mut self) {
+        if self.host.attached && !self.fpu_fetched {
+            fpu::store(&mut self.host.frame);
+            self.fpu_fetched = true;
+        }
+    }
+
+    fn state_changed(&mut self) {
+        if self.host.attached && self.fpu_fetched {
+            fpu::load(&mut self.host.frame);
+        }
+        let enabled = lapic::enabled(&self.host.frame.cpu.lapic);
+        self.host.control.set_apic_enabled(enabled);
+        self.host.sync_flags_out();
+        self.host.flush_all();
+    }
+
+    fn control(&self) -> Arc<dyn VcpuControl> {
+        self.host.control.clone()
+    }
+
+    fn read_virt(&mut self, gva: Gva, buf: &mut [u8]) -> Result<(), VirtFault> {
+        self.host.copy_virt(gva, buf.len(), Access::read(false), |memory, gpa, range| {
+            memory.read(gpa, &mut buf[range]).is_ok()
+        })
+    }
+
+    fn write_virt(&mut self, gva: Gva, buf: &[u8]) -> Result<(), VirtFault> {
+        self.host.copy_virt(gva, buf.len(), Access::write(false), |memory, gpa, range| {
+            memory.write(gpa, &buf[range]).is_ok()
+        })
+    }
+
+    fn translate(&mut self, gva: Gva) -> Option<Gpa> {
+        self.host.translate_as_kernel(gva, Access::read(false)).ok()
+    }
+}
+
+impl Drop for BtVcpu {
+    fn drop(&mut self) {
+        let mut controls = self.host.shared.controls.write().expect("vCPU list");
+        controls.retain(|(id, _)| *id != self.host.id);
+    }
+}
+
+/// Enters the code cache at a position.
+pub(crate) fn call(shared: &Shared, pos: usize) -> ExitKind {
+    // SAFETY: the vCPU is attached to this thread, so GS and the handlers are set; `pos` is an entry point whose conventions the callers keep.
+    unsafe { enter(shared.code.address(shared.points.enter), shared.code.address(pos)) }
+}

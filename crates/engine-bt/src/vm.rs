@@ -1,0 +1,173 @@
+//! One virtual machine: the state its vCPUs share.
+
+use std::sync::{Arc, Mutex, RwLock};
+
+use hospes_engine::{CpuState, EngineError, Vcpu, VcpuControl, Vm};
+use hospes_memory::GuestMemory;
+use hospes_translate::{Stubs, Translator};
+use hospes_units::{Gpa, VcpuId};
+
+use crate::blocks::{Blocks, CodePages};
+use crate::cache::{CodeMemory, SNIPPET_BYTES, STUB_BYTES};
+use crate::control::{Control, request};
+use crate::exec::Vendor;
+use crate::frame::LAYOUT;
+use crate::stubs::{self, EntryPoints};
+use crate::vcpu::BtVcpu;
+
+/// What guests see of the processor; implemented by the domain's feature model.
+pub trait Processor: Send + Sync {
+    /// EAX, EBX, ECX, EDX of one CPUID leaf for this vCPU in its present state.
+    fn cpuid(&self, vcpu: VcpuId, cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4];
+
+    fn vendor(&self) -> Vendor;
+
+    /// IA32_ARCH_CAPABILITIES.
+    fn arch_capabilities(&self) -> u64;
+}
+
+/// Choices that are not the guest's.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Bytes of the code cache.
+    pub code_bytes: usize,
+    /// Executes every instruction one at a time through the instruction semantics, without translation: slow, for comparison.
+    pub interpret: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            code_bytes: 128 << 20,
+            interpret: false,
+        }
+    }
+}
+
+pub(crate) struct Translations {
+    pub blocks: Blocks,
+    pub translator: Translator,
+}
+
+pub(crate) struct Shared {
+    pub memory: Arc<GuestMemory>,
+    pub processor: Arc<dyn Processor>,
+    pub options: Options,
+    pub code: CodeMemory,
+    pub stubs: Stubs,
+    pub points: EntryPoints,
+    pub pages: CodePages,
+    pub translations: Mutex<Translations>,
+    /// The vCPUs made so far, by number.
+    pub controls: RwLock<Vec<(VcpuId, Arc<Control>)>>,
+    pub max_vcpus: usize,
+}
+
+impl Shared {
+    /// Posts a request to every vCPU but `except` and waits until each has seen it or is outside translated code.
+    pub fn rendezvous(&self, except: Option<VcpuId>, bits: u32) {
+        let controls = self.controls.read().expect("vCPU list");
+        let others = || controls.iter().filter(|(id, _)| Some(*id) != except);
+        for (_, c) in others() {
+            c.post(bits);
+        }
+        for (_, c) in others() {
+            c.wait_seen(bits);
+        }
+    }
+
+    pub fn snippets(&self, id: VcpuId) -> std::ops::Range<usize> {
+        let start = self.code.len() - SNIPPET_BYTES * (self.max_vcpus - id.0 as usize);
+        start..start + SNIPPET_BYTES
+    }
+}
+
+/// A virtual machine executed by the translator.
+pub struct BtVm {
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for BtVm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BtVm").finish_non_exhaustive()
+    }
+}
+
+pub(crate) fn host_error(what: &str, why: impl ToString) -> EngineError {
+    EngineError::Host {
+        engine: "bt",
+        what: what.to_owned(),
+        why: why.to_string(),
+    }
+}
+
+impl BtVm {
+    /// Prepares the code cache for up to `max_vcpus` vCPUs. Fails where the host's processor lacks what the translator itself uses.
+    pub fn new(
+        memory: Arc<GuestMemory>,
+        processor: Arc<dyn Processor>,
+        max_vcpus: u32,
+        options: Options,
+    ) -> Result<BtVm, EngineError> {
+        if !(std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("bmi2")) {
+            return Err(host_error(
+                "AVX2 and BMI2",
+                "the processor is older than x86-64-v3",
+            ));
+        }
+        let code = CodeMemory::new(options.code_bytes)
+            .map_err(|e| host_error("memory for translated code", e))?;
+        let (bytes, stubs, points) = stubs::assemble();
+        assert!(bytes.len() <= STUB_BYTES, "stubs outgrew their place");
+        code.put(0, &bytes);
+        let end = code.len() - SNIPPET_BYTES * max_vcpus as usize;
+        let frames = memory.reserved_bytes() >> 12;
+        Ok(BtVm {
+            shared: Arc::new(Shared {
+                memory,
+                processor,
+                options,
+                stubs,
+                points,
+                pages: CodePages::new(frames),
+                translations: Mutex::new(Translations {
+                    blocks: Blocks::new(STUB_BYTES, end),
+                    translator: Translator::new(LAYOUT, stubs),
+                }),
+                controls: RwLock::default(),
+                max_vcpus: max_vcpus as usize,
+                code,
+            }),
+        })
+    }
+}
+
+impl Vm for BtVm {
+    fn create_vcpu(&self, id: VcpuId) -> Result<Box<dyn Vcpu>, EngineError> {
+        let control = Arc::new(Control::default());
+        let vcpu = BtVcpu::new(self.shared.clone(), id, control.clone())?;
+        self.shared
+            .controls
+            .write()
+            .expect("vCPU list")
+            .push((id, control));
+        Ok(Box::new(vcpu))
+    }
+
+    fn mark_written(&self, gpa: Gpa, len: u64) {
+        let s = &self.shared;
+        let mut t = s.translations.lock().expect("translations");
+        t.blocks.invalidate_range(&s.code, &s.pages, gpa, len);
+    }
+}
+
+impl Drop for BtVm {
+    fn drop(&mut self) {
+        for (_, c) in self.shared.controls.read().expect("vCPU list").iter() {
+            c.kick();
+        }
+    }
+}
+
+/// Everything every vCPU has cached about where code lies.
+pub(crate) const FORGET_CODE: u32 = request::JUMPS;
