@@ -58,7 +58,7 @@ class Spec:
         extra = f"console={CONSOLE[system]} {self.command_line}".strip()
         if system == "hospes":
             return [
-                hospes_binary(), "create", "-c", "/dev/null", f'name="{self.name}"', f'kernel="{kernel}"',
+                hospes_binary(), "create", "-c", "/dev/null", 'type="pvh"', f'name="{self.name}"', f'kernel="{kernel}"',
                 f'ramdisk="{ramdisk}"', f"memory={self.memory_mb}", f"vcpus={self.vcpus}", f'extra="{extra}"',
                 *self.settings,
             ]
