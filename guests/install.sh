@@ -6,7 +6,7 @@ set -eu
 . "$(dirname -- "$0")/lib.sh"
 
 PATH=$PATH:$HOME/.cargo/bin
-MINIMUM_RUST=1.85
+MINIMUM_RUST=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$HOSPES_ROOT/Cargo.toml" | head -n 1)
 
 # new_enough: is there a cargo at all, and is its rustc at least MINIMUM_RUST?
 new_enough() {
@@ -21,8 +21,10 @@ rust() {
     if installed rustc || installed cargo; then
         die "the installed packages rustc and cargo are older than $MINIMUM_RUST and exclude rustc-web: remove them (apt-get remove rustc cargo), or install rustup."
     fi
+    # Security updates bring newer ones: the lists have to be of today.
+    as_root apt-get -qq update >&2 || say "the package lists could not be refreshed: going on with the old ones"
     install_packages rustc-web cargo-web
-    new_enough || die "rustc is still older than $MINIMUM_RUST: install a newer one with rustup."
+    new_enough || die "the archive's rustc-web is $(rustc --version | cut -d' ' -f2), needed is $MINIMUM_RUST: add bookworm-security to the apt sources (or install rustup) and try again."
 }
 
 build() {

@@ -10,6 +10,7 @@ import pathlib
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -75,6 +76,8 @@ class RunDirectory:
     """A run-time directory for one test run, so that it neither sees nor disturbs the user's own domains."""
 
     def __init__(self):
+        # Ended from outside we still want to clean up: SIGTERM becomes an exception.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         self.holder = tempfile.TemporaryDirectory(prefix="hospes-run-")
         self.path = self.holder.name
 
