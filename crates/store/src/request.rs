@@ -1,0 +1,300 @@
+//! Requests: from a message to an operation and back to a reply.
+
+use std::sync::Arc;
+
+use hospes_units::DomId;
+
+use crate::node::{Perm, Perms};
+use crate::tree::{Caller, Error, View};
+use crate::wire::{self, PAYLOAD_MAX, Request, kind};
+use crate::{ConnId, Store, path};
+
+const OK: &[u8] = b"OK\0";
+
+impl Store {
+    pub(crate) fn handle(&mut self, conn: ConnId, request: Request) {
+        let Some(connection) = self.connections.get(&conn) else {
+            return;
+        };
+        let domid = connection.domid;
+        let result = match request.kind {
+            kind::DIRECTORY
+            | kind::READ
+            | kind::GET_PERMS
+            | kind::DIRECTORY_PART
+            | kind::WRITE
+            | kind::MKDIR
+            | kind::RM
+            | kind::SET_PERMS => {
+                // Replies first, then the events that the request caused.
+                let (result, changes) = self.on_tree(conn, domid, &request);
+                self.reply(conn, &request, result);
+                self.fire(&changes);
+                return;
+            }
+            kind::WATCH => {
+                let result = self.on_watch(conn, &request);
+                let watched = result.is_ok();
+                self.reply(conn, &request, result);
+                if let (true, Some(&[path, token])) =
+                    (watched, wire::strings(&request.payload).as_deref())
+                {
+                    self.send_first_event(conn, path, token);
+                }
+                return;
+            }
+            kind::TRANSACTION_END => {
+                let result = self.on_transaction_end(conn, domid, &request);
+                let (result, changes) = match result {
+                    Ok(changes) => (Ok(OK.to_vec()), changes),
+                    Err(e) => (Err(e), Vec::new()),
+                };
+                self.reply(conn, &request, result);
+                self.fire(&changes);
+                return;
+            }
+            kind::UNWATCH => self.on_unwatch(conn, &request),
+            kind::RESET_WATCHES => self.on_reset_watches(conn),
+            kind::TRANSACTION_START => self.on_transaction_start(conn, &request),
+            kind::GET_DOMAIN_PATH => domid_argument(&request).map(|d| {
+                let home = path::home(d);
+                wire::join([home.trim_end_matches('/')])
+            }),
+            kind::IS_DOMAIN_INTRODUCED | kind::INTRODUCE | kind::RELEASE | kind::RESUME => {
+                self.on_domains(domid, &request)
+            }
+            _ => Err(Error::NotImplemented),
+        };
+        self.reply(conn, &request, result);
+    }
+
+    fn reply(&mut self, conn: ConnId, request: &Request, result: Result<Vec<u8>, Error>) {
+        let Some(connection) = self.connections.get_mut(&conn) else {
+            return;
+        };
+        let result = result.and_then(|payload| match payload.len() {
+            0..=PAYLOAD_MAX => Ok(payload),
+            _ => Err(Error::TooBig),
+        });
+        match result {
+            Ok(payload) => connection.reply(request, request.kind, &payload),
+            Err(e) => connection.reply(request, kind::ERROR, &wire::join([e.name()])),
+        }
+    }
+
+    /// An operation on nodes, inside the request's transaction or on its own.
+    fn on_tree(
+        &mut self,
+        conn: ConnId,
+        domid: DomId,
+        request: &Request,
+    ) -> (Result<Vec<u8>, Error>, Vec<crate::tree::Change>) {
+        let caller = Caller {
+            domid,
+            quota: &self.quota,
+        };
+        let mut changes = Vec::new();
+        if request.transaction == 0 {
+            let mut view = View::direct(&mut self.tree, &mut changes);
+            let result = node_operation(&mut view, &caller, request);
+            return (result, changes);
+        }
+        let transaction = self
+            .connections
+            .get_mut(&conn)
+            .and_then(|c| c.transactions.get_mut(&request.transaction));
+        let Some(transaction) = transaction else {
+            return (Err(Error::NoEntry), changes);
+        };
+        let mut view = View::inside(
+            &self.tree,
+            &mut transaction.overlay,
+            &mut transaction.changes,
+        );
+        (node_operation(&mut view, &caller, request), changes)
+    }
+
+    fn on_watch(&mut self, conn: ConnId, request: &Request) -> Result<Vec<u8>, Error> {
+        let (path, token) = two_strings(request)?;
+        self.add_watch(conn, path, token)?;
+        Ok(OK.to_vec())
+    }
+
+    fn on_unwatch(&mut self, conn: ConnId, request: &Request) -> Result<Vec<u8>, Error> {
+        let (path, token) = two_strings(request)?;
+        self.remove_watch(conn, path, token)?;
+        Ok(OK.to_vec())
+    }
+
+    fn on_reset_watches(&mut self, conn: ConnId) -> Result<Vec<u8>, Error> {
+        let connection = self.connections.get_mut(&conn).ok_or(Error::Invalid)?;
+        connection.watches.clear();
+        connection.transactions.clear();
+        Ok(OK.to_vec())
+    }
+
+    fn on_transaction_start(&mut self, conn: ConnId, request: &Request) -> Result<Vec<u8>, Error> {
+        if request.transaction != 0 {
+            return Err(Error::Busy);
+        }
+        let connection = self.connections.get_mut(&conn).ok_or(Error::Invalid)?;
+        let privileged = connection.domid == DomId::HOST;
+        if !privileged && connection.transactions.len() >= self.quota.transactions {
+            return Err(Error::NoSpace);
+        }
+        Ok(wire::join([connection.start_transaction().to_string()]))
+    }
+
+    fn on_transaction_end(
+        &mut self,
+        conn: ConnId,
+        domid: DomId,
+        request: &Request,
+    ) -> Result<Vec<crate::tree::Change>, Error> {
+        let commit = match &request.payload[..] {
+            b"T\0" => true,
+            b"F\0" => false,
+            _ => return Err(Error::Invalid),
+        };
+        let connection = self.connections.get_mut(&conn).ok_or(Error::Invalid)?;
+        let transaction = connection
+            .transactions
+            .remove(&request.transaction)
+            .ok_or(Error::NoEntry)?;
+        if !commit {
+            return Ok(Vec::new());
+        }
+        let caller = Caller {
+            domid,
+            quota: &self.quota,
+        };
+        transaction.commit(&mut self.tree, &caller)
+    }
+
+    fn on_domains(&mut self, caller: DomId, request: &Request) -> Result<Vec<u8>, Error> {
+        if caller != DomId::HOST {
+            return Err(Error::Access);
+        }
+        let domid = domid_argument(request)?;
+        match request.kind {
+            kind::IS_DOMAIN_INTRODUCED => {
+                let known = domid == DomId::HOST || self.introduced.contains(&domid);
+                return Ok(wire::join([if known { "T" } else { "F" }]));
+            }
+            kind::INTRODUCE => self.introduce(domid),
+            kind::RELEASE => self.release(domid),
+            _ => {
+                if !self.introduced.contains(&domid) {
+                    return Err(Error::NoEntry);
+                }
+            }
+        }
+        Ok(OK.to_vec())
+    }
+}
+
+fn two_strings(request: &Request) -> Result<(&str, &str), Error> {
+    match wire::strings(&request.payload).as_deref() {
+        Some(&[a, b]) => Ok((a, b)),
+        _ => Err(Error::Invalid),
+    }
+}
+
+fn domid_argument(request: &Request) -> Result<DomId, Error> {
+    let strings = wire::strings(&request.payload).ok_or(Error::Invalid)?;
+    let first = strings.first().ok_or(Error::Invalid)?;
+    first.parse().map(DomId).map_err(|_| Error::Invalid)
+}
+
+fn node_operation(
+    view: &mut View<'_>,
+    caller: &Caller<'_>,
+    request: &Request,
+) -> Result<Vec<u8>, Error> {
+    // The path is the first string of every request; what follows it in a WRITE is not text.
+    let end = request.payload.iter().position(|b| *b == 0);
+    let (path, rest) = request.payload.split_at(end.ok_or(Error::Invalid)?);
+    let path = std::str::from_utf8(path).map_err(|_| Error::Invalid)?;
+    let path = &path::absolute(path, caller.domid)?;
+    let rest = &rest[1..];
+    if rest.is_empty()
+        || matches!(
+            request.kind,
+            kind::WRITE | kind::SET_PERMS | kind::DIRECTORY_PART
+        )
+    {
+        match request.kind {
+            kind::READ => return Ok(view.readable(caller, path)?.value.clone()),
+            kind::DIRECTORY => return Ok(wire::join(&view.readable(caller, path)?.children)),
+            kind::GET_PERMS => {
+                let node = view.readable(caller, path)?;
+                return Ok(wire::join(node.perms.entries().map(|p| p.to_string())));
+            }
+            kind::DIRECTORY_PART => return directory_part(view, caller, path, rest),
+            kind::WRITE => view.write(caller, path, rest)?,
+            kind::MKDIR => view.mkdir(caller, path)?,
+            kind::RM => view.remove(caller, path)?,
+            _ => {
+                let strings = wire::strings(rest).ok_or(Error::Invalid)?;
+                let entries: Option<Vec<Perm>> = strings.into_iter().map(Perm::parse).collect();
+                let perms = entries.and_then(|e| Perms::from_entries(&e));
+                view.set_perms(caller, path, perms.ok_or(Error::Invalid)?)?;
+            }
+        }
+        return Ok(OK.to_vec());
+    }
+    Err(Error::Invalid)
+}
+
+/// As many whole names as fit, from a byte offset into the list of all; a guest that sees the generation change starts over.
+fn directory_part(
+    view: &mut View<'_>,
+    caller: &Caller<'_>,
+    path: &str,
+    rest: &[u8],
+) -> Result<Vec<u8>, Error> {
+    let offset: usize = match wire::strings(rest).as_deref() {
+        Some(&[offset]) => offset.parse().map_err(|_| Error::Invalid)?,
+        _ => return Err(Error::Invalid),
+    };
+    let node = view.readable(caller, path)?;
+    let names = wire::join(&node.children);
+    let left = names.get(offset..).ok_or(Error::Invalid)?;
+    let mut reply = wire::join([node.generation.to_string()]);
+    let room = PAYLOAD_MAX - reply.len() - 1;
+    if left.len() <= room {
+        reply.extend(left);
+        reply.push(0);
+        return Ok(reply);
+    }
+    let whole = left[..room].iter().rposition(|b| *b == 0);
+    reply.extend(&left[..whole.map_or(0, |at| at + 1)]);
+    Ok(reply)
+}
+
+/// Feeds arbitrary bytes to a store as a guest's requests and fetches what comes of them; for fuzzing. Panics only where the store has a bug.
+pub fn fuzz_requests(data: &[u8]) {
+    let mut store = Store::default();
+    let entry = crate::DomainEntry {
+        domid: DomId(1),
+        uuid: "00000000-0000-0000-0000-000000000001".to_owned(),
+        name: "fuzz".to_owned(),
+        memory_kib: 65536,
+        vcpus: 1,
+        console_port: 2,
+        console_ring: 0xfefff,
+        store_port: 1,
+        store_ring: 0xfeffc,
+    };
+    store
+        .populate(&entry)
+        .expect("an empty store takes a domain");
+    let conn = store.connect(DomId(1), Arc::new(|| {}));
+    let mut buf = [0; 1024];
+    for chunk in data.chunks(1024) {
+        if store.input(conn, chunk).is_err() {
+            store.reset(conn);
+        }
+        while store.output(conn, &mut buf) > 0 {}
+    }
+}

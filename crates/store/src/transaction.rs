@@ -1,0 +1,109 @@
+//! Transactions: the nodes a transaction has touched, as it sees them.
+
+use std::collections::BTreeMap;
+
+use hospes_units::DomId;
+
+use crate::node::Node;
+use crate::tree::{Caller, Change, Error, Tree};
+
+/// A node as a transaction found it and as it left it.
+#[derive(Debug)]
+struct Touched {
+    /// `None` where it did not exist.
+    found: Option<u64>,
+    found_owner: Option<DomId>,
+    now: Option<Node>,
+    changed: bool,
+}
+
+/// What a transaction has touched.
+#[derive(Debug, Default)]
+pub struct Overlay {
+    touched: BTreeMap<String, Touched>,
+}
+
+impl Overlay {
+    pub fn get(
+        &mut self,
+        tree: &Tree,
+        caller: &Caller<'_>,
+        path: &str,
+    ) -> Result<Option<&Node>, Error> {
+        if !self.touched.contains_key(path) {
+            if !caller.is_privileged() && self.touched.len() >= caller.quota.transaction_nodes {
+                return Err(Error::NoSpace);
+            }
+            let node = tree.get(path);
+            let touched = Touched {
+                found: node.map(|n| n.generation),
+                found_owner: node.map(|n| n.perms.owner),
+                now: node.cloned(),
+                changed: false,
+            };
+            self.touched.insert(path.to_owned(), touched);
+        }
+        Ok(self.touched.get(path).and_then(|t| t.now.as_ref()))
+    }
+
+    /// Changes a node; one that was not asked for before was found absent.
+    pub fn put(&mut self, path: &str, node: Option<Node>) {
+        let touched = self.touched.entry(path.to_owned()).or_insert(Touched {
+            found: None,
+            found_owner: None,
+            now: None,
+            changed: false,
+        });
+        touched.now = node;
+        touched.changed = true;
+    }
+
+    /// Nodes a domain would own after the commit.
+    pub fn owned_by(&self, tree: &Tree, domid: DomId) -> usize {
+        let owns = |owner: Option<DomId>| usize::from(owner == Some(domid));
+        let (mut more, mut less) = (0, 0);
+        for t in self.touched.values().filter(|t| t.changed) {
+            more += owns(t.now.as_ref().map(|n| n.perms.owner));
+            less += owns(t.found_owner);
+        }
+        (tree.owned_by(domid) + more).saturating_sub(less)
+    }
+
+    /// Whether every node touched is as it was found.
+    fn is_current(&self, tree: &Tree) -> bool {
+        self.touched
+            .iter()
+            .all(|(path, t)| tree.get(path).map(|n| n.generation) == t.found)
+    }
+}
+
+/// An open transaction.
+#[derive(Debug, Default)]
+pub struct Transaction {
+    pub overlay: Overlay,
+    pub changes: Vec<Change>,
+}
+
+impl Transaction {
+    /// Applies everything, or nothing where another change came in between; the changes are to be told then.
+    pub fn commit(self, tree: &mut Tree, caller: &Caller<'_>) -> Result<Vec<Change>, Error> {
+        if !self.overlay.is_current(tree) {
+            return Err(Error::Again);
+        }
+        let after = self.overlay.owned_by(tree, caller.domid);
+        if !caller.is_privileged()
+            && after > caller.quota.nodes
+            && after > tree.owned_by(caller.domid)
+        {
+            return Err(Error::NoSpace);
+        }
+        for (path, t) in self.overlay.touched {
+            match t.now {
+                _ if !t.changed => {}
+                Some(node) => tree.put(&path, node),
+                None => tree.delete(&path),
+            }
+        }
+        Ok(self.changes)
+    }
+}

@@ -1,0 +1,384 @@
+//! The tree and the operations on it, directly or inside a transaction.
+
+use std::collections::BTreeMap;
+
+use hospes_units::DomId;
+
+use crate::node::{Access, Node, Perms};
+use crate::path;
+use crate::quota::Quota;
+use crate::transaction::Overlay;
+
+/// Why a request failed; the wire carries the name (`public/io/xs_wire.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("the path or argument is malformed")]
+    Invalid,
+    #[error("permission is missing")]
+    Access,
+    #[error("it exists already")]
+    Exists,
+    #[error("there is no such node")]
+    NoEntry,
+    #[error("the quota of the domain is used up")]
+    NoSpace,
+    #[error("the store does not do this")]
+    NotImplemented,
+    #[error("a transaction is open already")]
+    Busy,
+    #[error("another change came in between: try again")]
+    Again,
+    #[error("the answer is too long for one message")]
+    TooBig,
+}
+
+impl Error {
+    pub fn name(self) -> &'static str {
+        match self {
+            Error::Invalid => "EINVAL",
+            Error::Access => "EACCES",
+            Error::Exists => "EEXIST",
+            Error::NoEntry => "ENOENT",
+            Error::NoSpace => "ENOSPC",
+            Error::NotImplemented => "ENOSYS",
+            Error::Busy => "EBUSY",
+            Error::Again => "EAGAIN",
+            Error::TooBig => "E2BIG",
+        }
+    }
+}
+
+/// Who asks.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller<'a> {
+    pub domid: DomId,
+    pub quota: &'a Quota,
+}
+
+impl Caller<'_> {
+    pub fn is_privileged(&self) -> bool {
+        self.domid == DomId::HOST
+    }
+}
+
+/// Something that watches may want to know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    pub path: String,
+    /// Of the node before it was removed, else as it is now.
+    pub perms: Perms,
+    /// Only watches of exactly this path hear of it: it went with its parent.
+    pub exact: bool,
+}
+
+impl Change {
+    /// One of the paths that are no nodes; only domain 0 hears of it.
+    pub fn special(path: &str) -> Change {
+        Change {
+            path: path.to_owned(),
+            perms: Perms::owned(DomId::HOST),
+            exact: true,
+        }
+    }
+}
+
+/// All nodes by path.
+#[derive(Debug)]
+pub struct Tree {
+    nodes: BTreeMap<String, Node>,
+    generation: u64,
+    /// Nodes each guest owns.
+    owned: BTreeMap<DomId, usize>,
+}
+
+impl Tree {
+    pub fn new() -> Tree {
+        let root = Node {
+            value: Vec::new(),
+            children: Default::default(),
+            perms: Perms {
+                owner: DomId::HOST,
+                others: Access::Read,
+                exceptions: Vec::new(),
+            },
+            generation: 0,
+        };
+        Tree {
+            nodes: BTreeMap::from([("/".to_owned(), root)]),
+            generation: 0,
+            owned: BTreeMap::new(),
+        }
+    }
+
+    pub fn get(&self, path: &str) -> Option<&Node> {
+        self.nodes.get(path)
+    }
+
+    pub fn owned_by(&self, domid: DomId) -> usize {
+        self.owned.get(&domid).copied().unwrap_or(0)
+    }
+
+    pub fn put(&mut self, path: &str, mut node: Node) {
+        self.generation += 1;
+        node.generation = self.generation;
+        let owner = node.perms.owner;
+        let old = self.nodes.insert(path.to_owned(), node);
+        *self.owned.entry(owner).or_default() += 1;
+        if let Some(old) = old {
+            self.forget_owner(old.perms.owner);
+        }
+    }
+
+    pub fn delete(&mut self, path: &str) {
+        self.generation += 1;
+        if let Some(old) = self.nodes.remove(path) {
+            self.forget_owner(old.perms.owner);
+        }
+    }
+
+    fn forget_owner(&mut self, owner: DomId) {
+        if let Some(count) = self.owned.get_mut(&owner) {
+            *count -= 1;
+            if *count == 0 {
+                self.owned.remove(&owner);
+            }
+        }
+    }
+}
+
+/// The tree as one request sees it: itself, or through a transaction.
+pub struct View<'a> {
+    nodes: Nodes<'a>,
+    changes: &'a mut Vec<Change>,
+}
+
+enum Nodes<'a> {
+    Direct(&'a mut Tree),
+    Overlay(&'a Tree, &'a mut Overlay),
+}
+
+impl<'a> View<'a> {
+    pub fn direct(tree: &'a mut Tree, changes: &'a mut Vec<Change>) -> View<'a> {
+        View {
+            nodes: Nodes::Direct(tree),
+            changes,
+        }
+    }
+
+    pub fn inside(
+        tree: &'a Tree,
+        overlay: &'a mut Overlay,
+        changes: &'a mut Vec<Change>,
+    ) -> View<'a> {
+        View {
+            nodes: Nodes::Overlay(tree, overlay),
+            changes,
+        }
+    }
+
+    fn get(&mut self, caller: &Caller<'_>, path: &str) -> Result<Option<&Node>, Error> {
+        match &mut self.nodes {
+            Nodes::Direct(tree) => Ok(tree.get(path)),
+            Nodes::Overlay(tree, overlay) => overlay.get(tree, caller, path),
+        }
+    }
+
+    /// Only for paths that were asked for before.
+    fn put(&mut self, path: &str, node: Node) {
+        match &mut self.nodes {
+            Nodes::Direct(tree) => tree.put(path, node),
+            Nodes::Overlay(_, overlay) => overlay.put(path, Some(node)),
+        }
+    }
+
+    fn delete(&mut self, path: &str) {
+        match &mut self.nodes {
+            Nodes::Direct(tree) => tree.delete(path),
+            Nodes::Overlay(_, overlay) => overlay.put(path, None),
+        }
+    }
+
+    fn owned_by(&self, domid: DomId) -> usize {
+        match &self.nodes {
+            Nodes::Direct(tree) => tree.owned_by(domid),
+            Nodes::Overlay(tree, overlay) => overlay.owned_by(tree, domid),
+        }
+    }
+
+    fn note(&mut self, path: &str, perms: Perms, exact: bool) {
+        // Inside a transaction a node written twice is told of once.
+        self.changes.retain(|c| c.path != path || c.exact != exact);
+        self.changes.push(Change {
+            path: path.to_owned(),
+            perms,
+            exact,
+        });
+    }
+
+    /// The node, if the caller may read it.
+    pub fn readable(&mut self, caller: &Caller<'_>, path: &str) -> Result<&Node, Error> {
+        // To a caller that may not read the parent either, a node that does not exist looks like one it may not read.
+        if self.get(caller, path)?.is_none() {
+            let parent = self.nearest(caller, path)?;
+            let may_look = self
+                .get(caller, &parent)?
+                .is_some_and(|n| n.perms.access(caller.domid).may_read());
+            return Err(if may_look {
+                Error::NoEntry
+            } else {
+                Error::Access
+            });
+        }
+        match self.get(caller, path)? {
+            Some(node) if node.perms.access(caller.domid).may_read() => Ok(node),
+            _ => Err(Error::Access),
+        }
+    }
+
+    /// The nearest ancestor that exists.
+    fn nearest(&mut self, caller: &Caller<'_>, path: &str) -> Result<String, Error> {
+        let mut at = path;
+        while let Some((parent, _)) = path::split(at) {
+            if self.get(caller, parent)?.is_some() {
+                return Ok(parent.to_owned());
+            }
+            at = parent;
+        }
+        Ok("/".to_owned())
+    }
+
+    fn check_size(caller: &Caller<'_>, node: &Node) -> Result<(), Error> {
+        if !caller.is_privileged() && node.bytes() > caller.quota.node_bytes {
+            return Err(Error::NoSpace);
+        }
+        Ok(())
+    }
+
+    /// Makes a node that does not exist, and its parents.
+    fn create(&mut self, caller: &Caller<'_>, path: &str, value: &[u8]) -> Result<(), Error> {
+        let base = self.nearest(caller, path)?;
+        let Some(ancestor) = self.get(caller, &base)?.cloned() else {
+            return Err(Error::NoEntry);
+        };
+        if !ancestor.perms.access(caller.domid).may_write() {
+            return Err(Error::Access);
+        }
+        let mut perms = ancestor.perms.clone();
+        if !caller.is_privileged() {
+            perms.owner = caller.domid;
+        }
+        let names: Vec<&str> = path[base.len()..]
+            .split('/')
+            .filter(|n| !n.is_empty())
+            .collect();
+        if !caller.is_privileged() && self.owned_by(caller.domid) + names.len() > caller.quota.nodes
+        {
+            return Err(Error::NoSpace);
+        }
+        let mut new = vec![(base.clone(), ancestor)];
+        for (i, name) in names.iter().enumerate() {
+            let (parent_path, parent) = &mut new[i];
+            parent.children.insert((*name).to_owned());
+            Self::check_size(caller, parent)?;
+            let path = path::join(parent_path, name);
+            let last = i + 1 == names.len();
+            let node = Node {
+                value: if last { value.to_vec() } else { Vec::new() },
+                children: Default::default(),
+                perms: perms.clone(),
+                generation: 0,
+            };
+            Self::check_size(caller, &node)?;
+            new.push((path, node));
+        }
+        for (path, node) in new {
+            self.put(&path, node);
+        }
+        self.note(path, perms, false);
+        Ok(())
+    }
+
+    pub fn write(&mut self, caller: &Caller<'_>, path: &str, value: &[u8]) -> Result<(), Error> {
+        let Some(node) = self.get(caller, path)? else {
+            return self.create(caller, path, value);
+        };
+        if !node.perms.access(caller.domid).may_write() {
+            return Err(Error::Access);
+        }
+        let mut node = node.clone();
+        node.value = value.to_vec();
+        Self::check_size(caller, &node)?;
+        let perms = node.perms.clone();
+        self.put(path, node);
+        self.note(path, perms, false);
+        Ok(())
+    }
+
+    pub fn mkdir(&mut self, caller: &Caller<'_>, path: &str) -> Result<(), Error> {
+        match self.get(caller, path)? {
+            None => self.create(caller, path, &[]),
+            Some(node) if node.perms.access(caller.domid).may_write() => Ok(()),
+            Some(_) => Err(Error::Access),
+        }
+    }
+
+    pub fn remove(&mut self, caller: &Caller<'_>, path: &str) -> Result<(), Error> {
+        let Some((parent_path, name)) = path::split(path) else {
+            return Err(Error::Invalid);
+        };
+        let Some(node) = self.get(caller, path)? else {
+            let parent = self.get(caller, parent_path)?.ok_or(Error::NoEntry)?;
+            return match parent.perms.access(caller.domid).may_write() {
+                true => Ok(()),
+                false => Err(Error::Access),
+            };
+        };
+        if !node.perms.access(caller.domid).may_write() {
+            return Err(Error::Access);
+        }
+        // Touch all of them first: inside a transaction each may exceed the limit, and then nothing is removed.
+        let mut gone = vec![(path.to_owned(), node.clone())];
+        let mut next = 0;
+        while next < gone.len() {
+            let (at, node) = gone[next].clone();
+            for child in &node.children {
+                let child = path::join(&at, child);
+                if let Some(node) = self.get(caller, &child)?.cloned() {
+                    gone.push((child, node));
+                }
+            }
+            next += 1;
+        }
+        if let Some(mut parent) = self.get(caller, parent_path)?.cloned() {
+            parent.children.remove(name);
+            self.put(parent_path, parent);
+        }
+        for (i, (path, node)) in gone.into_iter().enumerate() {
+            self.delete(&path);
+            self.note(&path, node.perms, i > 0);
+        }
+        Ok(())
+    }
+
+    pub fn set_perms(
+        &mut self,
+        caller: &Caller<'_>,
+        path: &str,
+        perms: Perms,
+    ) -> Result<(), Error> {
+        let mut node = self.readable(caller, path)?.clone();
+        if !caller.is_privileged() {
+            if node.perms.owner != caller.domid || perms.owner != caller.domid {
+                return Err(Error::Access);
+            }
+            if perms.exceptions.len() + 1 > caller.quota.perms {
+                return Err(Error::NoSpace);
+            }
+        }
+        node.perms = perms.clone();
+        Self::check_size(caller, &node)?;
+        self.put(path, node);
+        self.note(path, perms, false);
+        Ok(())
+    }
+}
