@@ -4,8 +4,8 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use iced_x86::{
-    Code, CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, InstructionInfoOptions,
-    Mnemonic, OpAccess,
+    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
+    InstructionInfoOptions, Mnemonic, OpAccess,
 };
 
 /// The state that must be enabled for an instruction.
@@ -115,7 +115,15 @@ fn classify(code: Code) -> Class {
             class = this;
         }
     }
+    // What changes control flow or is privileged has semantics of its own, or none.
+    if code.flow_control() != FlowControl::Next
+        || code.is_privileged()
+        || code.is_stack_instruction()
+    {
+        return Class::Refused;
+    }
     match mnemonic {
+        Mnemonic::Wait => return Class::X87,
         // These use no vector state, so neither CR0 nor CR4 disables them.
         Mnemonic::Crc32
         | Mnemonic::Movnti

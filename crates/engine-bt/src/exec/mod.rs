@@ -25,7 +25,6 @@ mod simd;
 mod string;
 mod syscall;
 mod system;
-
 pub mod walk;
 mod xsave;
 
@@ -144,6 +143,12 @@ impl<'a, H: Host> Cx<'a, H> {
             DecoderError::None => Ok(i),
             // Too long, or it runs over the end of the code segment.
             DecoderError::NoMoreBytes => Err(Exception::gp(0)),
+            // The decoder calls an instruction of more than 15 bytes invalid; with 14 it still asks for more.
+            _ if room == MAX_INSTRUCTION
+                && decode(&bytes[..MAX_INSTRUCTION - 1]).1 == DecoderError::NoMoreBytes =>
+            {
+                Err(Exception::gp(0))
+            }
             _ => Err(Exception::ud()),
         }
     }
