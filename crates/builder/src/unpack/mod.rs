@@ -109,12 +109,12 @@ impl Codec {
                 .map_err(|e| self.damaged(e))?;
         self.pump(&mut decoder, out)?;
         let frame = decoder.into_frame_decoder();
-        if let Some(stored) = frame.get_checksum_from_data()
-            && frame.get_calculated_checksum() != Some(stored)
-        {
-            return Err(self.damaged("the checksum is wrong"));
+        match frame.get_checksum_from_data() {
+            Some(stored) if frame.get_calculated_checksum() != Some(stored) => {
+                Err(self.damaged("the checksum is wrong"))
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn pump(self, mut reader: impl Read, out: &mut Bounded) -> Result<(), ImageError> {
