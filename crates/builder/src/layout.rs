@@ -53,7 +53,7 @@ pub struct Layout {
 /// Lays out a domain with `memory_bytes` bytes of RAM, all of it visible to the guest as RAM.
 pub fn memory_layout(memory_bytes: u64) -> Result<Layout, BuildError> {
     if !(MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(&memory_bytes)
-        || memory_bytes % PAGE_SIZE != 0
+        || !memory_bytes.is_multiple_of(PAGE_SIZE)
     {
         return Err(BuildError::MemorySize {
             bytes: memory_bytes,
