@@ -186,6 +186,7 @@ fn native_faults_become_guest_exceptions() {
 #[test]
 fn fpu_gates_follow_the_control_registers() {
     type Emit = fn(&mut CodeAssembler);
+    type Case = (&'static str, Emit, fn(&mut CpuState), Option<u8>);
     let x87: Emit = |a| a.fld1().unwrap();
     let sse: Emit = |a| a.addps(xmm0, xmm1).unwrap();
     let avx: Emit = |a| a.vaddps(ymm0, ymm1, ymm2).unwrap();
@@ -199,7 +200,7 @@ fn fpu_gates_follow_the_control_registers() {
     let no_fxsr = |c: &mut CpuState| c.cr4 &= !cr::CR4_OSFXSR;
     let no_xsave = |c: &mut CpuState| c.cr4 &= !cr::CR4_OSXSAVE;
     let no_ymm = |c: &mut CpuState| c.xcr0 = 3;
-    let cases: [(&str, Emit, fn(&mut CpuState), Option<u8>); 16] = [
+    let cases: [Case; 16] = [
         ("x87", x87, plain, None),
         ("x87 ts", x87, ts, Some(vector::NM)),
         ("x87 em", x87, em, Some(vector::NM)),
@@ -437,12 +438,11 @@ fn masked_moves_ignore_pages_of_masked_lanes() {
         m.cpu.xsave.0[xmm(1) + 4 * lane + 3] = 0x80;
     }
     m.poke(HOLE - 8, 0x2222_2222_1111_1111);
-    let at = m.code(|a| {
+    m.code(|a| {
         a.vpmaskmovd(xmm0, xmm1, xmmword_ptr(HOLE - 8)).unwrap();
         a.vpmaskmovd(xmmword_ptr(HOLE - 16), xmm1, xmm0).unwrap();
         a.vpmaskmovd(xmm0, xmm1, xmmword_ptr(HOLE - 4)).unwrap();
     });
-    assert!(at > 0);
     m.run(2);
     let mut want = [0; 16];
     want[..8].copy_from_slice(&0x2222_2222_1111_1111u64.to_le_bytes());

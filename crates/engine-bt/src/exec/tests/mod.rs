@@ -361,7 +361,7 @@ impl Machine {
             if self.peek(slot) & P == 0 {
                 let new = self.next_table;
                 self.next_table += 4096;
-                assert!(new < CODE || new >= TABLES);
+                assert!(new < HANDLERS, "out of room for page tables");
                 self.poke(slot, new | P | RW | US);
             }
             table = self.peek(slot) & 0xf_ffff_f000;

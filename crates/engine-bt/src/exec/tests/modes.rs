@@ -78,29 +78,27 @@ fn start_up_code_goes_from_16_to_64_bits() {
     m.run(7);
     assert_eq!((m.cpu.rip, m.cpu.code_bits()), (0x1_1000, 32));
     assert_eq!(m.cpu.gdtr.base, GDT);
-    {
-        let len = m.code(|a| {
-            a.mov(eax, u32::from(KERNEL_DS)).unwrap();
-            a.mov(ss, eax).unwrap();
-            a.mov(eax, (cr::CR4_PAE | cr::CR4_PGE) as u32).unwrap();
-            a.mov(cr4, eax).unwrap();
-            a.mov(eax, PML4 as u32).unwrap();
-            a.mov(cr3, eax).unwrap();
-            a.mov(ecx, 0xc000_0080u32).unwrap();
-            a.mov(eax, (cr::EFER_LME | cr::EFER_NXE | cr::EFER_SCE) as u32)
-                .unwrap();
-            a.xor(edx, edx).unwrap();
-            a.wrmsr().unwrap();
-            a.mov(eax, 0x8001_0011u32).unwrap();
-            a.mov(cr0, eax).unwrap();
-            a.push(u32::from(KERNEL_CS)).unwrap();
-            a.push(0x1_2000).unwrap();
-            a.retf().unwrap();
-        });
-        m.cpu.gpr[reg::RSP] = KERNEL_STACK;
-        m.run(15);
-        assert_eq!(len > 0, m.cpu.rip == 0x1_2000);
-    }
+    m.code(|a| {
+        a.mov(eax, u32::from(KERNEL_DS)).unwrap();
+        a.mov(ss, eax).unwrap();
+        a.mov(eax, (cr::CR4_PAE | cr::CR4_PGE) as u32).unwrap();
+        a.mov(cr4, eax).unwrap();
+        a.mov(eax, PML4 as u32).unwrap();
+        a.mov(cr3, eax).unwrap();
+        a.mov(ecx, 0xc000_0080u32).unwrap();
+        a.mov(eax, (cr::EFER_LME | cr::EFER_NXE | cr::EFER_SCE) as u32)
+            .unwrap();
+        a.xor(edx, edx).unwrap();
+        a.wrmsr().unwrap();
+        a.mov(eax, 0x8001_0011u32).unwrap();
+        a.mov(cr0, eax).unwrap();
+        a.push(u32::from(KERNEL_CS)).unwrap();
+        a.push(0x1_2000).unwrap();
+        a.retf().unwrap();
+    });
+    m.cpu.gpr[reg::RSP] = KERNEL_STACK;
+    m.run(15);
+    assert_eq!(m.cpu.rip, 0x1_2000);
     assert_eq!(m.cpu.code_bits(), 64);
     assert_eq!(m.cpu.gpr[reg::RSP], KERNEL_STACK);
 }
