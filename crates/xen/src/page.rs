@@ -62,7 +62,7 @@ impl Page {
 
     fn at(&self, offset: usize, len: usize, align: usize) -> *mut u8 {
         assert!(
-            offset <= BYTES - len && offset % align == 0,
+            offset <= BYTES - len && offset.is_multiple_of(align),
             "offset {offset} of {len} bytes does not lie in a page"
         );
         // SAFETY: the offset was just checked to lie in the page.
@@ -114,7 +114,7 @@ pub struct Area {
 impl Area {
     /// An area inside one page; panics where `offset` is not 8-byte aligned.
     pub fn in_page(page: Page, offset: usize) -> Area {
-        assert!(offset % 8 == 0 && offset < BYTES);
+        assert!(offset.is_multiple_of(8) && offset < BYTES);
         Area {
             first: page,
             offset,

@@ -125,7 +125,7 @@ impl Xen {
     fn register_vcpu_info(&self, id: usize, a: abi::RegisterVcpuInfo) -> Result<Reply, Errno> {
         let slot = &self.vcpus[id];
         let offset = a.offset as usize;
-        if offset % 8 != 0 || offset > PAGE_SIZE as usize - size_of::<VcpuInfo>() {
+        if !offset.is_multiple_of(8) || offset > PAGE_SIZE as usize - size_of::<VcpuInfo>() {
             return Err(Errno::Inval);
         }
         if slot.registered_info.get().is_some() {
@@ -156,7 +156,7 @@ impl Xen {
     /// The area whose virtual address lies at `arg`, translated now with the caller's page tables.
     fn area_at(&self, vcpu: &mut dyn Vcpu, arg: u64, bytes: usize) -> Result<Area, Errno> {
         let gva: u64 = read(vcpu, arg)?;
-        if gva % 8 != 0 {
+        if !gva.is_multiple_of(8) {
             return Err(Errno::Inval);
         }
         let mut page_at = |at: u64| {
