@@ -1,0 +1,220 @@
+//! Making a domain, step by step.
+
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use hospes_builder::{BuildSpec, MemmapEntry, ap_cpu_state, build, memory_layout};
+use hospes_cpuid::{CpuidTable, HostCpu, Level, Policy, Vendor};
+use hospes_memory::GuestMemory;
+use hospes_store::{DomainEntry, Store};
+use hospes_units::{PAGE_SIZE, VcpuId};
+use hospes_xen::{
+    Calibration, Config, ConsoleRing, E820, HostPort, Page, StoreRing, TrapInstruction, Xen,
+};
+
+use crate::console::Console;
+use crate::run::Run;
+use crate::services::{GuestConnection, serve_console, serve_store};
+use crate::signal::Signal;
+use crate::vcpu::VcpuThread;
+use crate::{CreateError, Domain, DomainSpec, EngineFactory, Identity, host_memory, lock};
+
+/// The TSC is measured at least this long, most of it while the kernel is being loaded.
+const CALIBRATION: Duration = Duration::from_millis(20);
+
+/// Xen's default size of a guest's grant table.
+const GRANT_FRAMES: u32 = 64;
+
+pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, CreateError> {
+    let calibration = Calibration::start();
+    if spec.vcpus == 0 || spec.vcpus > hospes_xen::MAX_VCPUS {
+        return Err(hospes_xen::XenError::Vcpus(spec.vcpus).into());
+    }
+    let layout = memory_layout(spec.memory_bytes)?;
+    host_memory::check(&spec.name, spec.memory_bytes)?;
+    let memory = Arc::new(GuestMemory::new(&layout.backed)?);
+    let boot = build(
+        &memory,
+        &BuildSpec {
+            kernel: &spec.kernel,
+            ramdisk: spec.ramdisk.as_deref(),
+            cmdline: &spec.cmdline,
+            vcpus: spec.vcpus,
+            layout: &layout,
+        },
+    )?;
+    let tsc = calibration.finish(CALIBRATION);
+    let cpuid = CpuidTable::new(
+        &HostCpu::capture(),
+        &Policy {
+            vcpus: spec.vcpus,
+            domid: spec.domid,
+            tsc_khz: tsc.khz(),
+            nomigrate: spec.nomigrate,
+            level: Level::default(),
+        },
+    )?;
+    let trap = match cpuid.vendor() {
+        Vendor::Amd => TrapInstruction::Vmmcall,
+        Vendor::Intel | Vendor::Other => TrapInstruction::Vmcall,
+    };
+    let vm = engine(Arc::clone(&memory), cpuid, spec.vcpus)?;
+    let console = Arc::new(Console::new(spec.console));
+    let run = Arc::new(Run::new(spec.vcpus, Arc::clone(&console)));
+    let xen = Xen::new(
+        Config {
+            domid: spec.domid,
+            uuid: spec.uuid,
+            vcpus: spec.vcpus,
+            trap,
+            memory_map: layout.memmap().iter().map(e820).collect(),
+            ram_pages: spec.memory_bytes / PAGE_SIZE,
+            store_gfn: layout.xenstore,
+            console_gfn: layout.console,
+            grant_frames: GRANT_FRAMES,
+            tsc,
+            system_time_ns: 0,
+        },
+        memory,
+        Arc::clone(&vm),
+        run.clone(),
+    )?;
+    let mut vcpus = Vec::new();
+    for id in (0..spec.vcpus).map(VcpuId) {
+        let mut vcpu = vm.create_vcpu(id)?;
+        *vcpu.state() = match id.0 {
+            0 => boot.cpu_state.clone(),
+            _ => ap_cpu_state(id),
+        };
+        vcpu.state_changed();
+        xen.attach_vcpu(id, vcpu.control());
+        run.attach(id, vcpu.control());
+        vcpus.push(VcpuThread {
+            id,
+            vcpu,
+            xen: Arc::clone(&xen),
+            run: Arc::clone(&run),
+        });
+    }
+    let mut domain = Domain {
+        spec: Identity {
+            domid: spec.domid,
+            uuid: spec.uuid,
+            name: spec.name,
+            memory_bytes: spec.memory_bytes,
+            vcpus: spec.vcpus,
+        },
+        store: Arc::new(Mutex::new(Store::default())),
+        xen,
+        run,
+        console,
+        threads: Vec::new(),
+        clock: None,
+    };
+    // The store's port comes first: Xen's tools number them so.
+    let store_signal = Arc::new(Signal::default());
+    let store_port = listen(&domain.xen, &store_signal)?;
+    let console_port = listen(&domain.xen, domain.console.signal())?;
+    domain.xen.set_store_port(store_port.port());
+    domain.xen.set_console_port(console_port.port());
+    lock(&domain.store).populate(&DomainEntry {
+        domid: domain.spec.domid,
+        uuid: uuid_text(&spec.uuid),
+        name: domain.spec.name.clone(),
+        memory_kib: spec.memory_bytes / 1024,
+        vcpus: spec.vcpus,
+        console_port: console_port.port().0,
+        console_ring: layout.console.0,
+        store_port: store_port.port().0,
+        store_ring: layout.xenstore.0,
+    })?;
+    let page = |gfn| Page::of_frame(domain.xen.memory(), gfn);
+    let (console_page, store_page) = (page(layout.console)?, page(layout.xenstore)?);
+    start_services(
+        &mut domain,
+        ConsoleRing::new(console_page, console_port),
+        StoreRing::new(store_page, store_port),
+        store_signal,
+    )?;
+    domain.clock = Some(domain.xen.start_clock()?);
+    for vcpu in vcpus {
+        domain.run.thread_starts();
+        let name = format!("vcpu-{}", vcpu.id);
+        match spawn(name, move || vcpu.main()) {
+            Ok(thread) => domain.threads.push(thread),
+            Err(error) => {
+                domain.run.thread_ends();
+                return Err(error);
+            }
+        }
+    }
+    Ok(domain)
+}
+
+fn e820(entry: &MemmapEntry) -> E820 {
+    E820 {
+        addr: entry.addr,
+        size: entry.size,
+        kind: entry.kind,
+    }
+}
+
+fn listen(xen: &Arc<Xen>, signal: &Arc<Signal>) -> Result<HostPort, CreateError> {
+    let signal = Arc::clone(signal);
+    Ok(xen.allocate_port(Arc::new(move || signal.set()))?)
+}
+
+fn start_services(
+    domain: &mut Domain,
+    console: ConsoleRing,
+    mut store: StoreRing,
+    signal: Arc<Signal>,
+) -> Result<(), CreateError> {
+    let waker = Arc::clone(&signal);
+    let conn = lock(&domain.store).connect(domain.spec.domid, Arc::new(move || waker.set()));
+    let mut guest = GuestConnection {
+        store: Arc::clone(&domain.store),
+        conn,
+    };
+    let run = Arc::clone(&domain.run);
+    domain.run.on_end(Arc::clone(&signal));
+    domain.threads.push(spawn("store".to_owned(), move || {
+        serve_store(&mut store, &mut guest, &signal, &run);
+    })?);
+    let run = Arc::clone(&domain.run);
+    domain.threads.push(spawn("console".to_owned(), move || {
+        serve_console(&console, &run);
+    })?);
+    Ok(())
+}
+
+fn spawn(name: String, f: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, CreateError> {
+    std::thread::Builder::new()
+        .name(name)
+        .spawn(f)
+        .map_err(CreateError::Thread)
+}
+
+/// The usual form with dashes.
+fn uuid_text(uuid: &[u8; 16]) -> String {
+    let mut text = String::with_capacity(36);
+    for (i, byte) in uuid.iter().enumerate() {
+        if matches!(i, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text += &format!("{byte:02x}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uuid_text_has_dashes() {
+        let uuid = core::array::from_fn(|i| i as u8 * 17);
+        assert_eq!(uuid_text(&uuid), "00112233-4455-6677-8899-aabbccddeeff");
+    }
+}

@@ -1,0 +1,46 @@
+//! Why a domain cannot be made, or does not take a request.
+
+use hospes_builder::BuildError;
+use hospes_cpuid::CpuidError;
+use hospes_engine::EngineError;
+use hospes_memory::MemoryError;
+use hospes_xen::{EventError, XenError};
+
+use crate::EndReason;
+
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    #[error(
+        "Domain {name} needs {needed_mib} MiB of memory and the host has {available_mib} MiB left, of which it keeps {reserve_mib} MiB: stop another domain or lower `memory`"
+    )]
+    HostMemory {
+        name: String,
+        needed_mib: u64,
+        available_mib: u64,
+        reserve_mib: u64,
+    },
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    #[error("cannot set up the domain's memory: {0}")]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Cpuid(#[from] CpuidError),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Xen(#[from] XenError),
+    #[error("cannot connect the domain's console and store: {0}")]
+    Event(#[from] EventError),
+    #[error("cannot fill the domain's store: {0}")]
+    Store(#[from] hospes_store::Error),
+    #[error("cannot start a thread of the domain: {0}")]
+    Thread(std::io::Error),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    #[error("the domain has ended already ({0})")]
+    Ended(EndReason),
+    #[error("cannot write the request into the domain's store: {0}")]
+    Store(#[from] hospes_store::Error),
+}

@@ -1,0 +1,262 @@
+//! One domain: memory, kernel, Xen side, vCPU threads, console and store, from creation to its end.
+//!
+//! Which engine executes the guest is the caller's choice, given as an [`EngineFactory`]. A domain is made paused. It ends when the guest powers
+//! off, reboots, suspends or crashes, when its engine fails, or when it is destroyed; after that nothing of it runs any more and only
+//! [`Domain::info`] and the console's history remain.
+//!
+//! Refuses: a second life. A reboot is a new domain with the same configuration, made by the caller.
+//!
+//! Invariants: the first reason to end wins; guest code runs only while the domain is neither paused nor ended; the guest's last output is in the
+//! console before [`Domain::wait`] returns; a panic in a vCPU's thread ends the domain and nothing else.
+//! Limits: 128 vCPUs; the store holds this domain alone.
+#![forbid(unsafe_code)]
+
+mod console;
+mod create;
+mod error;
+mod host_memory;
+mod run;
+mod services;
+mod signal;
+mod vcpu;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use hospes_cpuid::CpuidTable;
+use hospes_engine::{EngineError, Vm};
+use hospes_memory::GuestMemory;
+use hospes_store::Store;
+use hospes_units::{DomId, VcpuId};
+use hospes_xen::{ClockThread, Xen};
+
+pub use console::{Console, Subscription};
+pub use error::{CreateError, RequestError};
+pub use run::EndReason;
+
+use run::{Activity, Run};
+
+/// Makes the engine's virtual machine for a new domain: its memory, its CPUID and the number of its vCPUs.
+pub type EngineFactory<'a> =
+    Box<dyn FnOnce(Arc<GuestMemory>, CpuidTable, u32) -> Result<Arc<dyn Vm>, EngineError> + 'a>;
+
+/// What to make.
+pub struct DomainSpec {
+    pub domid: DomId,
+    pub uuid: [u8; 16],
+    pub name: String,
+    pub kernel: PathBuf,
+    pub ramdisk: Option<PathBuf>,
+    pub cmdline: String,
+    /// A multiple of 4096.
+    pub memory_bytes: u64,
+    pub vcpus: u32,
+    /// The domain is never saved or moved, so that it may be told what is true of this host alone.
+    pub nomigrate: bool,
+    /// Gets all console output, from a thread that does nothing else; may block for a while, but the guest waits when it does.
+    pub console: Box<dyn Write + Send>,
+}
+
+/// What the guest is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShutdownKind {
+    PowerOff,
+    Halt,
+    Reboot,
+    Suspend,
+}
+
+/// A domain at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DomainInfo {
+    pub domid: DomId,
+    pub uuid: [u8; 16],
+    pub name: String,
+    pub vcpus: u32,
+    /// vCPUs that the guest runs on.
+    pub vcpus_online: u32,
+    /// Memory the guest has now, and the most it may have, in KiB.
+    pub memory_kib: u64,
+    pub memory_max_kib: u64,
+    /// Host CPU time of all vCPUs, ns.
+    pub cpu_time_ns: u64,
+    pub state: DomainState,
+}
+
+/// The flags of a domain as `xl list` shows them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DomainState {
+    pub running: bool,
+    pub blocked: bool,
+    pub paused: bool,
+    pub shutdown: bool,
+    pub crashed: bool,
+    pub dying: bool,
+}
+
+impl fmt::Display for DomainState {
+    /// Six characters, `rbpscd`, with a dash for what does not hold.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (flag, letter) in [
+            (self.running, 'r'),
+            (self.blocked, 'b'),
+            (self.paused, 'p'),
+            (self.shutdown, 's'),
+            (self.crashed, 'c'),
+            (self.dying, 'd'),
+        ] {
+            write!(f, "{}", if flag { letter } else { '-' })?;
+        }
+        Ok(())
+    }
+}
+
+/// A domain.
+pub struct Domain {
+    spec: Identity,
+    xen: Arc<Xen>,
+    store: Arc<Mutex<Store>>,
+    run: Arc<Run>,
+    console: Arc<Console>,
+    threads: Vec<JoinHandle<()>>,
+    clock: Option<ClockThread>,
+}
+
+/// What stays of the specification.
+#[derive(Clone, Debug)]
+struct Identity {
+    domid: DomId,
+    uuid: [u8; 16],
+    name: String,
+    memory_bytes: u64,
+    vcpus: u32,
+}
+
+/// Takes a lock; a thread that panicked while holding it left data that is valid, if old.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Domain {
+    /// Makes a domain, paused before its first instruction. The error is a sentence for the user.
+    pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, CreateError> {
+        create::create(spec, engine)
+    }
+
+    /// Lets the guest run.
+    pub fn unpause(&self) {
+        if !self.run.is_paused() {
+            return;
+        }
+        // A kernel is told of a pause only once it runs: before that it has no watchdog to calm.
+        if self.run.has_run() {
+            self.xen.mark_stopped();
+        }
+        self.run.unpause();
+    }
+
+    /// Stops the guest where it is; when this returns, no vCPU executes guest code.
+    pub fn pause(&self) {
+        self.run.pause();
+    }
+
+    /// Asks the guest through the store; whether and when it follows is its own business.
+    pub fn request_shutdown(&self, kind: ShutdownKind) -> Result<(), RequestError> {
+        if let Some(reason) = self.run.end_reason() {
+            return Err(RequestError::Ended(reason));
+        }
+        let word = match kind {
+            ShutdownKind::PowerOff => "poweroff",
+            ShutdownKind::Halt => "halt",
+            ShutdownKind::Reboot => "reboot",
+            ShutdownKind::Suspend => "suspend",
+        };
+        let path = hospes_store::domain_path(self.spec.domid) + "/control/shutdown";
+        lock(&self.store).write(&path, word.as_bytes())?;
+        Ok(())
+    }
+
+    /// Ends the domain, whatever it does. Does nothing to one that has ended.
+    pub fn destroy(&self) {
+        self.run.end(EndReason::Destroyed);
+    }
+
+    /// Blocks until the domain has ended and its last output is in the console; from then on returns the same reason at once.
+    pub fn wait(&self) -> EndReason {
+        self.run.wait_finished()
+    }
+
+    /// Why it ended, if it did.
+    pub fn end_reason(&self) -> Option<EndReason> {
+        self.run.end_reason()
+    }
+
+    pub fn info(&self) -> DomainInfo {
+        let ids = || (0..self.spec.vcpus).map(VcpuId);
+        let activities: Vec<Activity> = self.run.activities();
+        let end = self.run.end_reason();
+        let finished = self.run.is_finished();
+        let crashed = matches!(end, Some(EndReason::Crash(_) | EndReason::Watchdog));
+        let alive = end.is_none();
+        let paused = alive && self.run.is_paused();
+        let running = alive && !paused && activities.contains(&Activity::Running);
+        DomainInfo {
+            domid: self.spec.domid,
+            uuid: self.spec.uuid,
+            name: self.spec.name.clone(),
+            vcpus: self.spec.vcpus,
+            vcpus_online: self.run.online(),
+            memory_kib: self.xen.current_pages() * 4,
+            memory_max_kib: self.spec.memory_bytes / 1024,
+            cpu_time_ns: ids().map(|id| self.xen.vcpu_time_ns(id)).sum(),
+            state: DomainState {
+                running,
+                blocked: alive && !paused && !running,
+                paused,
+                shutdown: matches!(
+                    end,
+                    Some(EndReason::PowerOff | EndReason::Reboot | EndReason::Suspend)
+                ),
+                crashed,
+                dying: end == Some(EndReason::Destroyed) && !finished,
+            },
+        }
+    }
+
+    /// The guest's console.
+    pub fn console(&self) -> &Arc<Console> {
+        &self.console
+    }
+
+    /// The domain's store, for back ends and tools.
+    pub fn store(&self) -> &Arc<Mutex<Store>> {
+        &self.store
+    }
+
+    /// The domain's Xen side, for back ends.
+    pub fn xen(&self) -> &Arc<Xen> {
+        &self.xen
+    }
+}
+
+impl Drop for Domain {
+    fn drop(&mut self) {
+        self.destroy();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        self.clock = None;
+    }
+}
+
+impl fmt::Debug for Domain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Domain({}, {:?})", self.spec.domid, self.spec.name)
+    }
+}

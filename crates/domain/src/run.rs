@@ -1,0 +1,288 @@
+//! Whether a domain's vCPUs run: paused, ended, and what each of them does.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+
+use hospes_engine::VcpuControl;
+use hospes_units::VcpuId;
+use hospes_xen::Host;
+
+use crate::console::Console;
+use crate::lock;
+use crate::signal::Signal;
+
+/// Why a domain ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EndReason {
+    PowerOff,
+    Reboot,
+    Suspend,
+    /// What happened, for the user.
+    Crash(String),
+    Watchdog,
+    Destroyed,
+}
+
+impl fmt::Display for EndReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            EndReason::PowerOff => f.write_str("powered off"),
+            EndReason::Reboot => f.write_str("rebooted"),
+            EndReason::Suspend => f.write_str("suspended"),
+            EndReason::Crash(what) => write!(f, "crashed: {what}"),
+            EndReason::Watchdog => f.write_str("its watchdog expired"),
+            EndReason::Destroyed => f.write_str("destroyed"),
+        }
+    }
+}
+
+/// What a vCPU's thread does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Activity {
+    /// Executes guest code, or may at any moment.
+    Running,
+    /// Halted until an interrupt.
+    Blocked,
+    /// Halted without interrupts, or taken down: only another vCPU brings it back.
+    Down,
+    /// Held because the domain is paused.
+    Held,
+}
+
+impl Activity {
+    fn from_u8(value: u8) -> Activity {
+        match value {
+            0 => Activity::Running,
+            1 => Activity::Blocked,
+            2 => Activity::Down,
+            _ => Activity::Held,
+        }
+    }
+}
+
+struct Slot {
+    signal: Signal,
+    control: OnceLock<Arc<dyn VcpuControl>>,
+    activity: AtomicU8,
+    /// Whether it was down before it was held.
+    down: AtomicBool,
+}
+
+/// The switchboard between a domain's owner, its vCPU threads and its Xen side.
+pub struct Run {
+    slots: Vec<Slot>,
+    paused: AtomicBool,
+    has_run: AtomicBool,
+    ended: AtomicBool,
+    /// vCPU threads that have not returned.
+    threads: AtomicUsize,
+    life: Mutex<Life>,
+    changed: Condvar,
+    console: Arc<Console>,
+    /// What the store's thread sleeps on.
+    on_end: OnceLock<Arc<Signal>>,
+}
+
+#[derive(Default)]
+struct Life {
+    end: Option<EndReason>,
+    finished: bool,
+}
+
+impl Run {
+    pub fn new(vcpus: u32, console: Arc<Console>) -> Run {
+        let slot = || Slot {
+            signal: Signal::default(),
+            control: OnceLock::new(),
+            activity: AtomicU8::new(Activity::Held as u8),
+            down: AtomicBool::new(false),
+        };
+        Run {
+            slots: (0..vcpus).map(|_| slot()).collect(),
+            paused: AtomicBool::new(true),
+            has_run: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            threads: AtomicUsize::new(0),
+            life: Mutex::new(Life::default()),
+            changed: Condvar::new(),
+            console,
+            on_end: OnceLock::new(),
+        }
+    }
+
+    /// Sets what the store's thread sleeps on; it is woken when the domain ends.
+    pub fn on_end(&self, signal: Arc<Signal>) {
+        let _ = self.on_end.set(signal);
+    }
+
+    pub fn attach(&self, id: VcpuId, control: Arc<dyn VcpuControl>) {
+        let _ = self.slots[id.0 as usize].control.set(control);
+    }
+
+    pub fn console(&self) -> &Arc<Console> {
+        &self.console
+    }
+
+    pub fn vcpus(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(SeqCst)
+    }
+
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(SeqCst)
+    }
+
+    /// Whether it was ever unpaused.
+    pub fn has_run(&self) -> bool {
+        self.has_run.load(SeqCst)
+    }
+
+    pub fn unpause(&self) {
+        self.has_run.store(true, SeqCst);
+        self.paused.store(false, SeqCst);
+        self.wake_all();
+    }
+
+    pub fn pause(&self) {
+        self.paused.store(true, SeqCst);
+        self.stop_running();
+        let mut life = lock(&self.life);
+        while !self.has_ended() && self.activities().contains(&Activity::Running) {
+            life = self
+                .changed
+                .wait(life)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Ends the domain; the first reason counts.
+    pub fn end(&self, reason: EndReason) {
+        let mut life = lock(&self.life);
+        if life.end.is_some() {
+            return;
+        }
+        life.end = Some(reason);
+        self.ended.store(true, SeqCst);
+        drop(life);
+        self.stop_running();
+        self.changed.notify_all();
+        if let Some(signal) = self.on_end.get() {
+            signal.set();
+        }
+        if self.threads.load(SeqCst) == 0 {
+            self.console.close();
+        }
+    }
+
+    pub fn end_reason(&self) -> Option<EndReason> {
+        lock(&self.life).end.clone()
+    }
+
+    pub fn is_finished(&self) -> bool {
+        lock(&self.life).finished
+    }
+
+    pub fn wait_finished(&self) -> EndReason {
+        let mut life = lock(&self.life);
+        loop {
+            match &life.end {
+                Some(reason) if life.finished => return reason.clone(),
+                _ => {
+                    life = self
+                        .changed
+                        .wait(life)
+                        .unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
+    }
+
+    /// The console has taken the guest's last output.
+    pub fn set_finished(&self) {
+        lock(&self.life).finished = true;
+        self.changed.notify_all();
+    }
+
+    pub fn thread_starts(&self) {
+        self.threads.fetch_add(1, SeqCst);
+    }
+
+    pub fn thread_ends(&self) {
+        if self.threads.fetch_sub(1, SeqCst) == 1 && self.has_ended() {
+            self.console.close();
+        }
+    }
+
+    fn stop_running(&self) {
+        for slot in &self.slots {
+            if let Some(control) = slot.control.get() {
+                control.kick();
+            }
+            slot.signal.set();
+        }
+    }
+
+    fn wake_all(&self) {
+        for slot in &self.slots {
+            slot.signal.set();
+        }
+    }
+
+    /// What a vCPU sleeps on.
+    pub fn signal(&self, id: VcpuId) -> &Signal {
+        &self.slots[id.0 as usize].signal
+    }
+
+    /// Notes what a vCPU does from now on. After Running its thread looks at the pause and end flags again before it runs: those who set
+    /// them look at the activity after that.
+    pub fn set_activity(&self, id: VcpuId, activity: Activity) {
+        let slot = &self.slots[id.0 as usize];
+        if activity != Activity::Held {
+            slot.down.store(activity == Activity::Down, SeqCst);
+        }
+        slot.activity.store(activity as u8, SeqCst);
+        if activity != Activity::Running && (self.is_paused() || self.has_ended()) {
+            // Taking the lock orders this after a waiter's look at the activities.
+            drop(lock(&self.life));
+            self.changed.notify_all();
+        }
+    }
+
+    pub fn activities(&self) -> Vec<Activity> {
+        self.slots
+            .iter()
+            .map(|s| Activity::from_u8(s.activity.load(SeqCst)))
+            .collect()
+    }
+
+    /// Whether no vCPU is left that could wake another.
+    pub fn all_down(&self) -> bool {
+        self.slots.iter().all(|s| s.down.load(SeqCst))
+    }
+
+    /// vCPUs that are not down.
+    pub fn online(&self) -> u32 {
+        self.slots.iter().filter(|s| !s.down.load(SeqCst)).count() as u32
+    }
+}
+
+impl Host for Run {
+    fn wake(&self, vcpu: VcpuId) {
+        if let Some(slot) = self.slots.get(vcpu.0 as usize) {
+            slot.signal.set();
+        }
+    }
+
+    fn console_write(&self, bytes: &[u8]) {
+        self.console.output(bytes);
+    }
+
+    fn watchdog_expired(&self) {
+        self.end(EndReason::Watchdog);
+    }
+}

@@ -1,0 +1,237 @@
+//! The thread of a vCPU: runs the guest and does what its exits ask for.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+use hospes_builder::{POWER_OFF_REQUEST, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
+use hospes_engine::{Exit, Vcpu, VcpuControl, reg};
+use hospes_units::VcpuId;
+use hospes_xen::{Outcome, ShutdownReason, Xen};
+use hospes_xen_abi::hypercall::PAGE_MSR;
+use hospes_xen_abi::shared::Runstate;
+
+use crate::run::{Activity, EndReason, Run};
+
+/// Early messages of guests without a console: QEMU's and Xen's debug port.
+const DEBUG_PORT: u16 = 0xe9;
+
+/// vCPUs interrupt one another inside the engine, which does not know that the other's thread sleeps here: with several of them a
+/// sleeping one looks for itself this often.
+const LOOK_FOR_INTERRUPTS: Duration = Duration::from_millis(1);
+
+/// A vCPU and its place in the domain.
+pub struct VcpuThread {
+    pub id: VcpuId,
+    pub vcpu: Box<dyn Vcpu>,
+    pub xen: Arc<Xen>,
+    pub run: Arc<Run>,
+}
+
+impl VcpuThread {
+    /// Runs the vCPU until the domain ends. A panic ends the domain.
+    pub fn main(self) {
+        let run = Arc::clone(&self.run);
+        let id = self.id;
+        let mut looping = Loop {
+            control: self.vcpu.control(),
+            vcpu: self.vcpu,
+            id,
+            xen: self.xen,
+            run: self.run,
+            runstate: Runstate::Offline,
+            dead_halts: 0,
+        };
+        let outcome = catch_unwind(AssertUnwindSafe(move || looping.run()));
+        if outcome.is_err() {
+            run.end(EndReason::Crash(format!(
+                "internal error in the thread of vCPU {id}"
+            )));
+        }
+        run.set_activity(id, Activity::Held);
+        run.thread_ends();
+    }
+}
+
+struct Loop {
+    id: VcpuId,
+    vcpu: Box<dyn Vcpu>,
+    control: Arc<dyn VcpuControl>,
+    xen: Arc<Xen>,
+    run: Arc<Run>,
+    runstate: Runstate,
+    /// Halts with interrupts disabled in a row.
+    dead_halts: u32,
+}
+
+impl Loop {
+    fn run(&mut self) {
+        self.xen.vcpu_thread_started(self.id);
+        while self.may_run() {
+            match self.vcpu.run() {
+                Ok(exit) => self.handle(exit),
+                Err(error) => self.run.end(EndReason::Crash(error.to_string())),
+            }
+        }
+        self.note(Runstate::Offline);
+    }
+
+    /// Waits until guest code may run; false at the end of the domain.
+    fn may_run(&mut self) -> bool {
+        loop {
+            if self.run.has_ended() {
+                return false;
+            }
+            if self.run.is_paused() {
+                self.sleep(Activity::Held, |s| !s.run.is_paused());
+            } else if !self.xen.is_up(self.id) {
+                self.go_down(|s| s.xen.is_up(s.id));
+            } else {
+                self.run.set_activity(self.id, Activity::Running);
+                // Who pauses or ends the domain sees this activity, or is seen here.
+                if !self.run.is_paused() && !self.run.has_ended() {
+                    self.note(Runstate::Running);
+                    return true;
+                }
+            }
+        }
+    }
+
+    fn note(&mut self, runstate: Runstate) {
+        if self.runstate != runstate {
+            self.runstate = runstate;
+            self.xen.set_runstate(self.id, runstate);
+        }
+    }
+
+    /// Sleeps until `done`, or until the domain is paused, unpaused or ends.
+    fn sleep(&mut self, activity: Activity, done: impl Fn(&Self) -> bool) {
+        let held = activity == Activity::Held;
+        self.run.set_activity(self.id, activity);
+        self.note(match activity {
+            Activity::Blocked => Runstate::Blocked,
+            _ => Runstate::Offline,
+        });
+        while !done(self) && !self.run.has_ended() && (held || !self.run.is_paused()) {
+            let signal = self.run.signal(self.id);
+            if self.run.vcpus() > 1 && !held {
+                signal.wait_at_most(LOOK_FOR_INTERRUPTS);
+            } else {
+                signal.wait();
+            }
+        }
+    }
+
+    /// Sleeps until another vCPU brings this one back. When there is none that could, the guest has halted for good.
+    fn go_down(&mut self, back: impl Fn(&Self) -> bool) {
+        self.run.set_activity(self.id, Activity::Down);
+        if self.run.all_down() {
+            self.run.end(EndReason::PowerOff);
+            return;
+        }
+        self.sleep(Activity::Down, back);
+    }
+
+    fn handle(&mut self, exit: Exit) {
+        let dead = matches!(
+            exit,
+            Exit::Halt {
+                interrupts_enabled: false
+            }
+        );
+        if !dead {
+            self.dead_halts = 0;
+        }
+        match exit {
+            Exit::Hypercall => {
+                let outcome = self.xen.hypercall(&mut *self.vcpu, self.id);
+                self.after_hypercall(outcome);
+            }
+            Exit::PortIo {
+                port,
+                size,
+                write,
+                value,
+            } => {
+                if write {
+                    self.port_write(port, value);
+                } else {
+                    self.port_read(port, size);
+                }
+            }
+            Exit::MsrWrite { index, value } => {
+                if index == PAGE_MSR {
+                    self.xen.write_hypercall_page(value);
+                }
+            }
+            Exit::Halt {
+                interrupts_enabled: true,
+            } => self.sleep(Activity::Blocked, |s| s.control.has_wakeup()),
+            Exit::Halt {
+                interrupts_enabled: false,
+            } => self.dead_halt(),
+            Exit::Yield => std::thread::yield_now(),
+            Exit::Shutdown { rip } => self.run.end(EndReason::Crash(format!(
+                "vCPU {} stopped with a triple fault at {rip:#x}",
+                self.id
+            ))),
+            Exit::Kicked => {}
+        }
+    }
+
+    /// HLT with interrupts off: the vCPU is offline until an INIT or NMI. What the engine calls a wake-up may be an interrupt that stays
+    /// masked, so it is tried once and then not believed.
+    fn dead_halt(&mut self) {
+        self.dead_halts += 1;
+        if self.dead_halts == 1 && self.control.has_wakeup() {
+            return;
+        }
+        self.dead_halts = 0;
+        self.go_down(|s| s.control.has_wakeup());
+    }
+
+    fn after_hypercall(&mut self, outcome: Outcome) {
+        match outcome {
+            Outcome::Resume | Outcome::Down => {}
+            Outcome::Yield => std::thread::yield_now(),
+            Outcome::Block => self.sleep(Activity::Blocked, |s| s.control.has_wakeup()),
+            Outcome::Poll => self.sleep(Activity::Blocked, |s| {
+                s.xen.poll_done(s.id) || s.control.has_wakeup()
+            }),
+            Outcome::Shutdown(reason) => self.run.end(match reason {
+                ShutdownReason::PowerOff => EndReason::PowerOff,
+                // A new kernel in the same memory would need a fresh domain around it; a reboot is what the user gets instead.
+                ShutdownReason::Reboot | ShutdownReason::SoftReset => EndReason::Reboot,
+                ShutdownReason::Suspend => EndReason::Suspend,
+                ShutdownReason::Crash => {
+                    EndReason::Crash("the guest's kernel reported a crash".to_owned())
+                }
+                ShutdownReason::Watchdog => EndReason::Watchdog,
+            }),
+        }
+    }
+
+    fn port_write(&mut self, port: u16, value: u32) {
+        match port {
+            DEBUG_PORT => self.run.console().output(&[value as u8]),
+            SLEEP_CONTROL_PORT if value as u8 == POWER_OFF_REQUEST => {
+                self.run.end(EndReason::PowerOff);
+            }
+            _ => {}
+        }
+    }
+
+    /// No device: all ones, as on a bus where nobody answers.
+    fn port_read(&mut self, port: u16, size: u8) {
+        let value: u64 = match port {
+            SLEEP_STATUS_PORT | SLEEP_CONTROL_PORT => 0,
+            _ => u64::MAX,
+        };
+        let rax = &mut self.vcpu.state().gpr[reg::RAX];
+        *rax = match size {
+            1 => *rax & !0xff | value & 0xff,
+            2 => *rax & !0xffff | value & 0xffff,
+            _ => value & 0xffff_ffff,
+        };
+    }
+}
