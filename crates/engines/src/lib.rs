@@ -1,0 +1,54 @@
+//! The engine that executes a new domain, and the domain's processor as that engine asks for it.
+//!
+//! The one place that knows engines by name: what is above it has a [`Vm`] and nothing more, and the engines do not know the
+//! feature model. So far there is one engine, the translator.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use hospes_cpuid::{CpuidTable, Dynamic, Vendor};
+use hospes_engine::{CpuState, EngineError, Vm, cr};
+use hospes_engine_bt::{BtVm, Options, Processor, exec};
+use hospes_memory::GuestMemory;
+use hospes_units::VcpuId;
+
+/// A virtual machine for the given memory, what CPUID shows, and the number of vCPUs. Refuses a host that no engine runs on.
+pub fn create_vm(
+    memory: Arc<GuestMemory>,
+    cpuid: CpuidTable,
+    vcpus: u32,
+) -> Result<Arc<dyn Vm>, EngineError> {
+    let processor = Arc::new(TableProcessor(cpuid));
+    Ok(Arc::new(BtVm::new(
+        memory,
+        processor,
+        vcpus,
+        Options::default(),
+    )?))
+}
+
+/// A domain's CPUID table as the translator looks it up.
+struct TableProcessor(CpuidTable);
+
+impl Processor for TableProcessor {
+    fn cpuid(&self, vcpu: VcpuId, cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let now = Dynamic {
+            vcpu: vcpu.0,
+            apic_id: cpu.lapic.id,
+            osxsave: cpu.cr4 & cr::CR4_OSXSAVE != 0,
+            xcr0: cpu.xcr0,
+        };
+        self.0.lookup(leaf, subleaf, &now)
+    }
+
+    fn vendor(&self) -> exec::Vendor {
+        match self.0.vendor() {
+            Vendor::Amd => exec::Vendor::Amd,
+            Vendor::Intel | Vendor::Other => exec::Vendor::Intel,
+        }
+    }
+
+    fn arch_capabilities(&self) -> u64 {
+        self.0.arch_capabilities().unwrap_or(0)
+    }
+}

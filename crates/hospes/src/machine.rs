@@ -1,0 +1,85 @@
+//! Domains as the tool stack's machines.
+
+use std::io::Write;
+use std::sync::Arc;
+
+use hospes_domain::{Domain, DomainSpec, EndReason, ShutdownKind};
+use hospes_toolstack::{self as toolstack, Machine, MachineError, MachineInfo, MachineSpec};
+
+/// Makes domains on the engine that suits this host.
+pub struct Domains;
+
+impl toolstack::MachineFactory for Domains {
+    fn create(
+        &self,
+        spec: &MachineSpec<'_>,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Arc<dyn Machine>, MachineError> {
+        let config = spec.config;
+        let spec = DomainSpec {
+            domid: spec.domid,
+            uuid: *spec.uuid.as_bytes(),
+            name: config.name.clone(),
+            kernel: config.kernel.clone(),
+            ramdisk: config.ramdisk.clone(),
+            cmdline: config.cmdline.clone(),
+            memory_bytes: config.memory_mib << 20,
+            vcpus: config.vcpus,
+            nomigrate: false,
+            console,
+        };
+        let domain = Domain::create(spec, Box::new(hospes_engines::create_vm))?;
+        Ok(Arc::new(Running(domain)))
+    }
+}
+
+struct Running(Domain);
+
+impl Machine for Running {
+    fn unpause(&self) {
+        self.0.unpause();
+    }
+
+    fn pause(&self) {
+        self.0.pause();
+    }
+
+    fn request_shutdown(&self, kind: toolstack::ShutdownKind) -> Result<(), MachineError> {
+        let kind = match kind {
+            toolstack::ShutdownKind::Poweroff => ShutdownKind::PowerOff,
+            toolstack::ShutdownKind::Reboot => ShutdownKind::Reboot,
+        };
+        Ok(self.0.request_shutdown(kind)?)
+    }
+
+    fn destroy(&self) {
+        self.0.destroy();
+    }
+
+    fn wait(&self) -> toolstack::EndReason {
+        match self.0.wait() {
+            EndReason::PowerOff => toolstack::EndReason::Poweroff,
+            EndReason::Reboot => toolstack::EndReason::Reboot,
+            EndReason::Suspend => toolstack::EndReason::Suspend,
+            EndReason::Crash(cause) => toolstack::EndReason::Crash(cause),
+            EndReason::Watchdog => toolstack::EndReason::Watchdog,
+            EndReason::Destroyed => toolstack::EndReason::Destroyed,
+        }
+    }
+
+    fn info(&self) -> MachineInfo {
+        let info = self.0.info();
+        MachineInfo {
+            memory_kib: info.memory_kib,
+            vcpus_online: info.vcpus_online,
+            cpu_time_ns: info.cpu_time_ns,
+            running: info.state.running,
+            blocked: info.state.blocked,
+            paused: info.state.paused,
+        }
+    }
+
+    fn console_input(&self, bytes: &[u8]) -> usize {
+        self.0.console().write_input(bytes)
+    }
+}

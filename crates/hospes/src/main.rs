@@ -1,0 +1,10 @@
+//! The `hospes` program: the command line, with machines that are domains.
+#![forbid(unsafe_code)]
+
+mod machine;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    hospes_cli::run(std::env::args_os(), &machine::Domains)
+}
