@@ -49,9 +49,9 @@ deny: $(DENY_TOOL)
 
 unit-test:
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
-	    $(CARGO) nextest run --release --workspace && $(CARGO) test --release --workspace --doc; \
+	    $(CARGO) nextest run --release --workspace --no-fail-fast && $(CARGO) test --release --workspace --doc; \
 	else \
-	    $(CARGO) test --release --workspace; \
+	    $(CARGO) test --release --workspace --no-fail-fast; \
 	fi
 
 boot-test: build guests
