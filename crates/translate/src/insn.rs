@@ -395,6 +395,12 @@ impl Insn {
         }
         match i.mnemonic() {
             M::Lea => return Kind::Lea,
+            // The bit number in a register reaches memory far away from the operand's own address.
+            M::Bt | M::Bts | M::Btr | M::Btc
+                if i.op0_kind() == OpKind::Memory && i.op1_kind() == OpKind::Register =>
+            {
+                return Kind::Step;
+            }
             M::Stac if !mode.has(Mode::USER) => return Kind::Stac,
             M::Clac if !mode.has(Mode::USER) => return Kind::Clac,
             M::Cli if !mode.has(Mode::USER) => return Kind::Cli,
