@@ -366,6 +366,33 @@ fn read_of_an_unclaimed_port_gives_ones() {
 }
 
 #[test]
+fn read_of_the_absent_timer_gives_zeros() {
+    const PORTS: [u16; 5] = [0x40, 0x41, 0x42, 0x43, 0x61];
+    let zeros = Arc::new(AtomicU64::new(0));
+    let log = zeros.clone();
+    let end = end_of(move |c| {
+        let step = c.step as usize;
+        if step > 0 {
+            log.fetch_add(
+                u64::from(c.state.gpr[reg::RAX] == 0x1111_2222_3333_4400),
+                SeqCst,
+            );
+        }
+        let Some(&port) = PORTS.get(step) else {
+            return c.shutdown(0);
+        };
+        c.state.gpr[reg::RAX] = 0x1111_2222_3333_4444;
+        Exit::PortIo {
+            port,
+            size: 1,
+            write: false,
+            value: 0,
+        }
+    });
+    assert_eq!((end, zeros.load(SeqCst)), (EndReason::PowerOff, 5));
+}
+
+#[test]
 fn halt_without_interrupts_powers_off() {
     assert_eq!(
         end_of(|_| Exit::Halt {

@@ -13,6 +13,10 @@ use hospes_xen_abi::shared::Runstate;
 
 use crate::run::{Activity, EndReason, Run};
 
+/// Counters and command register of the interval timer, which is not there, and the port that shows one counter's output.
+const PIT_PORTS: std::ops::RangeInclusive<u16> = 0x40..=0x43;
+const PIT_OUTPUT_PORT: u16 = 0x61;
+
 /// Early messages of guests without a console: QEMU's and Xen's debug port.
 const DEBUG_PORT: u16 = 0xe9;
 
@@ -221,10 +225,12 @@ impl Loop {
         }
     }
 
-    /// No device: all ones, as on a bus where nobody answers.
+    /// No device: all ones, as on a bus where nobody answers. A timer that reads as zero is seen to stand still at once; of one that reads as
+    /// ones Linux waits for a change, for a tenth of a second.
     fn port_read(&mut self, port: u16, size: u8) {
         let value: u64 = match port {
-            SLEEP_STATUS_PORT | SLEEP_CONTROL_PORT => 0,
+            SLEEP_STATUS_PORT | SLEEP_CONTROL_PORT | PIT_OUTPUT_PORT => 0,
+            port if PIT_PORTS.contains(&port) => 0,
             _ => u64::MAX,
         };
         let rax = &mut self.vcpu.state().gpr[reg::RAX];
