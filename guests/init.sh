@@ -37,7 +37,7 @@ visit)
     echo "HOSPES-BEGIN visit"
     echo "== kernel"
     cat /proc/version
-    dmesg | grep -i 'hypervisor detected'
+    dmesg | grep -E 'Hypervisor detected|Booting kernel on'
     echo "== processor"
     grep -m 4 -E '^(vendor_id|model name|cpu MHz|flags)' /proc/cpuinfo
     echo "processors: $(grep -c '^processor' /proc/cpuinfo)"

@@ -19,7 +19,8 @@ PATTERN = (b"hospes\n" * (8_000_000 // 7 + 1))[:8_000_000]
 
 REQUIRED = {
     "the kernel's version": r"Linux version \d+\.\d+",
-    "the kernel naming Xen PVH as its hypervisor": r"Hypervisor detected: Xen PVH",
+    "the kernel naming Xen as its hypervisor": r"Hypervisor detected: Xen HVM",
+    "the kernel booting as a PVH guest": r"Booting kernel on Xen PVH",
     "a processor's model": r"model name\s*: \S",
     "a processor's feature flags": r"flags\s*: .*\bsse2\b",
     "the state of the mitigations": r"spectre_v2:\S",
