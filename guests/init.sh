@@ -5,12 +5,17 @@
 #   poweroff, reboot, halt, panic    print the mark, then end in this way
 #   dmesg      print the kernel's log with its levels between two marks, then power off
 #   idle       print the mark, then sleep until told otherwise
-/bin/busybox mkdir -p /bin /proc /sys /dev /tmp /run
+/bin/busybox mkdir -p /bin /sbin /proc /sys /dev /tmp /run
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sysfs /sys
 /bin/busybox mount -t devtmpfs devtmpfs /dev
 /bin/busybox --install -s /bin
-export PATH=/bin HOME=/root TERM="${TERM:-linux}" PS1='guest# '
+# What the kernel runs when it is asked from outside; this script is no init that busybox' own commands could ask.
+for way in poweroff reboot halt; do
+    printf '#!/bin/sh\nsync\nexec /bin/%s -f\n' $way >/sbin/$way
+    chmod 755 /sbin/$way
+done
+export PATH=/sbin:/bin HOME=/root TERM="${TERM:-linux}" PS1='guest# '
 mkdir -p /dev/pts
 mount -t devpts devpts /dev/pts
 read -r up _ </proc/uptime
