@@ -34,6 +34,8 @@ pub struct Block {
     pub side: Box<[SideEntry]>,
     pub chains: Box<[ChainSite]>,
     extent: (u64, u64),
+    /// For an instruction that lies in two pages: the physical bytes in the second one.
+    second: Option<(u64, u64)>,
     pub alive: bool,
 }
 
@@ -48,6 +50,16 @@ pub struct Point {
 }
 
 impl Block {
+    /// Frame of the second page that the block's only instruction reaches into.
+    pub fn second_gfn(&self) -> Option<Gfn> {
+        self.second.map(|(start, _)| Gpa(start).gfn())
+    }
+
+    fn depends_on(&self, start: u64, end: u64) -> bool {
+        let hit = |(s, e): (u64, u64)| s < end && start < e;
+        hit(self.extent) || self.second.is_some_and(hit)
+    }
+
     /// Position for transfers that verify their target.
     pub fn indirect(&self) -> u32 {
         self.pos
@@ -96,7 +108,11 @@ pub struct CodePages(Vec<AtomicU64>);
 
 impl CodePages {
     pub fn new(frames: u64) -> CodePages {
-        CodePages((0..frames.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+        CodePages(
+            (0..frames.div_ceil(64))
+                .map(|_| AtomicU64::new(0))
+                .collect(),
+        )
     }
 
     pub fn contains(&self, gfn: Gfn) -> bool {
@@ -173,8 +189,15 @@ impl Blocks {
         pages.insert(gfn)
     }
 
-    /// Adds a translation that was made for the position [`Blocks::place`] gave.
-    pub fn insert(&mut self, code: &CodeMemory, key: Key, t: Translation) -> &Block {
+    /// Adds a translation that was made for the position [`Blocks::place`] gave. `second` is the physical address of the page behind, for an
+    /// instruction that reaches into it.
+    pub fn insert(
+        &mut self,
+        code: &CodeMemory,
+        key: Key,
+        second: Option<Gpa>,
+        t: Translation,
+    ) -> &Block {
         let pos = self.next;
         code.put(pos, &t.code);
         let n = self.list.len() as u32;
@@ -191,10 +214,21 @@ impl Blocks {
                 key.gpa.0 - u64::from(t.extent_before),
                 key.gpa.0 + u64::from(t.extent),
             ),
+            second: second.map(|g| {
+                let first = PAGE_SIZE - key.gpa.page_offset();
+                (g.0, g.0 + u64::from(t.extent) - first)
+            }),
             alive: true,
         });
         self.by_key.insert(key, n);
-        self.pages.entry(key.gpa.gfn().0).or_default().blocks.push(n);
+        self.pages
+            .entry(key.gpa.gfn().0)
+            .or_default()
+            .blocks
+            .push(n);
+        if let Some(g) = second {
+            self.pages.entry(g.gfn().0).or_default().blocks.push(n);
+        }
         &self.list[n as usize]
     }
 
@@ -212,11 +246,13 @@ impl Blocks {
         let mut drop_if = |all: bool, blocks: &mut Vec<u32>| {
             blocks.retain(|&n| {
                 let b = &mut list[n as usize];
-                let hit = all || b.extent.0 < end && start < b.extent.1;
-                if hit {
+                let hit = all || b.depends_on(start, end);
+                if hit && b.alive {
                     b.alive = false;
                     b.chains = Box::default();
-                    by_key.remove(&b.key);
+                    if by_key.get(&b.key) == Some(&n) {
+                        by_key.remove(&b.key);
+                    }
                     code.divert(b.direct as usize, b.stale as usize);
                 }
                 !hit

@@ -3,10 +3,8 @@
 use std::mem::offset_of;
 use std::sync::atomic::AtomicU8;
 
-use hospes_engine::{CpuState, Segment};
-use hospes_translate::layout::{
-    FrameLayout, JUMP_ENTRIES, JUMP_MASK, TLB_ENTRIES, TlbEntry,
-};
+use hospes_engine::{CpuState, Msrs, Segment};
+use hospes_translate::layout::{FrameLayout, JUMP_ENTRIES, JUMP_MASK, TLB_ENTRIES, TlbEntry};
 
 /// State of one vCPU as the translated code sees it. General registers live in `cpu.gpr` while the monitor runs.
 #[repr(C, align(4096))]
@@ -14,9 +12,19 @@ pub struct Frame {
     pub cpu: CpuState,
     /// AL = OF, AH = SF ZF AF PF CF, as LAHF and SETO leave them.
     pub flags: u16,
-    pub interrupt_flag: u8,
-    pub ac_flag: u8,
     pub irq_pending: u8,
+    /// Guest state is between two instructions': a kick only sets `turn_back`.
+    pub busy: u8,
+    /// IF and AC in their places in RFLAGS.
+    pub interrupt_flag: u32,
+    pub ac_flag: u32,
+    /// RFLAGS but for the status flags, IF and AC.
+    pub rest_flags: u64,
+    /// What the jump caches of user and kernel code hold: mode bits without AC.
+    pub jump_bases: [u32; 2],
+    /// What SYSCALL and SYSRET load CS and SS with.
+    pub syscall_cs_ss: [Segment; 2],
+    pub sysret_cs_ss: [Segment; 2],
     /// Set by the signal handler: the entry code turns back.
     pub turn_back: AtomicU8,
     pub exit_arg: u32,
@@ -42,7 +50,13 @@ pub struct Frame {
 
 /// Offsets of the frame's fields for the translator.
 pub const LAYOUT: FrameLayout = {
-    let seg = offset_of!(Frame, cpu) + offset_of!(CpuState, seg) + offset_of!(Segment, base);
+    const fn pair(first: usize, step: usize) -> [i32; 2] {
+        [first as i32, (first + step) as i32]
+    }
+    let segs = offset_of!(Frame, cpu) + offset_of!(CpuState, seg);
+    let seg = segs + offset_of!(Segment, base);
+    let selector = (segs + offset_of!(Segment, selector)) as i32;
+    let msr = offset_of!(Frame, cpu) + offset_of!(CpuState, msr);
     let jumps = offset_of!(Frame, jumps);
     let tlb = offset_of!(Frame, tlb);
     let jump_bytes = JUMP_ENTRIES * 8;
@@ -54,6 +68,25 @@ pub const LAYOUT: FrameLayout = {
         flags: offset_of!(Frame, flags) as i32,
         interrupt_flag: offset_of!(Frame, interrupt_flag) as i32,
         ac_flag: offset_of!(Frame, ac_flag) as i32,
+        rest_flags: offset_of!(Frame, rest_flags) as i32,
+        busy: offset_of!(Frame, busy) as i32,
+        turn_back: offset_of!(Frame, turn_back) as i32,
+        jump_bases: pair(offset_of!(Frame, jump_bases), 4),
+        selectors: [
+            selector,
+            selector + segment as i32,
+            selector + 2 * segment as i32,
+            selector + 3 * segment as i32,
+            selector + 4 * segment as i32,
+            selector + 5 * segment as i32,
+        ],
+        cs_ss: pair(segs + segment, segment),
+        syscall_cs_ss: pair(offset_of!(Frame, syscall_cs_ss), segment),
+        sysret_cs_ss: pair(offset_of!(Frame, sysret_cs_ss), segment),
+        lstar: (msr + offset_of!(Msrs, lstar)) as i32,
+        sfmask: (msr + offset_of!(Msrs, sfmask)) as i32,
+        kernel_gs_base: (msr + offset_of!(Msrs, kernel_gs_base)) as i32,
+        tsc_aux: (msr + offset_of!(Msrs, tsc_aux)) as i32,
         irq_pending: offset_of!(Frame, irq_pending) as i32,
         seg_base: [
             seg as i32,

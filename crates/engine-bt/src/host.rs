@@ -5,10 +5,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use hospes_engine::{CpuState, VcpuControl, VirtFault, rflags};
+use hospes_engine::{CpuState, Segment, VcpuControl, VirtFault, rflags};
 use hospes_memory::GuestMemory;
-use hospes_translate::layout::{TLB_ENTRIES, TLB_INVALID, TlbEntry, tlb_index};
 use hospes_translate::Mode;
+use hospes_translate::layout::{TLB_ENTRIES, TLB_INVALID, TlbEntry, tlb_index};
 use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE, VcpuId};
 use iced_x86::{Instruction, Mnemonic};
 
@@ -47,6 +47,8 @@ pub(crate) struct BtHost {
     pub dropped_blocks: u64,
     /// Instructions executed one at a time.
     pub steps: u64,
+    /// The STAR register that the frame's segment images were made from.
+    star: Option<u64>,
     /// Indices filled since the last flush; kernel entries that are global are in the fourth list.
     filled: [Vec<u16>; 4],
     /// Large pages stand behind some entries of the user and kernel parts.
@@ -75,6 +77,7 @@ impl BtHost {
             generation: 0,
             dropped_blocks: 0,
             steps: 0,
+            star: None,
             filled: Default::default(),
             large: [false; 3],
             snippets: HashMap::new(),
@@ -102,18 +105,42 @@ impl BtHost {
     pub fn sync_flags_in(&mut self) {
         let f = &mut *self.frame;
         let status = u64::from(f.flags >> 8) & 0xd5 | u64::from(f.flags & 1) << 11;
-        f.cpu.rflags = f.cpu.rflags & !(rflags::STATUS | rflags::IF | rflags::AC)
-            | status
-            | u64::from(f.interrupt_flag) << 9
-            | u64::from(f.ac_flag) << 18;
+        f.cpu.rflags = f.rest_flags | status | u64::from(f.interrupt_flag) | u64::from(f.ac_flag);
     }
 
     /// RFLAGS to the frame's flags.
     pub fn sync_flags_out(&mut self) {
         let f = &mut *self.frame;
-        f.flags = pack_flags(f.cpu.rflags);
-        f.interrupt_flag = (f.cpu.rflags >> 9) as u8 & 1;
-        f.ac_flag = (f.cpu.rflags >> 18) as u8 & 1;
+        let all = f.cpu.rflags;
+        f.flags = pack_flags(all);
+        f.interrupt_flag = (all & rflags::IF) as u32;
+        f.ac_flag = (all & rflags::AC) as u32;
+        f.rest_flags = all & !(rflags::STATUS | rflags::IF | rflags::AC);
+    }
+
+    /// Keeps what SYSCALL and SYSRET load in step with the STAR register.
+    pub fn update_syscall_segments(&mut self) {
+        let f = &mut *self.frame;
+        let star = f.cpu.msr.star;
+        if self.star == Some(star) {
+            return;
+        }
+        self.star = Some(star);
+        let segment = |selector: u64, attr: u16| Segment {
+            base: 0,
+            limit: u32::MAX,
+            selector: selector as u16,
+            attr,
+        };
+        let (enter, leave) = ((star >> 32) as u16 & !3, (star >> 48) as u16 | 3);
+        f.syscall_cs_ss = [
+            segment(enter.into(), 0xa09b),
+            segment(enter.wrapping_add(8).into(), 0xc093),
+        ];
+        f.sysret_cs_ss = [
+            segment(leave.wrapping_add(16).into(), 0xa0fb),
+            segment(leave.wrapping_add(8).into(), 0xc0f3),
+        ];
     }
 
     pub fn add_jump(&mut self, mode: Mode, pc: u64, direct: u32, indirect: u32, global: bool) {

@@ -25,8 +25,6 @@ pub(crate) struct Jumps {
     miss: u64,
     tables: [Box<[Entry]>; 3],
     filled: [Vec<u16>; 3],
-    /// What the targets of user and of kernel code were translated for, beside the AC bit, which selects the table.
-    bases: [u16; 2],
     /// Some kernel entry came from a mapping that does not survive address-space switches.
     kernel_local: bool,
 }
@@ -38,7 +36,6 @@ impl Jumps {
             miss,
             tables: [table(), table(), table()],
             filled: Default::default(),
-            bases: [0; 2],
             kernel_local: false,
         }
     }
@@ -101,9 +98,9 @@ impl Jumps {
     /// Called when code of this mode is about to run: targets of another mode must not be reached from it.
     pub fn enter_mode(&mut self, frame: &mut Frame, mode: Mode) {
         let kernel = !mode.has(Mode::USER);
-        let base = mode.0 & !Mode::AC;
-        if self.bases[usize::from(kernel)] != base {
-            self.bases[usize::from(kernel)] = base;
+        let base = u32::from(mode.0 & !Mode::AC);
+        if frame.jump_bases[usize::from(kernel)] != base {
+            frame.jump_bases[usize::from(kernel)] = base;
             if kernel {
                 self.flush(frame, 1);
                 self.flush(frame, 2);
@@ -127,6 +124,10 @@ impl Jumps {
     /// Forgets the targets in the page around `gva`.
     pub fn flush_page(&mut self, frame: &mut Frame, gva: u64) {
         let page = gva & !(PAGE_SIZE - 1);
+        // Instructions that begin in the page before may end in this one.
+        for back in 1..15 {
+            self.forget(frame, page.wrapping_sub(back));
+        }
         let first = jump_index(page);
         let last = jump_index(page + PAGE_SIZE - 1);
         for table in 0..3 {

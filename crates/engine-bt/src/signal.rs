@@ -70,6 +70,10 @@ extern "C" fn handle(signal: i32, _info: *mut libc::siginfo_t, context: *mut lib
         if info.enter_checked.contains(&pc) {
             frame.target = info.turned_back as u64;
         }
+        if frame.busy != 0 {
+            // The code looks at `turn_back` as soon as it is through.
+            return;
+        }
     }
     let in_block = info.blocks.contains(&pc);
     let faulting_snippet = !kick && info.snippets.contains(&pc);

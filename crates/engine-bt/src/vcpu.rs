@@ -5,23 +5,24 @@ use std::sync::atomic::Ordering;
 
 use hospes_engine::{Activity, CpuState, EngineError, Exit, Segment, Vcpu, VcpuControl, VirtFault};
 use hospes_engine::{cr, rflags, seg};
+use hospes_translate::layout::tlb_index;
 use hospes_translate::{Mode, Request};
 use hospes_units::{Gpa, Gva, PAGE_SIZE, VcpuId};
 
 use crate::blocks::Key;
 use crate::control::{Control, request};
-use crate::exec::{
-    self, Access, Exception, Step, debug_active, lapic,
-};
+use crate::exec::{self, Access, Exception, Step, debug_active, lapic};
 use crate::fpu;
 use crate::frame::FrameBox;
 use crate::host::BtHost;
 use crate::signal::{Attachment, ThreadInfo, kick_signal};
 use crate::stubs::{ExitKind, enter};
-use crate::vm::{FORGET_CODE, Shared, host_error};
+use crate::vm::{FORGET_CODE, Shared, Translations, host_error};
 
 /// Code cache room that one block may need.
 const BLOCK_ROOM: usize = 64 * 1024;
+/// Longest instruction in bytes.
+const MAX_INSTRUCTION: usize = 15;
 
 /// Where a program counter's code is.
 enum Found {
@@ -31,11 +32,24 @@ enum Found {
     Stepped(Step),
 }
 
+/// Flags that SFMASK must clear for SYSCALL to be emitted in place.
+const SYSCALL_CLEARS: u64 =
+    rflags::STATUS | rflags::IF | rflags::TF | rflags::DF | rflags::NT | rflags::AC;
+
+/// What looking a block up came to.
+enum Looked {
+    At(u32),
+    /// The instruction semantics take the next instruction.
+    Step,
+}
+
 pub(crate) struct BtVcpu {
     pub(crate) host: BtHost,
     attachment: Option<SendAttachment>,
     /// The XSAVE image is current.
     fpu_fetched: bool,
+    /// Position and page of the last data access that missed the TLB.
+    last_miss: (u32, Gva),
 }
 
 /// The vCPU belongs to the thread that first runs it; the attachment is made and dropped there.
@@ -56,6 +70,7 @@ impl BtVcpu {
             host: BtHost::new(shared, id, control, frame, miss),
             attachment: None,
             fpu_fetched: false,
+            last_miss: (0, Gva(0)),
         })
     }
 
@@ -73,7 +88,8 @@ impl BtVcpu {
             });
         }
         let s = &self.host.shared;
-        let range = |r: std::ops::Range<usize>| s.code.address(r.start)..s.code.address(r.end - 1) + 1;
+        let range =
+            |r: std::ops::Range<usize>| s.code.address(r.start)..s.code.address(r.end - 1) + 1;
         let info = ThreadInfo {
             frame: self.host.frame.as_ptr(),
             blocks: range(crate::cache::STUB_BYTES..s.snippets(VcpuId(0)).start),
@@ -129,6 +145,9 @@ impl BtVcpu {
         if cpu.cr0 & cr::CR0_PG == 0 {
             bits |= Mode::UNPAGED;
         }
+        if cpu.msr.efer & cr::EFER_SCE != 0 && cpu.msr.sfmask & SYSCALL_CLEARS == SYSCALL_CLEARS {
+            bits |= Mode::SYSCALL;
+        }
         Some(Mode(bits))
     }
 
@@ -150,6 +169,7 @@ impl BtVcpu {
         let rip = self.host.frame.cpu.rip;
         let table = mode.table();
         self.host.jumps.enter_mode(&mut self.host.frame, mode);
+        self.host.update_syscall_segments();
         if let Some(direct) = self.host.jumps.get(table, mode, rip) {
             return Found::Code(direct);
         }
@@ -174,49 +194,128 @@ impl BtVcpu {
             pc: rip,
             mode,
         };
+        let mut page = [0; PAGE_SIZE as usize + MAX_INSTRUCTION];
+        match self.find_block(key, tr.global, &mut page) {
+            Looked::At(direct) => Found::Code(direct),
+            Looked::Step => Found::Stepped(self.step()),
+        }
+    }
+
+    /// Finds or makes the block for a key whose page is backed by memory.
+    fn find_block(&mut self, key: Key, global: bool, page: &mut [u8]) -> Looked {
         let shared = self.host.shared.clone();
         let mut guard = shared.translations.lock().expect("translations");
         let t = &mut *guard;
-        let (direct, indirect) = match t.blocks.find(&key) {
-            Some(b) => (b.direct, b.indirect()),
-            None => {
-                let pos = match t.blocks.place(BLOCK_ROOM) {
-                    Some(pos) => pos,
-                    None => {
-                        self.host.flush_jumps_all();
-                        shared.rendezvous(Some(self.host.id), FORGET_CODE);
-                        t.blocks.clear(&shared.pages);
-                        self.host.generation += 1;
-                        t.blocks.place(BLOCK_ROOM).expect("an empty cache has room")
+        let found = t
+            .blocks
+            .find(&key)
+            .map(|b| (b.direct, b.indirect(), b.second_gfn()));
+        if let Some((direct, indirect, second)) = found {
+            let mut global = global;
+            if let Some(gfn) = second {
+                // The block is right only as long as the second page is still what it was made from.
+                let next = Gva((key.pc | (PAGE_SIZE - 1)).wrapping_add(1));
+                match self.code_page(next, key.mode) {
+                    Some(tr) if tr.gpa.gfn() == gfn => global &= tr.global,
+                    Some(tr) => {
+                        return self.make_block(t, key, global, Some(tr), page);
                     }
-                };
-                if t.blocks.mark(&shared.pages, tr.gpa.gfn()) {
-                    self.host.drop_write_tags(tr.gpa.gfn());
-                    shared.rendezvous(Some(self.host.id), request::WRITE_TAGS);
+                    None => return Looked::Step,
                 }
-                let mut bytes = [0; PAGE_SIZE as usize];
-                let n = (PAGE_SIZE - tr.gpa.page_offset()) as usize;
-                if shared.memory.read(tr.gpa, &mut bytes[..n]).is_err() {
-                    drop(guard);
-                    return Found::Stepped(self.step());
-                }
-                let made = t.translator.translate(&Request {
-                    bytes: &bytes[..n],
-                    pc: rip,
-                    mode,
-                    cache_pos: pos as i64,
-                });
-                let Some(made) = made else {
-                    drop(guard);
-                    return Found::Stepped(self.step());
-                };
-                let b = t.blocks.insert(&shared.code, key, made);
-                (b.direct, b.indirect())
+            }
+            self.host
+                .add_jump(key.mode, key.pc, direct, indirect, global);
+            return Looked::At(direct);
+        }
+        self.make_block(t, key, global, None, page)
+    }
+
+    /// Translation of a page that an instruction reaches into.
+    fn code_page(&self, gva: Gva, mode: Mode) -> Option<exec::Translation> {
+        if !canonical(gva.0) {
+            return None;
+        }
+        let access = Access::exec(mode.has(Mode::USER));
+        let memory = &self.host.shared.memory;
+        let tr = exec::walk(&self.host.frame.cpu, memory, gva, access).ok()?;
+        memory.is_backed(tr.gpa.gfn()).then_some(tr)
+    }
+
+    /// Marks a page as one with code, on all vCPUs, before its bytes are read.
+    fn mark_code(&mut self, t: &mut Translations, gpa: Gpa) {
+        let shared = self.host.shared.clone();
+        if t.blocks.mark(&shared.pages, gpa.gfn()) {
+            self.host.drop_write_tags(gpa.gfn());
+            shared.rendezvous(Some(self.host.id), request::WRITE_TAGS);
+        }
+    }
+
+    fn make_block(
+        &mut self,
+        t: &mut Translations,
+        key: Key,
+        global: bool,
+        second: Option<exec::Translation>,
+        page: &mut [u8],
+    ) -> Looked {
+        let shared = self.host.shared.clone();
+        let pos = match t.blocks.place(BLOCK_ROOM) {
+            Some(pos) => pos,
+            None => {
+                self.host.flush_jumps_all();
+                shared.rendezvous(Some(self.host.id), FORGET_CODE);
+                t.blocks.clear(&shared.pages);
+                self.host.generation += 1;
+                t.blocks.place(BLOCK_ROOM).expect("an empty cache has room")
             }
         };
-        drop(guard);
-        self.host.add_jump(mode, rip, direct, indirect, tr.global);
-        Found::Code(direct)
+        let n = (PAGE_SIZE - key.gpa.page_offset()) as usize;
+        self.mark_code(t, key.gpa);
+        if shared.memory.read(key.gpa, &mut page[..n]).is_err() {
+            return Looked::Step;
+        }
+        let request = Request {
+            bytes: &page[..n],
+            crossing: false,
+            pc: key.pc,
+            mode: key.mode,
+            cache_pos: pos as i64,
+        };
+        let made = match second {
+            None => t.translator.translate(&request),
+            Some(_) => None,
+        };
+        if let Some(made) = made {
+            let b = t.blocks.insert(&shared.code, key, None, made);
+            let (direct, indirect) = (b.direct, b.indirect());
+            self.host
+                .add_jump(key.mode, key.pc, direct, indirect, global);
+            return Looked::At(direct);
+        }
+        let next = Gva((key.pc | (PAGE_SIZE - 1)).wrapping_add(1));
+        let Some(tr) = second.or_else(|| self.code_page(next, key.mode)) else {
+            return Looked::Step;
+        };
+        self.mark_code(t, tr.gpa);
+        let rest = &mut page[n..n + MAX_INSTRUCTION];
+        if shared.memory.read(tr.gpa, rest).is_err() {
+            return Looked::Step;
+        }
+        let request = Request {
+            bytes: &page[..n + MAX_INSTRUCTION],
+            crossing: true,
+            pc: key.pc,
+            mode: key.mode,
+            cache_pos: pos as i64,
+        };
+        let Some(made) = t.translator.translate(&request) else {
+            return Looked::Step;
+        };
+        let b = t.blocks.insert(&shared.code, key, Some(tr.gpa), made);
+        let (direct, indirect) = (b.direct, b.indirect());
+        self.host
+            .add_jump(key.mode, key.pc, direct, indirect, global && tr.global);
+        Looked::At(direct)
     }
 
     /// Enters translated code at a position and deals with what it leaves for. `Ok(None)` means that the loop goes on.
@@ -311,7 +410,7 @@ impl BtVcpu {
                 let target_ok = guard
                     .blocks
                     .at(direct)
-                    .is_some_and(|b| b.alive && b.key.gpa.gfn() == gfn);
+                    .is_some_and(|b| b.alive && b.key.gpa.gfn() == gfn && b.second_gfn().is_none());
                 let source_ok = guard.blocks.at(site).is_some_and(|b| b.alive);
                 if target_ok && source_ok && generation == self.host.generation {
                     shared.code.patch_jump(site as usize, direct as usize);
@@ -334,7 +433,12 @@ impl BtVcpu {
         let (size, write) = (u64::from(info & 0xff), info & 0x100 != 0);
         let user = frame.cpu.cpl() == 3;
         let in_page = (ea & (PAGE_SIZE - 1)) + size <= PAGE_SIZE;
-        if in_page && canonical(ea) {
+        // Two operands of one instruction that need the same TLB entry would evict each other for ever.
+        let miss = (site, Gva(ea).page());
+        let (last_site, last_page) = std::mem::replace(&mut self.last_miss, miss);
+        let conflict =
+            site == last_site && miss.1 != last_page && tlb_index(ea) == tlb_index(last_page.0);
+        if in_page && canonical(ea) && !conflict {
             let access = if write {
                 Access::write(user)
             } else {
@@ -346,6 +450,8 @@ impl BtVcpu {
                     return None;
                 }
                 Ok(false) => {}
+                // An operand that must be aligned faults for that before its page does; the instruction semantics know which must.
+                Err(_) if size >= 16 && ea % size != 0 => {}
                 Err(fault) => {
                     self.locate(site, None);
                     return self.after(|s| s.raise(Exception::page(ea, fault)));
@@ -503,10 +609,7 @@ impl BtVcpu {
 
     fn run_loop(&mut self) -> Result<Exit, EngineError> {
         loop {
-            self.host
-                .frame
-                .turn_back
-                .store(0, Ordering::Relaxed);
+            self.host.frame.turn_back.store(0, Ordering::Relaxed);
             std::sync::atomic::compiler_fence(Ordering::SeqCst);
             if self.host.control.has_requests() {
                 // A position to go on at is only good for going on at once.
@@ -615,15 +718,19 @@ impl Vcpu for BtVcpu {
     }
 
     fn read_virt(&mut self, gva: Gva, buf: &mut [u8]) -> Result<(), VirtFault> {
-        self.host.copy_virt(gva, buf.len(), Access::read(false), |memory, gpa, range| {
-            memory.read(gpa, &mut buf[range]).is_ok()
-        })
+        self.host
+            .copy_virt(gva, buf.len(), Access::read(false), |memory, gpa, range| {
+                memory.read(gpa, &mut buf[range]).is_ok()
+            })
     }
 
     fn write_virt(&mut self, gva: Gva, buf: &[u8]) -> Result<(), VirtFault> {
-        self.host.copy_virt(gva, buf.len(), Access::write(false), |memory, gpa, range| {
-            memory.write(gpa, &buf[range]).is_ok()
-        })
+        self.host.copy_virt(
+            gva,
+            buf.len(),
+            Access::write(false),
+            |memory, gpa, range| memory.write(gpa, &buf[range]).is_ok(),
+        )
     }
 
     fn translate(&mut self, gva: Gva) -> Option<Gpa> {
@@ -641,5 +748,10 @@ impl Drop for BtVcpu {
 /// Enters the code cache at a position.
 pub(crate) fn call(shared: &Shared, pos: usize) -> ExitKind {
     // SAFETY: the vCPU is attached to this thread, so GS and the handlers are set; `pos` is an entry point whose conventions the callers keep.
-    unsafe { enter(shared.code.address(shared.points.enter), shared.code.address(pos)) }
+    unsafe {
+        enter(
+            shared.code.address(shared.points.enter),
+            shared.code.address(pos),
+        )
+    }
 }

@@ -20,6 +20,9 @@ pub mod cc {
     pub const B: u8 = 2;
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
+    /// The same as E and NE, after TEST or AND.
+    pub const Z: u8 = 4;
+    pub const NZ: u8 = 5;
     pub const A: u8 = 7;
 }
 
@@ -158,6 +161,97 @@ impl Asm {
     /// `mov reg, gs:[base + offset]`
     pub fn load_base(&mut self, reg: u8, base: u8, offset: i32) {
         self.gs_base_op(true, &[0x8b], reg, base, offset);
+    }
+
+    /// `mov gs:[offset], reg8`
+    pub fn store8(&mut self, offset: i32, reg: u8) {
+        self.bytes(&[0x65, 0x40 | (reg >> 3) << 2, 0x88, (reg & 7) << 3 | 4, 0x25]);
+        self.imm32(offset);
+    }
+
+    /// `or reg, gs:[offset]`
+    pub fn or_mem(&mut self, reg: u8, offset: i32) {
+        self.gs_op(true, &[0x0b], reg, offset);
+    }
+
+    /// `or reg32, gs:[offset]`
+    pub fn or_mem32(&mut self, reg: u8, offset: i32) {
+        self.gs_op(false, &[0x0b], reg, offset);
+    }
+
+    /// `and reg, gs:[offset]`
+    pub fn and_mem(&mut self, reg: u8, offset: i32) {
+        self.gs_op(true, &[0x23], reg, offset);
+    }
+
+    /// `and dword gs:[offset], imm`
+    pub fn and_mem_imm32(&mut self, offset: i32, imm: u32) {
+        self.gs_op(false, &[0x81], 4, offset);
+        self.imm32(imm as i32);
+    }
+
+    /// `test dword gs:[offset], imm`
+    pub fn test_mem_imm32(&mut self, offset: i32, imm: u32) {
+        self.gs_op(false, &[0xf7], 0, offset);
+        self.imm32(imm as i32);
+    }
+
+    /// `cmp dword gs:[offset], imm`
+    pub fn cmp_mem_imm32(&mut self, offset: i32, imm: u32) {
+        self.gs_op(false, &[0x81], 7, offset);
+        self.imm32(imm as i32);
+    }
+
+    /// `mov word gs:[offset], imm`
+    pub fn store_imm16(&mut self, offset: i32, imm: u16) {
+        self.buf.push(0x66);
+        self.gs_op(false, &[0xc7], 0, offset);
+        self.bytes(&imm.to_le_bytes());
+    }
+
+    fn rr(&mut self, wide: bool, op: u8, rm: u8, reg: u8) {
+        let rex = 0x40 | (wide as u8) << 3 | (reg >> 3) << 2 | rm >> 3;
+        if rex != 0x40 {
+            self.buf.push(rex);
+        }
+        self.bytes(&[op, 0xc0 | (reg & 7) << 3 | rm & 7]);
+    }
+
+    /// `or dst32, src32`
+    pub fn or32(&mut self, dst: u8, src: u8) {
+        self.rr(false, 0x09, dst, src);
+    }
+
+    /// `xor dst, src`
+    pub fn xor(&mut self, dst: u8, src: u8) {
+        self.rr(true, 0x31, dst, src);
+    }
+
+    /// `sub dst, src`
+    pub fn sub(&mut self, dst: u8, src: u8) {
+        self.rr(true, 0x29, dst, src);
+    }
+
+    /// `test a, b`
+    pub fn test(&mut self, a: u8, b: u8) {
+        self.rr(true, 0x85, a, b);
+    }
+
+    /// `not reg`
+    pub fn not(&mut self, reg: u8) {
+        self.rr(true, 0xf7, reg, 2);
+    }
+
+    /// `shl reg32, count`
+    pub fn shl32(&mut self, reg: u8, count: u8) {
+        self.rr(false, 0xc1, reg, 4);
+        self.buf.push(count);
+    }
+
+    /// `shr reg, count`
+    pub fn shr(&mut self, reg: u8, count: u8) {
+        self.rr(true, 0xc1, reg, 5);
+        self.buf.push(count);
     }
 
     /// `jmp gs:[offset]`
@@ -540,6 +634,22 @@ mod tests {
                 &|a| a.store_imm_at(true, 9, 0, -1),
                 "mov qword ptr [r9],0FFFFFFFFFFFFFFFFh",
             ),
+            (&|a| a.store8(0x10, 6), "mov gs:[10h],sil"),
+            (&|a| a.store8(0x10, 9), "mov gs:[10h],r9b"),
+            (&|a| a.or_mem(9, 0x10), "or r9,gs:[10h]"),
+            (&|a| a.or_mem32(1, 0x10), "or ecx,gs:[10h]"),
+            (&|a| a.and_mem(9, 0x10), "and r9,gs:[10h]"),
+            (&|a| a.and_mem_imm32(0x10, 7), "and dword ptr gs:[10h],7"),
+            (&|a| a.test_mem_imm32(0x10, 7), "test dword ptr gs:[10h],7"),
+            (&|a| a.cmp_mem_imm32(0x10, 7), "cmp dword ptr gs:[10h],7"),
+            (&|a| a.store_imm16(0x10, 7), "mov word ptr gs:[10h],7"),
+            (&|a| a.or32(9, 1), "or r9d,ecx"),
+            (&|a| a.xor(9, 1), "xor r9,rcx"),
+            (&|a| a.sub(1, 9), "sub rcx,r9"),
+            (&|a| a.test(1, 1), "test rcx,rcx"),
+            (&|a| a.not(9), "not r9"),
+            (&|a| a.shl32(9, 11), "shl r9d,0Bh"),
+            (&|a| a.shr(2, 11), "shr rdx,0Bh"),
             (&|a| a.flags_to_ax(), "lahf; seto al"),
             (&|a| a.flags_from_ax(), "add al,7Fh; sahf"),
             (&|a| a.store_ymm(0x40, 9), "vmovups gs:[40h],ymm9"),

@@ -5,8 +5,10 @@ use crate::layout::Mode;
 /// A request to translate the code at one guest address.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
-    /// Guest bytes from `pc` to the end of its page at most.
+    /// Guest bytes from `pc` on: to the end of its page, or with `crossing` into the next page.
     pub bytes: &'a [u8],
+    /// Translate just the one instruction at `pc`, which lies in two pages.
+    pub crossing: bool,
     /// Guest virtual address of the first byte.
     pub pc: u64,
     pub mode: Mode,

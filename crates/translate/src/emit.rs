@@ -7,6 +7,9 @@
 //!   the same result. So an interruption anywhere can be taken at the instruction's start.
 //! * Code reached through a jump cache finds RCX and RDX and the flags in the frame; code reached directly finds all in the host's registers.
 
+mod string;
+mod system;
+
 use iced_x86::{
     Code, Decoder, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, OpKind, Register,
 };
@@ -41,8 +44,12 @@ enum ColdKind {
     Chain { target: u64 },
     /// A taken conditional jump out of the page.
     Far { target: u64 },
-    /// Interrupts were enabled while one is waiting.
-    InterruptWindow { next: u64 },
+    /// The engine has to look at its requests before the instruction at `next`.
+    Leave { next: u64 },
+    /// The same, with the next instruction's address in the frame.
+    LeaveWithRip,
+    /// The engine executes the instruction at this offset.
+    Step { offset: u16 },
 }
 
 #[derive(Clone, Copy)]
@@ -66,6 +73,8 @@ pub struct Translator {
     factory: InstructionInfoFactory,
     encoder: Encoder,
     snippet_encoder: Encoder,
+    /// The last block decoded ended in front of an instruction that crosses the page.
+    cut: bool,
 }
 
 impl std::fmt::Debug for Translator {
@@ -86,6 +95,8 @@ struct Work<'a> {
     /// Mode at the block's first instruction, and at the present one.
     initial: Mode,
     mode: Mode,
+    /// The block is one instruction that lies in two pages.
+    crossing: bool,
     spilled: u16,
     flags: Flags,
     resume: Resume,
@@ -114,11 +125,11 @@ impl Translator {
             factory: InstructionInfoFactory::new(),
             encoder: Encoder::new(64),
             snippet_encoder: Encoder::new(64),
+            cut: false,
         }
     }
 
-    /// Translates the code at `request.pc`. `None` where not even one instruction lies inside the given bytes: it crosses the page, and the
-    /// engine executes it by itself.
+    /// Translates the code at `request.pc`. `None` where not even one instruction lies inside the given bytes: it crosses the page.
     pub fn translate(&mut self, request: &Request<'_>) -> Option<Translation> {
         let (insns, ended) = self.decode_block(request);
         if insns.is_empty() {
@@ -131,16 +142,18 @@ impl Translator {
         let mut live = STATUS;
         for (i, insn) in insns.iter().enumerate().rev() {
             let target_live = match insn.kind {
-                Kind::Jmp(t) | Kind::Jcc(t) | Kind::Call(t) => {
+                Kind::Jmp(t) | Kind::Jcc(t) | Kind::Jrcxz(t) | Kind::Call(t) => {
                     self.flags_live_at(request, t, &mut extent)
                 }
                 _ => 0,
             };
             live = match insn.kind {
                 Kind::Jmp(_) | Kind::Call(_) => target_live,
-                Kind::Jcc(_) if i + 1 == insns.len() => STATUS,
-                Kind::Jcc(_) => live | target_live,
+                Kind::Jcc(_) | Kind::Jrcxz(_) if i + 1 == insns.len() => STATUS,
+                Kind::Jcc(_) | Kind::Jrcxz(_) => live | target_live,
                 Kind::Ret | Kind::JmpIndirect | Kind::CallIndirect | Kind::Step => STATUS,
+                Kind::Syscall => STATUS,
+                Kind::Sysret => 0,
                 _ => live,
             };
             live_out[i] = live;
@@ -158,6 +171,7 @@ impl Translator {
             cache_pos: request.cache_pos,
             initial: request.mode,
             mode: request.mode,
+            crossing: request.crossing,
             spilled: 0,
             flags: Flags::Host,
             resume: Resume::RipInFrame,
@@ -169,17 +183,23 @@ impl Translator {
             cold: Vec::new(),
         };
         work.entry(live_in);
-        work.body(ended);
+        work.body(ended, self.cut || request.crossing);
         work.cold_paths();
         work.out.code = work.asm.buf;
         Some(work.out)
     }
 
     fn decode_block(&mut self, request: &Request<'_>) -> (Vec<Insn>, bool) {
+        self.cut = false;
         let mut insns = Vec::with_capacity(16);
         let mut decoder = decode(request.bytes, request.pc, request.mode);
         let mut mode = request.mode;
-        while insns.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
+        let most = if request.crossing {
+            1
+        } else {
+            MAX_INSTRUCTIONS
+        };
+        while insns.len() < most && decoder.can_decode() {
             let offset = decoder.position() as u16;
             let instr = decoder.decode();
             if instr.is_invalid() {
@@ -209,6 +229,14 @@ impl Translator {
                     | Kind::Cli
                     | Kind::Sti
                     | Kind::ReadSegBase
+                    | Kind::ReadSelector
+                    | Kind::Jrcxz(_)
+                    | Kind::String
+                    | Kind::Cld
+                    | Kind::Rdtscp
+                    | Kind::Pushf
+                    | Kind::Popf
+                    | Kind::Swapgs
             );
             insns.push(insn);
             if ends {
@@ -497,7 +525,7 @@ impl Work<'_> {
         self.asm.nops(5);
     }
 
-    fn body(&mut self, ended: bool) {
+    fn body(&mut self, ended: bool, checked_end: bool) {
         for i in 0..self.insns.len() {
             let insn = self.insns[i];
             self.resume = match (i.checked_sub(1).map(|p| self.insns[p].kind), insn.offset) {
@@ -516,8 +544,13 @@ impl Work<'_> {
                 Resume::Offset(next)
             };
             self.note();
-            let target = self.pc.wrapping_add(u64::from(next));
-            self.leave_direct(self.wrap(target), STATUS);
+            let target = self.wrap(self.pc.wrapping_add(u64::from(next)));
+            if checked_end {
+                // What follows depends on the mapping of another page: go there through the jump cache.
+                self.leave_far(target, STATUS);
+            } else {
+                self.leave_direct(target, STATUS);
+            }
         }
         self.out.instructions = self.insns.len() as u16;
     }
@@ -553,14 +586,24 @@ impl Work<'_> {
             Kind::JmpIndirect => self.jmp_indirect(i, insn),
             Kind::Ret => self.ret(i, insn),
             Kind::Stac => {
-                self.asm.store_imm8(self.layout.ac_flag, 1);
+                self.asm.store_imm32(self.layout.ac_flag, 1 << 18);
                 self.mode.0 |= Mode::AC;
             }
             Kind::Clac => {
-                self.asm.store_imm8(self.layout.ac_flag, 0);
+                self.asm.store_imm32(self.layout.ac_flag, 0);
                 self.mode.0 &= !Mode::AC;
             }
-            Kind::Cli => self.asm.store_imm8(self.layout.interrupt_flag, 0),
+            Kind::Cli => self.asm.store_imm32(self.layout.interrupt_flag, 0),
+            Kind::String => self.string(i, insn),
+            Kind::Cld => self.cld(i),
+            Kind::Rdtscp => self.rdtscp(),
+            Kind::Pushf => self.pushf(i),
+            Kind::Popf => self.popf(i, insn),
+            Kind::Swapgs => self.swapgs(i, insn),
+            Kind::Syscall => self.syscall(i, insn),
+            Kind::Sysret => self.sysret(insn),
+            Kind::ReadSelector => self.read_selector(insn),
+            Kind::Jrcxz(target) => self.jrcxz(insn, target),
             Kind::Sti => self.sti(i, insn),
             Kind::ReadSegBase => {
                 let which = if insn.instr.mnemonic() == iced_x86::Mnemonic::Rdfsbase {
@@ -694,8 +737,11 @@ impl Work<'_> {
         let field = if write { 8 } else { 0 };
         let site = self.site_start(i);
         let (s, tag, host) = match address {
-            Address::Register(s) => {
-                let t = self.scratch(i, avoid | bit(s));
+            Address::Register(s) | Address::Pair(s, _) => {
+                let t = match address {
+                    Address::Pair(_, t) => t,
+                    _ => self.scratch(i, avoid | bit(s)),
+                };
                 self.asm.rorx(t, s, 7);
                 self.asm
                     .and_imm32(t, ((TLB_ENTRIES - 1) * TLB_ENTRY_BYTES) as i32);
@@ -866,7 +912,7 @@ impl Work<'_> {
 
     fn sti(&mut self, i: usize, insn: &Insn) {
         self.save_flags(i, self.live_before(i));
-        self.asm.store_imm8(self.layout.interrupt_flag, 1);
+        self.asm.store_imm32(self.layout.interrupt_flag, 1 << 9);
         let next = insn.offset + u16::from(insn.len);
         self.resume = Resume::OffsetInShadow(next);
         self.note();
@@ -874,7 +920,7 @@ impl Work<'_> {
         let from = self.asm.jcc(cc::NE);
         self.cold.push(Cold {
             from,
-            kind: ColdKind::InterruptWindow {
+            kind: ColdKind::Leave {
                 next: self.next_pc(insn),
             },
             spilled: self.spilled,
@@ -885,7 +931,44 @@ impl Work<'_> {
 
     /// Whether a target is inside the page of this block, so that a direct chain stays valid as long as the block does.
     fn same_page(&self, target: u64) -> bool {
-        self.pc & !(u64::from(PAGE) - 1) == target & !(u64::from(PAGE) - 1)
+        !self.crossing && self.pc & !(u64::from(PAGE) - 1) == target & !(u64::from(PAGE) - 1)
+    }
+
+    /// Leaves the hot path where `cond` holds.
+    fn cold_jump(&mut self, cond: u8, kind: ColdKind) {
+        let from = self.asm.jcc(cond);
+        self.cold.push(Cold {
+            from,
+            kind,
+            spilled: self.spilled,
+            flags: self.flags,
+            resume: self.resume,
+        });
+    }
+
+    fn jrcxz(&mut self, insn: &Insn, target: u64) {
+        self.restore_flags();
+        self.unspill(!0);
+        let short = insn.instr.mnemonic() == iced_x86::Mnemonic::Jecxz;
+        // Behind the two short jumps lies a long one with an aligned displacement.
+        self.asm.align(4, if short { 2 } else { 3 });
+        self.note();
+        if short {
+            self.asm.bytes(&[0x67]);
+        }
+        self.asm.bytes(&[0xe3, 2, 0xeb, 5]);
+        let from = self.asm.jmp();
+        self.cold.push(Cold {
+            from,
+            kind: if self.same_page(target) {
+                ColdKind::Chain { target }
+            } else {
+                ColdKind::Far { target }
+            },
+            spilled: 0,
+            flags: self.flags,
+            resume: self.resume,
+        });
     }
 
     fn jcc(&mut self, i: usize, insn: &Insn, target: u64) {
@@ -942,9 +1025,14 @@ impl Work<'_> {
                 resume: self.resume,
             });
         } else {
-            self.far_save_flags(live);
-            self.far_tail(Some(target), 0);
+            self.leave_far(target, live);
         }
+    }
+
+    /// Ends the block with a transfer to a known address through the jump cache.
+    fn leave_far(&mut self, target: u64, live: u32) {
+        self.far_save_flags(live);
+        self.far_tail(Some(target), 0);
     }
 
     fn far_save_flags(&mut self, live: u32) {
@@ -1091,8 +1179,12 @@ impl Work<'_> {
 
     /// Leaves to the engine, which executes this instruction and goes on from there.
     fn step(&mut self, insn: &Insn) {
+        self.step_at(insn.offset);
+    }
+
+    fn step_at(&mut self, offset: u16) {
         self.unspill(!0);
-        let at = self.wrap(self.pc.wrapping_add(u64::from(insn.offset)));
+        let at = self.wrap(self.pc.wrapping_add(u64::from(offset)));
         self.asm.store_imm64(self.layout.rip, at);
         self.jmp_stub(self.stubs.step);
     }
@@ -1155,12 +1247,23 @@ impl Work<'_> {
                     self.far_save_flags(STATUS);
                     self.far_tail(Some(target), 0);
                 }
-                ColdKind::InterruptWindow { next } => {
+                ColdKind::Leave { next } => {
                     self.asm.patch_rel32(cold.from, here);
                     self.note();
                     self.unspill(!0);
                     self.asm.store_imm64(self.layout.rip, next);
                     self.jmp_stub(self.stubs.lookup);
+                }
+                ColdKind::LeaveWithRip => {
+                    self.asm.patch_rel32(cold.from, here);
+                    self.note();
+                    self.unspill(!0);
+                    self.jmp_stub(self.stubs.lookup);
+                }
+                ColdKind::Step { offset } => {
+                    self.asm.patch_rel32(cold.from, here);
+                    self.note();
+                    self.step_at(offset);
                 }
             }
         }
@@ -1200,6 +1303,8 @@ const PAGE: u32 = 4096;
 #[derive(Clone, Copy)]
 enum Address {
     Register(u8),
+    /// In the first register; the second is free.
+    Pair(u8, u8),
     Constant(u64),
 }
 

@@ -37,6 +37,19 @@ pub enum Kind {
     Sti,
     /// Reads of the FS or GS base by RDFSBASE or RDGSBASE.
     ReadSegBase,
+    /// MOV from a segment register to a general one.
+    ReadSelector,
+    /// JRCXZ or JECXZ; the target's virtual address.
+    Jrcxz(u64),
+    /// MOVS or STOS with 64-bit addresses, perhaps repeated.
+    String,
+    Cld,
+    Rdtscp,
+    Pushf,
+    Popf,
+    Swapgs,
+    Syscall,
+    Sysret,
     /// Executed one at a time by the engine.
     Step,
 }
@@ -93,6 +106,15 @@ fn classify(code: Code) -> u8 {
     use Mnemonic as M;
     let op = code.op_code();
     if !op.is_instruction() {
+        return CLASS_STEP;
+    }
+    // The prefetch hints' forms with a register depend on the processor's vendor.
+    if matches!(
+        code,
+        Code::Reservednop_rm16_r16_0F0D
+            | Code::Reservednop_rm32_r32_0F0D
+            | Code::Reservednop_rm64_r64_0F0D
+    ) {
         return CLASS_STEP;
     }
     match code.mnemonic() {
@@ -406,6 +428,38 @@ impl Insn {
             M::Cli if !mode.has(Mode::USER) => return Kind::Cli,
             M::Sti if !mode.has(Mode::USER) => return Kind::Sti,
             M::Rdtsc if mode.has(Mode::TSC) => return Kind::Copy,
+            M::Cld => return Kind::Cld,
+            M::Rdtscp if mode.has(Mode::TSC) => return Kind::Rdtscp,
+            M::Pushfq if long => return Kind::Pushf,
+            M::Popfq if long && !mode.has(Mode::USER) => return Kind::Popf,
+            M::Swapgs if long && !mode.has(Mode::USER) => return Kind::Swapgs,
+            M::Syscall if long && mode.has(Mode::SYSCALL) && mode.has(Mode::USER) => {
+                return Kind::Syscall;
+            }
+            M::Sysretq if long && mode.has(Mode::SYSCALL) && !mode.has(Mode::USER) => {
+                return Kind::Sysret;
+            }
+            M::Jrcxz | M::Jecxz if long => return Kind::Jrcxz(i.near_branch_target()),
+            M::Mov
+                if i.op1_kind() == OpKind::Register
+                    && i.op1_register().is_segment_register()
+                    && i.op0_kind() == OpKind::Register
+                    && i.op0_register().size() >= 4 =>
+            {
+                return Kind::ReadSelector;
+            }
+            M::Movsb
+            | M::Movsw
+            | M::Movsd
+            | M::Movsq
+            | M::Stosb
+            | M::Stosw
+            | M::Stosd
+            | M::Stosq
+                if long && plain_string(i) =>
+            {
+                return Kind::String;
+            }
             M::Rdfsbase | M::Rdgsbase if long && mode.has(Mode::FSGSBASE) => {
                 return Kind::ReadSegBase;
             }
@@ -504,6 +558,15 @@ impl Insn {
             Kind::Copy
         }
     }
+}
+
+/// A string instruction on RSI and RDI without a segment override that has a base.
+fn plain_string(i: &Instruction) -> bool {
+    let source =
+        |k| k == OpKind::MemorySegRSI && !matches!(i.memory_segment(), Register::FS | Register::GS);
+    i.op0_kind() == OpKind::MemoryESRDI
+        && (i.op1_kind() == OpKind::Register || source(i.op1_kind()))
+        && !i.has_repne_prefix()
 }
 
 fn near(long: bool) -> OpKind {

@@ -55,10 +55,30 @@ pub struct FrameLayout {
     pub rip: i32,
     /// 16 bits: AL = OF, AH = SF ZF AF PF CF.
     pub flags: i32,
-    /// Byte: the interrupt flag.
+    /// 32 bits: the interrupt flag in its place, bit 9; all others clear.
     pub interrupt_flag: i32,
-    /// Byte: the alignment-check flag.
+    /// 32 bits: the alignment-check flag in its place, bit 18; all others clear.
     pub ac_flag: i32,
+    /// 64 bits: RFLAGS but for the status flags, IF and AC, which are clear here.
+    pub rest_flags: i32,
+    /// Byte: while set, guest state is between two instructions' and a kick only sets `turn_back`.
+    pub busy: i32,
+    /// Byte: set by a kick.
+    pub turn_back: i32,
+    /// 32 bits each: [`Mode`] bits, without AC, of what the user's and the kernel's jump caches hold.
+    pub jump_bases: [i32; 2],
+    /// Selectors of ES, CS, SS, DS, FS, GS; 16 bits each.
+    pub selectors: [i32; 6],
+    /// Segment registers CS and SS, 16 bytes each.
+    pub cs_ss: [i32; 2],
+    /// What SYSCALL loads CS and SS with, and what SYSRET to 64-bit code does.
+    pub syscall_cs_ss: [i32; 2],
+    pub sysret_cs_ss: [i32; 2],
+    /// MSRs: LSTAR, SFMASK, KERNEL_GS_BASE, TSC_AUX.
+    pub lstar: i32,
+    pub sfmask: i32,
+    pub kernel_gs_base: i32,
+    pub tsc_aux: i32,
     /// Byte: an interrupt waits for the interrupt flag.
     pub irq_pending: i32,
     /// Bases of ES, CS, SS, DS, FS, GS; 64 bits each, in encoding order.
@@ -113,6 +133,8 @@ impl Mode {
     pub const FSGSBASE: u16 = 64;
     /// Without paging: addresses are 32-bit physical.
     pub const UNPAGED: u16 = 128;
+    /// SYSCALL and SYSRET are on, and SYSCALL clears the status flags, IF, TF, DF, NT and AC.
+    pub const SYSCALL: u16 = 256;
 
     pub const fn has(self, bit: u16) -> bool {
         self.0 & bit != 0

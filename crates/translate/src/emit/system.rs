@@ -1,0 +1,204 @@
+//! Privileged and system instructions that are frequent enough to be emitted in place.
+//!
+//! Where several words of guest state change together, `busy` is set meanwhile: a kick then only leaves a mark, which is looked at behind the last change.
+
+use crate::asm::{RCX, RDX, cc};
+use crate::emit::{ColdKind, Flags, Resume, Work, bit};
+use crate::insn::{Insn, gpr};
+use crate::layout::Mode;
+
+const STATUS_BITS: u32 = 0x8d5;
+const IF: u32 = 1 << 9;
+const FIXED: u32 = 2;
+/// TF, DF, IOPL, NT, AC and ID: a POPF that changes one of them is the engine's.
+const SPECIAL: i32 = 0x100 | 0x400 | 0x3000 | 0x4000 | 0x4_0000 | 0x20_0000;
+/// What SYSRET takes from R11.
+const SYSRET_FLAGS: u32 = 0x3c_7fd7;
+const R11: u8 = 11;
+
+impl Work<'_> {
+    pub(super) fn cld(&mut self, i: usize) {
+        self.save_flags(i, self.live_before(i));
+        self.asm.and_mem_imm32(self.layout.rest_flags, !0x400);
+    }
+
+    pub(super) fn rdtscp(&mut self) {
+        self.asm.bytes(&[0x0f, 0x01, 0xf9]);
+        self.asm.load32(RCX, self.layout.tsc_aux);
+        self.spilled &= !(bit(0) | bit(RCX) | bit(RDX));
+    }
+
+    pub(super) fn read_selector(&mut self, insn: &Insn) {
+        let n = insn.instr.op1_register() as usize - iced_x86::Register::ES as usize;
+        let dst = gpr(insn.instr.op0_register()).expect("a general register");
+        self.asm.load_u16(dst, self.layout.selectors[n]);
+        self.spilled &= !bit(dst);
+    }
+
+    /// Puts RFLAGS together in `v`; the status flags must be saved. Changes `t` and the host's flags.
+    fn flags_image(&mut self, v: u8, t: u8) {
+        let l = self.layout;
+        self.asm.load_u8(v, l.flags + 1);
+        self.asm.load_u8(t, l.flags);
+        self.asm.shl32(t, 11);
+        self.asm.or32(v, t);
+        self.asm.or_mem32(v, l.interrupt_flag);
+        self.asm.or_mem32(v, l.ac_flag);
+        self.asm.or_mem(v, l.rest_flags);
+    }
+
+    /// Takes the status flags and IF from the image in `v` into the frame. Changes `t`.
+    fn take_flags(&mut self, v: u8, t: u8) {
+        let l = self.layout;
+        self.asm.store8(l.flags + 1, v);
+        self.asm.mov32(t, v);
+        self.asm.shr(t, 11);
+        self.asm.and_imm32(t, 1);
+        self.asm.store8(l.flags, t);
+        self.asm.mov32(t, v);
+        self.asm.and_imm32(t, IF as i32);
+        self.asm.store32(l.interrupt_flag, t);
+    }
+
+    pub(super) fn pushf(&mut self, i: usize) {
+        self.save_flags(i, crate::insn::STATUS);
+        let v = self.scratch(i, 0);
+        let t = self.scratch(i, bit(v));
+        self.flags_image(v, t);
+        let s = self.stack_slot(i, true, bit(v));
+        self.asm.store_at(true, s, v);
+        self.adjust_rsp(-8);
+    }
+
+    pub(super) fn popf(&mut self, i: usize, insn: &Insn) {
+        let s = self.stack_slot(i, false, 0);
+        let t = self.scratch(i, bit(s));
+        let next = insn.offset + u16::from(insn.len);
+        self.asm.load_at(true, s, s);
+        self.asm.mov(t, s);
+        self.asm.xor_mem(t, self.layout.rest_flags);
+        self.asm.and_imm32(t, SPECIAL);
+        self.cold_jump(
+            cc::NZ,
+            ColdKind::Step {
+                offset: insn.offset,
+            },
+        );
+        // Up to the change of RSP this can be repeated: it stores the same again.
+        self.take_flags(s, t);
+        self.flags = Flags::Saved;
+        self.adjust_rsp(8);
+        self.resume = Resume::Offset(next);
+        self.note();
+        self.asm.cmp_mem8(self.layout.irq_pending, 0);
+        let next = self.next_pc(insn);
+        self.cold_jump(cc::NE, ColdKind::Leave { next });
+    }
+
+    fn begin_busy(&mut self) {
+        self.asm.store_imm8(self.layout.busy, 1);
+    }
+
+    pub(super) fn swapgs(&mut self, i: usize, insn: &Insn) {
+        self.save_flags(i, self.live_before(i));
+        let a = self.scratch(i, 0);
+        let b = self.scratch(i, bit(a));
+        let l = self.layout;
+        self.asm.load(a, l.seg_base[5]);
+        self.asm.load(b, l.kernel_gs_base);
+        self.begin_busy();
+        self.asm.store(l.seg_base[5], b);
+        self.asm.store(l.kernel_gs_base, a);
+        self.asm.store_imm8(l.busy, 0);
+        self.resume = Resume::Offset(insn.offset + u16::from(insn.len));
+        self.note();
+        self.asm.cmp_mem8(l.turn_back, 0);
+        let next = self.next_pc(insn);
+        self.cold_jump(cc::NE, ColdKind::Leave { next });
+    }
+
+    fn copy_segments(&mut self, to: [i32; 2], from: [i32; 2], t: u8) {
+        for n in 0..2 {
+            for half in [0, 8] {
+                self.asm.load(t, from[n] + half);
+                self.asm.store(to[n] + half, t);
+            }
+        }
+    }
+
+    /// Ends a change of privilege: RIP is in RCX and goes to the frame; RCX, RDX and the flags are in the frame.
+    fn change_level(&mut self, to: Mode) {
+        let l = self.layout;
+        self.asm.store(l.rip, RCX);
+        self.resume = Resume::RipInFrame;
+        self.note();
+        self.asm.store_imm8(l.busy, 0);
+        self.asm.cmp_mem8(l.turn_back, 0);
+        self.cold_jump(cc::NE, ColdKind::LeaveWithRip);
+        if to.has(Mode::USER) {
+            self.asm.cmp_mem8(l.irq_pending, 0);
+            self.cold_jump(cc::NE, ColdKind::LeaveWithRip);
+        }
+        let kernel = !to.has(Mode::USER) as usize;
+        self.asm
+            .cmp_mem_imm32(l.jump_bases[kernel], u32::from(to.0));
+        self.cold_jump(cc::NE, ColdKind::LeaveWithRip);
+        self.asm.pext_mem(RDX, RCX, l.jump_mask);
+        self.asm.jmp_mem_index8(RDX, l.jumps[to.table()]);
+    }
+
+    pub(super) fn syscall(&mut self, i: usize, insn: &Insn) {
+        self.save_flags(i, crate::insn::STATUS);
+        self.unspill(!(bit(RCX) | bit(RDX)));
+        for r in [RCX, RDX] {
+            if self.spilled & bit(r) == 0 {
+                self.spill(r);
+            }
+        }
+        let l = self.layout;
+        self.flags_image(RCX, RDX);
+        self.begin_busy();
+        self.asm.mov(R11, RCX);
+        self.asm.store_imm64(self.slot(RCX), self.next_pc(insn));
+        // SFMASK is known to clear the status flags, IF and AC.
+        self.asm.store_imm16(l.flags, (FIXED << 8) as u16);
+        self.asm.store_imm32(l.interrupt_flag, 0);
+        self.asm.store_imm32(l.ac_flag, 0);
+        self.asm.load(RCX, l.sfmask);
+        self.asm.not(RCX);
+        self.asm.and_mem(RCX, l.rest_flags);
+        self.asm.store(l.rest_flags, RCX);
+        self.copy_segments(l.cs_ss, l.syscall_cs_ss, RDX);
+        self.asm.load(RCX, l.lstar);
+        let to = Mode(self.mode.0 & !Mode::USER & !Mode::AC);
+        self.change_level(to);
+    }
+
+    pub(super) fn sysret(&mut self, insn: &Insn) {
+        let offset = insn.offset;
+        self.unspill(bit(RCX) | bit(R11));
+        // The old flags are lost either way.
+        self.flags = Flags::Host;
+        self.unspill(!bit(RDX));
+        if self.spilled & bit(RDX) == 0 {
+            self.spill(RDX);
+        }
+        let l = self.layout;
+        self.asm.mov(RDX, RCX);
+        self.asm.shr(RDX, 47);
+        self.cold_jump(cc::NZ, ColdKind::Step { offset });
+        self.asm.mov32(RDX, R11);
+        self.asm
+            .and_imm32(RDX, (SYSRET_FLAGS & !(STATUS_BITS | IF | FIXED)) as i32);
+        self.cold_jump(cc::NZ, ColdKind::Step { offset });
+        self.begin_busy();
+        self.take_flags(R11, RDX);
+        self.flags = Flags::Saved;
+        self.asm.store_imm32(l.ac_flag, 0);
+        self.asm.store_imm64(l.rest_flags, u64::from(FIXED));
+        self.copy_segments(l.cs_ss, l.sysret_cs_ss, RDX);
+        self.spill(RCX);
+        let to = Mode(self.mode.0 & !Mode::AC | Mode::USER);
+        self.change_level(to);
+    }
+}
