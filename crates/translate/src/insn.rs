@@ -423,6 +423,8 @@ impl Insn {
             {
                 return Kind::Step;
             }
+            // Re-encoded for the host they would clear registers that 32-bit code does not have.
+            M::Vzeroupper | M::Vzeroall if !long => return Kind::Step,
             M::Stac if !mode.has(Mode::USER) => return Kind::Stac,
             M::Clac if !mode.has(Mode::USER) => return Kind::Clac,
             M::Cli if !mode.has(Mode::USER) => return Kind::Cli,

@@ -222,7 +222,7 @@ impl<H: Host> Cx<'_, H> {
                 _ => off,
             };
             let last = lin.wrapping_add(len - 1);
-            if canonical(lin) && canonical(last) && (lin ^ last) >> 63 == 0 {
+            if canonical(lin) && canonical(last) {
                 return Ok(lin);
             }
             return Err(segment_fault(segment));

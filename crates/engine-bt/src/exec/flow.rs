@@ -173,8 +173,9 @@ impl<H: Host> Cx<'_, H> {
             }
             _ => self.read_op(i, 0)?,
         };
-        if i.op0_kind() == OpKind::Register && i.op0_register().is_segment_register() && size == 4 {
-            // The upper half of a 32-bit slot is left as it was, as current processors do.
+        let selector = i.op0_kind() == OpKind::Register && i.op0_register().is_segment_register();
+        if selector && size == 4 && !self.is_amd() {
+            // Intel's current processors leave the upper half of a 32-bit slot as it was.
             let sp = self.sp().wrapping_sub(4) & mask(self.stack_size());
             self.linear(seg::SS, sp, 4, true)?;
             self.write_mem(seg::SS, sp, 2, v)?;

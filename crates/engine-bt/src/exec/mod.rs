@@ -85,6 +85,16 @@ pub fn deliver_interrupt<H: Host>(
     Cx::new(cpu, host).interrupt(vector, is_nmi)
 }
 
+/// 0F 0D, the prefetch hints: AMD processors refuse the forms with a register, Intel's execute them as NOP.
+fn is_0f0d(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Reservednop_rm16_r16_0F0D
+            | Code::Reservednop_rm32_r32_0F0D
+            | Code::Reservednop_rm64_r64_0F0D
+    )
+}
+
 impl<'a, H: Host> Cx<'a, H> {
     fn new(cpu: &'a mut CpuState, host: &'a mut H) -> Cx<'a, H> {
         Cx {
@@ -287,6 +297,11 @@ impl<'a, H: Host> Cx<'a, H> {
             M::Popf | M::Popfd | M::Popfq => self.popf(i.code()),
             M::Bound => self.bound(i),
             M::Bt | M::Bts | M::Btr | M::Btc => self.bit_test(i),
+            M::Reservednop
+                if self.is_amd() && is_0f0d(i.code()) && i.op0_kind() == OpKind::Register =>
+            {
+                Err(Exception::ud())
+            }
             M::Nop
             | M::Pause
             | M::Reservednop
@@ -396,6 +411,9 @@ impl<'a, H: Host> Cx<'a, H> {
             M::Lgs => self.load_far_pointer(i, seg::GS),
             M::Lss => self.load_far_pointer(i, seg::SS),
 
+            M::Vzeroupper | M::Vzeroall if self.cpu.code_bits() != 64 => {
+                self.with_fpu(|cx| cx.zero_vectors(i))
+            }
             M::Xsave | M::Xsave64 => self.with_fpu(|cx| cx.xsave(i, Save::Plain)),
             M::Xsaveopt | M::Xsaveopt64 => self.with_fpu(|cx| cx.xsave(i, Save::Optimised)),
             M::Xsavec | M::Xsavec64 => self.with_fpu(|cx| cx.xsave(i, Save::Compact)),

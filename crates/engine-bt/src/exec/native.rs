@@ -4,7 +4,7 @@
 //! through a copy at the same address modulo 64. Write permission is checked before anything runs.
 
 use hospes_engine::{cr, rflags};
-use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 use super::class::{Class, MemAccess, class_of, encodable, mem_access};
 use super::cx::{Cx, Exec, Flow, sign_extend};
@@ -110,10 +110,30 @@ impl<H: Host> Cx<'_, H> {
             return Err(Exception::ud());
         }
         let (s, off) = self.mem_ref(i);
-        let lin = self.linear(s, off, size as u64, write)?;
+        let lin = match self.linear(s, off, size as u64, write) {
+            Err(_) if off & (size as u64 - 1) != 0 && self.needs_alignment(i, size) => {
+                return Err(Exception::gp(0));
+            }
+            lin => lin?,
+        };
         if size <= 8 && size.is_power_of_two() {
             self.check_alignment(lin, size)?;
         }
+        let result = self.native_linear(i, lin, size, write);
+        if result.is_err() && lin & (size as u64 - 1) != 0 && self.needs_alignment(i, size) {
+            // The processor looks at the address before it looks at the page.
+            return Err(Exception::gp(0));
+        }
+        result
+    }
+
+    fn native_linear(
+        &mut self,
+        i: &Instruction,
+        lin: u64,
+        size: usize,
+        write: bool,
+    ) -> Exec<Result<(), NativeFault>> {
         let access = self.access(write);
         let direct = (lin & 0xfff) as usize + size <= 4096 && hidden_pointers(i).is_empty();
         let result = if direct {
@@ -135,6 +155,44 @@ impl<H: Host> Cx<'_, H> {
         };
         self.watch(lin, size, write);
         Ok(result)
+    }
+
+    /// Whether an operand of 16 bytes or more must be aligned to its size.
+    fn needs_alignment(&self, i: &Instruction, size: usize) -> bool {
+        use Mnemonic as M;
+        if size != 16 && size != 32 {
+            return false;
+        }
+        match i.mnemonic() {
+            M::Vmovaps
+            | M::Vmovapd
+            | M::Vmovdqa
+            | M::Vmovntps
+            | M::Vmovntpd
+            | M::Vmovntdq
+            | M::Vmovntdqa => true,
+            M::Movups
+            | M::Movupd
+            | M::Movdqu
+            | M::Lddqu
+            | M::Pcmpestri
+            | M::Pcmpestri64
+            | M::Pcmpestrm
+            | M::Pcmpestrm64
+            | M::Pcmpistri
+            | M::Pcmpistrm => false,
+            M::Sha1rnds4
+            | M::Sha1nexte
+            | M::Sha1msg1
+            | M::Sha1msg2
+            | M::Sha256rnds2
+            | M::Sha256msg1
+            | M::Sha256msg2 => !self.is_amd(),
+            _ => {
+                i.code().encoding() == EncodingKind::Legacy
+                    && matches!(class_of(i.code()), Class::Plain | Class::Sse)
+            }
+        }
     }
 
     fn native_bounced(

@@ -88,8 +88,30 @@ impl<H: Host> Cx<'_, H> {
         };
     }
 
+    /// Writes a vector register and leaves its upper part alone, as an instruction that is interrupted halfway does.
+    fn set_vector_low(&mut self, r: Register, v: &[u8; 64]) {
+        let mut at = 0;
+        for (to, len) in self.vector_pieces(vector_number(r), r.size()) {
+            self.cpu.xsave.0[to..to + len].copy_from_slice(&v[at..at + len]);
+            at += len;
+        }
+    }
+
     fn vector_enabled(&self, i: &Instruction) -> Exec<()> {
         self.check_enabled(class_of(i.code()), i.mnemonic())
+    }
+
+    /// VZEROUPPER and VZEROALL outside of 64-bit code, where only the first eight registers exist.
+    pub fn zero_vectors(&mut self, i: &Instruction) -> Exec<Flow> {
+        self.vector_enabled(i)?;
+        for n in 0..8u32 {
+            let mut v = [0; 64];
+            if i.mnemonic() == Mnemonic::Vzeroupper {
+                v = self.vector(Register::XMM0 + n);
+            }
+            self.set_vector(Register::YMM0 + n, &v);
+        }
+        Ok(Flow::Next)
     }
 
     /// VMASKMOVPS/PD, VPMASKMOVD/Q.
@@ -152,18 +174,18 @@ impl<H: Host> Cx<'_, H> {
                 16,
             )
         };
+        if mmx {
+            // Processors do this even where the store then faults.
+            self.enter_mmx();
+        }
         let chosen = |n: &usize| lanes[*n] & 0x80 != 0;
         let at = |n: usize| off.wrapping_add(n as u64) & mask(width);
-        for n in (0..len).filter(chosen) {
-            let lin = self.linear(s, at(n), 1, true)?;
-            let access = self.access(true);
-            self.translate(lin, access)?;
-        }
+        // Processors check all bytes, whether they are chosen or not.
+        let lin = self.linear(s, off, len as u64, true)?;
+        let access = self.access(true);
+        self.span(lin, len, access)?;
         for n in (0..len).filter(chosen) {
             self.write_mem(s, at(n), 1, u64::from(data[n]))?;
-        }
-        if mmx {
-            self.enter_mmx();
         }
         Ok(Flow::Next)
     }
@@ -222,16 +244,21 @@ impl<H: Host> Cx<'_, H> {
                 None => self.mask_register(i.op_mask()) >> n & 1 != 0,
             };
             if !chosen {
+                // A vector mask loses the rest of an element passed over, too.
+                if let (Some(r), Some(mut m)) = (vex_mask, lanes) {
+                    m[n * element..][..element].fill(0);
+                    self.set_vector_low(r, &m);
+                }
                 continue;
             }
             let at = self.element_address(i, &indices, n);
             let v = self.read_mem(s, at, element)?;
             value[n * element..][..element].copy_from_slice(&v.to_le_bytes()[..element]);
-            self.set_vector(target, &value);
+            self.set_vector_low(target, &value);
             match (vex_mask, lanes) {
                 (Some(r), Some(mut m)) => {
                     m[n * element..][..element].fill(0);
-                    self.set_vector(r, &m);
+                    self.set_vector_low(r, &m);
                 }
                 _ => {
                     let k = self.mask_register(i.op_mask());

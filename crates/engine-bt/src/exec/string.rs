@@ -287,12 +287,14 @@ impl<H: Host> Cx<'_, H> {
 
     /// Does up to `n` iterations inside one page on each side; returns how many.
     fn chunk(&mut self, s: &StringOp, n: u64) -> Exec<u64> {
-        match s.op {
+        let done = match s.op {
             Op::Movs => self.chunk_movs(s, n),
             Op::Stos => self.chunk_stos(s, n),
             Op::Cmps | Op::Scas => self.chunk_compare(s, n),
             Op::Lods | Op::Ins | Op::Outs => Ok(0),
-        }
+        };
+        // A run that faults has done nothing; its first iteration finds the address that the processor would name, which is the highest one with DF set.
+        Ok(done.unwrap_or(0))
     }
 
     fn chunk_stos(&mut self, s: &StringOp, n: u64) -> Exec<u64> {
