@@ -320,6 +320,8 @@ impl BtVcpu {
 
     /// Enters translated code at a position and deals with what it leaves for. `Ok(None)` means that the loop goes on.
     fn execute(&mut self, pos: u32) -> Result<Option<Exit>, EngineError> {
+        // RF ends with the next instruction, and without breakpoints it means nothing to that one. PUSHF must not show it.
+        self.host.frame.cpu.rflags &= !rflags::RF;
         let kind = self.host.enter(pos as usize);
         match kind {
             ExitKind::Lookup => {
