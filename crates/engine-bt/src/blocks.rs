@@ -302,9 +302,4 @@ impl Blocks {
         self.pages.clear();
         pages.clear();
     }
-
-    /// Number of live blocks and bytes of code.
-    pub fn statistics(&self) -> (usize, usize) {
-        (self.by_key.len(), self.next - self.start)
-    }
 }

@@ -19,7 +19,7 @@ use crate::exec::{
 };
 use crate::fpu;
 use crate::frame::FrameBox;
-use crate::jumps::Jumps;
+use crate::jumps::{Jumps, Mapping};
 use crate::signal::kick_signal;
 use crate::stubs::ExitKind;
 use crate::vcpu::{call, canonical, pack_flags};
@@ -29,6 +29,8 @@ use crate::vm::Shared;
 const GLOBAL: u64 = 1 << 63;
 const LARGE: u64 = 1 << 62;
 const MARKS: u64 = GLOBAL | LARGE;
+/// log2 of the largest page.
+pub(crate) const LARGE_BITS: u32 = 30;
 
 /// The part of a vCPU that serves its instructions.
 pub(crate) struct BtHost {
@@ -51,8 +53,8 @@ pub(crate) struct BtHost {
     star: Option<u64>,
     /// Indices filled since the last flush; kernel entries that are global are in the fourth list.
     filled: [Vec<u16>; 4],
-    /// Large pages stand behind some entries of the user and kernel parts.
-    large: [bool; 3],
+    /// Gigabytes of address space in which large pages stand behind some entries.
+    large: [Vec<u64>; 3],
     snippets: HashMap<Instruction, usize>,
     snippet_next: usize,
 }
@@ -79,7 +81,7 @@ impl BtHost {
             steps: 0,
             star: None,
             filled: Default::default(),
-            large: [false; 3],
+            large: Default::default(),
             snippets: HashMap::new(),
             snippet_next,
         }
@@ -143,10 +145,10 @@ impl BtHost {
         ];
     }
 
-    pub fn add_jump(&mut self, mode: Mode, pc: u64, direct: u32, indirect: u32, global: bool) {
+    pub fn add_jump(&mut self, mode: Mode, pc: u64, direct: u32, indirect: u32, mapping: Mapping) {
         let address = self.shared.code.address(indirect as usize) as u64;
         self.jumps
-            .add(&mut self.frame, mode, pc, direct, address, global);
+            .add(&mut self.frame, mode, pc, direct, address, mapping);
     }
 
     pub fn flush_jumps_all(&mut self) {
@@ -161,7 +163,7 @@ impl BtHost {
         for list in &mut self.filled {
             list.clear();
         }
-        self.large = [false; 3];
+        self.large.iter_mut().for_each(Vec::clear);
         self.flush_jumps_all();
     }
 
@@ -171,7 +173,7 @@ impl BtHost {
                 self.frame.tlb[table].fill(TlbEntry::INVALID);
                 if table == 1 {
                     self.filled[3].clear();
-                    self.large[1] = false;
+                    self.large[1].clear();
                 }
             } else {
                 for &n in &self.filled[list] {
@@ -183,8 +185,8 @@ impl BtHost {
             }
             self.filled[list].clear();
         }
-        self.large[0] = false;
-        self.large[2] = false;
+        self.large[0].clear();
+        self.large[2].clear();
         self.jumps.flush_local(&mut self.frame);
     }
 
@@ -195,21 +197,17 @@ impl BtHost {
             if e.read == page || e.write == page {
                 *e = TlbEntry::INVALID;
             }
-            if self.large[table] {
-                // The invalidated translation may be of a large page, of which any 4 KiB piece may be cached. Which size it had is not known; a
+            if self.large[table].contains(&(gva >> LARGE_BITS)) {
+                // The translation to forget may be that of a large page, of which any 4 KiB piece may be cached. Which size it had is not known; a
                 // gigabyte is the largest.
                 for e in &mut self.frame.tlb[table] {
-                    if e.gfn & LARGE != 0 && (e.read ^ page) >> 30 == 0 {
+                    if e.gfn & LARGE != 0 && (e.read ^ page) >> LARGE_BITS == 0 {
                         *e = TlbEntry::INVALID;
                     }
                 }
             }
         }
-        if self.large.iter().any(|&l| l) {
-            self.flush_jumps_all();
-        } else {
-            self.jumps.flush_page(&mut self.frame, gva);
-        }
+        self.jumps.flush_page(&mut self.frame, gva);
     }
 
     /// Makes stores to a frame take the slow path.
@@ -263,7 +261,9 @@ impl BtHost {
             host: host as u64,
             gfn: gfn.0 | if t.global { GLOBAL } else { 0 } | if large { LARGE } else { 0 },
         };
-        self.large[table] |= large;
+        if large && !self.large[table].contains(&(gva.0 >> LARGE_BITS)) {
+            self.large[table].push(gva.0 >> LARGE_BITS);
+        }
         let list = if table == 1 && t.global { 3 } else { table };
         if self.filled[list].len() < TLB_ENTRIES {
             self.filled[list].push(n as u16);

@@ -4,7 +4,9 @@ use hospes_translate::Mode;
 use hospes_translate::layout::{JUMP_ENTRIES, jump_index};
 use hospes_units::PAGE_SIZE;
 
+use crate::exec;
 use crate::frame::Frame;
+use crate::host::LARGE_BITS;
 
 #[derive(Clone, Copy)]
 struct Entry {
@@ -13,12 +15,41 @@ struct Entry {
     mode: Mode,
 }
 
+/// Entries remembered for a flush one by one; with more, the whole table is reset.
+const LIST_MAX: usize = 4096;
+
 /// No code lies at an address that is not canonical.
 const NOWHERE: Entry = Entry {
     pc: 0x8000_0000_0000_0000,
     direct: 0,
     mode: Mode(0),
 };
+
+/// What of a code page's mapping decides when a jump to it must be forgotten.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mapping {
+    /// Survives address-space switches.
+    pub global: bool,
+    /// Is larger than 4 KiB.
+    pub large: bool,
+}
+
+impl Mapping {
+    pub fn of(t: &exec::Translation) -> Mapping {
+        Mapping {
+            global: t.global,
+            large: t.page_bits > 12,
+        }
+    }
+
+    /// For code that depends on both.
+    pub fn and(self, other: Mapping) -> Mapping {
+        Mapping {
+            global: self.global && other.global,
+            large: self.large || other.large,
+        }
+    }
+}
 
 /// The monitor's side of a vCPU's jump caches. Invariant: wherever a cache of the frame does not hold `miss`, the entry here says what it holds.
 pub(crate) struct Jumps {
@@ -27,6 +58,8 @@ pub(crate) struct Jumps {
     filled: [Vec<u16>; 3],
     /// Some kernel entry came from a mapping that does not survive address-space switches.
     kernel_local: bool,
+    /// Gigabytes of address space with code in large pages.
+    large: Vec<u64>,
 }
 
 impl Jumps {
@@ -37,6 +70,7 @@ impl Jumps {
             tables: [table(), table(), table()],
             filled: Default::default(),
             kernel_local: false,
+            large: Vec::new(),
         }
     }
 
@@ -54,21 +88,25 @@ impl Jumps {
         pc: u64,
         direct: u32,
         address: u64,
-        global: bool,
+        mapping: Mapping,
     ) {
         let table = mode.table();
         self.enter_mode(frame, mode);
         let n = jump_index(pc);
         self.tables[table][n] = Entry { pc, direct, mode };
         frame.jumps[table][n] = address;
-        if self.filled[table].len() < JUMP_ENTRIES {
+        if self.filled[table].len() < LIST_MAX {
             self.filled[table].push(n as u16);
         }
-        self.kernel_local |= table != 0 && !global;
+        self.kernel_local |= table != 0 && !mapping.global;
+        let region = pc >> LARGE_BITS;
+        if mapping.large && !self.large.contains(&region) {
+            self.large.push(region);
+        }
     }
 
     fn flush(&mut self, frame: &mut Frame, table: usize) {
-        if self.filled[table].len() >= JUMP_ENTRIES {
+        if self.filled[table].len() >= LIST_MAX {
             self.tables[table].fill(NOWHERE);
             frame.jumps[table].fill(self.miss);
         } else {
@@ -85,6 +123,7 @@ impl Jumps {
             self.flush(frame, table);
         }
         self.kernel_local = false;
+        self.large.clear();
     }
 
     /// Forgets what an address-space switch may change.
@@ -123,6 +162,10 @@ impl Jumps {
 
     /// Forgets the targets in the page around `gva`.
     pub fn flush_page(&mut self, frame: &mut Frame, gva: u64) {
+        if self.large.contains(&(gva >> LARGE_BITS)) {
+            // How much of the gigabyte the forgotten translation covered is not known.
+            return self.flush_all(frame);
+        }
         let page = gva & !(PAGE_SIZE - 1);
         // Instructions that begin in the page before may end in this one.
         for back in 1..15 {

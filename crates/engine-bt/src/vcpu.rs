@@ -15,6 +15,7 @@ use crate::exec::{self, Access, Exception, Step, debug_active, lapic};
 use crate::fpu;
 use crate::frame::FrameBox;
 use crate::host::BtHost;
+use crate::jumps::Mapping;
 use crate::signal::{Attachment, ThreadInfo, kick_signal};
 use crate::stubs::{ExitKind, enter};
 use crate::vm::{FORGET_CODE, Shared, Translations, host_error};
@@ -50,6 +51,8 @@ pub(crate) struct BtVcpu {
     fpu_fetched: bool,
     /// Position and page of the last data access that missed the TLB.
     last_miss: (u32, Gva),
+    /// Where guest code is copied to for translation: a page and what an instruction may reach into the next.
+    page: Vec<u8>,
 }
 
 /// The vCPU belongs to the thread that first runs it; the attachment is made and dropped there.
@@ -71,6 +74,7 @@ impl BtVcpu {
             attachment: None,
             fpu_fetched: false,
             last_miss: (0, Gva(0)),
+            page: vec![0; PAGE_SIZE as usize + MAX_INSTRUCTION],
         })
     }
 
@@ -194,15 +198,17 @@ impl BtVcpu {
             pc: rip,
             mode,
         };
-        let mut page = [0; PAGE_SIZE as usize + MAX_INSTRUCTION];
-        match self.find_block(key, tr.global, &mut page) {
+        let mut page = std::mem::take(&mut self.page);
+        let found = self.find_block(key, Mapping::of(&tr), &mut page);
+        self.page = page;
+        match found {
             Looked::At(direct) => Found::Code(direct),
             Looked::Step => Found::Stepped(self.step()),
         }
     }
 
     /// Finds or makes the block for a key whose page is backed by memory.
-    fn find_block(&mut self, key: Key, global: bool, page: &mut [u8]) -> Looked {
+    fn find_block(&mut self, key: Key, mapping: Mapping, page: &mut [u8]) -> Looked {
         let shared = self.host.shared.clone();
         let mut guard = shared.translations.lock().expect("translations");
         let t = &mut *guard;
@@ -211,23 +217,23 @@ impl BtVcpu {
             .find(&key)
             .map(|b| (b.direct, b.indirect(), b.second_gfn()));
         if let Some((direct, indirect, second)) = found {
-            let mut global = global;
+            let mut mapping = mapping;
             if let Some(gfn) = second {
                 // The block is right only as long as the second page is still what it was made from.
                 let next = Gva((key.pc | (PAGE_SIZE - 1)).wrapping_add(1));
                 match self.code_page(next, key.mode) {
-                    Some(tr) if tr.gpa.gfn() == gfn => global &= tr.global,
+                    Some(tr) if tr.gpa.gfn() == gfn => mapping = mapping.and(Mapping::of(&tr)),
                     Some(tr) => {
-                        return self.make_block(t, key, global, Some(tr), page);
+                        return self.make_block(t, key, mapping, Some(tr), page);
                     }
                     None => return Looked::Step,
                 }
             }
             self.host
-                .add_jump(key.mode, key.pc, direct, indirect, global);
+                .add_jump(key.mode, key.pc, direct, indirect, mapping);
             return Looked::At(direct);
         }
-        self.make_block(t, key, global, None, page)
+        self.make_block(t, key, mapping, None, page)
     }
 
     /// Translation of a page that an instruction reaches into.
@@ -254,7 +260,7 @@ impl BtVcpu {
         &mut self,
         t: &mut Translations,
         key: Key,
-        global: bool,
+        mapping: Mapping,
         second: Option<exec::Translation>,
         page: &mut [u8],
     ) -> Looked {
@@ -289,7 +295,7 @@ impl BtVcpu {
             let b = t.blocks.insert(&shared.code, key, None, made);
             let (direct, indirect) = (b.direct, b.indirect());
             self.host
-                .add_jump(key.mode, key.pc, direct, indirect, global);
+                .add_jump(key.mode, key.pc, direct, indirect, mapping);
             return Looked::At(direct);
         }
         let next = Gva((key.pc | (PAGE_SIZE - 1)).wrapping_add(1));
@@ -313,8 +319,9 @@ impl BtVcpu {
         };
         let b = t.blocks.insert(&shared.code, key, Some(tr.gpa), made);
         let (direct, indirect) = (b.direct, b.indirect());
+        let mapping = mapping.and(Mapping::of(&tr));
         self.host
-            .add_jump(key.mode, key.pc, direct, indirect, global && tr.global);
+            .add_jump(key.mode, key.pc, direct, indirect, mapping);
         Looked::At(direct)
     }
 

@@ -436,6 +436,23 @@ impl Asm {
         self.imm32(imm);
     }
 
+    /// `mov word [base], reg16`
+    pub fn store16_at(&mut self, base: u8, reg: u8) {
+        self.buf.push(0x66);
+        self.mem_op(false, 0x89, base, 0, reg);
+    }
+
+    /// `sar reg, count`
+    pub fn sar(&mut self, reg: u8, count: u8) {
+        self.rr(true, 0xc1, reg, 7);
+        self.buf.push(count);
+    }
+
+    /// `movsxd dst, src32`
+    pub fn movsxd(&mut self, dst: u8, src: u8) {
+        self.rr(true, 0x63, src, dst);
+    }
+
     /// `jcc rel32` with the displacement left for [`Asm::patch_rel32`]; returns where the displacement is.
     pub fn jcc(&mut self, cond: u8) -> Pos {
         self.bytes(&[0x0f, 0x80 | cond]);
@@ -650,6 +667,10 @@ mod tests {
             (&|a| a.not(9), "not r9"),
             (&|a| a.shl32(9, 11), "shl r9d,0Bh"),
             (&|a| a.shr(2, 11), "shr rdx,0Bh"),
+            (&|a| a.store16_at(13, 9), "mov [r13],r9w"),
+            (&|a| a.sar(9, 47), "sar r9,2Fh"),
+            (&|a| a.movsxd(1, 9), "movsxd rcx,r9d"),
+            (&|a| a.movsxd(9, 1), "movsxd r9,ecx"),
             (&|a| a.flags_to_ax(), "lahf; seto al"),
             (&|a| a.flags_from_ax(), "add al,7Fh; sahf"),
             (&|a| a.store_ymm(0x40, 9), "vmovups gs:[40h],ymm9"),

@@ -95,6 +95,8 @@ struct Work<'a> {
     /// Mode at the block's first instruction, and at the present one.
     initial: Mode,
     mode: Mode,
+    /// Guest bytes from `pc` on.
+    bytes: &'a [u8],
     /// The block is one instruction that lies in two pages.
     crossing: bool,
     spilled: u16,
@@ -171,6 +173,7 @@ impl Translator {
             cache_pos: request.cache_pos,
             initial: request.mode,
             mode: request.mode,
+            bytes: request.bytes,
             crossing: request.crossing,
             spilled: 0,
             flags: Flags::Host,
@@ -230,6 +233,9 @@ impl Translator {
                     | Kind::Sti
                     | Kind::ReadSegBase
                     | Kind::ReadSelector
+                    | Kind::StoreSelector
+                    | Kind::BitString
+                    | Kind::WriteSegBase
                     | Kind::Jrcxz(_)
                     | Kind::String
                     | Kind::Cld
@@ -363,6 +369,28 @@ fn reg64(n: u8) -> Register {
         Register::R13,
         Register::R14,
         Register::R15,
+    ];
+    REGS[usize::from(n)]
+}
+
+fn reg32(n: u8) -> Register {
+    const REGS: [Register; 16] = [
+        Register::EAX,
+        Register::ECX,
+        Register::EDX,
+        Register::EBX,
+        Register::ESP,
+        Register::EBP,
+        Register::ESI,
+        Register::EDI,
+        Register::R8D,
+        Register::R9D,
+        Register::R10D,
+        Register::R11D,
+        Register::R12D,
+        Register::R13D,
+        Register::R14D,
+        Register::R15D,
     ];
     REGS[usize::from(n)]
 }
@@ -603,6 +631,9 @@ impl Work<'_> {
             Kind::Syscall => self.syscall(i, insn),
             Kind::Sysret => self.sysret(insn),
             Kind::ReadSelector => self.read_selector(insn),
+            Kind::StoreSelector => self.store_selector(i, insn),
+            Kind::BitString => self.bit_string(i, insn),
+            Kind::WriteSegBase => self.write_seg_base(i, insn),
             Kind::Jrcxz(target) => self.jrcxz(insn, target),
             Kind::Sti => self.sti(i, insn),
             Kind::ReadSegBase => {
@@ -885,6 +916,9 @@ impl Work<'_> {
         let r = gpr(insn.instr.op0_register()).expect("a general register");
         let s = self.stack_slot(i, false, insn.reads);
         self.asm.load_at(self.long(), r, s);
+        if r == RSP {
+            return;
+        }
         self.spilled &= !bit(r);
         // Before RSP moves the instruction can still be repeated: its slot holds the same value.
         self.note();
@@ -930,7 +964,16 @@ impl Work<'_> {
     }
 
     /// Whether a target is inside the page of this block, so that a direct chain stays valid as long as the block does.
+    /// An instruction that lies in two pages is not: its block depends on both.
     fn same_page(&self, target: u64) -> bool {
+        if target & 0xfff > 0xff1 && target >= self.pc {
+            let start = ((target - self.pc) as usize).min(self.bytes.len());
+            let mut decoder = decode(&self.bytes[start..], target, self.mode);
+            let _ = decoder.decode();
+            if decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
+                return false;
+            }
+        }
         !self.crossing && self.pc & !(u64::from(PAGE) - 1) == target & !(u64::from(PAGE) - 1)
     }
 

@@ -39,6 +39,12 @@ pub enum Kind {
     ReadSegBase,
     /// MOV from a segment register to a general one.
     ReadSelector,
+    /// MOV from a segment register to memory.
+    StoreSelector,
+    /// BT, BTS, BTR or BTC of a bit string in memory: the bit number in a register also moves the address.
+    BitString,
+    /// WRFSBASE or WRGSBASE of 64 bits.
+    WriteSegBase,
     /// JRCXZ or JECXZ; the target's virtual address.
     Jrcxz(u64),
     /// MOVS or STOS with 64-bit addresses, perhaps repeated.
@@ -481,7 +487,7 @@ impl Insn {
                 let plain = i.op0_kind() == OpKind::Register
                     && i.op0_register().is_gpr()
                     && i.op0_register().size() == stack
-                    && gpr(i.op0_register()) != Some(4);
+                    && (long || gpr(i.op0_register()) != Some(4));
                 return if plain { Kind::Pop } else { Kind::Step };
             }
             M::Leave => {

@@ -1,14 +1,14 @@
 //! Where translated code finds the vCPU: byte offsets from the GS base, and the shape of the tables in it.
 
 /// Entries of each data TLB; a power of two.
-pub const TLB_ENTRIES: usize = 1024;
+pub const TLB_ENTRIES: usize = 4096;
 /// Bytes of a [`TlbEntry`].
 pub const TLB_ENTRY_BYTES: usize = 32;
 /// Entries of each jump cache; a power of two.
-pub const JUMP_ENTRIES: usize = 4096;
+pub const JUMP_ENTRIES: usize = 16384;
 /// Bits of a guest address that select a jump cache entry.
 pub const JUMP_MASK: u64 = ((JUMP_ENTRIES as u64) - 1) << JUMP_SHIFT;
-const JUMP_SHIFT: u32 = 3;
+const JUMP_SHIFT: u32 = 2;
 
 /// A page address that no access matches: its tags are not canonical.
 pub const TLB_INVALID: u64 = 0x8000_0000_0000_0000;

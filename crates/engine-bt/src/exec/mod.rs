@@ -324,7 +324,13 @@ impl<'a, H: Host> Cx<'a, H> {
         }
     }
 
-    /// Runs what reads or writes the XSAVE image itself.
+    /// Runs what only reads the XSAVE image.
+    fn reading_fpu(&mut self, f: impl FnOnce(&mut Self) -> Exec<Flow>) -> Exec<Flow> {
+        self.host.load_fpu(self.cpu);
+        f(self)
+    }
+
+    /// Runs what changes the XSAVE image.
     fn with_fpu(&mut self, f: impl FnOnce(&mut Self) -> Exec<Flow>) -> Exec<Flow> {
         self.host.load_fpu(self.cpu);
         let flow = f(self);
@@ -414,11 +420,11 @@ impl<'a, H: Host> Cx<'a, H> {
             M::Vzeroupper | M::Vzeroall if self.cpu.code_bits() != 64 => {
                 self.with_fpu(|cx| cx.zero_vectors(i))
             }
-            M::Xsave | M::Xsave64 => self.with_fpu(|cx| cx.xsave(i, Save::Plain)),
-            M::Xsaveopt | M::Xsaveopt64 => self.with_fpu(|cx| cx.xsave(i, Save::Optimised)),
-            M::Xsavec | M::Xsavec64 => self.with_fpu(|cx| cx.xsave(i, Save::Compact)),
+            M::Xsave | M::Xsave64 => self.reading_fpu(|cx| cx.xsave(i, Save::Plain)),
+            M::Xsaveopt | M::Xsaveopt64 => self.reading_fpu(|cx| cx.xsave(i, Save::Optimised)),
+            M::Xsavec | M::Xsavec64 => self.reading_fpu(|cx| cx.xsave(i, Save::Compact)),
             M::Xrstor | M::Xrstor64 => self.with_fpu(|cx| cx.xrstor(i)),
-            M::Fxsave | M::Fxsave64 => self.with_fpu(|cx| cx.fxsave(i)),
+            M::Fxsave | M::Fxsave64 => self.reading_fpu(|cx| cx.fxsave(i)),
             M::Fxrstor | M::Fxrstor64 => self.with_fpu(|cx| cx.fxrstor(i)),
             M::Xgetbv => self.xgetbv(),
             M::Xsetbv => self.xsetbv(),

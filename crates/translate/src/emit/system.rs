@@ -3,7 +3,7 @@
 //! Where several words of guest state change together, `busy` is set meanwhile: a kick then only leaves a mark, which is looked at behind the last change.
 
 use crate::asm::{RCX, RDX, cc};
-use crate::emit::{ColdKind, Flags, Resume, Work, bit};
+use crate::emit::{Address, ColdKind, Flags, Resume, Work, bit};
 use crate::insn::{Insn, gpr};
 use crate::layout::Mode;
 
@@ -33,6 +33,86 @@ impl Work<'_> {
         let dst = gpr(insn.instr.op0_register()).expect("a general register");
         self.asm.load_u16(dst, self.layout.selectors[n]);
         self.spilled &= !bit(dst);
+    }
+
+    pub(super) fn store_selector(&mut self, i: usize, insn: &Insn) {
+        self.unspill(insn.reads);
+        self.save_flags(i, self.live_before(i));
+        let n = insn.instr.op1_register() as usize - iced_x86::Register::ES as usize;
+        let s = self.operand_address(i, 2, true, insn.reads);
+        let v = self.scratch(i, insn.reads | bit(s));
+        self.asm.load_u16(v, self.layout.selectors[n]);
+        self.asm.store16_at(s, v);
+    }
+
+    pub(super) fn write_seg_base(&mut self, i: usize, insn: &Insn) {
+        self.unspill(insn.reads);
+        self.save_flags(i, self.live_before(i));
+        let r = gpr(insn.instr.op0_register()).expect("a general register");
+        let which = if insn.instr.mnemonic() == iced_x86::Mnemonic::Wrfsbase {
+            4
+        } else {
+            5
+        };
+        let t = self.scratch(i, insn.reads);
+        // Canonical: the upper 17 bits are all equal.
+        self.asm.mov(t, r);
+        self.asm.sar(t, 47);
+        self.asm.lea(true, t, Some(t), None, 1);
+        self.asm.cmp_imm(t, 1);
+        self.cold_jump(
+            cc::A,
+            ColdKind::Step {
+                offset: insn.offset,
+            },
+        );
+        self.asm.store(self.layout.seg_base[which], r);
+    }
+
+    /// A bit string in memory: the register's upper bits, signed, select the word.
+    pub(super) fn bit_string(&mut self, i: usize, insn: &Insn) {
+        self.unspill(insn.reads);
+        self.save_flags(i, self.live_before(i));
+        let restore = self.flags == Flags::Saved && self.needs_host_flags(i);
+        let avoid = insn.reads | if restore { bit(0) } else { 0 };
+        let number = insn.instr.op1_register();
+        let r = gpr(number).expect("a general register");
+        let bytes = number.size() as u8;
+        let write = insn.instr.mnemonic() != iced_x86::Mnemonic::Bt;
+        let s = match self.address_of(i, &insn.instr, avoid) {
+            Address::Constant(ea) => {
+                let s = self.scratch(i, avoid);
+                self.asm.mov_imm(s, ea);
+                s
+            }
+            Address::Register(s) | Address::Pair(s, _) => s,
+        };
+        let b = self.scratch(i, avoid | bit(s));
+        if bytes == 8 {
+            self.asm.mov(b, r);
+            self.asm.sar(b, 6);
+        } else {
+            self.asm.movsxd(b, r);
+            self.asm.sar(b, 5);
+        }
+        self.asm.lea(true, s, Some(s), Some((b, bytes)), 0);
+        self.check(i, Address::Pair(s, b), u32::from(bytes), write, avoid);
+        self.asm.mov32(b, r);
+        self.asm.and_imm32(b, i32::from(bytes) * 8 - 1);
+        if restore {
+            self.restore_flags();
+        }
+        let mut copy = insn.instr;
+        super::redirect(&mut copy, s, 0);
+        copy.set_op1_register(if bytes == 8 {
+            super::reg64(b)
+        } else {
+            super::reg32(b)
+        });
+        if super::encode_into(self.encoder, &mut self.asm, copy).is_none() {
+            return self.step(insn);
+        }
+        self.flags_after(i);
     }
 
     /// Puts RFLAGS together in `v`; the status flags must be saved. Changes `t` and the host's flags.
