@@ -1,6 +1,7 @@
 #!/bin/busybox sh
 # shellcheck shell=dash
-# First process of the soak guest: `soak.seconds=n` on the kernel command line says for how long. Prints the rounds'
+# First process of the soak guest: `soak.seconds=n` on the kernel command line says for how long, `soak.skip=a,b`
+# which tasks not. Prints the rounds'
 # results, meanwhile a time stamp every second, at the end the kernel's log, then powers off.
 export PATH=/usr/bin:/bin
 b=/bin/busybox
@@ -15,6 +16,7 @@ seconds=60
 for word in $($b cat /proc/cmdline); do
     case $word in
     soak.seconds=*) seconds=${word#soak.seconds=} ;;
+    soak.skip=*) export SOAK_SKIP="${word#soak.skip=}" ;;
     esac
 done
 
