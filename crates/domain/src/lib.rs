@@ -21,6 +21,8 @@ mod signal;
 mod vcpu;
 
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
 
 use std::fmt;
