@@ -73,7 +73,10 @@ impl CodeMemory {
 
     /// Replaces the 4-byte aligned jump displacement at `pos` so that the jump goes to `target`. Other vCPUs may be executing it.
     pub fn patch_jump(&self, pos: usize, target: usize) {
-        assert!(pos % 4 == 0 && pos + 4 <= self.len, "misplaced jump");
+        assert!(
+            pos.is_multiple_of(4) && pos + 4 <= self.len,
+            "misplaced jump"
+        );
         let rel = (target as i64 - (pos as i64 + 4)) as i32;
         // SAFETY: aligned and inside the mapping; a single aligned store, which instruction fetch sees whole.
         unsafe {
@@ -84,7 +87,10 @@ impl CodeMemory {
 
     /// Replaces the 5-byte no-operation at the 8-byte aligned `pos` by a jump to `target`. Other vCPUs may be executing it.
     pub fn divert(&self, pos: usize, target: usize) {
-        assert!(pos % 8 == 0 && pos + 8 <= self.len, "misplaced entry");
+        assert!(
+            pos.is_multiple_of(8) && pos + 8 <= self.len,
+            "misplaced entry"
+        );
         let rel = (target as i64 - (pos as i64 + 5)) as i32;
         // SAFETY: aligned and inside the mapping. The three bytes behind keep their value: only the lock's holder writes here.
         unsafe {

@@ -585,7 +585,8 @@ mod tests {
 
     #[test]
     fn emit_each_template_decodes_to_what_it_says() {
-        let cases: &[(&dyn Fn(&mut Asm), &str)] = &[
+        type Emit<'a> = &'a dyn Fn(&mut Asm);
+        let cases: &[(Emit<'_>, &str)] = &[
             (&|a| a.load(9, 0x10), "mov r9,gs:[10h]"),
             (&|a| a.load32(9, 0x10), "mov r9d,gs:[10h]"),
             (&|a| a.store(0x10, 3), "mov gs:[10h],rbx"),

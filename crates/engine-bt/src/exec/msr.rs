@@ -172,7 +172,7 @@ impl<H: Host> Cx<'_, H> {
             }
             0x200..=0x20f => {
                 let n = (index - 0x200) as usize;
-                let low = if n % 2 == 0 { 0xff } else { 0x800 };
+                let low = if n.is_multiple_of(2) { 0xff } else { 0x800 };
                 need(v >> PHYS_BITS == 0 && v & 0xfff & !low == 0)?;
                 need(n % 2 == 1 || memory_type(v & 0xff))?;
                 self.cpu.msr.mtrr_var[n] = v;

@@ -370,7 +370,7 @@ impl<H: Host> Cx<'_, H> {
     ) -> u64 {
         use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::SeqCst};
         let page = self.host.memory().page(span.first.gfn());
-        if let (true, Some(page)) = (lin % size as u64 == 0, page) {
+        if let (true, Some(page)) = (lin.is_multiple_of(size as u64), page) {
             self.host.before_write(span.first, size);
             macro_rules! update {
                 ($atomic:ty, $value:ty, $ptr:expr) => {{
@@ -446,7 +446,7 @@ impl<H: Host> Cx<'_, H> {
         };
         self.set(Register::AX, u64::from(result));
         let al = result as u8;
-        self.set_flag(rflags::PF, al.count_ones() % 2 == 0);
+        self.set_flag(rflags::PF, al.count_ones().is_multiple_of(2));
         self.set_flag(rflags::ZF, al == 0);
         self.set_flag(rflags::SF, al >> 7 != 0);
         self.set_flag(rflags::OF, false);

@@ -112,7 +112,7 @@ pub(super) fn sub_flags(a: u64, b: u64, size: usize) -> u64 {
     if a < b {
         f |= rflags::CF;
     }
-    if (r as u8).count_ones() % 2 == 0 {
+    if (r as u8).count_ones().is_multiple_of(2) {
         f |= rflags::PF;
     }
     if (a ^ b ^ r) & 0x10 != 0 {

@@ -353,7 +353,7 @@ impl Walk<'_> {
     /// Host address of a table entry; not present where no memory is.
     #[inline]
     fn entry(&self, table: u64, offset: u64, size: u64) -> Result<*const u8, Stop> {
-        debug_assert!(offset % size == 0);
+        debug_assert!(offset.is_multiple_of(size));
         match self.mem.page(Gfn(table >> 12)) {
             // SAFETY: the offset stays inside the backed page: tables are page aligned, a PAE root is 32-byte aligned.
             Some(page) => Ok(unsafe { page.add(offset as usize) }),

@@ -2,7 +2,8 @@
 
 use iced_x86::Mnemonic;
 
-use super::{Address, ColdKind, Resume, Work, bit};
+use super::memory::Address;
+use super::{ColdKind, Resume, Work, bit};
 use crate::asm::{RCX, RDI, RSI, cc};
 use crate::insn::Insn;
 
@@ -70,9 +71,8 @@ impl Work<'_> {
         if moves {
             self.asm.mov(RSI, src);
         }
-        match size {
-            2 => self.asm.bytes(&[0x66]),
-            _ => {}
+        if size == 2 {
+            self.asm.bytes(&[0x66])
         }
         if repeated {
             self.asm.bytes(&[0xf3]);

@@ -3,7 +3,8 @@
 //! Where several words of guest state change together, `busy` is set meanwhile: a kick then only leaves a mark, which is looked at behind the last change.
 
 use crate::asm::{RCX, RDX, cc};
-use crate::emit::{Address, ColdKind, Flags, Resume, Work, bit};
+use crate::emit::memory::Address;
+use crate::emit::{ColdKind, Flags, Resume, Work, bit};
 use crate::insn::{Insn, gpr};
 use crate::layout::Mode;
 

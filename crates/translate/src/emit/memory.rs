@@ -1,0 +1,258 @@
+//! Memory operands and the stack: address, TLB check, access.
+
+use iced_x86::{Instruction, OpKind, Register};
+
+use super::{Cold, ColdKind, Flags, Tag, Work, bit, encode_into, redirect};
+use crate::asm::{RAX, RSP, cc};
+use crate::insn::{Insn, gpr};
+use crate::layout::{TLB_ENTRIES, TLB_ENTRY_BYTES, tlb_index};
+
+const PAGE: u32 = 4096;
+
+#[derive(Clone, Copy)]
+pub(super) enum Address {
+    Register(u8),
+    /// In the first register; the second is free.
+    Pair(u8, u8),
+    Constant(u64),
+}
+
+impl Work<'_> {
+    /// Emits the check and translation of the address of instruction `i`'s memory operand; its host address is in the register returned.
+    pub(super) fn operand_address(&mut self, i: usize, size: u32, write: bool, avoid: u16) -> u8 {
+        let insn = self.insns[i];
+        let instr = &insn.instr;
+        let ea = self.address_of(i, instr, avoid);
+        self.check(i, ea, size, write, avoid)
+    }
+
+    /// Computes the operand's guest virtual address into a scratch register, or finds it constant.
+    pub(super) fn address_of(&mut self, i: usize, instr: &Instruction, avoid: u16) -> Address {
+        let base = instr.memory_base();
+        let index = gpr(instr.memory_index());
+        let seg = match instr.memory_segment() {
+            Register::FS => Some(4),
+            Register::GS => Some(5),
+            _ => None,
+        };
+        let disp = instr.memory_displacement64();
+        if instr.is_ip_rel_memory_operand() || (base == Register::None && index.is_none()) {
+            let constant = if self.long() {
+                disp
+            } else {
+                disp & 0xffff_ffff
+            };
+            if let Some(seg) = seg {
+                let s = self.scratch(i, avoid);
+                self.asm.mov_imm(s, constant);
+                self.add_segment(s, seg);
+                return Address::Register(s);
+            }
+            return Address::Constant(constant);
+        }
+        let wide = base.size() == 8 || instr.memory_index().size() == 8;
+        let s = self.scratch(i, avoid);
+        let index = index.map(|r| (r, instr.memory_index_scale() as u8));
+        self.asm.lea(wide, s, gpr(base), index, disp as i32);
+        if let Some(seg) = seg {
+            self.add_segment(s, seg);
+        }
+        Address::Register(s)
+    }
+
+    pub(super) fn add_segment(&mut self, s: u8, seg: usize) {
+        self.asm.add_mem(s, self.layout.seg_base[seg]);
+        if !self.long() {
+            self.asm.mov32(s, s);
+        }
+    }
+
+    /// Emits the TLB check of an access; returns the register with the host address.
+    pub(super) fn check(
+        &mut self,
+        i: usize,
+        address: Address,
+        size: u32,
+        write: bool,
+        avoid: u16,
+    ) -> u8 {
+        let table = self.layout.tlb[self.mode.table()];
+        let field = if write { 8 } else { 0 };
+        let site = self.site_start(i);
+        let (s, tag, host) = match address {
+            Address::Register(s) | Address::Pair(s, _) => {
+                let t = match address {
+                    Address::Pair(_, t) => t,
+                    _ => self.scratch(i, avoid | bit(s)),
+                };
+                self.asm.rorx(t, s, 7);
+                self.asm
+                    .and_imm32(t, ((TLB_ENTRIES - 1) * TLB_ENTRY_BYTES) as i32);
+                self.asm.xor_mem_base(s, t, table + field);
+                let tag = Tag::Indexed {
+                    index: t,
+                    offset: table + field,
+                };
+                (s, tag, None)
+            }
+            Address::Constant(ea) => {
+                let s = self.scratch(i, avoid);
+                self.asm.mov_imm(s, ea);
+                let entry = table + (tlb_index(ea) * TLB_ENTRY_BYTES) as i32;
+                self.asm.xor_mem(s, entry + field);
+                (
+                    s,
+                    Tag::Fixed {
+                        offset: entry + field,
+                    },
+                    Some(entry + 16),
+                )
+            }
+        };
+        self.asm.cmp_imm(s, (PAGE - size) as i32);
+        let from = self.asm.jcc(cc::A);
+        self.cold.push(Cold {
+            from,
+            kind: ColdKind::Mem {
+                reg: s,
+                tag,
+                info: size | (write as u32) << 8,
+                site,
+            },
+            spilled: self.spilled,
+            flags: self.flags,
+            resume: self.resume,
+        });
+        match (host, tag) {
+            (Some(host), _) => self.asm.add_mem(s, host),
+            (None, Tag::Indexed { index, .. }) => self.asm.add_mem_base(s, index, table + 16),
+            (None, Tag::Fixed { .. }) => unreachable!("a fixed tag has a fixed host slot"),
+        }
+        s
+    }
+
+    /// Position in the code cache where instruction `i` can be entered again from outside.
+    pub(super) fn site_start(&self, i: usize) -> u32 {
+        let offset = self.insns[i].offset;
+        let host = self
+            .out
+            .host_of(offset)
+            .expect("the instruction has been noted");
+        (self.cache_pos + i64::from(host)) as u32
+    }
+
+    pub(super) fn mem(&mut self, i: usize, insn: &Insn) {
+        let mem = insn.mem.expect("classified by its memory operand");
+        self.unspill(insn.reads);
+        let live = self.live_before(i);
+        self.save_flags(i, live);
+        let restore = self.flags == Flags::Saved && self.needs_host_flags(i);
+        let mut avoid = insn.reads;
+        if restore {
+            avoid |= bit(RAX);
+        }
+        // A destination that the instruction only writes may serve as scratch before.
+        let s = self.operand_address(i, mem.size, mem.write, avoid | self.unsafe_writes(insn));
+        if restore {
+            self.restore_flags();
+        }
+        let mut copy = insn.instr;
+        redirect(&mut copy, s, 0);
+        if encode_into(self.encoder, &mut self.asm, copy).is_none() {
+            return self.step(insn);
+        }
+        self.spilled &= !insn.writes;
+        self.flags_after(i);
+    }
+
+    /// Registers written by an instruction that may not hold the operand's address: all but the sole destination of a plain load.
+    pub(super) fn unsafe_writes(&self, insn: &Insn) -> u16 {
+        if insn.writes.count_ones() == 1 && insn.mem.is_some_and(|m| !m.write) {
+            0
+        } else {
+            insn.writes
+        }
+    }
+
+    pub(super) fn stack_bytes(&self) -> i32 {
+        if self.long() { 8 } else { 4 }
+    }
+
+    /// Emits the check of the stack slot below (`push`) or at (`pop`) the stack pointer.
+    pub(super) fn stack_slot(&mut self, i: usize, write: bool, avoid: u16) -> u8 {
+        let s = self.scratch(i, avoid);
+        let w = self.stack_bytes();
+        self.asm
+            .lea(self.long(), s, Some(RSP), None, if write { -w } else { 0 });
+        self.check(i, Address::Register(s), w as u32, write, avoid)
+    }
+
+    pub(super) fn adjust_rsp(&mut self, by: i32) {
+        self.asm.lea(self.long(), RSP, Some(RSP), None, by);
+    }
+
+    pub(super) fn push(&mut self, i: usize, insn: &Insn) {
+        self.unspill(insn.reads);
+        self.save_flags(i, self.live_before(i));
+        let w = self.stack_bytes();
+        let instr = &insn.instr;
+        match instr.op0_kind() {
+            OpKind::Register => {
+                let r = gpr(instr.op0_register()).expect("a general register");
+                let s = self.stack_slot(i, true, insn.reads);
+                self.asm.store_at(self.long(), s, r);
+            }
+            OpKind::Memory => {
+                let v = self.operand_address(i, w as u32, false, insn.reads);
+                self.asm.load_at(self.long(), v, v);
+                let s = self.stack_slot(i, true, insn.reads | bit(v));
+                self.asm.store_at(self.long(), s, v);
+            }
+            kind => {
+                let imm = match kind {
+                    OpKind::Immediate8to64 => instr.immediate8to64() as i32,
+                    OpKind::Immediate32to64 => instr.immediate32to64() as i32,
+                    OpKind::Immediate8to32 => instr.immediate8to32(),
+                    _ => instr.immediate32() as i32,
+                };
+                let s = self.stack_slot(i, true, insn.reads);
+                self.asm.store_imm_at(self.long(), s, 0, imm);
+            }
+        }
+        self.adjust_rsp(-w);
+    }
+
+    pub(super) fn pop(&mut self, i: usize, insn: &Insn) {
+        self.unspill(insn.reads);
+        self.save_flags(i, self.live_before(i));
+        let r = gpr(insn.instr.op0_register()).expect("a general register");
+        let s = self.stack_slot(i, false, insn.reads);
+        self.asm.load_at(self.long(), r, s);
+        if r == RSP {
+            return;
+        }
+        self.spilled &= !bit(r);
+        // Before RSP moves the instruction can still be repeated: its slot holds the same value.
+        self.note();
+        self.adjust_rsp(self.stack_bytes());
+    }
+
+    pub(super) fn leave(&mut self, i: usize) {
+        const RBP: u8 = 5;
+        self.unspill(bit(RSP) | bit(RBP));
+        self.save_flags(i, self.live_before(i));
+        let avoid = bit(RSP) | bit(RBP);
+        let s = self.scratch(i, avoid);
+        self.asm.lea(self.long(), s, Some(RBP), None, 0);
+        let w = self.stack_bytes();
+        let s = self.check(i, Address::Register(s), w as u32, false, avoid);
+        self.asm.load_at(self.long(), s, s);
+        self.asm.lea(self.long(), RSP, Some(RBP), None, w);
+        // RSP does not matter to LEAVE, so up to here it can be repeated.
+        if self.long() {
+            self.asm.mov(RBP, s);
+        } else {
+            self.asm.mov32(RBP, s);
+        }
+    }
+}

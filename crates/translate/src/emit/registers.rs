@@ -1,0 +1,129 @@
+//! Which registers and flags are where: spills, scratch registers, and the side table that records it.
+
+use super::{Flags, Work, bit};
+use crate::asm::{Pos, RAX, RSP};
+use crate::block::SideEntry;
+
+impl Work<'_> {
+    pub(super) fn slot(&self, reg: u8) -> i32 {
+        self.layout.gpr + 8 * i32::from(reg)
+    }
+
+    pub(super) fn rel(&mut self, at: Pos, stub: i64) {
+        self.asm.patch_rel32(at, stub - self.cache_pos);
+    }
+
+    pub(super) fn jmp_stub(&mut self, stub: [i64; 2]) {
+        let at = self.asm.jmp();
+        self.rel(at, stub[(self.flags == Flags::Saved) as usize]);
+    }
+
+    /// Records where the guest's state is from here on.
+    pub(super) fn note(&mut self) {
+        let entry = SideEntry {
+            host: self.asm.pos() as u32,
+            resume: self.resume,
+            spilled: self.spilled,
+            flags_saved: self.flags == Flags::Saved,
+        };
+        match self.out.side.last_mut() {
+            Some(last) if last.host == entry.host => *last = entry,
+            Some(last)
+                if last.resume == entry.resume
+                    && last.spilled == entry.spilled
+                    && last.flags_saved == entry.flags_saved => {}
+            _ => self.out.side.push(entry),
+        }
+    }
+
+    pub(super) fn spill(&mut self, reg: u8) {
+        debug_assert_eq!(self.spilled & bit(reg), 0);
+        self.asm.store(self.slot(reg), reg);
+        self.spilled |= bit(reg);
+        self.note();
+    }
+
+    /// Brings a register's value back. The frame slot stays valid until the register changes, so the order of note and load does not matter.
+    pub(super) fn unspill(&mut self, mask: u16) {
+        let todo = self.spilled & mask;
+        if todo == 0 {
+            return;
+        }
+        for r in 0..16 {
+            if todo & bit(r) != 0 {
+                self.asm.load(r, self.slot(r));
+            }
+        }
+        self.spilled &= !todo;
+        self.note();
+    }
+
+    /// A register free for the translator's use, not in `avoid`; its value is in the frame.
+    pub(super) fn scratch(&mut self, i: usize, avoid: u16) -> u8 {
+        let avoid = avoid | bit(RSP);
+        let low_only = self.insns[i].high_byte;
+        let allowed = |r: u8| avoid & bit(r) == 0 && (!low_only || r < 8);
+        if let Some(r) = (0..16).find(|&r| self.spilled & bit(r) != 0 && allowed(r)) {
+            return r;
+        }
+        let mut best = (0usize, RAX);
+        for r in 0..16u8 {
+            if !allowed(r) {
+                continue;
+            }
+            let mut distance = self.insns.len() + 2;
+            for (n, insn) in self.insns[i..].iter().enumerate() {
+                if (insn.reads | insn.writes) & bit(r) != 0 {
+                    // A register that is written before it is read costs no reload.
+                    distance = if insn.reads & bit(r) != 0 {
+                        n
+                    } else {
+                        self.insns.len() + 4
+                    };
+                    break;
+                }
+            }
+            if distance >= best.0 {
+                best = (distance, r);
+            }
+        }
+        self.spill(best.1);
+        best.1
+    }
+
+    /// Makes sure that flags which are still needed survive the translator's own arithmetic. May use RAX, then leaves it spilled.
+    pub(super) fn save_flags(&mut self, i: usize, live: u32) {
+        if self.flags == Flags::Saved || live == 0 {
+            return;
+        }
+        let keep_rax = self.spilled & bit(RAX) == 0;
+        if keep_rax {
+            self.spill(RAX);
+        }
+        self.asm.flags_to_ax();
+        self.asm.store16(self.layout.flags, RAX);
+        self.flags = Flags::Saved;
+        self.note();
+        if keep_rax && self.insns[i].reads & bit(RAX) != 0 {
+            self.unspill(bit(RAX));
+        }
+    }
+
+    /// Brings saved flags back to the host's register. No other register is disturbed.
+    pub(super) fn restore_flags(&mut self) {
+        if self.flags == Flags::Host {
+            return;
+        }
+        let keep_rax = self.spilled & bit(RAX) == 0;
+        if keep_rax {
+            self.spill(RAX);
+        }
+        self.asm.load_u16(RAX, self.layout.flags);
+        self.asm.flags_from_ax();
+        self.flags = Flags::Host;
+        self.note();
+        if keep_rax {
+            self.unspill(bit(RAX));
+        }
+    }
+}
