@@ -42,6 +42,8 @@ pub struct Frame {
     pub raw_flags: u64,
     pub raw_pc: u64,
     pub raw_signal: i32,
+    /// Number of the processor exception behind the signal, if any.
+    pub raw_trap: i32,
     /// The guest's vector registers while the monitor runs.
     pub ymm: [[u8; 32]; 16],
     pub jumps: [[u64; JUMP_ENTRIES]; 3],

@@ -15,7 +15,7 @@ use iced_x86::{Instruction, Mnemonic};
 use crate::control::{Control, request};
 use crate::exec::{
     Access, Delivery, Host, Ipi, NativeFault, Operand, PageFault, Shorthand, TlbFlush, Vendor,
-    lapic, walk,
+    lapic, vector, walk,
 };
 use crate::fpu;
 use crate::frame::FrameBox;
@@ -377,14 +377,9 @@ impl Host for BtHost {
                 ExitKind::Signal if self.frame.raw_signal == kick_signal() => {}
                 ExitKind::Signal => {
                     return Err(match self.frame.raw_signal {
-                        libc::SIGFPE => match instr.mnemonic() {
-                            Mnemonic::Div | Mnemonic::Idiv => NativeFault::Divide,
-                            _ if instr.is_stack_instruction() => NativeFault::X87,
-                            _ if instr.fpu_stack_increment_info().increment() != 0
-                                || is_x87(instr) =>
-                            {
-                                NativeFault::X87
-                            }
+                        libc::SIGFPE => match self.frame.raw_trap as u8 {
+                            vector::DE => NativeFault::Divide,
+                            vector::MF => NativeFault::X87,
                             _ => NativeFault::Simd,
                         },
                         libc::SIGILL => NativeFault::Undefined,
@@ -455,12 +450,4 @@ impl Host for BtHost {
             fpu::load(&mut self.frame);
         }
     }
-}
-
-fn is_x87(instr: &Instruction) -> bool {
-    use iced_x86::CpuidFeature as F;
-    instr
-        .cpuid_features()
-        .iter()
-        .any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::MMX))
 }
