@@ -238,8 +238,9 @@ impl<H: Host> Cx<'_, H> {
                 set_sized(&mut self.cpu.gpr[reg::RAX], s.size, v);
             }
             Op::Cmps => {
-                let a = self.read_mem(s.source, si, s.size)?;
+                // Where both fault, AMD's processors mostly name this one.
                 let b = self.read_mem(seg::ES, di, s.size)?;
+                let a = self.read_mem(s.source, si, s.size)?;
                 self.set_compare(a, b, s.size);
             }
             Op::Scas => {

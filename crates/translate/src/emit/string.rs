@@ -60,12 +60,12 @@ impl Work<'_> {
             }
         }
         let checked = if repeated { 1 } else { size as u32 };
-        self.asm.mov(dst, RDI);
-        self.check_with(i, dst, t, checked, true);
         if moves {
             self.asm.mov(src, RSI);
             self.check_with(i, src, t, checked, false);
         }
+        self.asm.mov(dst, RDI);
+        self.check_with(i, dst, t, checked, true);
         self.asm.store_imm8(self.layout.busy, 1);
         self.asm.mov(RDI, dst);
         if moves {
