@@ -4,6 +4,7 @@
 //! page take the slow path on every vCPU and drop the blocks that overlap the written bytes.
 
 use std::collections::HashMap;
+use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use hospes_translate::{ChainSite, Mode, Resume, SideEntry, Translation};
@@ -23,19 +24,24 @@ pub struct Key {
     pub mode: Mode,
 }
 
-/// One translated block. Positions are bytes from the start of the code cache.
+/// One translated block. Positions are bytes from the start of the code cache, distances from the block's start.
 #[derive(Debug)]
 pub struct Block {
     pub key: Key,
     pub pos: u32,
-    pub len: u32,
-    pub direct: u32,
-    stale: u32,
-    pub side: Box<[SideEntry]>,
-    pub chains: Box<[ChainSite]>,
-    extent: (u64, u64),
-    /// For an instruction that lies in two pages: the physical bytes in the second one.
-    second: Option<(u64, u64)>,
+    /// Where this block's entries begin in the shared tables.
+    side: u32,
+    chains: u32,
+    /// For an instruction that lies in two pages: the frame of the second one, plus 1.
+    second: Option<NonZeroU32>,
+    len: u16,
+    direct: u16,
+    stale: u16,
+    side_len: u16,
+    chains_len: u16,
+    /// Guest bytes the block depends on, in front of its address and from it on.
+    before: u16,
+    extent: u16,
     pub alive: bool,
 }
 
@@ -49,47 +55,43 @@ pub struct Point {
     pub flags_saved: bool,
 }
 
+/// A jump that may be connected, and where it goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Chain {
+    pub target: u64,
+    pub mode: Mode,
+    /// Frame of the block that has the jump.
+    pub gfn: Gfn,
+}
+
 impl Block {
-    /// Frame of the second page that the block's only instruction reaches into.
-    pub fn second_gfn(&self) -> Option<Gfn> {
-        self.second.map(|(start, _)| Gpa(start).gfn())
-    }
-
-    fn depends_on(&self, start: u64, end: u64) -> bool {
-        let hit = |(s, e): (u64, u64)| s < end && start < e;
-        hit(self.extent) || self.second.is_some_and(hit)
-    }
-
     /// Position for transfers that verify their target.
     pub fn indirect(&self) -> u32 {
         self.pos
     }
 
-    /// Where the guest is when the host is at `pos`.
-    pub fn point(&self, pos: u32) -> Option<Point> {
-        let host = pos.checked_sub(self.pos)?;
-        let n = self.side.partition_point(|e| e.host <= host);
-        let entry = self.side[n.checked_sub(1)?];
-        let (rip, in_shadow) = match entry.resume {
-            Resume::Offset(o) => (Some(self.guest(o)), false),
-            Resume::OffsetInShadow(o) => (Some(self.guest(o)), true),
-            Resume::RipInFrame => (None, false),
-        };
-        Some(Point {
-            rip,
-            in_shadow,
-            spilled: entry.spilled,
-            flags_saved: entry.flags_saved,
-        })
+    /// Position for transfers that know their target.
+    pub fn direct(&self) -> u32 {
+        self.pos + u32::from(self.direct)
     }
 
-    /// Position where the instruction at guest address `rip` can be entered with all registers and flags in the frame.
-    pub fn reentry(&self, rip: u64) -> Option<u32> {
-        let offset = rip.checked_sub(self.key.pc)?;
-        self.side
-            .iter()
-            .find(|e| matches!(e.resume, Resume::Offset(o) if u64::from(o) == offset))
-            .map(|e| self.pos + e.host)
+    /// Frame of the second page that the block's only instruction reaches into.
+    pub fn second_gfn(&self) -> Option<Gfn> {
+        self.second.map(|n| Gfn(u64::from(n.get()) - 1))
+    }
+
+    fn depends_on(&self, start: u64, end: u64) -> bool {
+        let gpa = self.key.gpa.0;
+        let (first, last) = (gpa - u64::from(self.before), gpa + u64::from(self.extent));
+        match self.second_gfn() {
+            None => first < end && start < last,
+            Some(gfn) => {
+                let first_page_end = self.key.gpa.gfn().gpa().0 + PAGE_SIZE;
+                let second = gfn.gpa().0;
+                first < end && start < first_page_end
+                    || second < end && start < second + (last - first_page_end)
+            }
+        }
     }
 
     fn guest(&self, offset: u16) -> u64 {
@@ -151,6 +153,8 @@ pub struct Blocks {
     end: usize,
     next: usize,
     list: Vec<Block>,
+    side: Vec<SideEntry>,
+    chains: Vec<ChainSite>,
     by_key: FxHashMap<Key, u32>,
     pages: HashMap<u64, Page, rustc_hash::FxBuildHasher>,
 }
@@ -163,6 +167,8 @@ impl Blocks {
             end,
             next: start,
             list: Vec::new(),
+            side: Vec::new(),
+            chains: Vec::new(),
             by_key: FxHashMap::default(),
             pages: HashMap::default(),
         }
@@ -176,7 +182,55 @@ impl Blocks {
     pub fn at(&self, pos: u32) -> Option<&Block> {
         let n = self.list.partition_point(|b| b.pos <= pos);
         let block = &self.list[n.checked_sub(1)?];
-        (pos < block.pos + block.len).then_some(block)
+        (pos < block.pos + u32::from(block.len)).then_some(block)
+    }
+
+    fn side_of(&self, block: &Block) -> &[SideEntry] {
+        &self.side[block.side as usize..][..block.side_len.into()]
+    }
+
+    /// Where the guest is when the host is at `pos`.
+    pub fn point(&self, pos: u32) -> Option<Point> {
+        let block = self.at(pos)?;
+        let host = pos - block.pos;
+        let side = self.side_of(block);
+        let n = side.partition_point(|e| u32::from(e.host) <= host);
+        let entry = side[n.checked_sub(1)?];
+        let (rip, in_shadow) = match entry.resume() {
+            Resume::Offset(o) => (Some(block.guest(o)), false),
+            Resume::OffsetInShadow(o) => (Some(block.guest(o)), true),
+            Resume::RipInFrame => (None, false),
+        };
+        Some(Point {
+            rip,
+            in_shadow,
+            spilled: entry.spilled,
+            flags_saved: entry.flags_saved,
+        })
+    }
+
+    /// Position in the living block around `pos` where the instruction at guest address `rip` can be entered with all registers and flags in the
+    /// frame.
+    pub fn reentry(&self, pos: u32, rip: u64) -> Option<u32> {
+        let block = self.at(pos).filter(|b| b.alive)?;
+        let offset = rip.checked_sub(block.key.pc)?;
+        self.side_of(block)
+            .iter()
+            .find(|e| matches!(e.resume(), Resume::Offset(o) if u64::from(o) == offset))
+            .map(|e| block.pos + u32::from(e.host))
+    }
+
+    /// The connectable jump whose displacement is at `site`. `None` where its block has been dropped.
+    pub fn chain(&self, site: u32) -> Option<Chain> {
+        let block = self.at(site).filter(|b| b.alive)?;
+        self.chains[block.chains as usize..][..block.chains_len.into()]
+            .iter()
+            .find(|c| block.pos + u32::from(c.at) == site)
+            .map(|c| Chain {
+                target: block.key.pc & !(PAGE_SIZE - 1) | u64::from(c.target),
+                mode: c.mode,
+                gfn: block.key.gpa.gfn(),
+            })
     }
 
     /// Where the next block will be placed; `None` when less than `room` bytes are left.
@@ -202,24 +256,24 @@ impl Blocks {
         code.put(pos, &t.code);
         let n = self.list.len() as u32;
         self.next = (pos + t.code.len()).next_multiple_of(16);
+        let small = |v: usize| u16::try_from(v).expect("a block is shorter than 64 KiB");
         self.list.push(Block {
             key,
             pos: pos as u32,
-            len: t.code.len() as u32,
-            direct: pos as u32 + t.direct_entry,
-            stale: pos as u32 + t.stale_stub,
-            side: t.side.into(),
-            chains: t.chains.into(),
-            extent: (
-                key.gpa.0 - u64::from(t.extent_before),
-                key.gpa.0 + u64::from(t.extent),
-            ),
-            second: second.map(|g| {
-                let first = PAGE_SIZE - key.gpa.page_offset();
-                (g.0, g.0 + u64::from(t.extent) - first)
-            }),
+            side: self.side.len() as u32,
+            chains: self.chains.len() as u32,
+            second: second.and_then(|g| NonZeroU32::new(g.gfn().0 as u32 + 1)),
+            len: small(t.code.len()),
+            direct: small(t.direct_entry as usize),
+            stale: small(t.stale_stub as usize),
+            side_len: small(t.side.len()),
+            chains_len: small(t.chains.len()),
+            before: t.extent_before,
+            extent: t.extent,
             alive: true,
         });
+        self.side.extend_from_slice(&t.side);
+        self.chains.extend_from_slice(&t.chains);
         self.by_key.insert(key, n);
         self.pages
             .entry(key.gpa.gfn().0)
@@ -249,11 +303,10 @@ impl Blocks {
                 let hit = all || b.depends_on(start, end);
                 if hit && b.alive {
                     b.alive = false;
-                    b.chains = Box::default();
                     if by_key.get(&b.key) == Some(&n) {
                         by_key.remove(&b.key);
                     }
-                    code.divert(b.direct as usize, b.stale as usize);
+                    code.divert(b.direct() as usize, (b.pos + u32::from(b.stale)) as usize);
                 }
                 !hit
             });
@@ -298,6 +351,8 @@ impl Blocks {
     pub fn clear(&mut self, pages: &CodePages) {
         self.next = self.start;
         self.list.clear();
+        self.side.clear();
+        self.chains.clear();
         self.by_key.clear();
         self.pages.clear();
         pages.clear();

@@ -9,7 +9,7 @@ use hospes_translate::layout::tlb_index;
 use hospes_translate::{Mode, Request};
 use hospes_units::{Gpa, Gva, PAGE_SIZE, VcpuId};
 
-use crate::blocks::Key;
+use crate::blocks::{Chain, Key};
 use crate::control::{Control, request};
 use crate::exec::{self, Access, Exception, Step, debug_active, lapic};
 use crate::fpu;
@@ -215,7 +215,7 @@ impl BtVcpu {
         let found = t
             .blocks
             .find(&key)
-            .map(|b| (b.direct, b.indirect(), b.second_gfn()));
+            .map(|b| (b.direct(), b.indirect(), b.second_gfn()));
         if let Some((direct, indirect, second)) = found {
             let mut mapping = mapping;
             if let Some(gfn) = second {
@@ -293,7 +293,7 @@ impl BtVcpu {
         };
         if let Some(made) = made {
             let b = t.blocks.insert(&shared.code, key, None, made);
-            let (direct, indirect) = (b.direct, b.indirect());
+            let (direct, indirect) = (b.direct(), b.indirect());
             self.host
                 .add_jump(key.mode, key.pc, direct, indirect, mapping);
             return Looked::At(direct);
@@ -318,7 +318,7 @@ impl BtVcpu {
             return Looked::Step;
         };
         let b = t.blocks.insert(&shared.code, key, Some(tr.gpa), made);
-        let (direct, indirect) = (b.direct, b.indirect());
+        let (direct, indirect) = (b.direct(), b.indirect());
         let mapping = mapping.and(Mapping::of(&tr));
         self.host
             .add_jump(key.mode, key.pc, direct, indirect, mapping);
@@ -374,8 +374,7 @@ impl BtVcpu {
         let guard = shared.translations.lock().expect("translations");
         let point = guard
             .blocks
-            .at(pos)
-            .and_then(|b| b.point(pos))
+            .point(pos)
             .expect("code in the cache belongs to a block");
         drop(guard);
         let frame = &mut *self.host.frame;
@@ -398,14 +397,13 @@ impl BtVcpu {
 
     fn chain(&mut self, site: u32) -> Option<Exit> {
         let shared = self.host.shared.clone();
-        let found = {
-            let guard = shared.translations.lock().expect("translations");
-            let b = guard.blocks.at(site)?;
-            let c = b.chains.iter().find(|c| b.pos + c.at == site);
-            c.map(|c| (c.target, c.mode, b.key.gpa.gfn()))
-        };
-        let Some((target, mode, gfn)) = found else {
-            // The block has been dropped while it ran: its chains are gone, but the stale stub of a fresh lookup is the same address.
+        let found = shared
+            .translations
+            .lock()
+            .expect("translations")
+            .blocks
+            .chain(site);
+        let Some(Chain { target, mode, gfn }) = found else {
             return self.lost_chain(site);
         };
         self.host.frame.cpu.rip = target;
@@ -478,11 +476,7 @@ impl BtVcpu {
             // Go on inside the same block if that is where the next instruction is.
             let rip = self.host.frame.cpu.rip;
             let guard = self.host.shared.translations.lock().expect("translations");
-            let next = guard
-                .blocks
-                .at(site)
-                .filter(|b| b.alive)
-                .and_then(|b| b.reentry(rip));
+            let next = guard.blocks.reentry(site, rip);
             drop(guard);
             self.host.resume_at = next;
         }

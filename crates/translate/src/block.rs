@@ -27,24 +27,50 @@ pub enum Resume {
     RipInFrame,
 }
 
-/// From `host` bytes behind the block's start on, until the next entry, this is where the guest's state is.
+/// From `host` bytes behind the block's start on, until the next entry, this is where the guest's state is. Eight bytes: there are many.
 #[derive(Clone, Copy, Debug)]
 pub struct SideEntry {
-    pub host: u32,
-    pub resume: Resume,
+    pub host: u16,
     /// General registers whose value is in the frame and not in the host register.
     pub spilled: u16,
+    offset: u16,
+    kind: u8,
     /// The status flags are in the frame and not in the host register.
     pub flags_saved: bool,
+}
+
+impl SideEntry {
+    pub fn new(host: usize, resume: Resume, spilled: u16, flags_saved: bool) -> SideEntry {
+        let (kind, offset) = match resume {
+            Resume::Offset(o) => (0, o),
+            Resume::OffsetInShadow(o) => (1, o),
+            Resume::RipInFrame => (2, 0),
+        };
+        SideEntry {
+            host: u16::try_from(host).expect("a block is shorter than 64 KiB"),
+            spilled,
+            offset,
+            kind,
+            flags_saved,
+        }
+    }
+
+    pub fn resume(&self) -> Resume {
+        match self.kind {
+            0 => Resume::Offset(self.offset),
+            1 => Resume::OffsetInShadow(self.offset),
+            _ => Resume::RipInFrame,
+        }
+    }
 }
 
 /// A jump to another block in the same guest page that may be connected directly.
 #[derive(Clone, Copy, Debug)]
 pub struct ChainSite {
     /// Position of the 4-byte aligned displacement, from the block's start.
-    pub at: u32,
-    /// Guest virtual address of the target.
-    pub target: u64,
+    pub at: u16,
+    /// Offset of the target in the page.
+    pub target: u16,
     pub mode: Mode,
 }
 
@@ -70,7 +96,7 @@ pub struct Translation {
 impl Translation {
     /// The side table entry that covers a host position inside the block.
     pub fn side_at(&self, host: u32) -> Option<SideEntry> {
-        let n = self.side.partition_point(|e| e.host <= host);
+        let n = self.side.partition_point(|e| u32::from(e.host) <= host);
         n.checked_sub(1).map(|i| self.side[i])
     }
 
@@ -78,7 +104,7 @@ impl Translation {
     pub fn host_of(&self, offset: u16) -> Option<u32> {
         self.side
             .iter()
-            .find(|e| matches!(e.resume, Resume::Offset(o) | Resume::OffsetInShadow(o) if o == offset))
-            .map(|e| e.host)
+            .find(|e| matches!(e.resume(), Resume::Offset(o) | Resume::OffsetInShadow(o) if o == offset))
+            .map(|e| e.host.into())
     }
 }

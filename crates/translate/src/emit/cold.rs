@@ -52,8 +52,8 @@ impl Work<'_> {
                         .store_imm32(self.layout.exit_arg, (self.cache_pos + site as i64) as u32);
                     self.jmp_stub(self.stubs.chain);
                     self.out.chains.push(ChainSite {
-                        at: site as u32,
-                        target,
+                        at: site as u16,
+                        target: (target & 0xfff) as u16,
                         mode: self.mode_at(cold.resume),
                     });
                 }

@@ -20,16 +20,12 @@ impl Work<'_> {
 
     /// Records where the guest's state is from here on.
     pub(super) fn note(&mut self) {
-        let entry = SideEntry {
-            host: self.asm.pos() as u32,
-            resume: self.resume,
-            spilled: self.spilled,
-            flags_saved: self.flags == Flags::Saved,
-        };
+        let saved = self.flags == Flags::Saved;
+        let entry = SideEntry::new(self.asm.pos(), self.resume, self.spilled, saved);
         match self.out.side.last_mut() {
             Some(last) if last.host == entry.host => *last = entry,
             Some(last)
-                if last.resume == entry.resume
+                if last.resume() == entry.resume()
                     && last.spilled == entry.spilled
                     && last.flags_saved == entry.flags_saved => {}
             _ => self.out.side.push(entry),
