@@ -162,13 +162,15 @@ pub struct Blocks {
 impl Blocks {
     /// Blocks are placed in `start..end` of the code cache.
     pub fn new(start: usize, end: usize) -> Blocks {
+        let bytes = end - start;
         Blocks {
             start,
             end,
             next: start,
-            list: Vec::new(),
-            side: Vec::new(),
-            chains: Vec::new(),
+            // Address space for as much as the cache can hold, so that the tables never move; pages come as they are used.
+            list: Vec::with_capacity(bytes / 256),
+            side: Vec::with_capacity(bytes / 16),
+            chains: Vec::with_capacity(bytes / 64),
             by_key: FxHashMap::default(),
             pages: HashMap::default(),
         }
