@@ -147,6 +147,9 @@ impl Inner {
 const STEER_FIRST: Duration = Duration::from_millis(20);
 const STEER_LAST: Duration = Duration::from_secs(2);
 
+/// A thread that wakes so much later than it wanted, in ns, did not just wait for a CPU: its process was stopped, or the whole host was.
+const STOPPED_NS: u64 = 1_000_000_000;
+
 /// The thread of a domain's clock; it ends when this is dropped.
 #[derive(Debug)]
 pub struct ClockThread {
@@ -192,12 +195,18 @@ impl Xen {
         let mut interval = STEER_FIRST;
         let mut steer_at = self.time.now_ns() + interval.as_nanos() as u64;
         let mut due = Vec::new();
+        let mut expected = self.time.now_ns();
         let mut inner = lock(&self.timers.inner);
         loop {
             if inner.stop {
                 return;
             }
             let now = self.time.now_ns();
+            if now.saturating_sub(expected) > STOPPED_NS {
+                // Before any timer fires: the guest's watchdogs run in its timer interrupt.
+                self.time.mark_stopped();
+            }
+            expected = now;
             let earliest = inner.take_due(now, &mut due);
             if !due.is_empty() || now >= steer_at {
                 drop(inner);
@@ -214,6 +223,7 @@ impl Xen {
                 continue;
             }
             inner.wakes_at = earliest.min(steer_at);
+            expected = inner.wakes_at;
             let wait = Duration::from_nanos(inner.wakes_at - now);
             inner = match self.timers.changed.wait_timeout(inner, wait) {
                 Ok((guard, _)) => guard,
