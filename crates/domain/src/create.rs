@@ -32,7 +32,7 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
         return Err(hospes_xen::XenError::Vcpus(spec.vcpus).into());
     }
     let layout = memory_layout(spec.memory_bytes)?;
-    host_memory::check(&spec.name, spec.memory_bytes)?;
+    host_memory::check(&spec.name, spec.memory_bytes, spec.promised_bytes)?;
     let memory = Arc::new(GuestMemory::new(&layout.backed)?);
     let boot = build(
         &memory,

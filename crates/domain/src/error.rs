@@ -11,12 +11,13 @@ use crate::EndReason;
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
     #[error(
-        "Domain {name} needs {needed_mib} MiB of memory and the host has {available_mib} MiB left, of which it keeps {reserve_mib} MiB: stop another domain or lower `memory`"
+        "Domain {name} needs {needed_mib} MiB of memory; the host has {available_mib} MiB left, of which other domains may still claim {promised_mib} MiB and the host keeps {reserve_mib} MiB: stop another domain or lower `memory`"
     )]
     HostMemory {
         name: String,
         needed_mib: u64,
         available_mib: u64,
+        promised_mib: u64,
         reserve_mib: u64,
     },
     #[error(transparent)]

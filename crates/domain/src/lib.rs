@@ -58,6 +58,8 @@ pub struct DomainSpec {
     pub cmdline: String,
     /// A multiple of 4096.
     pub memory_bytes: u64,
+    /// Memory of the host that is free and yet spoken for, in bytes.
+    pub promised_bytes: u64,
     pub vcpus: u32,
     /// The domain is never saved or moved, so that it may be told what is true of this host alone.
     pub nomigrate: bool,

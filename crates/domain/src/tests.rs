@@ -65,6 +65,7 @@ fn try_domain(
         ramdisk: None,
         cmdline: "console=hvc0".to_owned(),
         memory_bytes,
+        promised_bytes: 0,
         vcpus,
         nomigrate: false,
         console: Box::new(sink),

@@ -93,19 +93,26 @@ fn create_with(global: Global, options: Options) -> anyhow::Result<()> {
     }
     let host = Host::from_environment()?;
     // Attached before the first instruction, the console shows everything.
-    let domid = host.create(CreateRequest {
+    let created = host.create(CreateRequest {
         config,
         paused: options.paused || options.console,
     })?;
+    let domid = created.domid;
+    let mut ended = false;
     if options.console {
         let stream = host.console(&domid.to_string())?;
         if !options.paused {
             host.unpause(&domid.to_string())?;
         }
-        terminal::attach(&stream)?;
+        ended = terminal::attach(&stream)? == terminal::Left::Ended;
     }
     if options.foreground {
         wait_for_death(&host, domid)?;
+        ended = true;
+    }
+    // The console and the domain end in good order before their process does.
+    if ended {
+        created.wait_process()?;
     }
     Ok(())
 }

@@ -24,6 +24,7 @@ impl toolstack::MachineFactory for Domains {
             ramdisk: config.ramdisk.clone(),
             cmdline: config.cmdline.clone(),
             memory_bytes: config.memory_mib << 20,
+            promised_bytes: spec.promised_bytes,
             vcpus: config.vcpus,
             nomigrate: false,
             console,

@@ -39,9 +39,18 @@ impl Drop for Raw {
     }
 }
 
+/// Why a console was left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// It ended.
+    Ended,
+    /// The user left it.
+    ByUser,
+}
+
 /// Connects standard input and output with a console until it ends or the user leaves. The end of the input alone is
 /// no reason to leave: the output may still be wanted.
-pub(crate) fn attach(stream: &UnixStream) -> io::Result<()> {
+pub(crate) fn attach(stream: &UnixStream) -> io::Result<Left> {
     let _raw = Raw::enter()?;
     // A guest that does not read must keep neither its output nor the escape key from the user.
     stream.set_nonblocking(true)?;
@@ -50,8 +59,11 @@ pub(crate) fn attach(stream: &UnixStream) -> io::Result<()> {
         input_open: true,
         pending: Vec::new(),
     };
-    while session.step()? {}
-    Ok(())
+    loop {
+        if let Some(left) = session.step()? {
+            return Ok(left);
+        }
+    }
 }
 
 /// Input is read while less than so much of it waits for the guest, in bytes.
@@ -81,8 +93,8 @@ fn is_end(fault: &io::Error) -> bool {
 }
 
 impl Session<'_> {
-    /// One round; false where the session is over.
-    fn step(&mut self) -> io::Result<bool> {
+    /// One round; tells when the session is over.
+    fn step(&mut self) -> io::Result<Option<Left>> {
         let input = stdin();
         let input = input.as_fd();
         let mut wanted = PollFlags::IN;
@@ -95,7 +107,7 @@ impl Session<'_> {
         }
         match poll(&mut descriptors, None) {
             Ok(_) => {}
-            Err(Errno::INTR) => return Ok(true),
+            Err(Errno::INTR) => return Ok(None),
             Err(fault) => return Err(fault.into()),
         }
         let stream_events = descriptors[0].revents();
@@ -103,15 +115,15 @@ impl Session<'_> {
             .get(1)
             .is_some_and(|descriptor| !descriptor.revents().is_empty());
         if stream_events.intersects(!PollFlags::OUT) && !self.pass_output()? {
-            return Ok(false);
+            return Ok(Some(Left::Ended));
         }
         if stream_events.contains(PollFlags::OUT) {
             self.send()?;
         }
-        if input_ready {
-            return self.pass_input();
+        if input_ready && !self.pass_input()? {
+            return Ok(Some(Left::ByUser));
         }
-        Ok(true)
+        Ok(None)
     }
 
     /// False where the console has ended.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use hospes_units::DomId;
 
 use crate::error::{Error, Result};
-use crate::launch::{self, CreateRequest};
+use crate::launch::{self, CreateRequest, Created};
 use crate::paths::Paths;
 use crate::protocol::{self, DomainInfo, Ended, Reply, Request, ShutdownKind, Until};
 use crate::registry::{Entry, HOST_NAME, Registry, is_locked};
@@ -78,8 +78,8 @@ impl Host {
         &self.paths
     }
 
-    /// Creates a domain and returns its id when it is there. It runs unless it is to be left paused.
-    pub fn create(&self, request: CreateRequest) -> Result<DomId> {
+    /// Creates a domain and returns when it is there. It runs unless it is to be left paused.
+    pub fn create(&self, request: CreateRequest) -> Result<Created> {
         launch::create(&self.paths, request)
     }
 

@@ -67,6 +67,12 @@ pub enum Error {
         status: std::process::ExitStatus,
         log: PathBuf,
     },
+    #[error("the process of domain {domid} ended ({status}) and the domain with it; its log is {log}", log = .log.display())]
+    ProcessLost {
+        domid: DomId,
+        status: std::process::ExitStatus,
+        log: PathBuf,
+    },
     #[error("cannot start the domain process: {0}")]
     Spawn(io::Error),
 }

@@ -5,8 +5,8 @@
 
 use std::io::BufReader;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
 use hospes_config::{DomainConfig, Uuid};
 use hospes_units::DomId;
@@ -25,6 +25,29 @@ pub struct CreateRequest {
     pub paused: bool,
 }
 
+/// A domain that was just created. Its process goes on without this one; as long as both live, this one hears how it ends.
+#[derive(Debug)]
+pub struct Created {
+    pub domid: DomId,
+    process: Child,
+    log: PathBuf,
+}
+
+impl Created {
+    /// Waits for the end of the domain process; an error where it was killed and did not come to its end.
+    pub fn wait_process(mut self) -> Result<()> {
+        let status = self.process.wait().map_err(Error::Spawn)?;
+        if status.success() {
+            return Ok(());
+        }
+        Err(Error::ProcessLost {
+            domid: self.domid,
+            status,
+            log: self.log,
+        })
+    }
+}
+
 /// A fresh version 4 UUID.
 pub(crate) fn random_uuid() -> Result<Uuid> {
     let mut bytes = [0; 16];
@@ -38,7 +61,7 @@ pub(crate) fn random_uuid() -> Result<Uuid> {
 }
 
 /// Creates a domain and returns when it is there.
-pub(crate) fn create(paths: &Paths, request: CreateRequest) -> Result<DomId> {
+pub(crate) fn create(paths: &Paths, request: CreateRequest) -> Result<Created> {
     let mut config = request.config;
     config.kernel =
         std::path::absolute(&config.kernel).map_err(at("cannot resolve", &config.kernel))?;
@@ -58,7 +81,7 @@ pub(crate) fn create(paths: &Paths, request: CreateRequest) -> Result<DomId> {
 }
 
 /// Starts a domain process and waits for its answer.
-pub(crate) fn start_process(launch: &Launch) -> Result<DomId> {
+pub(crate) fn start_process(launch: &Launch) -> Result<Created> {
     let paths = Paths {
         run: launch.run.clone(),
         log: launch.log.clone(),
@@ -97,7 +120,11 @@ pub(crate) fn start_process(launch: &Launch) -> Result<DomId> {
         });
     };
     match protocol::decode(&line)? {
-        Launched::Domain { domid } => Ok(DomId(domid)),
+        Launched::Domain { domid } => Ok(Created {
+            domid: DomId(domid),
+            process: child,
+            log: log_path,
+        }),
         Launched::Error { message } => {
             child.wait().map_err(Error::Spawn)?;
             Err(Error::Create { message })

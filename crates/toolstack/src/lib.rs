@@ -32,7 +32,7 @@ mod supervisor;
 
 pub use client::{Host, Watch};
 pub use error::{Error, Result};
-pub use launch::CreateRequest;
+pub use launch::{CreateRequest, Created};
 pub use machine::{Machine, MachineError, MachineFactory, MachineInfo, MachineSpec};
 pub use paths::Paths;
 pub use process::domain_process;

@@ -18,6 +18,8 @@ pub struct MachineSpec<'a> {
     pub domid: DomId,
     pub uuid: Uuid,
     pub config: &'a DomainConfig,
+    /// Memory that other domains have not used yet and still may, in bytes: what the host has free is theirs first.
+    pub promised_bytes: u64,
 }
 
 /// The state of a machine at one moment.

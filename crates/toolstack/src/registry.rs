@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::Utc;
 use crate::error::{Error, Result, at};
+use crate::logfile::{LOG_MAX_BYTES, LogFile};
 use crate::paths::Paths;
 
 /// The first id that Xen reserves (`DOMID_FIRST_RESERVED`): ids are below it.
@@ -83,23 +84,23 @@ impl Slot {
 
 #[derive(Clone, Debug)]
 pub(crate) struct Registry {
-    run: PathBuf,
+    paths: Paths,
 }
 
 impl Registry {
     pub fn new(paths: &Paths) -> Registry {
         Registry {
-            run: paths.run.clone(),
+            paths: paths.clone(),
         }
     }
 
     fn domains(&self) -> PathBuf {
-        self.run.join("domains")
+        self.paths.run.join("domains")
     }
 
     /// Takes the lock of the directory; it is released when the file is dropped.
     fn lock(&self) -> Result<File> {
-        let path = self.run.join("lock");
+        let path = self.paths.run.join("lock");
         let file = open_lock(&path).map_err(at("cannot open", &path))?;
         let deadline = Instant::now() + LOCK_PATIENCE;
         loop {
@@ -117,7 +118,7 @@ impl Registry {
 
     /// All living domains by id. What is left of dead ones is removed.
     pub fn entries(&self) -> Result<Vec<Entry>> {
-        if !self.run.exists() {
+        if !self.paths.run.exists() {
             return Ok(Vec::new());
         }
         let _lock = self.lock()?;
@@ -145,6 +146,7 @@ impl Registry {
             };
             let dir = item.path();
             if !is_locked(&dir) {
+                self.note_death(&dir);
                 fs::remove_dir_all(&dir)
                     .map_err(at("cannot remove what is left of a dead domain in", &dir))?;
                 continue;
@@ -157,6 +159,34 @@ impl Registry {
         }
         entries.sort_by_key(|entry| entry.domid);
         Ok(entries)
+    }
+
+    /// A line in the log of a domain whose process could not write one any more.
+    fn note_death(&self, dir: &Path) {
+        // Without a record the domain was not there yet; without a log there is nobody to tell.
+        let Ok(record) = read_record(dir) else { return };
+        let log = self.paths.domain_log(&record.name);
+        if let Ok(mut log) = LogFile::open(&log, LOG_MAX_BYTES) {
+            let line = format!(
+                "{} The domain process [pid {}] was killed, by a signal or for want of memory, and the domain with it\n",
+                Utc::now(),
+                record.pid
+            );
+            let _ = log.append(line.as_bytes());
+        }
+    }
+
+    /// Memory that the domains but `except` have not used yet and still may, in bytes.
+    pub fn promised_bytes(&self, except: DomId) -> Result<u64> {
+        let others = self.entries()?.into_iter().filter(|e| e.domid != except);
+        Ok(others
+            .map(|entry| {
+                let memory = entry.record.config.memory_mib << 20;
+                // A process that is gone by now needs no more.
+                let used = shared_bytes(entry.record.pid).unwrap_or(memory);
+                memory.saturating_sub(used)
+            })
+            .sum())
     }
 
     /// Gives a new domain its id and directory. Name and UUID have to be unused.
@@ -215,7 +245,7 @@ impl Registry {
 
     /// Ids ascend, so that a command with an old id meets no other domain; after the last they begin again.
     fn next_id(&self, entries: &[Entry]) -> Result<DomId> {
-        let path = self.run.join("next-domid");
+        let path = self.paths.run.join("next-domid");
         let stored = fs::read_to_string(&path)
             .ok()
             .and_then(|text| text.trim().parse::<u16>().ok());
@@ -230,6 +260,16 @@ impl Registry {
         fs::write(&path, format!("{}\n", id + 1)).map_err(at("cannot write", &path))?;
         Ok(DomId(id))
     }
+}
+
+/// Shared memory that a process uses, in bytes: a domain's is its guest's memory and little else.
+fn shared_bytes(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssShmem:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
 }
 
 fn check_unused(entries: &[Entry], record: &Record, ignored: Option<DomId>) -> Result<()> {
@@ -322,7 +362,11 @@ mod tests {
         let run =
             std::env::temp_dir().join(format!("hospes-registry-{test}-{}", std::process::id()));
         fs::create_dir_all(&run).expect("temporary directory");
-        (Registry { run: run.clone() }, Directory(run))
+        let paths = Paths {
+            run: run.clone(),
+            log: run.join("log"),
+        };
+        (Registry::new(&paths), Directory(run))
     }
 
     fn record(name: &str, uuid: u8) -> Record {
@@ -416,6 +460,23 @@ mod tests {
     }
 
     #[test]
+    fn promised_bytes_counts_what_others_have_not_used() {
+        let (registry, _directory) = registry("promised");
+        let first = registry.allocate(&record("a", 1)).expect("free");
+        let _second = registry.allocate(&record("b", 2)).expect("free");
+        // Both are of this process, which shares little.
+        let used = shared_bytes(std::process::id()).expect("own status");
+        let promised = registry.promised_bytes(first.domid()).expect("list");
+        assert!(used < 64 << 20 && promised <= 64 << 20, "{promised} {used}");
+        assert!(
+            promised >= (64 << 20) - used - (1 << 20),
+            "{promised} {used}"
+        );
+        let all = registry.promised_bytes(DomId(99)).expect("list");
+        assert!(all > promised, "{all} {promised}");
+    }
+
+    #[test]
     fn entries_removes_what_no_process_holds() {
         let (registry, directory) = registry("stale");
         let slot = registry.allocate(&record("a", 1)).expect("free");
@@ -423,6 +484,7 @@ mod tests {
         drop(slot);
         let half_made = directory.0.join("domains/7");
         fs::create_dir(&half_made).expect("writable");
+        fs::create_dir(directory.0.join("log")).expect("writable");
         assert_eq!(registry.entries().expect("list"), []);
         assert_eq!(
             fs::read_dir(directory.0.join("domains"))
@@ -433,5 +495,7 @@ mod tests {
         registry
             .allocate(&record("a", 1))
             .expect("the name is free again");
+        let log = fs::read_to_string(directory.0.join("log/a.log")).expect("a log");
+        assert!(log.lines().count() == 1 && log.contains("killed"), "{log}");
     }
 }

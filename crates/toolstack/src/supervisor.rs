@@ -293,6 +293,7 @@ impl<'a> Supervisor<'a> {
             domid: slot.domid(),
             uuid: self.uuid,
             config: &self.config,
+            promised_bytes: self.registry.promised_bytes(slot.domid())?,
         };
         let machine = self
             .factory
@@ -441,7 +442,7 @@ impl<'a> Supervisor<'a> {
             run: self.paths.run.clone(),
             log: self.paths.log.clone(),
         };
-        launch::start_process(&launch)
+        Ok(launch::start_process(&launch)?.domid)
     }
 
     /// Ends the present domain id, and with it the process.
