@@ -93,8 +93,18 @@ impl BtHost {
         unsafe { &raw mut (*self.frame.as_ptr()).cpu }
     }
 
-    /// Enters translated code; flags are synchronised on both sides.
+    /// Enters translated code, unless a request waits; flags are synchronised on both sides.
     pub fn enter(&mut self, pos: usize) -> ExitKind {
+        self.control.enter_code();
+        // Whoever posts a request now sees that we are inside and sends a signal; who did before is seen here.
+        if self.control.has_requests() {
+            self.control.leave_code();
+            return ExitKind::TurnedBack;
+        }
+        self.run_code(pos)
+    }
+
+    fn run_code(&mut self, pos: usize) -> ExitKind {
         self.sync_flags_out();
         self.control.enter_code();
         let kind = call(&self.shared, pos);
@@ -372,7 +382,7 @@ impl Host for BtHost {
         self.frame.operand = operand.map_or(0, |o| o.ptr as u64);
         loop {
             self.frame.turn_back.store(0, Ordering::Relaxed);
-            match self.enter(pos) {
+            match self.run_code(pos) {
                 ExitKind::TurnedBack => {}
                 ExitKind::Signal if self.frame.raw_signal == kick_signal() => {}
                 ExitKind::Signal => {

@@ -158,7 +158,8 @@ impl BtVcpu {
     fn step(&mut self) -> Step {
         self.host.steps += 1;
         let cpu = self.host.cpu_ptr();
-        // SAFETY: the host part never forms a reference to the frame's `cpu` while it is lent out here.
+        // SAFETY: the frame is mapped. While the state is lent out, the host part changes it only where it is handed on to it (`run_native`, `load_fpu`,
+        // `store_fpu`); elsewhere it reads it or touches other fields of the frame.
         exec::step(unsafe { &mut *cpu }, &mut self.host)
     }
 
@@ -593,6 +594,8 @@ impl BtVcpu {
             return None;
         }
         if let Some(v) = callback {
+            // Whoever asserted it does so again while the guest has not seen to the cause.
+            self.host.control.set_callback_line(None);
             return Some(self.interrupt(v, false));
         }
         let v = vector?;

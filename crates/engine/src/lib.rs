@@ -116,7 +116,8 @@ pub trait VcpuControl: Send + Sync {
     /// lost. Wakes a vCPU inside [`Vcpu::run`]; one that is halted outside is woken by the caller.
     fn raise_interrupt(&self, vector: u8) -> bool;
 
-    /// Asserts or withdraws a level-like interrupt that is injected whenever interrupts are enabled, without the local APIC.
+    /// Asserts or withdraws an interrupt that is injected once, as soon as interrupts are enabled, without the local APIC. Whoever has a
+    /// level-like cause asserts it again as long as the guest has not seen to it.
     fn set_callback_line(&self, vector: Option<u8>);
 
     /// Raises an NMI.
