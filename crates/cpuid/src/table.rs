@@ -75,11 +75,11 @@ pub struct Dynamic {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CpuidError {
     #[error(
-        "the host's CPU lacks {name}, which guests of the {level} level need: use another host or a lower CPU level for this domain"
+        "the host's CPU lacks {name}, which guests of the {level} level need: use another host"
     )]
     Missing { name: &'static str, level: Level },
     #[error(
-        "the host's kernel does not enable AVX state (XCR0 is {xcr0:#x}), which guests of the {level} level need: use another host or a lower CPU level for this domain"
+        "the host's kernel does not enable AVX state (XCR0 is {xcr0:#x}), which guests of the {level} level need: use another host"
     )]
     AvxDisabled { xcr0: u64, level: Level },
     #[error("a domain needs at least one virtual CPU")]
