@@ -22,6 +22,7 @@ mod fpu;
 mod frame;
 mod host;
 mod jumps;
+mod lookup;
 mod signal;
 mod stubs;
 mod vcpu;
