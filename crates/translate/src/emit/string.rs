@@ -67,6 +67,10 @@ impl Work<'_> {
         self.asm.mov(dst, RDI);
         self.check_with(i, dst, t, checked, true);
         self.asm.store_imm8(self.layout.busy, 1);
+        // A false TLB hit faults at the very move: then the registers hold host addresses.
+        let moved = bit(RDI) | if moves { bit(RSI) } else { 0 };
+        self.spilled |= moved;
+        self.note();
         self.asm.mov(RDI, dst);
         if moves {
             self.asm.mov(RSI, src);
@@ -87,6 +91,7 @@ impl Work<'_> {
             self.asm.sub(RSI, src);
             self.asm.add_mem(RSI, self.slot(RSI));
         }
+        self.spilled &= !moved;
         self.asm.store_imm8(self.layout.busy, 0);
         if let Some(empty) = empty {
             let here = self.asm.pos() as i64;
