@@ -1,0 +1,238 @@
+//! Every instruction form that a guest of x86-64-v3 may use and that means the same in the oracle's process.
+
+use std::sync::LazyLock;
+
+use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Mnemonic, OpCodeOperandKind};
+
+/// How a form is tested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// Alone and inside of blocks.
+    Anywhere,
+    /// Alone: it faults, or needs registers set up for it.
+    Alone,
+    No,
+}
+
+fn offered(feature: CpuidFeature) -> bool {
+    use CpuidFeature as F;
+    matches!(
+        feature,
+        F::INTEL8086
+            | F::INTEL8086_ONLY
+            | F::INTEL186
+            | F::INTEL286
+            | F::INTEL386
+            | F::INTEL386_ONLY
+            | F::INTEL486
+            | F::X64
+            | F::CMOV
+            | F::CX8
+            | F::CMPXCHG16B
+            | F::POPCNT
+            | F::LZCNT
+            | F::BMI1
+            | F::BMI2
+            | F::ADX
+            | F::MOVBE
+            | F::MULTIBYTENOP
+            | F::PAUSE
+            | F::FPU
+            | F::FPU287
+            | F::FPU387
+            | F::MMX
+            | F::SSE
+            | F::SSE2
+            | F::SSE3
+            | F::SSSE3
+            | F::SSE4_1
+            | F::SSE4_2
+            | F::AES
+            | F::SHA
+            | F::PCLMULQDQ
+            | F::AVX
+            | F::AVX2
+            | F::FMA
+            | F::F16C
+            | F::FXSR
+            | F::XSAVE
+            | F::XSAVEC
+            | F::XSAVEOPT
+            | F::FSGSBASE
+            | F::CLFSH
+            | F::CLFLUSHOPT
+            | F::CLWB
+            | F::PREFETCHW
+    )
+}
+
+/// What a form is good for.
+pub fn classify(code: Code) -> Use {
+    use Mnemonic as M;
+    let op = code.op_code();
+    if !op.is_instruction()
+        || !matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
+        || !code.cpuid_features().iter().all(|&f| offered(f))
+    {
+        return Use::No;
+    }
+    match code.mnemonic() {
+        // The answer is the machine's and not the program's, or the system's tables are not alike.
+        M::Cpuid
+        | M::Rdtsc
+        | M::Rdpmc
+        | M::Rdrand
+        | M::Rdseed
+        | M::Sgdt
+        | M::Sidt
+        | M::Sldt
+        | M::Str
+        | M::Smsw
+        | M::Lar
+        | M::Lsl
+        | M::Verr
+        | M::Verw
+        | M::Xgetbv
+        | M::Lds
+        | M::Les
+        | M::Lfs
+        | M::Lgs
+        | M::Lss
+        | M::Arpl
+        | M::Wait => return Use::No,
+        // Processors differ in how much of them they decode.
+        M::Ud0 | M::Ud1 => return Use::No,
+        // System calls.
+        M::Syscall | M::Sysenter | M::Sysexit | M::Sysret | M::Int | M::Int1 | M::Rsm => {
+            return Use::No;
+        }
+        // They store parts of the state that differ: pointers, reserved bytes. Tested by cases of their own.
+        M::Fnstenv
+        | M::Fnsave
+        | M::Fldenv
+        | M::Frstor
+        | M::Fstenv
+        | M::Fsave
+        | M::Fxsave
+        | M::Fxsave64
+        | M::Fxrstor
+        | M::Fxrstor64
+        | M::Xsave
+        | M::Xsave64
+        | M::Xsavec
+        | M::Xsavec64
+        | M::Xsaveopt
+        | M::Xsaveopt64
+        | M::Xrstor
+        | M::Xrstor64 => return Use::No,
+        M::Popf | M::Popfd | M::Popfq | M::Enter | M::Bound | M::Into | M::Ud2 => {
+            return Use::Alone;
+        }
+        M::Wrfsbase | M::Wrgsbase | M::Xlatb | M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => {
+            return Use::Alone;
+        }
+        _ if has_loose_flags(code) => return Use::Alone,
+        M::Pusha | M::Pushad | M::Popa | M::Popad => return Use::Alone,
+        _ => {}
+    }
+    if op.is_privileged() {
+        // They raise #GP in user code.
+        return Use::Alone;
+    }
+    if code.flow_control() != FlowControl::Next {
+        return Use::No;
+    }
+    let mut result = Use::Anywhere;
+    for k in op.op_kinds() {
+        use OpCodeOperandKind as K;
+        match k {
+            K::mem_mpx | K::mem_mib | K::sibmem | K::farbr2_2 | K::farbr4_2 => return Use::No,
+            K::seg_reg | K::es | K::cs | K::ss | K::ds | K::fs | K::gs => {
+                // Loads of segment registers are no form of user code worth the trouble.
+                let stores = code.mnemonic() == M::Push
+                    || code.mnemonic() == M::Mov && op.op_kind(1) == K::seg_reg;
+                if !stores {
+                    return Use::No;
+                }
+                result = Use::Alone;
+            }
+            K::seg_rSI
+            | K::es_rDI
+            | K::seg_rDI
+            | K::mem_vsib32x
+            | K::mem_vsib32y
+            | K::mem_vsib64x
+            | K::mem_vsib64y => result = Use::Alone,
+            _ => {}
+        }
+    }
+    result
+}
+
+/// Forms to test alone in 32- or 64-bit code.
+pub fn alone(bits: u32) -> Vec<Code> {
+    forms(bits, |u| u != Use::No)
+}
+
+/// Forms that may stand inside of a random block.
+pub fn anywhere(bits: u32) -> Vec<Code> {
+    forms(bits, |u| u == Use::Anywhere)
+}
+
+fn forms(bits: u32, wanted: impl Fn(Use) -> bool) -> Vec<Code> {
+    static USES: LazyLock<Vec<Use>> = LazyLock::new(|| Code::values().map(classify).collect());
+    Code::values()
+        .filter(|c| {
+            let op = c.op_code();
+            wanted(USES[*c as usize]) && if bits == 64 { op.mode64() } else { op.mode32() }
+        })
+        .collect()
+}
+
+/// Integer forms that make up most of real code.
+pub fn is_common(code: Code) -> bool {
+    use CpuidFeature as F;
+    code.cpuid_features().iter().all(|f| {
+        matches!(
+            f,
+            F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::X64 | F::CMOV
+        )
+    })
+}
+
+/// Whether its undefined flags cannot be compared: the engine emulates decimal arithmetic, which 64-bit hosts no longer have, and the processor's own
+/// OF after a rotation of a byte or word through carry by a multiple of its width depends on more than the operands.
+pub fn has_loose_flags(code: Code) -> bool {
+    use Mnemonic as M;
+    match code.mnemonic() {
+        M::Aaa | M::Aas | M::Aam | M::Aad | M::Daa | M::Das => true,
+        M::Rcl | M::Rcr => matches!(
+            code,
+            Code::Rcl_rm8_imm8
+                | Code::Rcl_rm8_CL
+                | Code::Rcl_rm16_imm8
+                | Code::Rcl_rm16_CL
+                | Code::Rcr_rm8_imm8
+                | Code::Rcr_rm8_CL
+                | Code::Rcr_rm16_imm8
+                | Code::Rcr_rm16_CL
+        ),
+        _ => false,
+    }
+}
+
+/// Whether it is CMPS.
+pub fn is_compare_string(i: &iced_x86::Instruction) -> bool {
+    use Mnemonic as M;
+    is_string(i) && matches!(i.mnemonic(), M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq)
+}
+
+/// Whether it is a string instruction other than port input and output.
+pub fn is_string(i: &iced_x86::Instruction) -> bool {
+    use Mnemonic as M;
+    i.is_string_instruction()
+        && !matches!(
+            i.mnemonic(),
+            M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd
+        )
+}

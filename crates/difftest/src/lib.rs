@@ -1,0 +1,26 @@
+//! Differential tests of the binary-translation engine: the host's processor is the oracle.
+//!
+//! A case is a piece of user code with its registers and memory. It runs natively in a process of its own ([`oracle`]) and in a guest ([`guest`]): translated
+//! with a cold and with a warm TLB, and interpreted. Afterwards everything that code can see is [compared](compare): registers, flags, x87 and vector state,
+//! memory, and for exceptions the vector, error code, RIP and CR2.
+//!
+//! The generators make single instructions of every form ([`single`]), random blocks ([`blocks`]) and code that changes itself ([`selfmod`]) from a seed.
+//! `HOSPES_DIFF_SECONDS=n` runs each for n seconds in place of a fixed number of cases, `HOSPES_DIFF_SEED=s` takes other seeds, `HOSPES_DIFF_TRACE=1` prints every
+//! case before it runs.
+//!
+//! Not tested here: what needs privilege, devices or several vCPUs, and instructions whose answer is the machine's own (CPUID, RDTSC, RDRAND).
+
+pub mod blocks;
+pub mod compare;
+pub mod engine;
+pub mod forms;
+pub mod guest;
+pub mod layout;
+pub mod operands;
+pub mod oracle;
+pub mod program;
+pub mod rng;
+pub mod runner;
+pub mod selfmod;
+pub mod single;
+pub mod state;

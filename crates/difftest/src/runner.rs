@@ -1,0 +1,297 @@
+//! Runs programs on both sides and reports what differs.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::compare::{Verdict, compare};
+use crate::engine::Engine;
+use crate::guest::GuestError;
+use crate::layout::base_image;
+use crate::oracle::{BATCH, Oracle, OracleError};
+use crate::program::{Case, Program};
+use crate::rng::Rng;
+use crate::state::{Ending, Outcome};
+
+/// Mismatches after which a run stops looking for more.
+const REPORTS: usize = 10;
+
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Oracle(#[from] OracleError),
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    #[error("the processor lacks {0}, which the tests need")]
+    Host(&'static str),
+}
+
+/// What a run has found.
+#[derive(Debug, Default)]
+pub struct Report {
+    pub cases: u64,
+    /// Cases that ended with something else than the final INT3.
+    pub faults: u64,
+    /// Cases in which flags differed at a fault, but were dead.
+    pub dead_flags: u64,
+    /// Cases that do not end natively; they are not compared.
+    pub timeouts: u64,
+    /// Cases in which #GP came behind a jump and not at it.
+    pub late_faults: u64,
+    pub mismatches: Vec<String>,
+}
+
+impl Report {
+    /// Panics with all mismatches if there are any.
+    pub fn check(&self, what: &str) {
+        println!(
+            "{what}: {} cases, {} ended in a fault, {} with dead flags that differ, {} with a late fault, {} without an end",
+            self.cases, self.faults, self.dead_flags, self.late_faults, self.timeouts
+        );
+        assert!(self.cases > 0, "{what}: no case was run");
+        assert!(
+            self.mismatches.is_empty(),
+            "{what}: {} mismatches\n{}",
+            self.mismatches.len(),
+            self.mismatches.join("\n")
+        );
+    }
+}
+
+/// How long and from where to look.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    pub seed: u64,
+    /// Programs to run where no time is given.
+    pub programs: u64,
+    pub time: Option<Duration>,
+}
+
+impl Budget {
+    /// `programs` with the fixed seed, or what HOSPES_DIFF_SECONDS and HOSPES_DIFF_SEED say.
+    pub fn from_environment(programs: u64) -> Budget {
+        let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse().ok());
+        Budget {
+            seed: number("HOSPES_DIFF_SEED").unwrap_or(1),
+            programs,
+            time: number("HOSPES_DIFF_SECONDS").map(Duration::from_secs),
+        }
+    }
+}
+
+/// Both sides, ready to run programs.
+pub struct Runner {
+    base: Vec<u8>,
+    oracle: Oracle,
+    translated: Engine,
+    interpreted: Engine,
+}
+
+/// What differs, without the values: shrinking must not turn one difference into another.
+fn signature(text: &str) -> Vec<&str> {
+    let mut names: Vec<&str> = text
+        .lines()
+        .filter_map(|l| l.split(&[':', ' ']).find(|w| !w.is_empty()))
+        .collect();
+    names.dedup();
+    names
+}
+
+/// Ways of running a case in the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// With an empty TLB.
+    Cold,
+    /// Directly after a cold run.
+    Warm,
+    /// One instruction at a time.
+    Interpreted,
+}
+
+const WAYS: [Way; 3] = [Way::Cold, Way::Warm, Way::Interpreted];
+
+impl Runner {
+    pub fn new() -> Result<Runner, RunError> {
+        // SAFETY: a plain system call that reads a number.
+        let features = unsafe { libc::getauxval(libc::AT_HWCAP2) };
+        if features & 2 == 0 {
+            return Err(RunError::Host("FSGSBASE for user code"));
+        }
+        if !std::is_x86_feature_detected!("avx2") {
+            return Err(RunError::Host("AVX2"));
+        }
+        let base = base_image();
+        Ok(Runner {
+            oracle: Oracle::new(&base)?,
+            translated: Engine::new(&base, false)?,
+            interpreted: Engine::new(&base, true)?,
+            base,
+        })
+    }
+
+    /// Runs what `generate` makes of seeds, until the budget is used up or too much differs.
+    pub fn run(
+        &mut self,
+        budget: Budget,
+        generate: impl Fn(&mut Rng, u64) -> Option<Program>,
+    ) -> Result<Report, RunError> {
+        let mut report = Report::default();
+        let start = Instant::now();
+        let mut n = 0;
+        loop {
+            let done = match budget.time {
+                Some(t) => start.elapsed() >= t,
+                None => n >= budget.programs,
+            };
+            if done || report.mismatches.len() >= REPORTS {
+                return Ok(report);
+            }
+            let mut batch = Vec::with_capacity(BATCH);
+            while batch.len() < BATCH {
+                let seed = budget.seed.wrapping_mul(0x1_0000_0001).wrapping_add(n);
+                if let Some(p) = generate(&mut Rng::new(seed), n)
+                    && let Some(case) = p.assemble()
+                {
+                    batch.push((seed, p, Arc::new(case)));
+                }
+                n += 1;
+            }
+            self.batch(&batch, &mut report)?;
+        }
+    }
+
+    fn batch(
+        &mut self,
+        batch: &[(u64, Program, Arc<Case>)],
+        report: &mut Report,
+    ) -> Result<(), RunError> {
+        let cases: Vec<&Case> = batch.iter().map(|b| &*b.2).collect();
+        let trace = std::env::var_os("HOSPES_DIFF_TRACE").is_some();
+        self.oracle.submit(&cases)?;
+        let oracle = self.oracle.collect()?;
+        for ((seed, program, case), want) in batch.iter().zip(&oracle) {
+            report.cases += 1;
+            if want.ending == Ending::TimedOut {
+                // A return to a stale address can lead in a circle: there is no end to compare.
+                report.timeouts += 1;
+                continue;
+            }
+            if trace {
+                eprintln!("seed {seed}\n{}", program.describe());
+            }
+            if !matches!(want.ending, Ending::Exception { vector: 3, .. }) {
+                report.faults += 1;
+            }
+            self.submit(case, Way::Interpreted);
+            let cold = self.one(case, Way::Cold)?;
+            let warm = self.one(case, Way::Warm)?;
+            let interpreted = self.collect(case, Way::Interpreted)?;
+            for (way, got) in WAYS.into_iter().zip([cold, warm, interpreted]) {
+                match compare(case, want, &got) {
+                    Verdict::Same => {}
+                    Verdict::DeadFlags => report.dead_flags += 1,
+                    Verdict::LateFault => report.late_faults += 1,
+                    Verdict::Different(_) => {
+                        let text = self.explain(*seed, program, way)?;
+                        report.mismatches.push(text);
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn submit(&self, case: &Arc<Case>, way: Way) {
+        match way {
+            Way::Interpreted => self.interpreted.submit(case.clone(), false),
+            Way::Cold | Way::Warm => self.translated.submit(case.clone(), way == Way::Cold),
+        }
+    }
+
+    fn collect(&mut self, case: &Arc<Case>, way: Way) -> Result<Outcome, RunError> {
+        let interpret = way == Way::Interpreted;
+        let engine = if interpret {
+            &mut self.interpreted
+        } else {
+            &mut self.translated
+        };
+        if let Some(answer) = engine.collect() {
+            return Ok(answer?);
+        }
+        // A panic has ended it: try once more with a new one.
+        *engine = Engine::new(&self.base, interpret)?;
+        engine.submit(case.clone(), way == Way::Cold);
+        let answer = engine.collect();
+        Ok(answer.expect("a new engine answers its first case")?)
+    }
+
+    fn one(&mut self, case: &Arc<Case>, way: Way) -> Result<Outcome, RunError> {
+        self.submit(case, way);
+        self.collect(case, way)
+    }
+
+    /// How one way of running a program differs from the oracle, if it does.
+    fn difference(&mut self, program: &Program, way: Way) -> Result<Option<String>, RunError> {
+        let Some(case) = program.assemble().map(Arc::new) else {
+            return Ok(None);
+        };
+        self.oracle.submit(&[&case])?;
+        let want = self.oracle.collect()?.remove(0);
+        if want.ending == Ending::TimedOut {
+            return Ok(None);
+        }
+        if way == Way::Warm {
+            self.one(&case, Way::Cold)?;
+        }
+        let got = self.one(&case, way)?;
+        Ok(match compare(&case, &want, &got) {
+            Verdict::Different(text) => Some(text),
+            Verdict::Same | Verdict::DeadFlags | Verdict::LateFault => None,
+        })
+    }
+
+    /// Drops instructions as long as the difference stays, and describes what is left.
+    fn explain(&mut self, seed: u64, program: &Program, way: Way) -> Result<String, RunError> {
+        let mut smallest = program.clone();
+        let Some(mut text) = self.difference(&smallest, way)? else {
+            return Ok(format!(
+                "seed {seed}, {way:?}: differs only after the programs before it\n{}",
+                program.describe()
+            ));
+        };
+        loop {
+            let mut changed = false;
+            let mut n = smallest.items.len();
+            while n > 0 {
+                n -= 1;
+                let mut less = smallest.clone();
+                less.items.remove(n);
+                if less.items.is_empty() {
+                    continue;
+                }
+                if let Some(t) = self.difference(&less, way)?
+                    && signature(&t) == signature(&text)
+                {
+                    (smallest, text, changed) = (less, t, true);
+                }
+            }
+            if !changed {
+                break;
+            }
+        }
+        Ok(format!(
+            "seed {seed}, {way:?}\n{}{text}",
+            smallest.describe()
+        ))
+    }
+
+    /// Compares one program in every way; `None` where all agree.
+    pub fn check(&mut self, program: &Program) -> Result<Option<String>, RunError> {
+        for way in WAYS {
+            if let Some(text) = self.difference(program, way)? {
+                return Ok(Some(format!("{way:?}\n{}{text}", program.describe())));
+            }
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,48 @@
+//! Random programs, and programs that change themselves.
+
+use hospes_difftest::program::{Flavour, Program};
+use hospes_difftest::rng::Rng;
+use hospes_difftest::runner::{Budget, Runner};
+use hospes_difftest::{blocks, selfmod};
+
+fn programs_agree(
+    what: &str,
+    flavour: Flavour,
+    count: u64,
+    generate: impl Fn(Flavour, &mut Rng) -> Option<Program>,
+) {
+    let report = Runner::new()
+        .unwrap()
+        .run(Budget::from_environment(count), |rng, _| {
+            generate(flavour, rng)
+        })
+        .unwrap();
+    report.check(&format!("{what}, {flavour:?}"));
+}
+
+#[test]
+fn user_blocks_agree_with_the_processor() {
+    programs_agree("blocks", Flavour::User64, 20_000, blocks::generate);
+}
+
+#[test]
+fn kernel_blocks_agree_with_the_processor() {
+    programs_agree("blocks", Flavour::Kernel64, 6_000, blocks::generate);
+}
+
+#[test]
+fn compatibility_mode_blocks_agree_with_the_processor() {
+    programs_agree("blocks", Flavour::User32, 6_000, blocks::generate);
+}
+
+#[test]
+fn self_modifying_code_agrees_with_the_processor() {
+    programs_agree("self-modifying", Flavour::User64, 4_000, selfmod::generate);
+    programs_agree(
+        "self-modifying",
+        Flavour::Kernel64,
+        2_000,
+        selfmod::generate,
+    );
+    programs_agree("self-modifying", Flavour::User32, 2_000, selfmod::generate);
+}
