@@ -5,8 +5,8 @@
 
 use std::cell::Cell;
 use std::ptr;
-use std::sync::Once;
 use std::sync::atomic::Ordering;
+use std::sync::{Once, OnceLock};
 
 use crate::frame::Frame;
 use crate::stubs::ExitKind;
@@ -95,19 +95,28 @@ extern "C" fn handle(signal: i32, _info: *mut libc::siginfo_t, context: *mut lib
     }
 }
 
-/// Lets a fault that is not the guest's doing take its default course when the instruction is executed again.
+const SIGNALS: usize = 65;
+
+/// What the process did with each signal before the first vCPU.
+static PREVIOUS: OnceLock<[Option<libc::sigaction>; SIGNALS]> = OnceLock::new();
+
+/// Lets a fault that is not the guest's doing take the course it would take without us, when the instruction is executed again.
 fn reraise(signal: i32) {
-    // SAFETY: a zeroed sigaction with SIG_DFL is valid.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = libc::SIG_DFL;
-        libc::sigaction(signal, &action, ptr::null_mut());
-    }
+    let previous = PREVIOUS
+        .get()
+        .and_then(|all| *all.get(signal as usize)?)
+        .unwrap_or_else(|| {
+            // SAFETY: an all-zero sigaction is valid: the default action, no flags.
+            unsafe { std::mem::zeroed() }
+        });
+    // SAFETY: the action is one that was installed before, or the default.
+    unsafe { libc::sigaction(signal, &previous, ptr::null_mut()) };
 }
 
 fn install() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
+        let mut previous = [None; SIGNALS];
         for signal in [
             libc::SIGSEGV,
             libc::SIGBUS,
@@ -122,9 +131,13 @@ fn install() {
                 action.sa_sigaction = handle as extern "C" fn(_, _, _) as usize;
                 action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
                 libc::sigfillset(&mut action.sa_mask);
-                libc::sigaction(signal, &action, ptr::null_mut());
+                let mut old: libc::sigaction = std::mem::zeroed();
+                if libc::sigaction(signal, &action, &mut old) == 0 {
+                    previous[signal as usize] = Some(old);
+                }
             }
         }
+        let _ = PREVIOUS.set(previous);
     });
 }
 

@@ -447,6 +447,26 @@ impl Insn {
             M::Sysretq if long && mode.has(Mode::SYSCALL) && !mode.has(Mode::USER) => {
                 return Kind::Sysret;
             }
+            M::Mov
+                if i.op1_kind() == OpKind::Register
+                    && i.op1_register().is_segment_register()
+                    && i.op0_kind() == OpKind::Memory =>
+            {
+                return Kind::StoreSelector;
+            }
+            M::Wrfsbase | M::Wrgsbase
+                if long && mode.has(Mode::FSGSBASE) && i.op0_register().is_gpr64() =>
+            {
+                return Kind::WriteSegBase;
+            }
+            M::Bt | M::Bts | M::Btr | M::Btc
+                if long
+                    && i.op0_kind() == OpKind::Memory
+                    && i.op1_kind() == OpKind::Register
+                    && i.op1_register().size() >= 4 =>
+            {
+                return Kind::BitString;
+            }
             M::Jrcxz | M::Jecxz if long => return Kind::Jrcxz(i.near_branch_target()),
             M::Mov
                 if i.op1_kind() == OpKind::Register
