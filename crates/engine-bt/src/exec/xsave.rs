@@ -114,6 +114,16 @@ impl<H: Host> Cx<'_, H> {
         if self.code64() { 16 } else { 8 }
     }
 
+    /// Bytes of a component that are saved and loaded: outside of 64-bit code there are only eight vector registers.
+    fn component_reach(&self, n: u32, size: usize) -> usize {
+        match n {
+            _ if self.code64() => size,
+            2 | 6 => size / 2,
+            7 => 0,
+            _ => size,
+        }
+    }
+
     pub fn xsave(&mut self, i: &Instruction, kind: Save) -> Exec<Flow> {
         self.need_xsave()?;
         match kind {
@@ -162,7 +172,7 @@ impl<H: Host> Cx<'_, H> {
         for (n, at, own, size) in places.into_iter().flatten() {
             if written & (1 << n) != 0 {
                 let mut copy = [0; COMPONENT_MAX];
-                let copy = &mut copy[..size.min(COMPONENT_MAX)];
+                let copy = &mut copy[..self.component_reach(n, size.min(COMPONENT_MAX))];
                 copy.copy_from_slice(&self.cpu.xsave.0[own..own + copy.len()]);
                 self.write_lin(lin.wrapping_add(at as u64), copy, access)?;
             }
@@ -268,7 +278,7 @@ impl<H: Host> Cx<'_, H> {
         }
         for n in (2..8u32).filter(|n| wanted & (1 << n) != 0) {
             let (own, size) = self.component_place(n);
-            let size = size.min(COMPONENT_MAX);
+            let size = self.component_reach(n, size.min(COMPONENT_MAX));
             let mut data = [0; COMPONENT_MAX];
             let place = places.iter().flatten().find(|p| p.0 == n);
             if let Some(p) = place.filter(|_| load & (1 << n) != 0) {
@@ -277,7 +287,10 @@ impl<H: Host> Cx<'_, H> {
             self.cpu.xsave.0[own..own + size].copy_from_slice(&data[..size]);
         }
         self.mark_in_use(load, true);
-        self.mark_in_use(wanted & !load, false);
+        // The registers out of reach keep their values.
+        let kept = if self.code64() { 0 } else { wanted & !X87 };
+        self.mark_in_use(wanted & !load & !kept, false);
+        self.mark_in_use(kept, true);
         self.watch(lin, LEGACY + HEADER, false);
         Ok(Flow::Next)
     }
