@@ -131,7 +131,7 @@ pub fn classify(code: Code) -> Use {
         M::Wrfsbase | M::Wrgsbase | M::Xlatb | M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => {
             return Use::Alone;
         }
-        _ if has_loose_flags(code) => return Use::Alone,
+        _ if loose_flags(code) != 0 => return Use::Alone,
         M::Pusha | M::Pushad | M::Popa | M::Popad => return Use::Alone,
         _ => {}
     }
@@ -200,31 +200,29 @@ pub fn is_common(code: Code) -> bool {
     })
 }
 
-/// Whether its undefined flags cannot be compared: the engine emulates decimal arithmetic, which 64-bit hosts no longer have, and the processor's own
-/// OF after a rotation of a byte or word through carry by a multiple of its width depends on more than the operands.
-pub fn has_loose_flags(code: Code) -> bool {
+/// Status flags that cannot be compared behind this form, as bits of RFLAGS: those left undefined by decimal arithmetic, which 64-bit hosts no longer
+/// have and the engine emulates, and OF behind a rotation of a byte or word through carry. The latter the manual calls undefined unless the count is 1;
+/// decoders take a multiple of the width for a count of zero, so that the translator does not look at what the processor made of it.
+pub fn loose_flags(code: Code) -> u64 {
     use Mnemonic as M;
+    const OF: u64 = 1 << 11;
     match code.mnemonic() {
-        M::Aaa | M::Aas | M::Aam | M::Aad | M::Daa | M::Das => true,
-        M::Rcl | M::Rcr => matches!(
-            code,
+        M::Aaa | M::Aas => OF | 0xc4,
+        M::Aam | M::Aad => OF | 0x11,
+        M::Daa | M::Das => OF,
+        M::Rcl | M::Rcr => match code {
             Code::Rcl_rm8_imm8
-                | Code::Rcl_rm8_CL
-                | Code::Rcl_rm16_imm8
-                | Code::Rcl_rm16_CL
-                | Code::Rcr_rm8_imm8
-                | Code::Rcr_rm8_CL
-                | Code::Rcr_rm16_imm8
-                | Code::Rcr_rm16_CL
-        ),
-        _ => false,
+            | Code::Rcl_rm8_CL
+            | Code::Rcl_rm16_imm8
+            | Code::Rcl_rm16_CL
+            | Code::Rcr_rm8_imm8
+            | Code::Rcr_rm8_CL
+            | Code::Rcr_rm16_imm8
+            | Code::Rcr_rm16_CL => OF,
+            _ => 0,
+        },
+        _ => 0,
     }
-}
-
-/// Whether it is CMPS.
-pub fn is_compare_string(i: &iced_x86::Instruction) -> bool {
-    use Mnemonic as M;
-    is_string(i) && matches!(i.mnemonic(), M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq)
 }
 
 /// Whether it is a string instruction other than port input and output.

@@ -33,10 +33,12 @@ pub struct Report {
     pub faults: u64,
     /// Cases in which flags differed at a fault, but were dead.
     pub dead_flags: u64,
-    /// Cases that do not end natively; they are not compared.
-    pub timeouts: u64,
+    /// Cases that are not compared.
+    pub skipped: u64,
     /// Cases in which #GP came behind a jump and not at it.
     pub late_faults: u64,
+    /// Cases in which the sides named different ones of two exceptions.
+    pub other_orders: u64,
     pub mismatches: Vec<String>,
 }
 
@@ -44,8 +46,14 @@ impl Report {
     /// Panics with all mismatches if there are any.
     pub fn check(&self, what: &str) {
         println!(
-            "{what}: {} cases, {} ended in a fault, {} with dead flags that differ, {} with a late fault, {} without an end",
-            self.cases, self.faults, self.dead_flags, self.late_faults, self.timeouts
+            "{what}: {} cases, {} ended in a fault, {} with dead flags that differ, {} with a late fault, \
+             {} with another of two faults, {} not compared",
+            self.cases,
+            self.faults,
+            self.dead_flags,
+            self.late_faults,
+            self.other_orders,
+            self.skipped
         );
         assert!(self.cases > 0, "{what}: no case was run");
         assert!(
@@ -84,6 +92,13 @@ pub struct Runner {
     oracle: Oracle,
     translated: Engine,
     interpreted: Engine,
+}
+
+/// Whether there is something to compare: a return to a stale address can lead in a circle, and POPF of something else than flags can turn on alignment
+/// checks, of which processors have different ideas where vectors are concerned.
+fn comparable(case: &Case, want: &Outcome) -> bool {
+    const AC: u64 = 1 << 18;
+    want.ending != Ending::TimedOut && (want.regs.rflags & AC == 0 || case.regs.rflags & AC != 0)
 }
 
 /// What differs, without the values: shrinking must not turn one difference into another.
@@ -170,9 +185,8 @@ impl Runner {
         let oracle = self.oracle.collect()?;
         for ((seed, program, case), want) in batch.iter().zip(&oracle) {
             report.cases += 1;
-            if want.ending == Ending::TimedOut {
-                // A return to a stale address can lead in a circle: there is no end to compare.
-                report.timeouts += 1;
+            if !comparable(case, want) {
+                report.skipped += 1;
                 continue;
             }
             if trace {
@@ -190,6 +204,7 @@ impl Runner {
                     Verdict::Same => {}
                     Verdict::DeadFlags => report.dead_flags += 1,
                     Verdict::LateFault => report.late_faults += 1,
+                    Verdict::OtherOrder => report.other_orders += 1,
                     Verdict::Different(_) => {
                         let text = self.explain(*seed, program, way)?;
                         report.mismatches.push(text);
@@ -237,7 +252,7 @@ impl Runner {
         };
         self.oracle.submit(&[&case])?;
         let want = self.oracle.collect()?.remove(0);
-        if want.ending == Ending::TimedOut {
+        if !comparable(&case, &want) {
             return Ok(None);
         }
         if way == Way::Warm {
@@ -246,7 +261,7 @@ impl Runner {
         let got = self.one(&case, way)?;
         Ok(match compare(&case, &want, &got) {
             Verdict::Different(text) => Some(text),
-            Verdict::Same | Verdict::DeadFlags | Verdict::LateFault => None,
+            _ => None,
         })
     }
 
@@ -285,13 +300,17 @@ impl Runner {
         ))
     }
 
-    /// Compares one program in every way; `None` where all agree.
-    pub fn check(&mut self, program: &Program) -> Result<Option<String>, RunError> {
+    /// Runs one program natively and compares it in every way; gives how it ended, or what differs.
+    pub fn check(&mut self, program: &Program) -> Result<Result<Ending, String>, RunError> {
         for way in WAYS {
             if let Some(text) = self.difference(program, way)? {
-                return Ok(Some(format!("{way:?}\n{}{text}", program.describe())));
+                return Ok(Err(format!("{way:?}\n{}{text}", program.describe())));
             }
         }
-        Ok(None)
+        let Some(case) = program.assemble() else {
+            return Ok(Err("it has no encoding".into()));
+        };
+        self.oracle.submit(&[&case])?;
+        Ok(Ok(self.oracle.collect()?.remove(0).ending))
     }
 }

@@ -82,8 +82,8 @@ impl Writer<'_> {
             2 => vec![0x05, 9, 0, 0, 0],
             // INC r32.
             3 => vec![0xff, 0xc0 + r],
-            // A jump over none of three INCs.
-            _ => vec![0xeb, 0, 0xff, 0xc0, 0xff, 0xc1, 0xff, 0xc2],
+            // A jump over none of three LEAs that count up.
+            _ => vec![0xeb, 0, 0x8d, 0x40, 1, 0x8d, 0x49, 1, 0x8d, 0x52, 1],
         };
         self.program.push(What::Bytes(bytes));
     }
@@ -122,7 +122,7 @@ impl Writer<'_> {
             }
             // INC becomes DEC and back.
             3 => Instruction::with2(Code::Xor_rm8_imm8, to, 8u32),
-            _ => Instruction::with2(Code::Mov_rm8_imm8, to, self.rng.pick(&[0u32, 2, 4, 6])),
+            _ => Instruction::with2(Code::Mov_rm8_imm8, to, self.rng.pick(&[0u32, 3, 6, 9])),
         };
         let i = i.expect("operands that fit");
         self.program

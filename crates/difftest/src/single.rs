@@ -30,16 +30,11 @@ pub fn generate(code: Code, flavour: Flavour, rng: &mut Rng) -> Option<Program> 
         rules: Rules::default(),
     }
     .build(code)?;
-    // How wide operands must be aligned differs between processors.
-    if flavour == Flavour::User64
-        && instruction.memory_size().size() <= 8
-        && instruction.mnemonic() != Mnemonic::Enter
-        && !instruction.is_vsib()
-        && rng.one_in(40)
-    {
+    if flavour == Flavour::User64 && aligned_alike(&instruction) && rng.one_in(40) {
         regs.rflags |= 1 << 18;
     }
-    if flavour != Flavour::Kernel64 && rng.one_in(40) {
+    // A gather may be stopped between two elements.
+    if flavour != Flavour::Kernel64 && !instruction.is_vsib() && rng.one_in(40) {
         regs.rflags |= 1 << 8;
     }
     if rng.one_in(16) {
@@ -50,11 +45,19 @@ pub fn generate(code: Code, flavour: Flavour, rng: &mut Rng) -> Option<Program> 
         before(&mut program, rng);
     }
     program.instruction(instruction);
-    if rng.one_in(3) && !forms::has_loose_flags(code) {
+    if rng.one_in(3) && forms::loose_flags(code) == 0 {
         after(&mut program, rng);
     }
     place(&mut program, rng);
     Some(program)
+}
+
+/// Whether all processors agree on how its memory operand must be aligned where alignment is checked.
+fn aligned_alike(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    i.memory_size().size() <= 8
+        && !i.is_vsib()
+        && !matches!(i.mnemonic(), M::Enter | M::Maskmovq | M::Movsxd)
 }
 
 /// Something that gives all flags new values.

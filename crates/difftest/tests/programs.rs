@@ -3,7 +3,7 @@
 use hospes_difftest::program::{Flavour, Program};
 use hospes_difftest::rng::Rng;
 use hospes_difftest::runner::{Budget, Runner};
-use hospes_difftest::{blocks, selfmod};
+use hospes_difftest::{blocks, saved, selfmod};
 
 fn programs_agree(
     what: &str,
@@ -45,4 +45,11 @@ fn self_modifying_code_agrees_with_the_processor() {
         selfmod::generate,
     );
     programs_agree("self-modifying", Flavour::User32, 2_000, selfmod::generate);
+}
+
+#[test]
+fn saved_states_agree_with_the_processor() {
+    programs_agree("saved states", Flavour::User64, 6_000, saved::generate);
+    programs_agree("saved states", Flavour::Kernel64, 3_000, saved::generate);
+    programs_agree("saved states", Flavour::User32, 3_000, saved::generate);
 }
