@@ -236,9 +236,22 @@ fn redirect(instr: &mut Instruction, base: u8, disp: i32) {
     instr.set_memory_index_scale(1);
     instr.set_memory_displacement64(disp as i64 as u64);
     instr.set_memory_displ_size(if disp == 0 { 0 } else { 8 });
+    // The forms with a bare address have no base register; the general ones mean the same.
+    match instr.code() {
+        Code::Mov_AL_moffs8 => instr.set_code(Code::Mov_r8_rm8),
+        Code::Mov_AX_moffs16 => instr.set_code(Code::Mov_r16_rm16),
+        Code::Mov_EAX_moffs32 => instr.set_code(Code::Mov_r32_rm32),
+        Code::Mov_RAX_moffs64 => instr.set_code(Code::Mov_r64_rm64),
+        Code::Mov_moffs8_AL => instr.set_code(Code::Mov_rm8_r8),
+        Code::Mov_moffs16_AX => instr.set_code(Code::Mov_rm16_r16),
+        Code::Mov_moffs32_EAX => instr.set_code(Code::Mov_rm32_r32),
+        Code::Mov_moffs64_RAX => instr.set_code(Code::Mov_rm64_r64),
+        _ => {}
+    }
 }
 
-/// Re-encodes for 64-bit mode; 32-bit code's one-byte INC and DEC have no encoding there and take the long form.
+/// Re-encodes for 64-bit mode; 32-bit code's one-byte INC and DEC have no encoding there and take the long form. `None` for what 64-bit mode does
+/// not have at all.
 fn encode_into(encoder: &mut Encoder, asm: &mut Asm, mut instr: Instruction) -> Option<()> {
     match instr.code() {
         Code::Inc_r32 => instr.set_code(Code::Inc_rm32),
@@ -246,6 +259,9 @@ fn encode_into(encoder: &mut Encoder, asm: &mut Asm, mut instr: Instruction) -> 
         Code::Inc_r16 => instr.set_code(Code::Inc_rm16),
         Code::Dec_r16 => instr.set_code(Code::Dec_rm16),
         _ => {}
+    }
+    if !instr.code().op_code().mode64() {
+        return None;
     }
     encoder.set_buffer(std::mem::take(&mut asm.buf));
     let start = encoder.encode(&instr, 0);

@@ -8,9 +8,11 @@
 pub mod asm;
 pub mod block;
 pub mod emit;
+mod fuzz;
 pub mod insn;
 pub mod layout;
 
 pub use block::{ChainSite, Request, Resume, SideEntry, Translation};
 pub use emit::Translator;
+pub use fuzz::fuzz_translate;
 pub use layout::{FrameLayout, Mode, Stubs, TlbEntry};

@@ -1,0 +1,200 @@
+//! Any bytes as guest code: what must hold of every translation, checked on the host code itself.
+
+use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+
+use crate::block::Request;
+use crate::emit::Translator;
+use crate::layout::{FrameLayout, Mode, Stubs};
+
+const PAGE: usize = 4096;
+const CACHE_POS: i64 = 0x10_0000;
+
+/// A frame whose fields lie apart, in the order of their size.
+const LAYOUT: FrameLayout = FrameLayout {
+    gpr: 0,
+    rip: 0x80,
+    flags: 0x88,
+    irq_pending: 0x8a,
+    busy: 0x8b,
+    turn_back: 0x8c,
+    interrupt_flag: 0x90,
+    ac_flag: 0x94,
+    rest_flags: 0x98,
+    jump_bases: [0xa0, 0xa4],
+    selectors: [0xb0, 0xc0, 0xd0, 0xe0, 0xf0, 0x100],
+    seg_base: [0x110, 0x120, 0x130, 0x140, 0x150, 0x160],
+    cs_ss: [0x170, 0x180],
+    syscall_cs_ss: [0x190, 0x1a0],
+    sysret_cs_ss: [0x1b0, 0x1c0],
+    lstar: 0x1d0,
+    sfmask: 0x1d8,
+    kernel_gs_base: 0x1e0,
+    tsc_aux: 0x1e8,
+    exit_arg: 0x1f0,
+    exit_info: 0x1f4,
+    exit_ea: 0x1f8,
+    jump_mask: 0x200,
+    operand: 0x208,
+    jumps: [0x1_0000, 0x4_0000, 0x7_0000],
+    tlb: [0xa_0000, 0xd_0000, 0x10_0000],
+};
+
+/// Translates `data` as guest code and panics where a translation breaks a rule: two bytes choose the mode, two the place in the page.
+pub fn fuzz_translate(data: &[u8]) {
+    let Some((head, code)) = data.split_at_checked(4) else {
+        return;
+    };
+    let mode = Mode(u16::from_le_bytes([head[0], head[1]]) & 0x1ff);
+    let offset = usize::from(u16::from_le_bytes([head[2], head[3]])) % PAGE;
+    let room = PAGE - offset;
+    let pc = if mode.has(Mode::LONG) {
+        0xffff_ffff_8100_0000 + offset as u64
+    } else {
+        0x0804_8000 + offset as u64
+    };
+    let mut translator = Translator::new(LAYOUT, Stubs::default());
+    let mut request = Request {
+        bytes: &code[..code.len().min(room)],
+        crossing: false,
+        pc,
+        mode,
+        cache_pos: CACHE_POS,
+    };
+    let mut made = translator.translate(&request);
+    if made.is_none() && code.len() > room {
+        request.bytes = code;
+        request.crossing = true;
+        made = translator.translate(&request);
+    }
+    let Some(t) = made else {
+        return;
+    };
+    assert_eq!(t.direct_entry % 8, 0, "the direct entry is not aligned");
+    assert_eq!(
+        t.code[t.direct_entry as usize..][..5],
+        [0x0f, 0x1f, 0x44, 0, 0],
+        "the direct entry cannot be diverted"
+    );
+    assert!(
+        t.side.windows(2).all(|w| w[0].host < w[1].host),
+        "the side table is not ascending"
+    );
+    for c in &t.chains {
+        assert_eq!(c.at % 4, 0, "a displacement is not aligned");
+        assert!(usize::from(c.at) + 4 <= t.code.len());
+    }
+    let mut decoder = Decoder::with_ip(64, &t.code, CACHE_POS as u64, DecoderOptions::NONE);
+    while decoder.can_decode() {
+        check(&decoder.decode());
+    }
+}
+
+/// Panics on host code that could reach what is not the guest's.
+fn check(i: &Instruction) {
+    use Mnemonic as M;
+    assert!(
+        !i.is_invalid(),
+        "host code does not decode at {:#x}",
+        i.ip()
+    );
+    let op = i.op_code();
+    assert!(
+        !op.is_privileged() && !op.is_save_restore(),
+        "{:?} in host code",
+        i.code()
+    );
+    assert!(
+        !matches!(
+            i.mnemonic(),
+            M::Syscall
+                | M::Sysenter
+                | M::Int
+                | M::Int1
+                | M::Int3
+                | M::Into
+                | M::In
+                | M::Out
+                | M::Popf
+                | M::Popfq
+                | M::Pushfq
+                | M::Push
+                | M::Pop
+                | M::Call
+                | M::Ret
+                | M::Retf
+                | M::Iret
+                | M::Iretq
+                | M::Std
+                | M::Cpuid
+                | M::Wrfsbase
+                | M::Wrgsbase
+                | M::Xgetbv
+                | M::Wrpkru
+                | M::Xlatb
+                | M::Maskmovq
+                | M::Maskmovdqu
+                | M::Clzero
+        ),
+        "{:?} in host code",
+        i.code()
+    );
+    for n in 0..i.op_count() {
+        if i.op_kind(n) == OpKind::Register && i.op_register(n).is_segment_register() {
+            panic!("{:?} touches a segment register", i.code());
+        }
+        if i.op_kind(n) != OpKind::Memory || matches!(i.mnemonic(), M::Lea | M::Nop) {
+            continue;
+        }
+        let (base, index) = (i.memory_base(), i.memory_index());
+        match i.memory_segment() {
+            // The frame: at a fixed place, or indexed by what was masked just before.
+            Register::GS => assert!(
+                base == Register::None || index == Register::None,
+                "an open frame access"
+            ),
+            Register::FS => panic!("the thread's own data is accessed"),
+            // Guest memory: at an address that a check has made, nothing added.
+            _ => assert!(
+                base.is_gpr64() && index == Register::None && i.memory_displacement64() == 0,
+                "an operand that no check has made: {:?}",
+                i.code()
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(50_000))]
+
+        #[test]
+        fn translate_any_bytes_keeps_the_rules(
+            head in any::<[u8; 4]>(),
+            code in prop::collection::vec(any::<u8>(), 0..80),
+        ) {
+            let mut data = head.to_vec();
+            data.extend(code);
+            super::fuzz_translate(&data);
+        }
+
+        #[test]
+        fn translate_common_opcodes_keeps_the_rules(
+            user in any::<bool>(),
+            code in prop::collection::vec(
+                prop::sample::select(vec![
+                    0x0f, 0x48, 0x66, 0x67, 0xf3, 0xf2, 0x65, 0x64, 0x8b, 0x89, 0x01, 0xa4, 0xa5, 0xab, 0x50, 0x58, 0x5c, 0xe8, 0xeb, 0x74,
+                    0xff, 0xc3, 0xc9, 0xae, 0xa3, 0xab, 0xba, 0x05, 0x07, 0x10, 0x28, 0xc5, 0xc4, 0xdd, 0x9d, 0x9c, 0xfa, 0xfb, 0x8e, 0x8c,
+                    0x04, 0x24, 0x80, 0x00, 0x1e, 0xe3,
+                ]),
+                1..60,
+            ),
+        ) {
+            let mut data = vec![if user { 0x7b } else { 0x79 }, 1, 0, 1];
+            data.extend(code);
+            super::fuzz_translate(&data);
+        }
+    }
+}
