@@ -189,10 +189,25 @@ impl<H: Host> Cx<'_, H> {
         if index != Register::None && index.is_gpr() {
             off = off.wrapping_add(self.get(index) << i.memory_index_scale().trailing_zeros());
         }
-        (
-            seg_index(i.memory_segment()),
-            off & mask(self.address_size(i)),
-        )
+        (self.operand_segment(i), off & mask(self.address_size(i)))
+    }
+
+    /// Segment of the memory operand. 64-bit code ignores all overrides but FS and GS, also for whether a bad address is #SS or #GP.
+    #[inline]
+    fn operand_segment(&self, i: &Instruction) -> usize {
+        match i.segment_prefix() {
+            Register::CS | Register::DS | Register::ES | Register::SS if self.code64() => {
+                if matches!(
+                    i.memory_base().full_register(),
+                    Register::RSP | Register::RBP
+                ) {
+                    seg::SS
+                } else {
+                    seg::DS
+                }
+            }
+            _ => seg_index(i.memory_segment()),
+        }
     }
 
     /// Address size of the instruction's memory operand, in bytes.
