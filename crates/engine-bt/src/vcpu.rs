@@ -104,7 +104,13 @@ impl BtVcpu {
         let mut bits = 0;
         match cpu.code_bits() {
             64 => bits |= Mode::LONG,
-            32 if flat(cpu) => {}
+            32 if flat(cpu) => {
+                for (s, bit) in [(seg::FS, Mode::FS_DATA), (seg::GS, Mode::GS_DATA)] {
+                    if whole_data(&cpu.seg[s]) {
+                        bits |= bit;
+                    }
+                }
+            }
             _ => return None,
         }
         let user = cpu.cpl() == 3;
@@ -506,10 +512,19 @@ impl BtVcpu {
 
 /// Whether 32-bit code sees one flat address space.
 fn flat(cpu: &CpuState) -> bool {
-    [seg::CS, seg::DS, seg::ES, seg::SS].iter().all(|&s| {
-        let s = &cpu.seg[s];
-        s.base == 0 && s.limit == u32::MAX && s.attr & Segment::ATTR_PRESENT != 0
-    }) && cpu.seg[seg::SS].attr & Segment::ATTR_DB != 0
+    let (cs, ss) = (&cpu.seg[seg::CS], &cpu.seg[seg::SS]);
+    let data = [seg::DS, seg::ES, seg::SS];
+    data.iter()
+        .all(|&s| cpu.seg[s].base == 0 && whole_data(&cpu.seg[s]))
+        && (cs.base, cs.limit) == (0, u32::MAX)
+        && cs.attr & Segment::ATTR_PRESENT != 0
+        && ss.attr & Segment::ATTR_DB != 0
+}
+
+/// Whether a segment lets data be read and written everywhere.
+fn whole_data(s: &Segment) -> bool {
+    // Of the type only "data, upwards, writable", accessed or not.
+    s.attr & Segment::ATTR_PRESENT != 0 && s.attr & 0xe == 2 && s.limit == u32::MAX
 }
 
 pub(crate) fn canonical(address: u64) -> bool {

@@ -421,8 +421,16 @@ impl Insn {
         {
             return Kind::Step;
         }
+        let segment_refuses = match i.memory_segment() {
+            _ if long => false,
+            Register::CS => true,
+            Register::FS => !mode.has(Mode::FS_DATA),
+            Register::GS => !mode.has(Mode::GS_DATA),
+            _ => false,
+        };
         match i.mnemonic() {
             M::Lea => return Kind::Lea,
+            _ if segment_refuses && self.has_memory_operand() => return Kind::Step,
             // The bit number in a register reaches memory far away from the operand's own address.
             M::Bt | M::Bts | M::Btr | M::Btc
                 if i.op0_kind() == OpKind::Memory && i.op1_kind() == OpKind::Register =>

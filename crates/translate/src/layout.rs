@@ -135,6 +135,9 @@ impl Mode {
     pub const UNPAGED: u16 = 128;
     /// SYSCALL and SYSRET are on, and SYSCALL clears the status flags, IF, TF, DF, NT and AC.
     pub const SYSCALL: u16 = 256;
+    /// In 32-bit code: FS, and GS, is a writable data segment of 4 GiB, wherever it begins.
+    pub const FS_DATA: u16 = 512;
+    pub const GS_DATA: u16 = 1024;
 
     pub const fn has(self, bit: u16) -> bool {
         self.0 & bit != 0
