@@ -4,7 +4,7 @@
 //! with a cold and with a warm TLB, and interpreted. Afterwards everything that code can see is [compared](compare): registers, flags, x87 and vector state,
 //! memory, and for exceptions the vector, error code, RIP and CR2.
 //!
-//! The generators make single instructions of every form ([`single`]), loads and stores of the whole vector state ([`saved`]), random blocks ([`blocks`]) and code that changes itself ([`selfmod`]) from a seed.
+//! The generators make single instructions of every form ([`single`]) and from random bytes ([`raw`]), loads and stores of the whole vector state ([`saved`]), random blocks ([`blocks`]) and code that changes itself ([`selfmod`]) from a seed.
 //! `HOSPES_DIFF_SECONDS=n` runs each for n seconds in place of a fixed number of cases, `HOSPES_DIFF_SEED=s` takes other seeds, `HOSPES_DIFF_TRACE=1` prints every
 //! case before it runs.
 //!
@@ -19,6 +19,7 @@ pub mod layout;
 pub mod operands;
 pub mod oracle;
 pub mod program;
+pub mod raw;
 pub mod rng;
 pub mod runner;
 pub mod saved;

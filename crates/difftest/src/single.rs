@@ -53,7 +53,7 @@ pub fn generate(code: Code, flavour: Flavour, rng: &mut Rng) -> Option<Program> 
 }
 
 /// Whether all processors agree on how its memory operand must be aligned where alignment is checked.
-fn aligned_alike(i: &Instruction) -> bool {
+pub fn aligned_alike(i: &Instruction) -> bool {
     use Mnemonic as M;
     i.memory_size().size() <= 8
         && !i.is_vsib()

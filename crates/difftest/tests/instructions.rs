@@ -2,7 +2,7 @@
 
 use hospes_difftest::program::Flavour;
 use hospes_difftest::runner::{Budget, Runner};
-use hospes_difftest::{forms, single};
+use hospes_difftest::{forms, raw, single};
 
 fn forms_agree(flavour: Flavour, rounds: u64) {
     let codes = forms::alone(flavour.bits());
@@ -33,4 +33,17 @@ fn kernel_forms_agree_with_the_processor() {
 #[test]
 fn compatibility_mode_forms_agree_with_the_processor() {
     forms_agree(Flavour::User32, 10);
+}
+
+#[test]
+fn random_bytes_agree_with_the_processor() {
+    let mut runner = Runner::new().unwrap();
+    for flavour in [Flavour::User64, Flavour::Kernel64, Flavour::User32] {
+        let report = runner
+            .run(Budget::from_environment(60_000), |rng, _| {
+                raw::generate(flavour, rng)
+            })
+            .unwrap();
+        report.check(&format!("random bytes, {flavour:?}"));
+    }
 }

@@ -207,3 +207,20 @@ fn string_move_from_the_empty_tag_shows_no_host_address() {
     );
     assert_eq!(agrees(&p), (PROTECTION, 0));
 }
+
+/// `mov cs:[ebx], eax` and `mov eax, fs:[ebx]` with a null selector, in 32-bit code.
+#[test]
+fn segments_of_32_bit_code_that_must_not_be_used_fault() {
+    for prefix in [[0x2e, 0x89], [0x64, 0x8b]] {
+        let code: &[&[u8]] = &[&[prefix[0], prefix[1], 0x03]];
+        let p = program(Flavour::User32, code, &[(RBX, MIDDLE)]);
+        assert_eq!(agrees(&p), (PROTECTION, 0));
+    }
+}
+
+/// `mov eax, ss:[rbx]` at an address that is not canonical.
+#[test]
+fn stack_override_in_64_bit_code_makes_no_stack_fault() {
+    let p = user(&[&[0x36, 0x8b, 0x03]], &[(RBX, 1 << 62)]);
+    assert_eq!(agrees(&p), (PROTECTION, 0));
+}
