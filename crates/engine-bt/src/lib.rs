@@ -18,6 +18,7 @@ mod blocks;
 mod cache;
 mod control;
 pub mod exec;
+mod flat;
 mod fpu;
 mod frame;
 mod host;

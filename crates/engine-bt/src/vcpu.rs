@@ -12,6 +12,7 @@ use hospes_units::{Gpa, Gva, PAGE_SIZE, VcpuId};
 use crate::blocks::Chain;
 use crate::control::{Control, request};
 use crate::exec::{self, Access, Exception, Step, debug_active, lapic};
+use crate::flat::{flat, whole_data};
 use crate::fpu;
 use crate::frame::FrameBox;
 use crate::host::BtHost;
@@ -508,23 +509,6 @@ impl BtVcpu {
             }
         }
     }
-}
-
-/// Whether 32-bit code sees one flat address space.
-fn flat(cpu: &CpuState) -> bool {
-    let (cs, ss) = (&cpu.seg[seg::CS], &cpu.seg[seg::SS]);
-    let data = [seg::DS, seg::ES, seg::SS];
-    data.iter()
-        .all(|&s| cpu.seg[s].base == 0 && whole_data(&cpu.seg[s]))
-        && (cs.base, cs.limit) == (0, u32::MAX)
-        && cs.attr & Segment::ATTR_PRESENT != 0
-        && ss.attr & Segment::ATTR_DB != 0
-}
-
-/// Whether a segment lets data be read and written everywhere.
-fn whole_data(s: &Segment) -> bool {
-    // Of the type only "data, upwards, writable", accessed or not.
-    s.attr & Segment::ATTR_PRESENT != 0 && s.attr & 0xe == 2 && s.limit == u32::MAX
 }
 
 pub(crate) fn canonical(address: u64) -> bool {
