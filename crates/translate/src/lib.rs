@@ -7,6 +7,7 @@
 
 pub mod asm;
 pub mod block;
+mod class;
 pub mod emit;
 mod fuzz;
 pub mod insn;
