@@ -232,6 +232,14 @@ impl Insn {
         match i.mnemonic() {
             M::Lea => return Kind::Lea,
             _ if segment_refuses && self.has_memory_operand() => return Kind::Step,
+            M::Bt | M::Bts | M::Btr | M::Btc
+                if long
+                    && i.op0_kind() == OpKind::Memory
+                    && i.op1_kind() == OpKind::Register
+                    && i.op1_register().size() >= 4 =>
+            {
+                return Kind::BitString;
+            }
             // The bit number in a register reaches memory far away from the operand's own address.
             M::Bt | M::Bts | M::Btr | M::Btc
                 if i.op0_kind() == OpKind::Memory && i.op1_kind() == OpKind::Register =>
@@ -267,14 +275,6 @@ impl Insn {
                 if long && mode.has(Mode::FSGSBASE) && i.op0_register().is_gpr64() =>
             {
                 return Kind::WriteSegBase;
-            }
-            M::Bt | M::Bts | M::Btr | M::Btc
-                if long
-                    && i.op0_kind() == OpKind::Memory
-                    && i.op1_kind() == OpKind::Register
-                    && i.op1_register().size() >= 4 =>
-            {
-                return Kind::BitString;
             }
             M::Jrcxz | M::Jecxz if long => return Kind::Jrcxz(i.near_branch_target()),
             M::Mov
