@@ -236,7 +236,8 @@ impl Insn {
                 if long
                     && i.op0_kind() == OpKind::Memory
                     && i.op1_kind() == OpKind::Register
-                    && i.op1_register().size() >= 4 =>
+                    && i.op1_register().size() >= 4
+                    && wide_address(i) =>
             {
                 return Kind::BitString;
             }
@@ -394,6 +395,15 @@ impl Insn {
         } else {
             Kind::Copy
         }
+    }
+}
+
+/// Whether the memory operand's address is computed in 64 bits.
+fn wide_address(i: &Instruction) -> bool {
+    match (i.memory_base(), i.memory_index()) {
+        (Register::None, Register::None) => i.memory_displ_size() == 8,
+        (Register::None, index) => index.size() == 8,
+        (base, _) => base.size() == 8,
     }
 }
 
