@@ -245,13 +245,25 @@ impl Runner {
         self.collect(case, way)
     }
 
+    /// The oracle's outcome for one case. It is asked again where the case seems to take too long: the process may have been interrupted.
+    fn native(&mut self, case: &Case) -> Result<Outcome, RunError> {
+        let mut tries = 3;
+        loop {
+            self.oracle.submit(&[case])?;
+            let outcome = self.oracle.collect()?.remove(0);
+            tries -= 1;
+            if tries == 0 || outcome.ending != Ending::TimedOut {
+                return Ok(outcome);
+            }
+        }
+    }
+
     /// How one way of running a program differs from the oracle, if it does.
     fn difference(&mut self, program: &Program, way: Way) -> Result<Option<String>, RunError> {
         let Some(case) = program.assemble().map(Arc::new) else {
             return Ok(None);
         };
-        self.oracle.submit(&[&case])?;
-        let want = self.oracle.collect()?.remove(0);
+        let want = self.native(&case)?;
         if !comparable(&case, &want) {
             return Ok(None);
         }
@@ -310,7 +322,6 @@ impl Runner {
         let Some(case) = program.assemble() else {
             return Ok(Err("it has no encoding".into()));
         };
-        self.oracle.submit(&[&case])?;
-        Ok(Ok(self.oracle.collect()?.remove(0).ending))
+        Ok(Ok(self.native(&case)?.ending))
     }
 }

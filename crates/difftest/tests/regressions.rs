@@ -224,3 +224,14 @@ fn stack_override_in_64_bit_code_makes_no_stack_fault() {
     let p = user(&[&[0x36, 0x8b, 0x03]], &[(RBX, 1 << 62)]);
     assert_eq!(agrees(&p), (PROTECTION, 0));
 }
+
+/// `bts gs:[eax], ecx`: bit strings with 32-bit addresses wrap at 4 GiB before the segment's base is added.
+#[test]
+fn bit_string_with_a_32_bit_address_wraps() {
+    let mut p = user(
+        &[&[0x65, 0x67, 0x0f, 0xab, 0x08]],
+        &[(RAX, 0x100), (RCX, 0xffff_8000)],
+    );
+    p.regs.gs_base = MIDDLE;
+    assert_eq!(agrees(&p), (PAGE_FAULT, MIDDLE + 0xffff_f100));
+}

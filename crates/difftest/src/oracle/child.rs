@@ -4,6 +4,7 @@
 //! loads them all at once. It runs with the case's FS base, so it makes system calls by itself and touches no thread-local data.
 
 use std::arch::asm;
+use std::arch::x86_64::_rdtsc;
 use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -49,6 +50,8 @@ struct Child {
     /// Started cases over all batches, and what that was at the last tick.
     total: u64,
     total_at_tick: u64,
+    /// Time-stamp counter when the present case was started.
+    begun: u64,
 }
 
 static mut CHILD: Child = Child {
@@ -58,6 +61,7 @@ static mut CHILD: Child = Child {
     batch: 0,
     total: 0,
     total_at_tick: 0,
+    begun: 0,
 };
 
 fn futex(word: &AtomicU32, operation: i64, value: u32) {
@@ -151,6 +155,7 @@ impl Child {
             (*regs).gs_base = gs;
             let image = machine.fpregs.cast::<u8>();
             ptr::copy_nonoverlapping(image, (&raw mut (*regs).xsave).cast(), XSAVE_BYTES);
+            (*result).ticks = _rdtsc().wrapping_sub(self.begun);
             (*result).signal = signal as u64;
             (*result).trap = machine.gregs[libc::REG_TRAPNO as usize] as u64;
             (*result).error = machine.gregs[libc::REG_ERR as usize] as u64;
@@ -192,6 +197,7 @@ impl Child {
                 ptr::copy_nonoverlapping(patch.bytes.as_ptr(), to, patch.len as usize);
             }
             load(context, &(*case).regs);
+            self.begun = _rdtsc();
             ((*case).regs.fs_base, (*case).regs.gs_base)
         }
     }

@@ -21,6 +21,9 @@ pub use shared::BATCH;
 /// Seconds that a batch may take.
 const BATCH_SECONDS: i64 = 30;
 
+/// A case that takes longer natively is no case: the engine, an instruction at a time, would need a hundred times as long.
+const TICKS_MAX: u64 = 5_000_000;
+
 #[derive(Debug, thiserror::Error)]
 pub enum OracleError {
     #[error("cannot start the oracle process: {0}")]
@@ -212,7 +215,7 @@ fn fill(raw: &mut RawCase, case: &Case) -> Result<(), OracleError> {
 
 fn outcome(raw: &RawResult) -> Outcome {
     let r = &raw.regs;
-    let ending = if raw.signal == libc::SIGPROF as u64 {
+    let ending = if raw.signal == libc::SIGPROF as u64 || raw.ticks > TICKS_MAX {
         Ending::TimedOut
     } else {
         Ending::Exception {

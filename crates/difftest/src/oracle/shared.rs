@@ -45,6 +45,8 @@ pub struct RawResult {
     pub trap: u64,
     pub error: u64,
     pub cr2: u64,
+    /// Ticks of the time-stamp counter that the case took, with whatever came between.
+    pub ticks: u64,
     pub memory: [u8; IMAGE_BYTES],
 }
 
