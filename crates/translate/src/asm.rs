@@ -158,11 +158,6 @@ impl Asm {
         self.gs_base_op(true, &[0x03], reg, base, offset);
     }
 
-    /// `mov reg, gs:[base + offset]`
-    pub fn load_base(&mut self, reg: u8, base: u8, offset: i32) {
-        self.gs_base_op(true, &[0x8b], reg, base, offset);
-    }
-
     /// `mov gs:[offset], reg8`
     pub fn store8(&mut self, offset: i32, reg: u8) {
         self.bytes(&[0x65, 0x40 | (reg >> 3) << 2, 0x88, (reg & 7) << 3 | 4, 0x25]);
@@ -396,16 +391,6 @@ impl Asm {
         self.mem_op(wide, 0x8b, base, 0, reg);
     }
 
-    /// `mov [base + disp], reg`
-    pub fn store_at_disp(&mut self, wide: bool, base: u8, disp: i32, reg: u8) {
-        self.mem_op(wide, 0x89, base, disp, reg);
-    }
-
-    /// `mov reg, [base + disp]`
-    pub fn load_at_disp(&mut self, wide: bool, reg: u8, base: u8, disp: i32) {
-        self.mem_op(wide, 0x8b, base, disp, reg);
-    }
-
     fn mem_op(&mut self, wide: bool, op: u8, base: u8, disp: i32, reg: u8) {
         let rex = 0x40 | (wide as u8) << 3 | (reg >> 3) << 2 | base >> 3;
         if rex != 0x40 {
@@ -606,7 +591,6 @@ mod tests {
             (&|a| a.cmp_mem8(8, 1), "cmp byte ptr gs:[8],1"),
             (&|a| a.xor_mem_base(1, 12, 0x20), "xor rcx,gs:[r12+20h]"),
             (&|a| a.add_mem_base(9, 3, 0x20), "add r9,gs:[rbx+20h]"),
-            (&|a| a.load_base(9, 13, 0x20), "mov r9,gs:[r13+20h]"),
             (&|a| a.xor_mem(9, 0x20), "xor r9,gs:[20h]"),
             (&|a| a.add_mem(2, 0x20), "add rdx,gs:[20h]"),
             (&|a| a.jmp_mem(0x20), "jmp qword ptr gs:[20h]"),
@@ -646,8 +630,6 @@ mod tests {
             (&|a| a.cmp_imm(9, 0xff8), "cmp r9,0FF8h"),
             (&|a| a.store_at(true, 12, 9), "mov [r12],r9"),
             (&|a| a.load_at(false, 9, 13), "mov r9d,[r13]"),
-            (&|a| a.load_at_disp(true, 9, 4, 8), "mov r9,[rsp+8]"),
-            (&|a| a.store_at_disp(true, 9, 0x200, 1), "mov [r9+200h],rcx"),
             (
                 &|a| a.store_imm_at(true, 9, 0, -1),
                 "mov qword ptr [r9],0FFFFFFFFFFFFFFFFh",

@@ -94,12 +94,6 @@ pub struct Translation {
 }
 
 impl Translation {
-    /// The side table entry that covers a host position inside the block.
-    pub fn side_at(&self, host: u32) -> Option<SideEntry> {
-        let n = self.side.partition_point(|e| u32::from(e.host) <= host);
-        n.checked_sub(1).map(|i| self.side[i])
-    }
-
     /// Host position where the instruction at this guest offset begins, if it begins inside.
     pub fn host_of(&self, offset: u16) -> Option<u32> {
         self.side
