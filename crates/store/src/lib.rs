@@ -13,7 +13,9 @@
 //! Limits: 4096 bytes of payload, paths of 3072 bytes (2048 relative).
 #![forbid(unsafe_code)]
 
+pub mod access;
 mod connection;
+mod local;
 mod node;
 mod path;
 mod populate;
@@ -32,6 +34,8 @@ use std::sync::Arc;
 
 use hospes_units::DomId;
 
+pub use access::{NewNode, StoreAccess, Watch, WatchListener};
+pub use local::LocalStore;
 pub use node::{Access, Perm, Perms};
 pub use populate::{DomainEntry, domain_path};
 pub use quota::Quota;
@@ -41,6 +45,7 @@ pub use watch::WatchEvent;
 pub use wire::{HEADER_BYTES, PAYLOAD_MAX, ProtocolError};
 
 use connection::Connection;
+use transaction::Transaction;
 use tree::{Caller, Change, Tree};
 
 /// A connection to the store.
@@ -186,6 +191,30 @@ impl Store {
         self.change(path, |tree, caller, path| {
             tree.set_perms(caller, path, perms)
         })
+    }
+
+    /// Writes all nodes or none.
+    pub fn write_all(&mut self, nodes: &[NewNode]) -> Result<(), Error> {
+        let caller = Caller {
+            domid: DomId::HOST,
+            quota: &self.quota,
+        };
+        let mut transaction = Transaction::default();
+        let mut view = tree::View::inside(
+            &self.tree,
+            &mut transaction.overlay,
+            &mut transaction.changes,
+        );
+        for node in nodes {
+            let path = path::absolute(&node.path, DomId::HOST)?;
+            view.write(&caller, &path, &node.value)?;
+            if let Some(perms) = &node.perms {
+                view.set_perms(&caller, &path, perms.clone())?;
+            }
+        }
+        let changes = transaction.commit(&mut self.tree, &caller)?;
+        self.fire(&changes);
+        Ok(())
     }
 
     /// Tells everybody who watches for it that a domain has come.

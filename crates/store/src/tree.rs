@@ -30,6 +30,8 @@ pub enum Error {
     Again,
     #[error("the answer is too long for one message")]
     TooBig,
+    #[error("the store process cannot be reached or started: see `store.log` among the logs")]
+    Unreachable,
 }
 
 impl Error {
@@ -44,6 +46,7 @@ impl Error {
             Error::Busy => "EBUSY",
             Error::Again => "EAGAIN",
             Error::TooBig => "E2BIG",
+            Error::Unreachable => "EIO",
         }
     }
 }
