@@ -6,16 +6,19 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod blkif;
 pub mod event;
 pub mod grant;
 pub mod hvm;
 pub mod hypercall;
 pub mod memory;
+pub mod netif;
 pub mod ring;
 pub mod sched;
 pub mod shared;
 pub mod vcpu;
 pub mod version;
+pub mod xenbus;
 
 /// Asserts the size of a layout, in bytes, at compile time.
 macro_rules! assert_size {
