@@ -1,0 +1,380 @@
+//! A file or block device of the host.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::FallocateFlags;
+
+use crate::error::{ImageError, is_full};
+use crate::storage::{ALIGNMENT, Aligned, Storage, copy_from, copy_to, fill_zero, part};
+use crate::types::Buffer;
+
+/// `preadv` takes no more buffers at once (`IOV_MAX`).
+const BUFFERS_MAX: usize = 1024;
+
+/// Alignment that direct I/O on a file needs, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Alignment {
+    /// Of addresses.
+    pub(crate) memory: u32,
+    /// Of offsets and lengths.
+    pub(crate) offset: u32,
+}
+
+/// An open file. Reads and writes go past the host's page cache where that is possible and asked for.
+pub(crate) struct HostFile {
+    path: PathBuf,
+    cached: File,
+    direct: Option<(File, Alignment)>,
+    block: bool,
+    identity: (u64, u64),
+    /// After a failed `fdatasync` the host has forgotten which pages it could not write: no later one can be believed.
+    sync_failed: AtomicBool,
+}
+
+impl HostFile {
+    /// Opens `path`, with direct I/O where `direct` asks for it and the host has it for units of `unit` bytes.
+    ///
+    /// A block device that is to be written is opened exclusively: a mounted one is refused.
+    pub(crate) fn open(
+        path: &Path,
+        read_only: bool,
+        direct: bool,
+        unit: u32,
+    ) -> Result<HostFile, ImageError> {
+        let kind = std::fs::metadata(path).map_err(ImageError::host(path, "open it"))?;
+        let block = kind.file_type().is_block_device();
+        if !block && !kind.is_file() {
+            return Err(ImageError::NotADisk {
+                path: path.to_owned(),
+                what: if kind.is_dir() {
+                    "a directory"
+                } else {
+                    "no kind of disk"
+                },
+            });
+        }
+        let exclusive = if block && !read_only { libc::O_EXCL } else { 0 };
+        let cached = options(read_only, exclusive).open(path).map_err(|error| {
+            if block && error.raw_os_error() == Some(libc::EBUSY) {
+                return ImageError::Locked {
+                    path: path.to_owned(),
+                    holder: "the host, which has it mounted or in use".to_owned(),
+                    advice: "unmount it first",
+                };
+            }
+            ImageError::host(path, "open it")(error)
+        })?;
+        let opened = cached
+            .metadata()
+            .map_err(ImageError::host(path, "look at it"))?;
+        let identity = (opened.dev(), opened.ino());
+        let direct = if direct {
+            open_direct(path, read_only, identity, unit)
+        } else {
+            None
+        };
+        Ok(HostFile {
+            path: path.to_owned(),
+            cached,
+            direct,
+            block,
+            identity,
+            sync_failed: AtomicBool::new(false),
+        })
+    }
+
+    /// The path it was opened by.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Device and inode number.
+    pub(crate) fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+
+    /// Whether it is a block device.
+    pub(crate) fn is_block(&self) -> bool {
+        self.block
+    }
+
+    /// The descriptor that locks belong to.
+    pub(crate) fn lock_fd(&self) -> BorrowedFd<'_> {
+        self.cached.as_fd()
+    }
+
+    /// The descriptor for data, and the alignment it needs.
+    pub(crate) fn data_fd(&self) -> (BorrowedFd<'_>, Option<Alignment>) {
+        match &self.direct {
+            Some((file, alignment)) => (file.as_fd(), Some(*alignment)),
+            None => (self.cached.as_fd(), None),
+        }
+    }
+
+    /// What the host's storage writes at once, in bytes.
+    pub(crate) fn physical_sector_bytes(&self) -> u32 {
+        let reported = if self.block {
+            // BLKPBSZGET, by its device in sysfs.
+            sysfs_number(self.device_number(), "queue/physical_block_size")
+        } else {
+            self.cached.metadata().ok().map(|m| m.blksize())
+        };
+        reported
+            .and_then(|bytes| u32::try_from(bytes).ok())
+            .filter(|bytes| bytes.is_power_of_two())
+            .map_or(4096, |bytes| bytes.clamp(512, 4096))
+    }
+
+    /// Granularity of discards in bytes, `None` if there are none.
+    pub(crate) fn discard_granularity(&self) -> Option<u32> {
+        if !self.block {
+            return Some(self.physical_sector_bytes());
+        }
+        let device = self.device_number();
+        sysfs_number(device, "queue/discard_max_bytes").filter(|bytes| *bytes > 0)?;
+        sysfs_number(device, "queue/discard_granularity")
+            .and_then(|bytes| u32::try_from(bytes).ok())
+            .filter(|bytes| *bytes >= 512)
+    }
+
+    fn device_number(&self) -> (u32, u32) {
+        let device = self.cached.metadata().map_or(0, |m| m.rdev());
+        (libc::major(device), libc::minor(device))
+    }
+
+    /// The way a request goes: descriptor, and whether its memory has to be copied to an aligned place.
+    fn way(&self, buffers: &[Buffer], offset: u64) -> (BorrowedFd<'_>, bool) {
+        let Some((file, alignment)) = &self.direct else {
+            return (self.cached.as_fd(), false);
+        };
+        let bytes: u64 = buffers.iter().map(|b| b.len as u64).sum();
+        let unit = u64::from(alignment.offset);
+        if !offset.is_multiple_of(unit) || !bytes.is_multiple_of(unit) {
+            return (self.cached.as_fd(), false);
+        }
+        (file.as_fd(), !fits(buffers, *alignment))
+    }
+
+    /// Remembers a failed sync; see [`HostFile::sync_failed`].
+    pub(crate) fn note_sync(&self, result: io::Result<()>) -> io::Result<()> {
+        if self.sync_failed.load(Ordering::Acquire) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        if let Err(error) = &result
+            && !(is_full(error) && self.direct.is_some())
+        {
+            self.sync_failed.store(true, Ordering::Release);
+        }
+        // Without room at this point cached pages are lost: the guest must hear of it.
+        result.map_err(|error| {
+            if is_full(&error) && self.direct.is_none() {
+                io::Error::from_raw_os_error(libc::EIO)
+            } else {
+                error
+            }
+        })
+    }
+}
+
+/// Whether the memory of `buffers` suits `alignment`.
+pub(crate) fn fits(buffers: &[Buffer], alignment: Alignment) -> bool {
+    let memory = alignment.memory as usize;
+    buffers
+        .iter()
+        .all(|b| (b.host as usize).is_multiple_of(memory) && b.len.is_multiple_of(memory))
+}
+
+fn options(read_only: bool, flags: i32) -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(!read_only)
+        .custom_flags(flags | libc::O_CLOEXEC);
+    options
+}
+
+/// A second descriptor without the page cache; `None` where the host has no such thing for units of `unit` bytes.
+fn open_direct(
+    path: &Path,
+    read_only: bool,
+    identity: (u64, u64),
+    unit: u32,
+) -> Option<(File, Alignment)> {
+    let file = options(read_only, libc::O_DIRECT).open(path).ok()?;
+    let opened = file.metadata().ok()?;
+    if (opened.dev(), opened.ino()) != identity {
+        return None;
+    }
+    let alignment = direct_alignment(file.as_fd()).or_else(|| probe_alignment(&file))?;
+    (unit.is_multiple_of(alignment.offset) && alignment.memory as usize <= ALIGNMENT)
+        .then_some((file, alignment))
+}
+
+/// What `statx` says of direct I/O (since Linux 6.1).
+fn direct_alignment(fd: BorrowedFd<'_>) -> Option<Alignment> {
+    // SAFETY: statx is a plain structure of integers.
+    let mut answer: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open, the path is an empty C string, and `answer` outlives the call.
+    let result = unsafe {
+        libc::statx(
+            fd.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &raw mut answer,
+        )
+    };
+    (result == 0
+        && answer.stx_mask & libc::STATX_DIOALIGN != 0
+        && answer.stx_dio_offset_align.is_power_of_two()
+        && answer.stx_dio_mem_align.is_power_of_two())
+    .then_some(Alignment {
+        memory: answer.stx_dio_mem_align,
+        offset: answer.stx_dio_offset_align,
+    })
+}
+
+/// Older hosts: tries a read of each size.
+fn probe_alignment(file: &File) -> Option<Alignment> {
+    let mut bytes = Aligned::new(ALIGNMENT);
+    [512u32, 4096].into_iter().find_map(|offset| {
+        let range = &mut bytes[..offset as usize];
+        rustix::io::pread(file, range, u64::from(offset)).ok()?;
+        Some(Alignment {
+            memory: offset,
+            offset,
+        })
+    })
+}
+
+/// A number below a block device's directory in sysfs; a partition's queue is its disk's.
+fn sysfs_number((major, minor): (u32, u32), name: &str) -> Option<u64> {
+    let directory = format!("/sys/dev/block/{major}:{minor}");
+    [
+        format!("{directory}/{name}"),
+        format!("{directory}/../{name}"),
+    ]
+    .iter()
+    .find_map(|path| std::fs::read_to_string(path).ok())?
+    .trim()
+    .parse()
+    .ok()
+}
+
+impl Storage for HostFile {
+    fn read(&self, buffers: &[Buffer], offset: u64) -> io::Result<()> {
+        let (fd, copy) = self.way(buffers, offset);
+        if copy {
+            let mut bytes = Aligned::new(buffers.iter().map(|b| b.len).sum());
+            transfer(fd, &[Buffer::of(&mut bytes)], offset, Direction::Read)?;
+            copy_to(buffers, &bytes);
+            return Ok(());
+        }
+        transfer(fd, buffers, offset, Direction::Read)
+    }
+
+    fn write(&self, buffers: &[Buffer], offset: u64) -> io::Result<()> {
+        let (fd, copy) = self.way(buffers, offset);
+        if copy {
+            let mut bytes = Aligned::new(buffers.iter().map(|b| b.len).sum());
+            copy_from(buffers, &mut bytes);
+            return transfer(fd, &[Buffer::of(&mut bytes)], offset, Direction::Write);
+        }
+        transfer(fd, buffers, offset, Direction::Write)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let result = rustix::fs::fdatasync(&self.cached);
+        self.note_sync(result.map_err(io::Error::from))
+    }
+
+    fn discard(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        if self.block {
+            return discard_block(self.cached.as_fd(), offset, bytes);
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.cached, flags, offset, bytes).map_err(io::Error::from)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        if self.block {
+            // The end of a block device is where a seek to its end arrives.
+            rustix::fs::seek(&self.cached, rustix::fs::SeekFrom::End(0)).map_err(io::Error::from)
+        } else {
+            Ok(self.cached.metadata()?.len())
+        }
+    }
+
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        self.cached.set_len(bytes)
+    }
+
+    fn host_file(&self) -> Option<&HostFile> {
+        Some(self)
+    }
+}
+
+fn discard_block(fd: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Result<()> {
+    /// `BLKDISCARD`, `_IO(0x12, 119)` of linux/fs.h; takes two numbers: start and length.
+    const BLKDISCARD: libc::c_ulong = 0x1277;
+    let range = [offset, bytes];
+    // SAFETY: the descriptor is open and `range` has the two numbers that the call reads.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), BLKDISCARD, range.as_ptr()) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+enum Direction {
+    Read,
+    Write,
+}
+
+/// Reads or writes everything, however often the host does less than asked.
+fn transfer(
+    fd: BorrowedFd<'_>,
+    buffers: &[Buffer],
+    offset: u64,
+    direction: Direction,
+) -> io::Result<()> {
+    let bytes: u64 = buffers.iter().map(|b| b.len as u64).sum();
+    let mut done = 0u64;
+    while done < bytes {
+        let rest = part(buffers, done, bytes - done);
+        let count = rest.len().min(BUFFERS_MAX) as i32;
+        let vector = rest.as_ptr().cast::<libc::iovec>();
+        let position = (offset + done) as libc::off_t;
+        // SAFETY: `Buffer` is laid out like iovec, `count` of them are there, and who made the request vouches for their memory.
+        let result = unsafe {
+            match direction {
+                Direction::Read => libc::preadv(fd.as_raw_fd(), vector, count, position),
+                Direction::Write => libc::pwritev(fd.as_raw_fd(), vector, count, position),
+            }
+        };
+        match (u64::try_from(result), &direction) {
+            (Err(_), _) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+            (Ok(0), Direction::Read) => {
+                fill_zero(&rest);
+                return Ok(());
+            }
+            (Ok(0), Direction::Write) => return Err(io::ErrorKind::WriteZero.into()),
+            (Ok(count), _) => done += count,
+        }
+    }
+    Ok(())
+}

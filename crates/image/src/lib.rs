@@ -1,0 +1,27 @@
+//! Images of disks: files and block devices of the host behind one interface of queues with requests.
+//!
+//! A back end opens an [`Image`], makes a [`Queue`] for each of its own, and does not know the format or how the host carries
+//! requests out. Formats do not know what a ring of the guest looks like.
+//!
+//! Refuses: network protocols, directories, and images that somebody else writes.
+//!
+//! Invariants: a flush completes only after an `fdatasync` that began when every write completed before it was in the file;
+//! a full host file system never becomes an error of the guest, its writes wait (see [`Status`]); the memory of a request is not
+//! touched after its completion or the drop of its queue.
+//! Limits: sectors of 512 or 4096 bytes.
+
+mod error;
+mod hold;
+mod host;
+mod open;
+mod raw;
+mod storage;
+mod threads;
+mod types;
+
+#[cfg(test)]
+mod testing;
+
+pub use error::{ImageError, IoError};
+pub use open::{Format, OpenSpec, open};
+pub use types::{Buffer, Completion, Geometry, Image, Op, Queue, Request, Status};

@@ -1,0 +1,256 @@
+//! Images without a format: the bytes of the file or block device are the disk.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use crate::error::{ImageError, IoError};
+use crate::hold::Hold;
+use crate::storage::Storage;
+use crate::threads::{self, Work};
+use crate::types::{Geometry, Image, Op, Queue, Request, Status};
+
+/// An open raw image.
+pub(crate) struct Raw {
+    path: PathBuf,
+    file: Arc<RawFile>,
+    hold: Arc<Hold>,
+    resizing: Mutex<()>,
+}
+
+/// What the threads work on.
+pub(crate) struct RawFile {
+    pub(crate) storage: Arc<dyn Storage>,
+    bytes: AtomicU64,
+    sector_bytes: u32,
+    physical_sector_bytes: u32,
+    read_only: bool,
+    discard: Option<u32>,
+}
+
+impl RawFile {
+    pub(crate) fn geometry(&self) -> Geometry {
+        Geometry {
+            bytes: self.bytes.load(Ordering::Acquire),
+            sector_bytes: self.sector_bytes,
+            physical_sector_bytes: self.physical_sector_bytes,
+            read_only: self.read_only,
+            discard: self.discard,
+        }
+    }
+}
+
+impl Work for RawFile {
+    fn work(&self, request: &Request) -> Result<(), IoError> {
+        request.check(&self.geometry())?;
+        match request.op {
+            Op::Read => self.storage.read(&request.buffers, request.offset)?,
+            Op::Write => self.storage.write(&request.buffers, request.offset)?,
+            Op::Flush => self.storage.sync()?,
+            Op::Discard => self.storage.discard(request.offset, request.bytes)?,
+        }
+        Ok(())
+    }
+}
+
+/// How [`Raw::new`] shows the image.
+pub(crate) struct RawOptions {
+    pub(crate) sector_bytes: u32,
+    pub(crate) physical_sector_bytes: u32,
+    pub(crate) read_only: bool,
+    pub(crate) discard: Option<u32>,
+}
+
+impl Raw {
+    /// The disk in `storage`. What is left over after the last whole sector is not part of it.
+    pub(crate) fn new(
+        path: &Path,
+        storage: Arc<dyn Storage>,
+        options: RawOptions,
+    ) -> Result<Raw, ImageError> {
+        let bytes = storage
+            .len()
+            .map_err(ImageError::host(path, "get its size"))?;
+        let whole = whole_sectors(path, bytes, options.sector_bytes)?;
+        Ok(Raw {
+            path: path.to_owned(),
+            file: Arc::new(RawFile {
+                storage,
+                bytes: AtomicU64::new(whole),
+                sector_bytes: options.sector_bytes,
+                physical_sector_bytes: options.physical_sector_bytes.max(options.sector_bytes),
+                read_only: options.read_only,
+                discard: options.discard.filter(|_| !options.read_only),
+            }),
+            hold: Arc::new(Hold::new(path.to_owned())),
+            resizing: Mutex::new(()),
+        })
+    }
+
+    fn is_block(&self) -> bool {
+        self.file
+            .storage
+            .host_file()
+            .is_some_and(crate::host::HostFile::is_block)
+    }
+}
+
+fn whole_sectors(path: &Path, bytes: u64, sector_bytes: u32) -> Result<u64, ImageError> {
+    let whole = bytes - bytes % u64::from(sector_bytes);
+    if whole == 0 {
+        return Err(ImageError::TooSmall {
+            path: path.to_owned(),
+            bytes,
+            sector_bytes,
+        });
+    }
+    Ok(whole)
+}
+
+impl Image for Raw {
+    fn geometry(&self) -> Geometry {
+        self.file.geometry()
+    }
+
+    fn queue(&self) -> Result<Box<dyn Queue>, ImageError> {
+        threads::queue(&self.path, self.file.clone(), self.hold.clone())
+    }
+
+    fn resize(&self, bytes: u64) -> Result<(), ImageError> {
+        let _one = self.resizing.lock().expect("no thread panics with it");
+        let refuse = |reason| {
+            Err(ImageError::Resize {
+                path: self.path.clone(),
+                bytes,
+                reason,
+            })
+        };
+        let geometry = self.geometry();
+        let storage = &self.file.storage;
+        if self.is_block() {
+            let now = storage
+                .len()
+                .map_err(ImageError::host(&self.path, "get its size"))?;
+            let now = whole_sectors(&self.path, now, self.file.sector_bytes)?;
+            if bytes != now && bytes != geometry.bytes {
+                return refuse(
+                    "a block device has the size the host gives it; resize it there first",
+                );
+            }
+            self.file.bytes.store(now, Ordering::Release);
+            return Ok(());
+        }
+        if bytes == 0 || !bytes.is_multiple_of(u64::from(self.file.sector_bytes)) {
+            return refuse("the size has to be a multiple of the sector, and not 0");
+        }
+        if bytes == geometry.bytes {
+            return Ok(());
+        }
+        if geometry.read_only {
+            return refuse("it is attached read-only");
+        }
+        // A disk that shrinks does so for the guest first, so that nothing is written behind the new end.
+        self.file
+            .bytes
+            .store(bytes.min(geometry.bytes), Ordering::Release);
+        storage
+            .set_len(bytes)
+            .map_err(ImageError::host(&self.path, "change its size"))?;
+        self.file.bytes.store(bytes, Ordering::Release);
+        Ok(())
+    }
+
+    fn status(&self) -> Status {
+        self.hold.status()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Directory, discard, flush, pattern, raw, read, spec, write};
+    use crate::{Format, open};
+
+    #[test]
+    fn read_of_what_was_written_returns_it() {
+        let directory = Directory::new();
+        let image = raw(&directory.file("a.img", 1 << 20));
+        let mut queue = image.queue().unwrap();
+        let data = pattern(7, 8192);
+        write(&mut *queue, 512, &data).unwrap();
+        flush(&mut *queue).unwrap();
+        assert_eq!(read(&mut *queue, 512, 8192).unwrap(), data);
+        assert_eq!(read(&mut *queue, 0, 512).unwrap(), [0; 512]);
+    }
+
+    #[test]
+    fn submit_of_bad_requests_completes_with_errors() {
+        let directory = Directory::new();
+        let image = raw(&directory.file("a.img", 8192));
+        let mut queue = image.queue().unwrap();
+        let end = write(&mut *queue, 8192, &[1; 512]);
+        assert!(matches!(end, Err(IoError::OutOfRange)), "{end:?}");
+        let far = write(&mut *queue, u64::MAX - 511, &[1; 512]);
+        assert!(matches!(far, Err(IoError::OutOfRange)), "{far:?}");
+        let odd = write(&mut *queue, 100, &[1; 512]);
+        assert!(matches!(odd, Err(IoError::Unaligned { .. })), "{odd:?}");
+        let short = crate::testing::once(&mut *queue, Op::Read, 0, 512, Vec::new());
+        assert!(matches!(short, Err(IoError::BufferLength)), "{short:?}");
+    }
+
+    #[test]
+    fn write_to_a_read_only_image_is_refused() {
+        let directory = Directory::new();
+        let mut wanted = spec(&directory.file("a.img", 8192), Format::Raw);
+        wanted.read_only = true;
+        let image = open(&wanted).unwrap();
+        assert!(image.geometry().read_only && image.geometry().discard.is_none());
+        let mut queue = image.queue().unwrap();
+        let result = write(&mut *queue, 0, &[1; 512]);
+        assert!(matches!(result, Err(IoError::ReadOnly)), "{result:?}");
+    }
+
+    #[test]
+    fn discard_punches_a_hole_that_reads_as_zeros() {
+        use std::os::unix::fs::MetadataExt;
+        let directory = Directory::new();
+        let path = directory.file("a.img", 1 << 20);
+        let image = raw(&path);
+        let mut queue = image.queue().unwrap();
+        write(&mut *queue, 0, &pattern(3, 1 << 20)).unwrap();
+        flush(&mut *queue).unwrap();
+        let full = std::fs::metadata(&path).unwrap().blocks();
+        discard(&mut *queue, 65536, 1 << 19).unwrap();
+        flush(&mut *queue).unwrap();
+        assert!(std::fs::metadata(&path).unwrap().blocks() <= full - (1 << 19) / 512);
+        assert_eq!(read(&mut *queue, 65536, 1 << 19).unwrap(), [0; 1 << 19]);
+        let kept = read(&mut *queue, 0, 65536).unwrap();
+        assert_eq!(kept, pattern(3, 1 << 20)[..65536]);
+    }
+
+    #[test]
+    fn open_of_a_file_with_half_a_sector_more_leaves_it_out() {
+        let directory = Directory::new();
+        let image = raw(&directory.file("a.img", 8192 + 100));
+        assert_eq!(image.geometry().bytes, 8192);
+        let nothing = open(&spec(&directory.file("b.img", 100), Format::Raw));
+        let sentence = nothing.err().unwrap().to_string();
+        assert!(sentence.contains("less than a sector"), "{sentence}");
+    }
+
+    #[test]
+    fn resize_changes_the_disk_and_the_file() {
+        let directory = Directory::new();
+        let path = directory.file("a.img", 8192);
+        let image = raw(&path);
+        image.resize(16384).unwrap();
+        assert_eq!(image.geometry().bytes, 16384);
+        let mut queue = image.queue().unwrap();
+        write(&mut *queue, 15872, &[9; 512]).unwrap();
+        image.resize(4096).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 4096);
+        assert!(write(&mut *queue, 15872, &[9; 512]).is_err());
+        assert!(image.resize(4097).is_err());
+        assert!(image.resize(0).is_err());
+    }
+}
