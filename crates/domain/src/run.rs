@@ -63,7 +63,7 @@ impl Activity {
 }
 
 struct Slot {
-    signal: Signal,
+    signal: Arc<Signal>,
     control: OnceLock<Arc<dyn VcpuControl>>,
     activity: AtomicU8,
     /// Whether it was down before it was held.
@@ -94,7 +94,7 @@ struct Life {
 impl Run {
     pub fn new(vcpus: u32, console: Arc<Console>) -> Run {
         let slot = || Slot {
-            signal: Signal::default(),
+            signal: Arc::default(),
             control: OnceLock::new(),
             activity: AtomicU8::new(Activity::Held as u8),
             down: AtomicBool::new(false),
@@ -118,15 +118,14 @@ impl Run {
     }
 
     pub fn attach(&self, id: VcpuId, control: Arc<dyn VcpuControl>) {
-        let _ = self.slots[id.0 as usize].control.set(control);
+        let slot = &self.slots[id.0 as usize];
+        let signal = Arc::clone(&slot.signal);
+        control.set_waker(Arc::new(move || signal.set()));
+        let _ = slot.control.set(control);
     }
 
     pub fn console(&self) -> &Arc<Console> {
         &self.console
-    }
-
-    pub fn vcpus(&self) -> usize {
-        self.slots.len()
     }
 
     pub fn is_paused(&self) -> bool {
@@ -262,7 +261,10 @@ impl Run {
 
     /// Whether no vCPU is left that could wake another.
     pub fn all_down(&self) -> bool {
-        self.slots.iter().all(|s| s.down.load(SeqCst))
+        self.slots.iter().all(|s| {
+            // One that has been called back but whose thread has not noticed yet counts as up.
+            s.down.load(SeqCst) && !s.control.get().is_some_and(|c| c.has_wakeup(false))
+        })
     }
 
     /// vCPUs that are not down.

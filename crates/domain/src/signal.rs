@@ -1,7 +1,6 @@
 //! A flag to sleep on.
 
 use std::sync::{Condvar, Mutex, PoisonError};
-use std::time::Duration;
 
 use crate::lock;
 
@@ -30,16 +29,6 @@ impl Signal {
                 .wait(set)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        *set = false;
-    }
-
-    /// As [`Signal::wait`], but comes back after `most` at the latest.
-    pub fn wait_at_most(&self, most: Duration) {
-        let set = lock(&self.set);
-        let (mut set, _) = self
-            .changed
-            .wait_timeout_while(set, most, |set| !*set)
-            .unwrap_or_else(PoisonError::into_inner);
         *set = false;
     }
 }

@@ -1,10 +1,10 @@
 //! An engine that runs a script in place of a guest's kernel, and a kernel file that the builder accepts.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use hospes_engine::{
-    Activity, CpuState, EngineError, Exit, Vcpu, VcpuControl, VirtFault, Vm, reg, rflags,
+    Activity, CpuState, EngineError, Exit, Vcpu, VcpuControl, VirtFault, Vm, Waker, reg, rflags,
 };
 use hospes_memory::GuestMemory;
 use hospes_units::{Gpa, Gva, VcpuId};
@@ -66,28 +66,47 @@ struct Control {
     kicked: AtomicBool,
     interrupt: AtomicU32,
     nmi: AtomicBool,
+    waker: OnceLock<Waker>,
+}
+
+impl Control {
+    fn wake(&self) {
+        if let Some(wake) = self.waker.get() {
+            wake();
+        }
+    }
 }
 
 impl VcpuControl for Control {
+    fn set_waker(&self, waker: Waker) {
+        let _ = self.waker.set(waker);
+    }
+
     fn kick(&self) {
         self.kicked.store(true, SeqCst);
+        self.wake();
     }
 
     fn raise_interrupt(&self, vector: u8) -> bool {
         self.interrupt.store(u32::from(vector), SeqCst);
+        self.wake();
         true
     }
 
     fn set_callback_line(&self, vector: Option<u8>) {
         self.interrupt.store(vector.map_or(0, u32::from), SeqCst);
+        self.wake();
     }
 
     fn raise_nmi(&self) {
         self.nmi.store(true, SeqCst);
+        self.wake();
     }
 
-    fn has_wakeup(&self) -> bool {
-        self.kicked.load(SeqCst) || self.interrupt.load(SeqCst) != 0 || self.nmi.load(SeqCst)
+    fn has_wakeup(&self, interrupts_enabled: bool) -> bool {
+        self.kicked.load(SeqCst)
+            || interrupts_enabled && self.interrupt.load(SeqCst) != 0
+            || self.nmi.load(SeqCst)
     }
 }
 

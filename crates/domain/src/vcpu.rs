@@ -2,10 +2,9 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Duration;
 
 use hospes_builder::{POWER_OFF_REQUEST, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
-use hospes_engine::{Exit, Vcpu, VcpuControl, reg};
+use hospes_engine::{Exit, Vcpu, VcpuControl, reg, rflags};
 use hospes_units::VcpuId;
 use hospes_xen::{Outcome, ShutdownReason, Xen};
 use hospes_xen_abi::hypercall::PAGE_MSR;
@@ -19,10 +18,6 @@ const PIT_OUTPUT_PORT: u16 = 0x61;
 
 /// Early messages of guests without a console: QEMU's and Xen's debug port.
 const DEBUG_PORT: u16 = 0xe9;
-
-/// vCPUs interrupt one another inside the engine, which does not know that the other's thread sleeps here: with several of them a
-/// sleeping one looks for itself this often.
-const LOOK_FOR_INTERRUPTS: Duration = Duration::from_millis(1);
 
 /// A vCPU and its place in the domain.
 pub struct VcpuThread {
@@ -44,7 +39,6 @@ impl VcpuThread {
             xen: self.xen,
             run: self.run,
             runstate: Runstate::Offline,
-            dead_halts: 0,
         };
         let outcome = catch_unwind(AssertUnwindSafe(move || looping.run()));
         if outcome.is_err() {
@@ -64,8 +58,6 @@ struct Loop {
     xen: Arc<Xen>,
     run: Arc<Run>,
     runstate: Runstate,
-    /// Halts with interrupts disabled in a row.
-    dead_halts: u32,
 }
 
 impl Loop {
@@ -117,12 +109,7 @@ impl Loop {
             _ => Runstate::Offline,
         });
         while !done(self) && !self.run.has_ended() && (held || !self.run.is_paused()) {
-            let signal = self.run.signal(self.id);
-            if self.run.vcpus() > 1 && !held {
-                signal.wait_at_most(LOOK_FOR_INTERRUPTS);
-            } else {
-                signal.wait();
-            }
+            self.run.signal(self.id).wait();
         }
     }
 
@@ -137,15 +124,6 @@ impl Loop {
     }
 
     fn handle(&mut self, exit: Exit) {
-        let dead = matches!(
-            exit,
-            Exit::Halt {
-                interrupts_enabled: false
-            }
-        );
-        if !dead {
-            self.dead_halts = 0;
-        }
         match exit {
             Exit::Hypercall => {
                 let outcome = self.xen.hypercall(&mut *self.vcpu, self.id);
@@ -170,10 +148,11 @@ impl Loop {
             }
             Exit::Halt {
                 interrupts_enabled: true,
-            } => self.sleep(Activity::Blocked, |s| s.control.has_wakeup()),
+            } => self.block(),
+            // Offline until an INIT or NMI.
             Exit::Halt {
                 interrupts_enabled: false,
-            } => self.dead_halt(),
+            } => self.go_down(|s| s.control.has_wakeup(false)),
             Exit::Yield => std::thread::yield_now(),
             Exit::Shutdown { rip } => self.run.end(EndReason::Crash(format!(
                 "vCPU {} stopped with a triple fault at {rip:#x}",
@@ -183,25 +162,23 @@ impl Loop {
         }
     }
 
-    /// HLT with interrupts off: the vCPU is offline until an INIT or NMI. What the engine calls a wake-up may be an interrupt that stays
-    /// masked, so it is tried once and then not believed.
-    fn dead_halt(&mut self) {
-        self.dead_halts += 1;
-        if self.dead_halts == 1 && self.control.has_wakeup() {
-            return;
-        }
-        self.dead_halts = 0;
-        self.go_down(|s| s.control.has_wakeup());
+    fn block(&mut self) {
+        self.sleep(Activity::Blocked, |s| s.control.has_wakeup(true));
     }
 
     fn after_hypercall(&mut self, outcome: Outcome) {
         match outcome {
             Outcome::Resume | Outcome::Down => {}
             Outcome::Yield => std::thread::yield_now(),
-            Outcome::Block => self.sleep(Activity::Blocked, |s| s.control.has_wakeup()),
-            Outcome::Poll => self.sleep(Activity::Blocked, |s| {
-                s.xen.poll_done(s.id) || s.control.has_wakeup()
-            }),
+            Outcome::Block => self.block(),
+            Outcome::Poll => {
+                // With interrupts disabled, as in the slow path of a spin lock, only the polled ports end the wait.
+                let enabled = self.vcpu.state().rflags & rflags::IF != 0;
+                self.sleep(Activity::Blocked, |s| {
+                    s.xen.poll_done(s.id, enabled) || s.control.has_wakeup(enabled)
+                });
+                self.xen.end_poll(self.id);
+            }
             Outcome::Shutdown(reason) => self.run.end(match reason {
                 ShutdownReason::PowerOff => EndReason::PowerOff,
                 // A new kernel in the same memory would need a fresh domain around it; a reboot is what the user gets instead.

@@ -1,8 +1,10 @@
 //! What other threads may ask of a vCPU.
 
+use std::fmt;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 
-use hospes_engine::VcpuControl;
+use hospes_engine::{VcpuControl, Waker};
 
 use crate::signal;
 
@@ -22,12 +24,20 @@ pub mod request {
     pub const INIT: u32 = 32;
     /// A start-up interrupt was received.
     pub const SIPI: u32 = 64;
+
+    /// What ends a halt even while interrupts are disabled.
+    pub const WAKES_ALWAYS: u32 = KICK | INIT | SIPI;
+    /// What a vCPU that sleeps has to be woken for; it does the rest when it runs again.
+    pub const WAKES: u32 = WAKES_ALWAYS | INTERRUPT;
 }
 
 /// The shared side of a vCPU.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Control {
     requests: AtomicU32,
+    /// Set while `run` is being executed, which looks at the requests after setting this and before it returns.
+    running: AtomicBool,
+    waker: OnceLock<Waker>,
     /// Set while the vCPU may execute translated code.
     in_code: AtomicBool,
     tid: AtomicI32,
@@ -43,9 +53,29 @@ impl Control {
         self.tid.store(tid, Ordering::SeqCst);
     }
 
+    /// Declares that `run` has begun. Who posts a request from now on sees that, or the request is seen by `run`.
+    pub fn enter_run(&self) {
+        self.running.store(true, Ordering::SeqCst);
+        std::sync::atomic::fence(Ordering::SeqCst);
+    }
+
+    /// Declares that `run` ends. Whoever sleeps after that asks [`VcpuControl::has_wakeup`] first.
+    pub fn leave_run(&self) {
+        self.running.store(false, Ordering::SeqCst);
+    }
+
     /// Posts requests and makes the vCPU look at them.
     pub fn post(&self, bits: u32) {
         self.requests.fetch_or(bits, Ordering::SeqCst);
+        if !self.running.load(Ordering::SeqCst) {
+            // The barrier and the signal cost more than waking a thread does, and most targets of interrupts sleep.
+            if bits & request::WAKES != 0
+                && let Some(wake) = self.waker.get()
+            {
+                wake();
+            }
+            return;
+        }
         membarrier();
         if self.in_code.load(Ordering::SeqCst) {
             signal::kick_thread(self.tid.load(Ordering::SeqCst));
@@ -122,7 +152,20 @@ impl Control {
     }
 }
 
+impl fmt::Debug for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Control")
+            .field("requests", &self.requests)
+            .field("running", &self.running)
+            .finish_non_exhaustive()
+    }
+}
+
 impl VcpuControl for Control {
+    fn set_waker(&self, waker: Waker) {
+        let _ = self.waker.set(waker);
+    }
+
     fn kick(&self) {
         self.post(request::KICK);
     }
@@ -149,11 +192,12 @@ impl VcpuControl for Control {
         self.post(request::INTERRUPT);
     }
 
-    fn has_wakeup(&self) -> bool {
-        self.requests.load(Ordering::SeqCst) != 0
+    fn has_wakeup(&self, interrupts_enabled: bool) -> bool {
+        self.requests.load(Ordering::SeqCst) & request::WAKES_ALWAYS != 0
             || self.nmi.load(Ordering::SeqCst)
-            || self.callback.load(Ordering::SeqCst) != 0
-            || self.irr.iter().any(|w| w.load(Ordering::SeqCst) != 0)
+            || interrupts_enabled
+                && (self.callback.load(Ordering::SeqCst) != 0
+                    || self.irr.iter().any(|w| w.load(Ordering::SeqCst) != 0))
     }
 }
 

@@ -525,7 +525,10 @@ impl Vcpu for BtVcpu {
         self.attach()?;
         self.fpu_fetched = false;
         self.host.sync_flags_out();
-        self.run_loop()
+        self.host.control.enter_run();
+        let exit = self.run_loop();
+        self.host.control.leave_run();
+        exit
     }
 
     fn state(&mut self) -> &mut CpuState {

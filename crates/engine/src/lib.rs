@@ -107,13 +107,20 @@ pub trait Vcpu: Send {
     fn translate(&mut self, gva: Gva) -> Option<Gpa>;
 }
 
+/// Wakes the thread of a vCPU that sleeps outside the engine; may be called from any thread, at any time, too often.
+pub type Waker = Arc<dyn Fn() + Send + Sync>;
+
 /// What other threads may do to a vCPU. All methods return at once.
 pub trait VcpuControl: Send + Sync {
+    /// Sets what the engine calls when [`VcpuControl::has_wakeup`] becomes true while the vCPU is outside [`Vcpu::run`]: vCPUs interrupt one
+    /// another inside the engine, and the thread of the other one may be asleep. To be set once, before the vCPU first runs.
+    fn set_waker(&self, waker: Waker);
+
     /// Makes [`Vcpu::run`] return [`Exit::Kicked`] soon; sticky while the vCPU is not running.
     fn kick(&self);
 
     /// Raises a fixed, edge-triggered interrupt in the vCPU's local APIC; false where the APIC is disabled by software and the interrupt is
-    /// lost. Wakes a vCPU inside [`Vcpu::run`]; one that is halted outside is woken by the caller.
+    /// lost.
     fn raise_interrupt(&self, vector: u8) -> bool;
 
     /// Asserts or withdraws an interrupt that is injected once, as soon as interrupts are enabled, without the local APIC. Whoever has a
@@ -123,6 +130,7 @@ pub trait VcpuControl: Send + Sync {
     /// Raises an NMI.
     fn raise_nmi(&self);
 
-    /// True where an interrupt, NMI or INIT waits that would end a HLT now.
-    fn has_wakeup(&self) -> bool;
+    /// True where something waits that would end a HLT now: an interrupt where they are enabled, an NMI, an INIT or start-up interrupt, a kick.
+    /// May be true without cause once, never again and again without [`Vcpu::run`] between.
+    fn has_wakeup(&self, interrupts_enabled: bool) -> bool;
 }

@@ -121,7 +121,7 @@ pub enum Outcome {
     Yield,
     /// As after HLT with interrupts enabled.
     Block,
-    /// Waits until [`Xen::poll_done`]; may be woken without cause.
+    /// Waits until [`Xen::poll_done`], then calls [`Xen::end_poll`]; may be woken without cause.
     Poll,
     /// Stops until [`Xen::is_up`].
     Down,

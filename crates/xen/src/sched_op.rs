@@ -77,26 +77,33 @@ impl Xen {
         Ok(Reply::Then(Outcome::Poll))
     }
 
-    /// Whether a poll has ended: one of its ports is pending, an upcall waits or its time is up. Asked by the vCPU's thread before it sleeps and
-    /// each time it was woken.
-    pub fn poll_done(&self, id: VcpuId) -> bool {
+    /// Whether a poll has ended: one of its ports is pending, an upcall waits that can be taken, or its time is up. Asked by the vCPU's thread
+    /// before it sleeps and each time it was woken.
+    pub fn poll_done(&self, id: VcpuId, interrupts_enabled: bool) -> bool {
         let Some(slot) = self.vcpus.get(id.0 as usize) else {
             return true;
         };
-        let mut polling = lock(&slot.polling);
+        let polling = lock(&slot.polling);
         let Some(wait) = &*polling else { return true };
-        let done = self.upcall_waits(id.0 as usize)
+        interrupts_enabled && self.upcall_waits(id.0 as usize)
             || wait.ports.iter().any(|p| self.is_pending(*p))
             || wait
                 .deadline_ns
-                .is_some_and(|deadline| deadline <= self.time.now_ns());
-        if done {
-            *polling = None;
+                .is_some_and(|deadline| deadline <= self.time.now_ns())
+    }
+
+    /// The vCPU goes on after a poll, for whatever reason.
+    pub fn end_poll(&self, id: VcpuId) {
+        let Some(slot) = self.vcpus.get(id.0 as usize) else {
+            return;
+        };
+        let ended = lock(&slot.polling).take();
+        if let Some(wait) = ended {
             self.pollers.fetch_sub(1, SeqCst);
-            drop(polling);
-            self.timers.cancel(Timer::Poll(id.0 as usize));
+            if wait.deadline_ns.is_some() {
+                self.timers.cancel(Timer::Poll(id.0 as usize));
+            }
         }
-        done
     }
 
     /// Wakes the vCPUs that poll this port.

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use hospes_engine::{
-    CpuState, EngineError, Exit, Segment, Vcpu, VcpuControl, VirtFault, Vm, cr, reg, seg,
+    CpuState, EngineError, Exit, Segment, Vcpu, VcpuControl, VirtFault, Vm, Waker, cr, reg, seg,
 };
 use hospes_memory::{GuestMemory, Range};
 use hospes_units::{DomId, Gfn, Gpa, Gva, VcpuId};
@@ -22,6 +22,8 @@ pub struct Control {
 }
 
 impl VcpuControl for Control {
+    fn set_waker(&self, _: Waker) {}
+
     fn kick(&self) {
         self.kicks.fetch_add(1, SeqCst);
     }
@@ -42,8 +44,8 @@ impl VcpuControl for Control {
         self.nmis.fetch_add(1, SeqCst);
     }
 
-    fn has_wakeup(&self) -> bool {
-        !lock(&self.interrupts).is_empty()
+    fn has_wakeup(&self, interrupts_enabled: bool) -> bool {
+        interrupts_enabled && !lock(&self.interrupts).is_empty()
     }
 }
 

@@ -175,6 +175,19 @@ fn host_port_carries_events_both_ways() {
 }
 
 #[test]
+fn poll_with_interrupts_disabled_outlasts_an_upcall() {
+    let mut m = Machine::new(1);
+    boot(&mut m);
+    let port = bind_ipi(&mut m, 0);
+    let mut p = sched::Poll::default();
+    assert_eq!(m.call_with(nr::SCHED_OP, sched::POLL, &mut p), 0);
+    assert!(!m.xen.poll_done(VcpuId(0), true));
+    port_op(&mut m, event::SEND, port);
+    assert!(m.xen.poll_done(VcpuId(0), true));
+    assert!(!m.xen.poll_done(VcpuId(0), false));
+}
+
+#[test]
 fn poll_ends_by_an_event_on_a_masked_port() {
     let mut m = Machine::new(2);
     boot(&mut m);
@@ -190,11 +203,18 @@ fn poll_ends_by_an_event_on_a_masked_port() {
     m.xen.memory().write_obj(Gpa(ARG), &p).unwrap();
     let (rax, outcome) = m.call_on(1, nr::SCHED_OP, [sched::POLL, ARG, 0]);
     assert_eq!((rax, outcome), (0, Outcome::Poll));
-    assert!(!m.xen.poll_done(VcpuId(1)));
+    assert!(!m.xen.poll_done(VcpuId(1), true));
     lock(&m.host.wakes).clear();
     port_op(&mut m, event::SEND, port);
     assert_eq!(*lock(&m.host.wakes), [1]);
-    assert!(m.xen.poll_done(VcpuId(1)));
+    assert!(m.xen.poll_done(VcpuId(1), false));
+    m.xen.end_poll(VcpuId(1));
+    lock(&m.host.wakes).clear();
+    port_op(&mut m, event::SEND, port);
+    assert!(
+        lock(&m.host.wakes).is_empty(),
+        "nobody polls the port any more"
+    );
     m.xen.memory().write_obj(Gpa(0x9000), &4096u32).unwrap();
     m.xen.memory().write_obj(Gpa(ARG), &p).unwrap();
     assert_eq!(

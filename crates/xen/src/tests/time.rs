@@ -169,7 +169,7 @@ fn poll_ends_by_its_timeout() {
     while lock(&m.host.wakes).is_empty() {
         std::thread::sleep(Duration::from_micros(100));
     }
-    assert!(m.xen.poll_done(VcpuId(0)));
+    assert!(m.xen.poll_done(VcpuId(0), false));
 }
 
 #[test]
