@@ -6,10 +6,12 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::diagnostic::{Diagnostic, Location, Severity};
+use crate::disk::DiskConfig;
 use crate::keys::{self, Support};
 use crate::number::parse_number;
 use crate::parse::{Document, Setting, ValueKind};
 use crate::uuid::Uuid;
+use crate::vif::VifConfig;
 
 /// Bounds of values.
 pub mod limits {
@@ -130,6 +132,10 @@ pub struct DomainConfig {
     /// Virtual CPUs in all; at least `vcpus`.
     pub maxvcpus: u32,
     pub on: EventActions,
+    /// In the order of the configuration; each device once.
+    pub disks: Vec<DiskConfig>,
+    /// In the order of the configuration; each with its number.
+    pub vifs: Vec<VifConfig>,
 }
 
 impl DomainConfig {
@@ -150,13 +156,18 @@ impl DomainConfig {
     }
 }
 
-struct Reader<'a> {
-    document: &'a Document,
+pub(crate) struct Reader<'a> {
+    pub(crate) document: &'a Document,
     diagnostics: &'a mut Vec<Diagnostic>,
 }
 
 impl<'a> Reader<'a> {
-    fn report(&mut self, severity: Severity, location: &Location, message: impl Into<String>) {
+    pub(crate) fn report(
+        &mut self,
+        severity: Severity,
+        location: &Location,
+        message: impl Into<String>,
+    ) {
         self.diagnostics.push(Diagnostic {
             severity,
             location: location.clone(),
@@ -164,7 +175,7 @@ impl<'a> Reader<'a> {
         });
     }
 
-    fn error(&mut self, location: &Location, message: impl Into<String>) {
+    pub(crate) fn error(&mut self, location: &Location, message: impl Into<String>) {
         self.report(Severity::Error, location, message);
     }
 
@@ -269,6 +280,8 @@ impl<'a> Reader<'a> {
         let (memory_mib, maxmem_mib) = self.memory();
         let (vcpus, maxvcpus) = self.vcpus();
         let on = self.actions();
+        let disks = self.disks();
+        let vifs = self.vifs();
         Some(DomainConfig {
             name: name?,
             guest_type: guest_type?,
@@ -281,6 +294,8 @@ impl<'a> Reader<'a> {
             vcpus,
             maxvcpus,
             on,
+            disks,
+            vifs,
         })
     }
 

@@ -2,7 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::disk::DiskConfig;
 use crate::domain::{DomainConfig, EventAction, GuestType};
+use crate::vif::{VifConfig, VifKind};
 
 impl DomainConfig {
     /// An object with `c_info`, `b_info` and the actions. Memory is in KiB, as in libxl.
@@ -29,7 +31,7 @@ impl DomainConfig {
             build.insert("cmdline".into(), json!(self.cmdline));
         }
         build.insert(format!("type.{kind}"), json!({}));
-        json!({
+        let mut config = json!({
             "c_info": create,
             "b_info": build,
             "on_poweroff": action_name(self.on.poweroff),
@@ -37,8 +39,98 @@ impl DomainConfig {
             "on_watchdog": action_name(self.on.watchdog),
             "on_crash": action_name(self.on.crash),
             "on_soft_reset": action_name(self.on.soft_reset),
-        })
+        });
+        if !self.disks.is_empty() {
+            config["disks"] = self.disks.iter().map(DiskConfig::to_json).collect();
+        }
+        if !self.vifs.is_empty() {
+            config["nics"] = self.vifs.iter().map(VifConfig::to_json).collect();
+        }
+        config
     }
+}
+
+/// An object of the settings that are not libxl's defaults.
+fn object(pairs: Vec<(&str, Option<Value>)>) -> Value {
+    pairs
+        .into_iter()
+        .filter_map(|(key, value)| Some((key.to_string(), value?)))
+        .collect::<Map<_, _>>()
+        .into()
+}
+
+/// The number where it names a domain, or else the name.
+fn backend(text: &str) -> Vec<(&'static str, Option<Value>)> {
+    match text.parse::<u16>() {
+        Ok(0) => Vec::new(),
+        Ok(domid) => vec![("backend_domid", Some(json!(domid)))],
+        Err(_) if text.is_empty() => Vec::new(),
+        Err(_) => vec![("backend_domname", Some(json!(text)))],
+    }
+}
+
+impl DiskConfig {
+    /// libxl's `device_disk`.
+    pub fn to_json(&self) -> Value {
+        let one = self.cdrom.then(|| json!(1));
+        let mut pairs = backend(&self.backend);
+        pairs.extend([
+            ("pdev_path", self.target.as_ref().map(|path| json!(path))),
+            ("vdev", Some(json!(self.vdev.name))),
+            ("format", Some(json!(self.format.as_str()))),
+            ("script", self.script.as_ref().map(|script| json!(script))),
+            ("removable", one.clone()),
+            ("readwrite", Some(json!(u8::from(!self.read_only)))),
+            ("is_cdrom", one),
+            ("direct_io_safe", self.direct_io_safe.then(|| json!(true))),
+            ("discard_enable", self.discard.map(|discard| json!(discard))),
+            ("trusted", Some(json!(self.trusted))),
+        ]);
+        object(pairs)
+    }
+}
+
+impl VifConfig {
+    /// libxl's `device_nic`.
+    pub fn to_json(&self) -> Value {
+        let text = |text: &Option<String>| text.as_ref().map(|text| json!(text));
+        let mac = self.mac.map(|mac| json!(mac_text(mac)));
+        let ip = (!self.ip.is_empty()).then(|| json!(self.ip.join(" ")));
+        let mut pairs = backend(&self.backend);
+        pairs.extend([
+            ("devid", self.devid.map(|devid| json!(devid))),
+            ("mtu", self.mtu.map(|mtu| json!(mtu))),
+            ("model", text(&self.model)),
+            ("mac", mac),
+            ("ip", ip),
+            ("bridge", text(&self.bridge)),
+            ("ifname", text(&self.vifname)),
+            ("script", text(&self.script)),
+            (
+                "nictype",
+                Some(match self.kind {
+                    VifKind::Vif => json!("vif"),
+                    VifKind::User => json!("user"),
+                }),
+            ),
+            (
+                "rate_bytes_per_interval",
+                self.rate.map(|rate| json!(rate.bytes_per_interval())),
+            ),
+            (
+                "rate_interval_usecs",
+                self.rate.map(|rate| json!(rate.interval_us)),
+            ),
+            ("gatewaydev", text(&self.netdev)),
+            ("trusted", Some(json!(self.trusted))),
+        ]);
+        object(pairs)
+    }
+}
+
+/// As in the xenstore: 00:16:3e:74:3d:76.
+pub fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 /// libxl's identifiers differ from the words of the configuration file.

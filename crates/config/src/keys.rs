@@ -94,6 +94,8 @@ const FULL: &[Key] = &[
     key("on_watchdog", ACTIONS, Support::Full),
     key("on_crash", ACTIONS, Support::Full),
     key("on_soft_reset", ACTIONS, Support::Full),
+    key("disk", Shape::List, Support::Full),
+    key("vif", Shape::List, Support::Full),
 ];
 
 const TEXTS: &[Key] = ignored![Shape::Text;
@@ -120,7 +122,7 @@ const BOOLEANS: &[Key] = ignored![Shape::Boolean;
 ];
 
 const LISTS: &[Key] = ignored![Shape::List;
-    "disk", "vif", "vif2", "vtpm", "p9", "pvcalls", "vfb", "channel", "usbctrl", "usbdev", "pci", "dtdev", "ioports",
+    "vif2", "vtpm", "p9", "pvcalls", "vfb", "channel", "usbctrl", "usbdev", "pci", "dtdev", "ioports",
     "iomem", "irqs", "vdispl", "vkb", "device_model_args", "device_model_args_pv", "device_model_args_hvm", "mca_caps",
 ];
 

@@ -10,21 +10,31 @@
 //! Invariant: a [`DomainConfig`] is handed out only where no [`Diagnostic`] of severity [`Severity::Error`] was made.
 #![forbid(unsafe_code)]
 
+mod devices;
 mod diagnostic;
+mod disk;
 mod domain;
 mod json;
 mod keys;
 mod lex;
 mod number;
 mod parse;
+mod spec;
 mod uuid;
+mod vdev;
+mod vif;
 
 pub use diagnostic::{Diagnostic, Location, Severity};
+pub use disk::{DiskConfig, DiskFormat};
 pub use domain::{DomainConfig, EventAction, EventActions, GuestType, limits};
+pub use json::mac_text;
 pub use keys::{Key, Shape, Support, known_keys};
 pub use number::{NumberError, parse_number};
 pub use parse::{Atom, Document, MAX_DEPTH, Setting, Value, ValueKind};
+pub use spec::{INTERFACE_NAME_MAX, SpecError};
 pub use uuid::{Uuid, UuidError};
+pub use vdev::{Vdev, VdevError};
+pub use vif::{Rate, VifConfig, VifKind};
 
 /// Longest source that is read, in bytes.
 pub const MAX_SOURCE_BYTES: usize = 1 << 20;

@@ -117,9 +117,6 @@ fn load_valid_settings_gives_their_values() {
 #[test]
 fn load_known_keys_without_effect_notes_them() {
     let cases = [
-        ("disk=['phy:/dev/vg/lv,xvda,w']", "disk"),
-        ("disk=[\n 'a', # first\n 'b',\n]", "disk"),
-        ("vif=['bridge=xenbr0']", "vif"),
         (
             "vnuma=[[\"pnode=0\",\"size=512\",\"vcpus=0-4\",\"vdistances=10,20\"]]",
             "vnuma",
