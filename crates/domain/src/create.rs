@@ -1,13 +1,13 @@
 //! Making a domain, step by step.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use hospes_builder::{BuildSpec, MemmapEntry, ap_cpu_state, build, memory_layout};
 use hospes_cpuid::{CpuidTable, HostCpu, Level, Policy, Vendor};
 use hospes_memory::GuestMemory;
-use hospes_store::{DomainEntry, Store};
+use hospes_store::DomainEntry;
 use hospes_units::{PAGE_SIZE, VcpuId};
 use hospes_xen::{
     Calibration, Config, ConsoleRing, E820, HostPort, Page, StoreRing, TrapInstruction, Xen,
@@ -18,7 +18,7 @@ use crate::run::Run;
 use crate::services::{GuestConnection, serve_console, serve_store};
 use crate::signal::Signal;
 use crate::vcpu::VcpuThread;
-use crate::{CreateError, Domain, DomainSpec, EngineFactory, Identity, host_memory, lock};
+use crate::{CreateError, Domain, DomainSpec, EngineFactory, Identity, host_memory};
 
 /// The TSC is measured at least this long, most of it while the kernel is being loaded.
 const CALIBRATION: Duration = Duration::from_millis(20);
@@ -97,6 +97,30 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
             run: Arc::clone(&run),
         });
     }
+    // The store's port comes first: Xen's tools number them so.
+    let store_signal = Arc::new(Signal::default());
+    let store_port = listen(&xen, &store_signal)?;
+    let console_port = listen(&xen, console.signal())?;
+    xen.set_store_port(store_port.port());
+    xen.set_console_port(console_port.port());
+    let uuid = uuid_text(&spec.uuid);
+    let waker = Arc::clone(&store_signal);
+    let (guest, membership) =
+        spec.store
+            .add_domain(spec.domid, &uuid, Arc::new(move || waker.set()))?;
+    let entry = DomainEntry {
+        domid: spec.domid,
+        uuid,
+        name: spec.name.clone(),
+        memory_kib: spec.memory_bytes / 1024,
+        vcpus: spec.vcpus,
+        console_port: console_port.port().0,
+        console_ring: layout.console.0,
+        store_port: store_port.port().0,
+        store_ring: layout.xenstore.0,
+    };
+    let store = spec.store.access();
+    store.write_all(&entry.nodes())?;
     let mut domain = Domain {
         spec: Identity {
             domid: spec.domid,
@@ -105,36 +129,21 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
             memory_bytes: spec.memory_bytes,
             vcpus: spec.vcpus,
         },
-        store: Arc::new(Mutex::new(Store::default())),
+        store,
         xen,
         run,
         console,
         threads: Vec::new(),
         clock: None,
+        _membership: membership,
     };
-    // The store's port comes first: Xen's tools number them so.
-    let store_signal = Arc::new(Signal::default());
-    let store_port = listen(&domain.xen, &store_signal)?;
-    let console_port = listen(&domain.xen, domain.console.signal())?;
-    domain.xen.set_store_port(store_port.port());
-    domain.xen.set_console_port(console_port.port());
-    lock(&domain.store).populate(&DomainEntry {
-        domid: domain.spec.domid,
-        uuid: uuid_text(&spec.uuid),
-        name: domain.spec.name.clone(),
-        memory_kib: spec.memory_bytes / 1024,
-        vcpus: spec.vcpus,
-        console_port: console_port.port().0,
-        console_ring: layout.console.0,
-        store_port: store_port.port().0,
-        store_ring: layout.xenstore.0,
-    })?;
     let page = |gfn| Page::of_frame(domain.xen.memory(), gfn);
     let (console_page, store_page) = (page(layout.console)?, page(layout.xenstore)?);
     start_services(
         &mut domain,
         ConsoleRing::new(console_page, console_port),
         StoreRing::new(store_page, store_port),
+        GuestConnection(guest),
         store_signal,
     )?;
     domain.clock = Some(domain.xen.start_clock()?);
@@ -169,14 +178,9 @@ fn start_services(
     domain: &mut Domain,
     console: ConsoleRing,
     mut store: StoreRing,
+    mut guest: GuestConnection,
     signal: Arc<Signal>,
 ) -> Result<(), CreateError> {
-    let waker = Arc::clone(&signal);
-    let conn = lock(&domain.store).connect(domain.spec.domid, Arc::new(move || waker.set()));
-    let mut guest = GuestConnection {
-        store: Arc::clone(&domain.store),
-        conn,
-    };
     let run = Arc::clone(&domain.run);
     domain.run.on_end(Arc::clone(&signal));
     domain.threads.push(spawn("store".to_owned(), move || {

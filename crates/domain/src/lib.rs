@@ -8,7 +8,7 @@
 //!
 //! Invariants: the first reason to end wins; guest code runs only while the domain is neither paused nor ended; the guest's last output is in the
 //! console before [`Domain::wait`] returns; a panic in a vCPU's thread ends the domain and nothing else.
-//! Limits: 128 vCPUs; the store holds this domain alone.
+//! Limits: 128 vCPUs.
 #![forbid(unsafe_code)]
 
 mod console;
@@ -34,7 +34,7 @@ use std::thread::JoinHandle;
 use hospes_cpuid::CpuidTable;
 use hospes_engine::{EngineError, Vm};
 use hospes_memory::GuestMemory;
-use hospes_store::Store;
+use hospes_store::{DomainStore, Membership, StoreAccess};
 use hospes_units::{DomId, VcpuId};
 use hospes_xen::{ClockThread, Xen};
 
@@ -63,6 +63,8 @@ pub struct DomainSpec {
     pub vcpus: u32,
     /// The domain is never saved or moved, so that it may be told what is true of this host alone.
     pub nomigrate: bool,
+    /// Where the domain is entered; it is taken out when it is dropped.
+    pub store: Arc<dyn DomainStore>,
     /// Gets all console output, from a thread that does nothing else; may block for a while, but the guest waits when it does.
     pub console: Box<dyn Write + Send>,
 }
@@ -125,11 +127,13 @@ impl fmt::Display for DomainState {
 pub struct Domain {
     spec: Identity,
     xen: Arc<Xen>,
-    store: Arc<Mutex<Store>>,
+    store: Arc<dyn StoreAccess>,
     run: Arc<Run>,
     console: Arc<Console>,
     threads: Vec<JoinHandle<()>>,
     clock: Option<ClockThread>,
+    /// Last: what serves the domain's devices ends first.
+    _membership: Membership,
 }
 
 /// What stays of the specification.
@@ -182,7 +186,7 @@ impl Domain {
             ShutdownKind::Suspend => "suspend",
         };
         let path = hospes_store::domain_path(self.spec.domid) + "/control/shutdown";
-        lock(&self.store).write(&path, word.as_bytes())?;
+        self.store.write(&path, word.as_bytes())?;
         Ok(())
     }
 
@@ -238,8 +242,8 @@ impl Domain {
         &self.console
     }
 
-    /// The domain's store, for back ends and tools.
-    pub fn store(&self) -> &Arc<Mutex<Store>> {
+    /// The store with the rights of domain 0, for back ends and tools.
+    pub fn store(&self) -> &Arc<dyn StoreAccess> {
         &self.store
     }
 

@@ -1,11 +1,8 @@
 //! The threads that serve the guest's console and its connection to the store.
 
-use std::sync::{Arc, Mutex};
-
-use hospes_store::{ConnId, Store};
+use hospes_store::GuestLink;
 use hospes_xen::{ConsoleRing, ProtocolError, StoreConnection, StoreRing};
 
-use crate::lock;
 use crate::run::Run;
 use crate::signal::Signal;
 
@@ -32,29 +29,24 @@ pub fn serve_console(ring: &ConsoleRing, run: &Run) {
     run.set_finished();
 }
 
-/// The guest's connection to the domain's store.
-pub struct GuestConnection {
-    pub store: Arc<Mutex<Store>>,
-    pub conn: ConnId,
-}
+/// The guest's connection to the store.
+pub struct GuestConnection(pub Box<dyn GuestLink>);
 
 impl StoreConnection for GuestConnection {
     fn input(&mut self, bytes: &[u8]) -> Result<(), ProtocolError> {
-        lock(&self.store)
-            .input(self.conn, bytes)
-            .map_err(|_| ProtocolError)
+        self.0.input(bytes).map_err(|_| ProtocolError)
     }
 
     fn output(&mut self, buf: &mut [u8]) -> usize {
-        lock(&self.store).output(self.conn, buf)
+        self.0.output(buf)
     }
 
     fn accepts_input(&mut self) -> bool {
-        lock(&self.store).accepts_input(self.conn)
+        self.0.accepts_input()
     }
 
     fn reset(&mut self) {
-        lock(&self.store).reset(self.conn);
+        self.0.reset();
     }
 }
 

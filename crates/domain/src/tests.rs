@@ -68,6 +68,7 @@ fn try_domain(
         promised_bytes: 0,
         vcpus,
         nomigrate: false,
+        store: Arc::new(hospes_store::LocalStore::default()),
         console: Box::new(sink),
     };
     let script: Script = Arc::new(Mutex::new(Box::new(script)));
@@ -432,7 +433,7 @@ fn request_shutdown_writes_the_node() {
         (ShutdownKind::Suspend, "suspend"),
     ] {
         d.request_shutdown(kind).unwrap();
-        assert_eq!(lock(d.store()).read_text(node).as_deref(), Some(word));
+        assert_eq!(d.store().read_text(node).as_deref(), Some(word));
     }
 }
 

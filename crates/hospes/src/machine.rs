@@ -4,6 +4,7 @@ use std::io::Write;
 use std::sync::Arc;
 
 use hospes_domain::{Domain, DomainSpec, EndReason, ShutdownKind};
+use hospes_store::LocalStore;
 use hospes_toolstack::{self as toolstack, Machine, MachineError, MachineInfo, MachineSpec};
 
 /// Makes domains on the engine that suits this host.
@@ -27,6 +28,7 @@ impl toolstack::MachineFactory for Domains {
             promised_bytes: spec.promised_bytes,
             vcpus: config.vcpus,
             nomigrate: false,
+            store: Arc::new(LocalStore::default()),
             console,
         };
         let domain = Domain::create(spec, Box::new(hospes_engines::create_vm))?;

@@ -5,7 +5,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::{Error, Perms};
+use hospes_units::DomId;
+
+use crate::{Error, Perms, ProtocolError, Waker};
 
 /// Called with the path that changed: the watched one or one below it. The watched path itself means that anything below it may have
 /// changed: so it is when the watch begins and after the store was restarted. Called from a thread of the store's client, which has to
@@ -64,30 +66,73 @@ pub trait StoreAccess: Send + Sync {
     }
 }
 
-/// A watch; dropping it ends it.
-pub struct Watch {
-    end: Option<Box<dyn FnOnce() + Send + Sync>>,
+/// A guest's connection to the store, as the bytes that its ring carries.
+pub trait GuestLink: Send {
+    /// Takes bytes of requests, split anywhere. After an error nothing more is understood until a reset.
+    fn input(&mut self, bytes: &[u8]) -> Result<(), ProtocolError>;
+
+    /// Moves bytes of replies and events into `buf`; returns how many.
+    fn output(&mut self, buf: &mut [u8]) -> usize;
+
+    /// Whether requests may come: false while too many replies wait to be fetched.
+    fn accepts_input(&mut self) -> bool;
+
+    /// The guest starts over: watches, transactions and half-sent messages are forgotten.
+    fn reset(&mut self);
 }
 
-impl Watch {
-    /// `end` is called when the watch is dropped.
-    pub fn new(end: impl FnOnce() + Send + Sync + 'static) -> Watch {
-        Watch {
-            end: Some(Box::new(end)),
+/// The store as a domain needs it.
+pub trait DomainStore: Send + Sync {
+    fn access(&self) -> Arc<dyn StoreAccess>;
+
+    /// Makes a domain known and opens its guest's connection, which has the guest's rights only. `waker` is called when the connection has
+    /// something to fetch; it must only wake somebody. When the membership is dropped, the domain's nodes are removed with it:
+    /// its home, those of its devices in other domains and what the tools keep about it.
+    fn add_domain(
+        &self,
+        domid: DomId,
+        uuid: &str,
+        waker: Waker,
+    ) -> Result<(Box<dyn GuestLink>, Membership), Error>;
+}
+
+macro_rules! guard {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        pub struct $name {
+            end: Option<Box<dyn FnOnce() + Send + Sync>>,
         }
-    }
-}
 
-impl Drop for Watch {
-    fn drop(&mut self) {
-        if let Some(end) = self.end.take() {
-            end();
+        impl $name {
+            /// `end` is called when this is dropped.
+            pub fn new(end: impl FnOnce() + Send + Sync + 'static) -> $name {
+                $name {
+                    end: Some(Box::new(end)),
+                }
+            }
         }
-    }
+
+        impl Drop for $name {
+            fn drop(&mut self) {
+                if let Some(end) = self.end.take() {
+                    end();
+                }
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(stringify!($name))
+            }
+        }
+    };
 }
 
-impl fmt::Debug for Watch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Watch")
-    }
-}
+guard!(
+    /// A watch; dropping it ends it.
+    Watch
+);
+guard!(
+    /// That the store knows a domain; dropping it takes the domain out of the store.
+    Membership
+);

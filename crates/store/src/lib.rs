@@ -29,15 +29,15 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hospes_units::DomId;
 
-pub use access::{NewNode, StoreAccess, Watch, WatchListener};
+pub use access::{DomainStore, GuestLink, Membership, NewNode, StoreAccess, Watch, WatchListener};
 pub use local::LocalStore;
 pub use node::{Access, Perm, Perms};
-pub use populate::{DomainEntry, domain_path};
+pub use populate::{DomainEntry, domain_path, host_nodes};
 pub use quota::Quota;
 pub use request::fuzz_requests;
 pub use tree::Error;
@@ -46,7 +46,7 @@ pub use wire::{HEADER_BYTES, PAYLOAD_MAX, ProtocolError};
 
 use connection::Connection;
 use transaction::Transaction;
-use tree::{Caller, Change, Tree};
+use tree::{Caller, Tree};
 
 /// A connection to the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -60,7 +60,8 @@ pub struct Store {
     tree: Tree,
     connections: BTreeMap<ConnId, Connection>,
     next_connection: u32,
-    introduced: BTreeSet<DomId>,
+    /// The domains that are known, with their UUIDs where those are.
+    introduced: BTreeMap<DomId, Option<String>>,
     quota: Quota,
 }
 
@@ -77,7 +78,7 @@ impl Store {
             tree: Tree::new(),
             connections: BTreeMap::new(),
             next_connection: 1,
-            introduced: BTreeSet::new(),
+            introduced: BTreeMap::new(),
             quota,
         }
     }
@@ -215,20 +216,6 @@ impl Store {
         let changes = transaction.commit(&mut self.tree, &caller)?;
         self.fire(&changes);
         Ok(())
-    }
-
-    /// Tells everybody who watches for it that a domain has come.
-    pub fn introduce(&mut self, domid: DomId) {
-        if self.introduced.insert(domid) {
-            self.fire(&[Change::special("@introduceDomain")]);
-        }
-    }
-
-    /// Tells everybody who watches for it that a domain has gone.
-    pub fn release(&mut self, domid: DomId) {
-        if self.introduced.remove(&domid) {
-            self.fire(&[Change::special("@releaseDomain")]);
-        }
     }
 
     fn change(

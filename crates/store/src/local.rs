@@ -6,17 +6,24 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use hospes_units::DomId;
 
-use crate::access::{NewNode, StoreAccess, Watch, WatchListener};
-use crate::{ConnId, Error, Perms, Store};
+use crate::access::{
+    DomainStore, GuestLink, Membership, NewNode, StoreAccess, Watch, WatchListener,
+};
+use crate::{ConnId, Error, Perms, ProtocolError, Store, Waker};
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Access to a [`Store`] in this process. Its watches are told by a thread, which ends with it.
+/// Access to a [`Store`] in this process. Its watches are told by a thread, which ends with the last copy.
+#[derive(Clone)]
 pub struct LocalStore {
     shared: Arc<Shared>,
+    _thread: Arc<Thread>,
 }
+
+/// Ends the thread.
+struct Thread(Arc<Shared>);
 
 struct Shared {
     store: Arc<Mutex<Store>>,
@@ -87,7 +94,11 @@ impl LocalStore {
         });
         let weak = Arc::downgrade(&shared);
         std::thread::spawn(move || tell_listeners(&weak, &bell));
-        LocalStore { shared }
+        let thread = Arc::new(Thread(Arc::clone(&shared)));
+        LocalStore {
+            shared,
+            _thread: thread,
+        }
     }
 
     /// The store itself.
@@ -112,10 +123,10 @@ fn tell_listeners(shared: &Weak<Shared>, bell: &Bell) {
     }
 }
 
-impl Drop for LocalStore {
+impl Drop for Thread {
     fn drop(&mut self) {
-        lock(&self.shared.store).disconnect(self.shared.conn);
-        self.shared.bell.ring(true);
+        lock(&self.0.store).disconnect(self.0.conn);
+        self.0.bell.ring(true);
     }
 }
 
@@ -175,6 +186,62 @@ impl StoreAccess for LocalStore {
                 let _ = lock(&shared.store).unwatch(shared.conn, &path, &token);
             }
         }))
+    }
+}
+
+/// A guest's connection to a store in this process.
+struct LocalGuest {
+    store: Arc<Mutex<Store>>,
+    conn: ConnId,
+}
+
+impl GuestLink for LocalGuest {
+    fn input(&mut self, bytes: &[u8]) -> Result<(), ProtocolError> {
+        lock(&self.store).input(self.conn, bytes)
+    }
+
+    fn output(&mut self, buf: &mut [u8]) -> usize {
+        lock(&self.store).output(self.conn, buf)
+    }
+
+    fn accepts_input(&mut self) -> bool {
+        lock(&self.store).accepts_input(self.conn)
+    }
+
+    fn reset(&mut self) {
+        lock(&self.store).reset(self.conn);
+    }
+}
+
+impl Drop for LocalGuest {
+    fn drop(&mut self) {
+        lock(&self.store).disconnect(self.conn);
+    }
+}
+
+impl DomainStore for LocalStore {
+    fn access(&self) -> Arc<dyn StoreAccess> {
+        Arc::new(self.clone())
+    }
+
+    fn add_domain(
+        &self,
+        domid: DomId,
+        uuid: &str,
+        waker: Waker,
+    ) -> Result<(Box<dyn GuestLink>, Membership), Error> {
+        let store = Arc::clone(&self.shared.store);
+        let conn = {
+            let mut store = lock(&store);
+            store.add_domain(domid, uuid);
+            store.connect(domid, waker)
+        };
+        let guest = LocalGuest {
+            store: Arc::clone(&store),
+            conn,
+        };
+        let membership = Membership::new(move || lock(&store).remove_domain(domid));
+        Ok((Box::new(guest), membership))
     }
 }
 

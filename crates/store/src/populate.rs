@@ -1,9 +1,10 @@
-//! The part of the tree that the tools write for a new PVH guest, as libxl does.
+//! The part of the tree that the tools write for a new PVH guest, as libxl does, and its removal.
 
 use hospes_units::DomId;
 
-use crate::node::Perms;
-use crate::tree::Error;
+use crate::access::NewNode;
+use crate::node::{Perm, Perms};
+use crate::tree::Change;
 use crate::{Store, path};
 
 /// What the tree says of a domain.
@@ -27,21 +28,23 @@ pub fn domain_path(domid: DomId) -> String {
     path::home(domid).trim_end_matches('/').to_owned()
 }
 
-impl Store {
-    /// Writes the nodes of a new domain and introduces it.
-    pub fn populate(&mut self, d: &DomainEntry) -> Result<(), Error> {
-        let home = domain_path(d.domid);
-        let vm = format!("/vm/{}", d.uuid);
-        let read_only = Perms::read_only(d.domid);
-        let memory = d.memory_kib.to_string();
-        for (node, value) in [
+impl DomainEntry {
+    /// The nodes of a new domain.
+    pub fn nodes(&self) -> Vec<NewNode> {
+        let home = domain_path(self.domid);
+        let vm = format!("/vm/{}", self.uuid);
+        let tools = format!("/libxl/{}", self.domid);
+        let read_only = Perms::read_only(self.domid);
+        let memory = self.memory_kib.to_string();
+        let mut nodes = Vec::new();
+        for (path, value) in [
             (vm.clone(), String::new()),
-            (format!("{vm}/name"), d.name.clone()),
-            (format!("{vm}/uuid"), d.uuid.clone()),
+            (format!("{vm}/name"), self.name.clone()),
+            (format!("{vm}/uuid"), self.uuid.clone()),
             (home.clone(), String::new()),
             (format!("{home}/vm"), vm),
-            (format!("{home}/name"), d.name.clone()),
-            (format!("{home}/domid"), d.domid.to_string()),
+            (format!("{home}/name"), self.name.clone()),
+            (format!("{home}/domid"), self.domid.to_string()),
             (format!("{home}/cpu"), String::new()),
             (format!("{home}/memory"), String::new()),
             (format!("{home}/memory/static-max"), memory.clone()),
@@ -58,18 +61,21 @@ impl Store {
                 "1".to_owned(),
             ),
             (format!("{home}/store"), String::new()),
-            (format!("{home}/store/port"), d.store_port.to_string()),
-            (format!("{home}/store/ring-ref"), d.store_ring.to_string()),
+            (format!("{home}/store/port"), self.store_port.to_string()),
+            (
+                format!("{home}/store/ring-ref"),
+                self.store_ring.to_string(),
+            ),
         ] {
-            self.put_node(&node, &value, &read_only)?;
+            nodes.push(NewNode::new(path, value, &read_only));
         }
-        for cpu in 0..d.vcpus {
-            self.put_node(&format!("{home}/cpu/{cpu}"), "", &read_only)?;
-            let node = format!("{home}/cpu/{cpu}/availability");
-            self.put_node(&node, "online", &read_only)?;
+        for cpu in 0..self.vcpus {
+            nodes.push(NewNode::new(format!("{home}/cpu/{cpu}"), "", &read_only));
+            let path = format!("{home}/cpu/{cpu}/availability");
+            nodes.push(NewNode::new(path, "online", &read_only));
         }
-        let guest = Perms::owned(d.domid);
-        for node in [
+        let guest = Perms::owned(self.domid);
+        for name in [
             "control/shutdown",
             "control/feature-poweroff",
             "control/feature-reboot",
@@ -82,35 +88,119 @@ impl Store {
             "attr",
             "error",
         ] {
-            self.put_node(&format!("{home}/{node}"), "", &guest)?;
+            nodes.push(NewNode::new(format!("{home}/{name}"), "", &guest));
         }
-        // Only the tools look at this; a guest that could write "tty" would choose what they open.
-        let tools = Perms::owned(DomId::HOST);
-        for (name, value) in [
-            ("ring-ref", d.console_ring.to_string()),
-            ("port", d.console_port.to_string()),
-            ("type", "hospes".to_owned()),
-            ("limit", "1048576".to_owned()),
-            ("output", "pty".to_owned()),
-            ("tty", String::new()),
+        // Only the tools look at these; a guest that could write "tty" would choose what they open.
+        let hidden = Perms::owned(DomId::HOST);
+        for (path, value) in [
+            (
+                format!("{home}/console/ring-ref"),
+                self.console_ring.to_string(),
+            ),
+            (
+                format!("{home}/console/port"),
+                self.console_port.to_string(),
+            ),
+            (format!("{home}/console/type"), "hospes".to_owned()),
+            (format!("{home}/console/limit"), "1048576".to_owned()),
+            (format!("{home}/console/output"), "pty".to_owned()),
+            (format!("{home}/console/tty"), String::new()),
+            (tools.clone(), String::new()),
+            (format!("{tools}/type"), "pvh".to_owned()),
         ] {
-            self.put_node(&format!("{home}/console/{name}"), &value, &tools)?;
+            nodes.push(NewNode::new(path, value, &hidden));
         }
-        self.introduce(d.domid);
-        Ok(())
+        nodes
+    }
+}
+
+/// The nodes of domain 0 itself, as a Xen host has them after its start.
+pub fn host_nodes() -> Vec<NewNode> {
+    let home = domain_path(DomId::HOST);
+    let hidden = Perms::owned(DomId::HOST);
+    vec![
+        NewNode::new("/tool/xenstored", "", &hidden),
+        NewNode::new("/local/domain", "", &hidden),
+        NewNode::new(&home, "", &hidden),
+        NewNode::new(format!("{home}/domid"), "0", &hidden),
+        NewNode::new(format!("{home}/name"), "Domain-0", &hidden),
+        NewNode::new(format!("{home}/backend"), "", &hidden),
+        NewNode::new("/vm", "", &hidden),
+        NewNode::new("/libxl", "", &hidden),
+    ]
+}
+
+impl Store {
+    /// Makes a domain known with its UUID. What an earlier domain with this id left goes first.
+    pub fn add_domain(&mut self, domid: DomId, uuid: &str) {
+        if self.introduced.contains_key(&domid) {
+            self.remove_domain(domid);
+        }
+        self.introduced.insert(domid, Some(uuid.to_owned()));
+        self.fire(&[Change::special("@introduceDomain")]);
     }
 
-    /// Removes what [`Store::populate`] wrote, and announces that the domain has gone.
-    pub fn depopulate(&mut self, domid: DomId, uuid: &str) -> Result<(), Error> {
-        self.remove(&domain_path(domid))?;
-        self.remove(&format!("/vm/{uuid}"))?;
+    /// Removes a domain: its home, its devices in the domains that serve them, and what the tools keep about it.
+    pub fn remove_domain(&mut self, domid: DomId) {
+        let mut gone = vec![domain_path(domid), format!("/libxl/{domid}")];
+        for server in self.list("/local/domain").unwrap_or_default() {
+            let backends = format!("/local/domain/{server}/backend");
+            for kind in self.list(&backends).unwrap_or_default() {
+                gone.push(format!("{backends}/{kind}/{domid}"));
+            }
+        }
+        if let Some(Some(uuid)) = self.introduced.get(&domid).cloned() {
+            let shared = |(id, other): (&DomId, &Option<String>)| {
+                *id != domid && other.as_ref() == Some(&uuid)
+            };
+            if !self.introduced.iter().any(shared) {
+                gone.push(format!("/vm/{uuid}"));
+            }
+        }
+        for path in gone {
+            // Absent ones are as they should be.
+            if self.read(&path).is_ok() {
+                let _ = self.remove(&path);
+            }
+        }
+        self.forget_grants(domid);
         self.release(domid);
-        Ok(())
     }
 
-    /// Writes a node and says who may use it.
-    pub fn put_node(&mut self, path: &str, value: &str, perms: &Perms) -> Result<(), Error> {
-        self.write(path, value.as_bytes())?;
-        self.set_perms(path, perms.clone())
+    /// Takes a removed domain off the permissions of the nodes that stay: its id may be another's later.
+    fn forget_grants(&mut self, domid: DomId) {
+        let mentions = |perms: &Perms| {
+            perms.owner == domid || perms.exceptions.iter().any(|p| p.domid == domid)
+        };
+        let named: Vec<(String, Perms)> = self
+            .tree
+            .nodes()
+            .filter(|(_, node)| mentions(&node.perms))
+            .map(|(path, node)| (path.clone(), node.perms.clone()))
+            .collect();
+        for (path, mut perms) in named {
+            perms.exceptions.retain(|p: &Perm| p.domid != domid);
+            if perms.owner == domid {
+                perms.owner = DomId::HOST;
+            }
+            // The node is there and domain 0 may do this.
+            let _ = self.set_perms(&path, perms);
+        }
+    }
+
+    /// Tells everybody who watches for it that a domain has come.
+    pub fn introduce(&mut self, domid: DomId) {
+        if self.introduced.contains_key(&domid) {
+            return;
+        }
+        self.introduced.insert(domid, None);
+        self.fire(&[Change::special("@introduceDomain")]);
+    }
+
+    /// Tells everybody who watches for it that a domain has gone.
+    pub fn release(&mut self, domid: DomId) {
+        if self.introduced.remove(&domid).is_some() {
+            self.fire(&[Change::special("@releaseDomain")]);
+        }
     }
 }

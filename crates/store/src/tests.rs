@@ -27,20 +27,26 @@ fn client(store: &mut Store, domid: u16) -> Client {
 
 fn populated() -> Store {
     let mut store = Store::default();
+    let entry = DomainEntry {
+        domid: DomId(5),
+        uuid: "u-5".into(),
+        name: "guest".into(),
+        memory_kib: 262_144,
+        vcpus: 2,
+        console_port: 2,
+        console_ring: 0xfefff,
+        store_port: 1,
+        store_ring: 0xfeffc,
+    };
+    store.add_domain(DomId(5), "u-5");
+    store.write_all(&entry.nodes()).unwrap();
     store
-        .populate(&DomainEntry {
-            domid: DomId(5),
-            uuid: "u-5".into(),
-            name: "guest".into(),
-            memory_kib: 262_144,
-            vcpus: 2,
-            console_port: 2,
-            console_ring: 0xfefff,
-            store_port: 1,
-            store_ring: 0xfeffc,
-        })
+}
+
+fn put(store: &mut Store, path: &str, value: &str, perms: &Perms) {
+    store
+        .write_all(&[NewNode::new(path, value, perms)])
         .unwrap();
-    store
 }
 
 /// All messages that wait: type and payload.
@@ -216,12 +222,8 @@ fn watch_gives_the_first_event_and_then_changes() {
     assert_eq!(events(&mut s, &g), ["control/shutdown tok"]);
     ask(&mut s, &g, kind::WATCH, 0, "/local/domain/5/device\0d\0").unwrap();
     assert_eq!(events(&mut s, &g), ["/local/domain/5/device d"]);
-    s.put_node(
-        "/local/domain/5/device/vbd/1/state",
-        "1",
-        &Perms::owned(DomId(5)),
-    )
-    .unwrap();
+    let state = "/local/domain/5/device/vbd/1/state";
+    put(&mut s, state, "1", &Perms::owned(DomId(5)));
     assert_eq!(events(&mut s, &g), ["/local/domain/5/device/vbd/1/state d"]);
     s.write("/local/domain/5/device/secret", b"").unwrap();
     s.set_perms("/local/domain/5/device/secret", Perms::owned(DomId::HOST))
@@ -258,14 +260,40 @@ fn special_watches_are_for_domain_0() {
         ask(&mut s, c, kind::WATCH, 0, "@releaseDomain\0t\0").unwrap();
         assert_eq!(events(&mut s, c), ["@releaseDomain t"]);
     }
-    s.depopulate(DomId(5), "u-5").unwrap();
+    let backend = "/local/domain/0/backend/vbd/5/51712/state";
+    put(&mut s, backend, "2", &Perms::read_only(DomId(5)));
+    put(&mut s, "/shared", "", &Perms::read_only(DomId(5)));
+    s.remove_domain(DomId(5));
     assert!(events(&mut s, &g).is_empty());
     assert_eq!(events(&mut s, &h), ["@releaseDomain t"]);
     assert_eq!(
         ask(&mut s, &h, kind::IS_DOMAIN_INTRODUCED, 0, "5\0"),
         Ok("F\0".into())
     );
-    assert!(s.read("/local/domain/5").is_err());
+    for gone in [
+        "/local/domain/5",
+        "/vm/u-5",
+        "/libxl/5",
+        "/local/domain/0/backend/vbd/5",
+    ] {
+        assert_eq!(s.read(gone), Err(Error::NoEntry), "{gone}");
+    }
+    assert_eq!(
+        ask(&mut s, &h, kind::GET_PERMS, 0, "/shared\0"),
+        Ok("n0\0".into())
+    );
+}
+
+#[test]
+fn add_domain_again_starts_empty() {
+    let mut s = populated();
+    s.add_domain(DomId(7), "u-5");
+    s.add_domain(DomId(5), "u-6");
+    assert_eq!(s.read("/local/domain/5/name"), Err(Error::NoEntry));
+    // The UUID is that of domain 7 as well.
+    assert!(s.read("/vm/u-5/name").is_ok());
+    s.remove_domain(DomId(7));
+    assert_eq!(s.read("/vm/u-5"), Err(Error::NoEntry));
 }
 
 #[test]
@@ -484,7 +512,7 @@ fn unfetched_events_are_merged_and_bounded() {
     assert_eq!(events(&mut s, &g), ["data t"]);
     for i in 0..1500 {
         let path = format!("/local/domain/5/data/{i}");
-        s.put_node(&path, "", &Perms::owned(DomId(5))).unwrap();
+        put(&mut s, &path, "", &Perms::owned(DomId(5)));
     }
     assert_eq!(events(&mut s, &g).len(), 1024);
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use hospes_units::DomId;
 
-use crate::node::{Access, Node, Perms};
+use crate::node::{Node, Perms};
 use crate::path;
 use crate::quota::Quota;
 use crate::transaction::Overlay;
@@ -99,11 +99,7 @@ impl Tree {
         let root = Node {
             value: Vec::new(),
             children: Default::default(),
-            perms: Perms {
-                owner: DomId::HOST,
-                others: Access::Read,
-                exceptions: Vec::new(),
-            },
+            perms: Perms::owned(DomId::HOST),
             generation: 0,
         };
         Tree {
@@ -115,6 +111,11 @@ impl Tree {
 
     pub fn get(&self, path: &str) -> Option<&Node> {
         self.nodes.get(path)
+    }
+
+    /// All nodes, parents before their children.
+    pub fn nodes(&self) -> impl Iterator<Item = (&String, &Node)> {
+        self.nodes.iter()
     }
 
     pub fn owned_by(&self, domid: DomId) -> usize {
