@@ -1,0 +1,150 @@
+//! Addresses and names for guests: one dnsmasq for each NAT network, bound to its bridge alone.
+//!
+//! Its whole configuration is one file of ours, without the host's. It is started anew whenever a guest comes: it reads the file before it gives up
+//! its privileges, so that neither the file nor its directory has to be open to others. Leases are by MAC and fixed, so nothing is lost by that.
+
+use std::fmt::Write;
+use std::fs;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+
+use crate::Error;
+use crate::tools;
+
+/// The program comes from this package, which starts no service by itself.
+const PACKAGE: &str = "dnsmasq-base";
+/// The domain in which guests find one another.
+pub const DOMAIN: &str = "hospes";
+
+/// A guest's entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Host {
+    pub mac: String,
+    pub ip: Ipv4Addr,
+    pub name: Option<String>,
+}
+
+/// What one network's dnsmasq is told.
+#[derive(Debug)]
+pub struct Service<'a> {
+    pub directory: &'a Path,
+    pub bridge: &'a str,
+    pub gateway_v4: Ipv4Addr,
+    pub gateway_v6: Option<Ipv6Addr>,
+    /// Guests may use the host as their way out with IPv6.
+    pub routes_v6: bool,
+    pub mtu: u32,
+    pub hosts: &'a [Host],
+    /// False where another program has port 53 of all addresses.
+    pub dns: bool,
+}
+
+fn configuration_path(directory: &Path) -> PathBuf {
+    directory.join("dnsmasq.conf")
+}
+
+fn pid_path(directory: &Path) -> PathBuf {
+    directory.join("dnsmasq.pid")
+}
+
+fn configuration(service: &Service<'_>) -> String {
+    let (directory, bridge) = (service.directory.display(), service.bridge);
+    let [a, b, c, _] = service.gateway_v4.octets();
+    let mut text = format!(
+        "interface={bridge}\nexcept-interface=lo\nbind-interfaces\nport={}\nno-hosts\ndomain-needed\nbogus-priv\n\
+         domain={DOMAIN}\nlocal=/{DOMAIN}/\nexpand-hosts\nhost-record=host.{DOMAIN},{}\n\
+         dhcp-authoritative\ndhcp-ignore=tag:!known\ndhcp-range={a}.{b}.{c}.2,{a}.{b}.{c}.254,255.255.255.0,12h\n\
+         dhcp-option=option:mtu,{}\ndhcp-leasefile={directory}/leases\npid-file={}\n",
+        if service.dns { 53 } else { 0 },
+        service.gateway_v4,
+        service.mtu,
+        pid_path(service.directory).display(),
+    );
+    // Writing to a string does not fail.
+    if let Some(gateway) = service.gateway_v6 {
+        let mut network = gateway.segments();
+        network[4..].fill(0);
+        let lifetime = if service.routes_v6 { 1800 } else { 0 };
+        let _ = writeln!(
+            text,
+            "enable-ra\ndhcp-range={},ra-only,64",
+            Ipv6Addr::from(network)
+        );
+        let _ = writeln!(text, "ra-param={bridge},60,{lifetime}");
+    }
+    for host in service.hosts {
+        let _ = write!(text, "dhcp-host={},{}", host.mac, host.ip);
+        match &host.name {
+            Some(name) => {
+                let _ = writeln!(text, ",{name}");
+            }
+            None => text.push('\n'),
+        }
+    }
+    text
+}
+
+/// Starts dnsmasq with this configuration in place of the one that runs for the directory.
+pub fn restart(service: &mut Service<'_>) -> Result<(), Error> {
+    let dnsmasq = tools::need("dnsmasq", PACKAGE)?;
+    stop(service.directory);
+    let path = configuration_path(service.directory);
+    let argument = format!("--conf-file={}", path.display());
+    let mut start = |dns| {
+        service.dns = dns;
+        fs::write(&path, configuration(service)).map_err(|source| Error::State {
+            path: path.clone(),
+            source,
+        })?;
+        tools::run(&dnsmasq, &[&argument], "")
+    };
+    match start(true) {
+        Err(Error::Tool { why, .. }) if why.contains("in use") => start(false),
+        result => result,
+    }
+}
+
+/// Ends the dnsmasq of the directory, if one runs.
+pub fn stop(directory: &Path) {
+    let path = pid_path(directory);
+    let pid = fs::read_to_string(&path).unwrap_or_default();
+    let configuration = configuration_path(directory).display().to_string();
+    if let Ok(pid) = pid.trim().parse() {
+        // A process that does not end keeps its address, and the next one says so.
+        let _ = tools::end_process(pid, |line| line.contains(&configuration));
+    }
+    let _ = fs::remove_file(path);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configuration_knows_each_guest_and_leaves_lo_alone() {
+        let hosts = [Host {
+            mac: "00:16:3e:00:00:01".into(),
+            ip: Ipv4Addr::new(10, 107, 0, 9),
+            name: Some("web".into()),
+        }];
+        let text = configuration(&Service {
+            directory: Path::new("/run/x"),
+            bridge: "hospes0",
+            gateway_v4: Ipv4Addr::new(10, 107, 0, 1),
+            gateway_v6: Some("fd00:1:2:3::1".parse().unwrap()),
+            routes_v6: false,
+            mtu: 1400,
+            hosts: &hosts,
+            dns: true,
+        });
+        for line in [
+            "interface=hospes0",
+            "except-interface=lo",
+            "dhcp-host=00:16:3e:00:00:01,10.107.0.9,web",
+            "dhcp-range=fd00:1:2:3::,ra-only,64",
+            "ra-param=hospes0,60,0",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+    }
+}

@@ -1,0 +1,394 @@
+//! The NAT network that all domains share: made by the first that uses it, removed after the last.
+//!
+//! Under the run directory `net/` has: `lock`, held while anything is changed; `network.json`, what was made; `addresses.json`, which MAC has which
+//! address; `users/<interface>`, one file for each device, locked by the domain process that has it for as long as that process lives. A user's file
+//! that nobody has locked is a leftover. Whoever comes next removes it, and the whole network with it if no user is left: so nothing needs to
+//! run for the cleaning up, and a process that is killed takes nothing with it but its time.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::net::Ipv4Addr;
+use std::net::Ipv6Addr;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::dnsmasq::{self, Host, Service};
+use crate::netlink::{Change, Link, Netlink};
+use crate::{Error, nft, subnet, tap};
+
+/// NAT networks of different run directories that one host has room for.
+const NETWORKS_MAX: u32 = 16;
+const FORWARD_V4: &str = "/proc/sys/net/ipv4/ip_forward";
+const FORWARD_V6: &str = "/proc/sys/net/ipv6/conf/all/forwarding";
+const MTU: u32 = 1500;
+
+/// What was made on the host.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Network {
+    bridge: String,
+    index: u32,
+    gateway_v4: Ipv4Addr,
+    /// `None` where the host has IPv6 switched off.
+    gateway_v6: Option<Ipv6Addr>,
+    mtu: u32,
+    /// Forwarding of IPv4 was off and was switched on for this network.
+    switched_forwarding: bool,
+}
+
+/// A device that is to join.
+#[derive(Debug)]
+pub struct Member<'a> {
+    pub domain: &'a str,
+    pub devid: u32,
+    pub mac: [u8; 6],
+    /// Names for its interface, the first free one is taken.
+    pub names: &'a [String],
+    pub mtu: Option<u32>,
+    pub queues: u32,
+}
+
+/// A device on the network. Dropping it leaves; the last one removes the network.
+#[derive(Debug)]
+pub struct Membership {
+    directory: PathBuf,
+    user: PathBuf,
+    _locked: File,
+}
+
+/// What a member got.
+#[derive(Debug)]
+pub struct Joined {
+    pub membership: Membership,
+    pub queues: Vec<OwnedFd>,
+    pub interface: String,
+    pub bridge: String,
+    pub mtu: u32,
+    pub ip: Ipv4Addr,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct User {
+    mac: String,
+    ip: Ipv4Addr,
+    name: Option<String>,
+}
+
+fn state(path: &Path) -> impl Fn(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::State {
+        path: path.clone(),
+        source,
+    }
+}
+
+/// Takes the lock under which the network is changed; it is free again when the file is dropped.
+fn take_lock(directory: &Path) -> Result<File, Error> {
+    let users = directory.join("users");
+    fs::create_dir_all(&users).map_err(state(&users))?;
+    let path = directory.join("lock");
+    let file = File::create(&path).map_err(state(&path))?;
+    rustix::fs::flock(&file, FlockOperation::LockExclusive)
+        .map_err(|error| state(&path)(error.into()))?;
+    Ok(file)
+}
+
+/// A file of ours that cannot be read or understood counts as missing: it is a leftover of another version.
+fn load<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+fn save<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
+    let text = serde_json::to_vec(value).map_err(|error| state(path)(error.into()))?;
+    let new = path.with_extension("new");
+    fs::write(&new, text).map_err(state(&new))?;
+    fs::rename(&new, path).map_err(state(path))
+}
+
+/// The users that live; the files of others are removed.
+fn live_users(directory: &Path) -> Result<Vec<User>, Error> {
+    let path = directory.join("users");
+    let mut users = Vec::new();
+    for entry in fs::read_dir(&path).map_err(state(&path))? {
+        let path = entry.map_err(state(&path))?.path();
+        let Ok(file) = File::open(&path) else {
+            continue;
+        };
+        if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            let _ = fs::remove_file(&path);
+        } else if let Some(user) = load(&path) {
+            users.push(user);
+        }
+    }
+    Ok(users)
+}
+
+/// What tells this host from others.
+fn host_id() -> String {
+    fs::read_to_string("/etc/machine-id").unwrap_or_default()
+}
+
+/// Puts a device on the network, which is made if it does not exist.
+pub fn join(run_directory: &Path, member: &Member<'_>) -> Result<Joined, Error> {
+    let directory = run_directory.join("net");
+    let _lock = take_lock(&directory)?;
+    let netlink = Netlink::open().map_err(|source| Error::Kernel {
+        what: "open a netlink socket".into(),
+        source,
+    })?;
+    let mut users = live_users(&directory)?;
+    let network = prepare(&directory, &netlink, users.is_empty())?;
+    let joined = add(&directory, &netlink, &network, member, &mut users);
+    if joined.is_err() && live_users(&directory)?.is_empty() {
+        remove(&directory, &netlink);
+    }
+    joined
+}
+
+fn add(
+    directory: &Path,
+    netlink: &Netlink,
+    network: &Network,
+    member: &Member<'_>,
+    users: &mut Vec<User>,
+) -> Result<Joined, Error> {
+    let mac = subnet::mac_text(member.mac);
+    if users.iter().any(|user| user.mac == mac) {
+        return Err(Error::MacInUse { mac });
+    }
+    let addresses = directory.join("addresses.json");
+    let mut had: BTreeMap<String, Ipv4Addr> = load(&addresses).unwrap_or_default();
+    if subnet::assign(network.gateway_v4, &had, member.mac).is_none() {
+        had.retain(|mac, _| users.iter().any(|user| user.mac == *mac));
+    }
+    let ip = subnet::assign(network.gateway_v4, &had, member.mac).ok_or(Error::NoAddress)?;
+    had.insert(mac.clone(), ip);
+    save(&addresses, &had)?;
+
+    let bridge = netlink
+        .link(&network.bridge)
+        .ok()
+        .flatten()
+        .ok_or_else(|| Error::NoBridge(network.bridge.clone()))?;
+    let mtu = member.mtu.unwrap_or(network.mtu);
+    let (interface, queues) = tap::open(netlink, member.names, member.queues)?;
+    tap::put(netlink, &interface, Some(&bridge), mtu)?;
+
+    let path = directory.join("users").join(&interface);
+    let user = User {
+        mac,
+        ip,
+        name: subnet::host_name(member.domain, member.devid),
+    };
+    // A name belongs to one device; a second domain that wants it goes without.
+    let user = User {
+        name: user.name.filter(|name| {
+            name != "host" && !users.iter().any(|other| other.name.as_ref() == Some(name))
+        }),
+        ..user
+    };
+    save(&path, &user)?;
+    let locked = File::open(&path).map_err(state(&path))?;
+    rustix::fs::flock(&locked, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| state(&path)(error.into()))?;
+    users.push(user);
+    if let Err(error) = serve(directory, network, users) {
+        let _ = fs::remove_file(&path);
+        return Err(error);
+    }
+    Ok(Joined {
+        membership: Membership {
+            directory: directory.to_owned(),
+            user: path,
+            _locked: locked,
+        },
+        queues,
+        interface,
+        bridge: network.bridge.clone(),
+        mtu,
+        ip,
+    })
+}
+
+/// Has dnsmasq know these users.
+fn serve(directory: &Path, network: &Network, users: &[User]) -> Result<(), Error> {
+    let hosts: Vec<Host> = users
+        .iter()
+        .map(|user| Host {
+            mac: user.mac.clone(),
+            ip: user.ip,
+            name: user.name.clone(),
+        })
+        .collect();
+    dnsmasq::restart(&mut Service {
+        directory,
+        bridge: &network.bridge,
+        gateway_v4: network.gateway_v4,
+        gateway_v6: network.gateway_v6,
+        routes_v6: forwards(FORWARD_V6),
+        mtu: network.mtu,
+        hosts: &hosts,
+        dns: true,
+    })
+}
+
+fn forwards(path: &str) -> bool {
+    fs::read_to_string(path).is_ok_and(|value| value.trim() == "1")
+}
+
+/// The network, made anew where nobody uses it.
+fn prepare(directory: &Path, netlink: &Netlink, unused: bool) -> Result<Network, Error> {
+    let path = directory.join("network.json");
+    let old: Option<Network> = load(&path);
+    if let (false, Some(network)) = (unused, &old)
+        && matches!(netlink.link(&network.bridge), Ok(Some(_)))
+    {
+        return Ok(network.clone());
+    }
+    remove(directory, netlink);
+    let kernel = |what: &str| {
+        let what = what.to_owned();
+        move |source| Error::Kernel { what, source }
+    };
+    let mut taken = netlink.routes().map_err(kernel("read the routes"))?;
+    taken.extend(netlink.addresses().map_err(kernel("read the addresses"))?);
+    let links = netlink.links().map_err(kernel("read the interfaces"))?;
+    let gateway_v4 = subnet::choose_v4(&taken, old.map(|n| n.gateway_v4)).ok_or(Error::NoSubnet)?;
+    let index = free_index(netlink, &links, directory)?;
+    let uplink_mtu = taken
+        .iter()
+        .filter(|route| route.prefix == 0)
+        .filter_map(|route| links.iter().find(|link| link.index == route.interface))
+        .map(|link| link.mtu)
+        .min();
+    let mut network = Network {
+        bridge: format!("hospes{index}"),
+        index,
+        gateway_v4,
+        gateway_v6: Some(subnet::choose_v6(&host_id(), index)),
+        mtu: uplink_mtu.unwrap_or(MTU).clamp(576, MTU),
+        switched_forwarding: !forwards(FORWARD_V4),
+    };
+    // Written down before it is made: what is made halfway is a leftover too.
+    save(&path, &network)?;
+    if let Err(error) = make(directory, netlink, &mut network) {
+        remove(directory, netlink);
+        return Err(error);
+    }
+    save(&path, &network)?;
+    Ok(network)
+}
+
+/// The number of a bridge that nobody has; one that was made for a run directory that is gone is removed.
+fn free_index(netlink: &Netlink, links: &[Link], directory: &Path) -> Result<u32, Error> {
+    for index in 0..NETWORKS_MAX {
+        let name = format!("hospes{index}");
+        let Some(link) = links.iter().find(|link| link.name == name) else {
+            return Ok(index);
+        };
+        let owner = Path::new(&link.alias);
+        let ours = owner == directory;
+        if link.kind == "bridge" && owner.is_absolute() && (ours || !owner.exists()) {
+            dnsmasq::stop(owner);
+            // Without the program there are no rules either.
+            let _ = nft::unload(&name);
+            if netlink.delete(link.index).is_ok() {
+                return Ok(index);
+            }
+        }
+    }
+    Err(Error::NoBridgeName)
+}
+
+fn make(directory: &Path, netlink: &Netlink, network: &mut Network) -> Result<(), Error> {
+    let kernel = |what: String| move |source| Error::Kernel { what, source };
+    let bridge = network.bridge.clone();
+    netlink
+        .create(&bridge, "bridge")
+        .map_err(kernel(format!("make the bridge {bridge}")))?;
+    let link = netlink.link(&bridge).ok().flatten();
+    let link = link.ok_or_else(|| Error::NoBridge(bridge.clone()))?;
+    let change = Change {
+        up: Some(true),
+        mtu: Some(network.mtu),
+        mac: Some(subnet::bridge_mac(&host_id(), network.index)),
+        alias: Some(&directory.display().to_string()),
+        ..Change::default()
+    };
+    netlink
+        .change(link.index, &change)
+        .map_err(kernel(format!("set up the bridge {bridge}")))?;
+    netlink
+        .add_address(link.index, network.gateway_v4.into(), subnet::PREFIX_V4)
+        .map_err(kernel(format!("give {bridge} its address")))?;
+    network.gateway_v6 = network.gateway_v6.filter(|gateway| {
+        netlink
+            .add_address(link.index, (*gateway).into(), subnet::PREFIX_V6)
+            .is_ok()
+    });
+    nft::load(&nft::Rules {
+        bridge: &bridge,
+        gateway_v4: network.gateway_v4,
+        gateway_v6: network.gateway_v6.filter(|_| forwards(FORWARD_V6)),
+    })?;
+    if network.switched_forwarding {
+        fs::write(FORWARD_V4, "1").map_err(kernel("switch on net.ipv4.ip_forward".into()))?;
+    }
+    Ok(())
+}
+
+/// Removes everything that `network.json` names. What fails is already gone, or somebody's who changed it meanwhile.
+fn remove(directory: &Path, netlink: &Netlink) {
+    dnsmasq::stop(directory);
+    let path = directory.join("network.json");
+    let Some(network) = load::<Network>(&path) else {
+        return;
+    };
+    let links = netlink.links().unwrap_or_default();
+    let ours = links
+        .iter()
+        .find(|link| link.name == network.bridge && Path::new(&link.alias) == directory);
+    if let Some(link) = ours {
+        let _ = netlink.delete(link.index);
+        let _ = nft::unload(&network.bridge);
+    }
+    let others = links.iter().any(|link| {
+        link.kind == "bridge" && link.name != network.bridge && link.name.starts_with("hospes")
+    });
+    if network.switched_forwarding && !others {
+        let _ = fs::write(FORWARD_V4, "0");
+    }
+    let _ = fs::remove_file(path);
+}
+
+/// Removes what killed processes left of the network of a run directory. Does nothing while a domain uses it.
+pub fn sweep(run_directory: &Path) -> Result<(), Error> {
+    let directory = run_directory.join("net");
+    if !directory.join("network.json").exists() {
+        return Ok(());
+    }
+    let _lock = take_lock(&directory)?;
+    if live_users(&directory)?.is_empty()
+        && let Ok(netlink) = Netlink::open()
+    {
+        remove(&directory, &netlink);
+    }
+    Ok(())
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        let Ok(_lock) = take_lock(&self.directory) else {
+            return;
+        };
+        let _ = fs::remove_file(&self.user);
+        if live_users(&self.directory).is_ok_and(|users| users.is_empty())
+            && let Ok(netlink) = Netlink::open()
+        {
+            remove(&self.directory, &netlink);
+        }
+    }
+}

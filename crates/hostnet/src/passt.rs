@@ -1,0 +1,63 @@
+//! User-mode networks: one passt process for each device, without privileges.
+//!
+//! passt is a whole network in one process: it answers DHCP, DNS and neighbour discovery and turns the guest's connections into its own sockets'. The
+//! descriptor is a stream of Ethernet frames, each after its length in 4 bytes, most significant first; there is no header for offloads.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+
+use rustix::io::FdFlags;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+use crate::Error;
+use crate::tools;
+
+const PACKAGE: &str = "passt";
+/// Lets a burst of the largest frames wait in the socket.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// A passt process; ends with this value.
+#[derive(Debug)]
+pub struct Passt(Child);
+
+/// Starts passt; the descriptor is the device's end of the wire.
+pub fn start(mtu: u32) -> Result<(Passt, OwnedFd), Error> {
+    let program = tools::need("passt", PACKAGE)?;
+    let failed = |why: String| Error::Tool {
+        program: program.display().to_string(),
+        why,
+    };
+    let (ours, theirs) = rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(|error| failed(error.to_string()))?;
+    for end in [&ours, &theirs] {
+        // Only speed depends on it, and the host may allow less.
+        let _ = rustix::net::sockopt::set_socket_send_buffer_size(end, BUFFER_BYTES);
+        let _ = rustix::net::sockopt::set_socket_recv_buffer_size(end, BUFFER_BYTES);
+    }
+    rustix::io::ioctl_fionbio(&ours, true).map_err(|error| failed(error.to_string()))?;
+    // The child inherits its end; other children that start in this moment hold it open until they end, which harms nobody.
+    rustix::io::fcntl_setfd(&theirs, FdFlags::empty())
+        .map_err(|error| failed(error.to_string()))?;
+    let child = Command::new(&program)
+        .args(["--foreground", "--quiet", "--mtu", &mtu.to_string()])
+        .args(["--fd", &theirs.as_raw_fd().to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|error| failed(error.to_string()))?;
+    Ok((Passt(child), ours))
+}
+
+impl Drop for Passt {
+    fn drop(&mut self) {
+        // It has ended by itself if its socket was closed before.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}

@@ -1,0 +1,195 @@
+//! The host's side of networks, tried in network namespaces of the tests' own: the machine's network is never touched. Without root there is nothing
+//! to try, and the tests say so.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use hospes_hostnet::{Error, Network, Port, Request, Wire, mac_text, open, random_mac, sweep};
+use rustix::thread::UnshareFlags;
+
+/// Runs `test` in a thread with a network of its own, with a directory that is removed afterwards.
+fn alone(name: &str, test: impl FnOnce(&Path) + Send + 'static) {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("{name}: not tried, as making networks needs root");
+        return;
+    }
+    let directory: PathBuf =
+        std::env::temp_dir().join(format!("hospes-hostnet-{}-{name}", std::process::id()));
+    fs::create_dir_all(&directory).unwrap();
+    let result = std::thread::spawn({
+        let directory = directory.clone();
+        move || {
+            // SAFETY: a new network namespace concerns this thread alone and no memory or descriptor that it has.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
+            test(&directory);
+        }
+    })
+    .join();
+    fs::remove_dir_all(&directory).unwrap();
+    if let Err(panic) = result {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn request(directory: &Path, domid: u32, network: Network) -> Request<'_> {
+    Request {
+        run_directory: directory,
+        domid,
+        devid: 0,
+        domain: "web",
+        mac: random_mac(),
+        network,
+        vifname: None,
+        mtu: None,
+        queues: 2,
+    }
+}
+
+/// What a command of the host prints, in the network of this thread.
+fn output(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn dnsmasq_runs(directory: &Path) -> bool {
+    let pid = fs::read_to_string(directory.join("net/dnsmasq.pid")).unwrap_or_default();
+    fs::read_to_string(format!("/proc/{}/cmdline", pid.trim()))
+        .is_ok_and(|line| line.contains("dnsmasq"))
+}
+
+fn forwarding() -> String {
+    fs::read_to_string("/proc/sys/net/ipv4/ip_forward")
+        .unwrap()
+        .trim()
+        .to_owned()
+}
+
+fn join(directory: &Path, domid: u32) -> Port {
+    open(&request(directory, domid, Network::Nat)).unwrap()
+}
+
+#[test]
+fn nat_lives_as_long_as_its_users() {
+    alone("lives", |directory| {
+        let before = forwarding();
+        let first = join(directory, 1);
+        assert_eq!(first.wire, Wire::Tap);
+        assert_eq!(first.queues.len(), 2);
+        assert_eq!(first.interface.as_deref(), Some("vif1.0"));
+        assert_eq!(first.bridge.as_deref(), Some("hospes0"));
+        assert_eq!(forwarding(), "1");
+        let second = join(directory, 2);
+        assert_ne!(first.ip, second.ip);
+        assert!(dnsmasq_runs(directory));
+        let configuration = fs::read_to_string(directory.join("net/dnsmasq.conf")).unwrap();
+        for port in [&first, &second] {
+            assert!(configuration.contains(&port.ip.unwrap().to_string()));
+        }
+        assert!(output("nft", &["list", "tables"]).contains("inet hospes0"));
+        drop(first);
+        assert!(output("ip", &["-br", "link"]).contains("hospes0"));
+        assert!(dnsmasq_runs(directory));
+        drop(second);
+        let links = output("ip", &["-br", "link"]);
+        assert!(
+            !links.contains("hospes") && !links.contains("vif"),
+            "{links}"
+        );
+        assert!(!output("nft", &["list", "tables"]).contains("hospes"));
+        assert!(!dnsmasq_runs(directory));
+        assert_eq!(forwarding(), before);
+    });
+}
+
+#[test]
+fn nat_leaves_other_networks_alone() {
+    alone("clash", |directory| {
+        output("ip", &["link", "add", "hospes0", "type", "bridge"]);
+        output("ip", &["link", "add", "other", "type", "bridge"]);
+        output("ip", &["address", "add", "10.107.0.7/23", "dev", "other"]);
+        let port = join(directory, 1);
+        assert_eq!(port.bridge.as_deref(), Some("hospes1"));
+        assert_eq!(port.ip.unwrap().octets()[..3], [10, 107, 2]);
+        drop(port);
+        assert!(output("ip", &["-br", "link"]).contains("hospes0"));
+    });
+}
+
+#[test]
+fn nat_keeps_the_address_of_a_mac() {
+    alone("stable", |directory| {
+        let mut first = request(directory, 1, Network::Nat);
+        let port = open(&first).unwrap();
+        let ip = port.ip;
+        let again = open(&Request {
+            domid: 2,
+            ..first.clone()
+        });
+        assert!(matches!(again, Err(Error::MacInUse { .. })), "{again:?}");
+        drop(port);
+        first.domid = 3;
+        let port = open(&first).unwrap();
+        assert_eq!(port.ip, ip);
+        let addresses = fs::read_to_string(directory.join("net/addresses.json")).unwrap();
+        assert!(addresses.contains(&mac_text(first.mac)));
+    });
+}
+
+#[test]
+fn leftovers_of_the_killed_go_with_the_next() {
+    alone("killed", |directory| {
+        // A process that is killed neither drops nor unlocks; what it leaves is the same as what is left here: its files without a lock.
+        let port = join(directory, 1);
+        let users = directory.join("net/users");
+        let left = fs::read(users.join("vif1.0")).unwrap();
+        drop(port);
+        let before = forwarding();
+        let port = join(directory, 2);
+        fs::write(users.join("vif1.0"), &left).unwrap();
+        // The file of one that lives is taken from it, as if it had been killed; its guard finds nothing to remove later.
+        let own = fs::read(users.join("vif2.0")).unwrap();
+        fs::remove_file(users.join("vif2.0")).unwrap();
+        fs::write(users.join("vif2.0"), &own).unwrap();
+        assert!(dnsmasq_runs(directory));
+        sweep(directory).unwrap();
+        assert!(!output("ip", &["-br", "link"]).contains("hospes"));
+        assert!(!dnsmasq_runs(directory));
+        assert_eq!(fs::read_dir(&users).unwrap().count(), 0);
+        assert_eq!(forwarding(), before);
+        drop(port);
+    });
+}
+
+#[test]
+fn bridge_takes_the_tap_and_gives_its_mtu() {
+    alone("bridge", |directory| {
+        output(
+            "ip",
+            &["link", "add", "br0", "mtu", "9000", "type", "bridge"],
+        );
+        let port = open(&request(directory, 4, Network::Bridge("br0".into()))).unwrap();
+        assert_eq!(port.mtu, 9000);
+        let link = output("ip", &["-d", "link", "show", "vif4.0"]);
+        assert!(
+            link.contains("master br0") && link.contains("mtu 9000"),
+            "{link}"
+        );
+        let taken = Request {
+            vifname: Some("vif4.0"),
+            ..request(directory, 5, Network::Bridge("br0".into()))
+        };
+        assert!(matches!(open(&taken), Err(Error::NameTaken(_))));
+        let other = open(&request(directory, 4, Network::Script)).unwrap();
+        assert_eq!(other.interface.as_deref(), Some("vif4.0-1"));
+        drop(port);
+        assert!(!output("ip", &["-br", "link"]).contains("vif4.0 "));
+        for (bridge, found) in [("nowhere", true), ("lo", false)] {
+            match open(&request(directory, 6, Network::Bridge(bridge.into()))) {
+                Err(Error::NoBridge(_)) => assert!(found),
+                Err(Error::NotBridge(_)) => assert!(!found),
+                other => panic!("{other:?}"),
+            }
+        }
+    });
+}
