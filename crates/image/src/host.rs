@@ -4,12 +4,14 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FallocateFlags;
 
 use crate::error::{ImageError, is_full};
+use crate::lock::{Lock, Target, identity_of};
 use crate::storage::{ALIGNMENT, Aligned, Storage, copy_from, copy_to, fill_zero, part};
 use crate::types::Buffer;
 
@@ -25,13 +27,22 @@ pub(crate) struct Alignment {
     pub(crate) offset: u32,
 }
 
+/// How a file is opened.
+#[derive(Clone, Copy)]
+pub(crate) struct Access {
+    /// It is not written, and others may read it too.
+    pub(crate) read_only: bool,
+    /// Past the page cache, if the host can do that in units of `unit` bytes.
+    pub(crate) direct: bool,
+    pub(crate) unit: u32,
+}
+
 /// An open file. Reads and writes go past the host's page cache where that is possible and asked for.
 pub(crate) struct HostFile {
-    path: PathBuf,
     cached: File,
     direct: Option<(File, Alignment)>,
     block: bool,
-    identity: (u64, u64),
+    _lock: Lock,
     /// After a failed `fdatasync` the host has forgotten which pages it could not write: no later one can be believed.
     sync_failed: AtomicBool,
 }
@@ -39,13 +50,18 @@ pub(crate) struct HostFile {
 impl HostFile {
     /// Opens `path`, with direct I/O where `direct` asks for it and the host has it for units of `unit` bytes.
     ///
-    /// A block device that is to be written is opened exclusively: a mounted one is refused.
+    /// A block device that is to be written is opened exclusively: a mounted one is refused. The file is locked, and `lock_owner` is
+    /// written down for others.
     pub(crate) fn open(
         path: &Path,
-        read_only: bool,
-        direct: bool,
-        unit: u32,
+        access: Access,
+        lock_owner: &str,
     ) -> Result<HostFile, ImageError> {
+        let Access {
+            read_only,
+            direct,
+            unit,
+        } = access;
         let kind = std::fs::metadata(path).map_err(ImageError::host(path, "open it"))?;
         let block = kind.file_type().is_block_device();
         if !block && !kind.is_file() {
@@ -72,40 +88,30 @@ impl HostFile {
         let opened = cached
             .metadata()
             .map_err(ImageError::host(path, "look at it"))?;
-        let identity = (opened.dev(), opened.ino());
+        let identity = identity_of(&opened);
+        let target = Target {
+            path,
+            fd: cached.as_fd(),
+            identity,
+        };
+        let lock = target.lock(!read_only, lock_owner)?;
         let direct = if direct {
             open_direct(path, read_only, identity, unit)
         } else {
             None
         };
         Ok(HostFile {
-            path: path.to_owned(),
             cached,
             direct,
             block,
-            identity,
+            _lock: lock,
             sync_failed: AtomicBool::new(false),
         })
-    }
-
-    /// The path it was opened by.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Device and inode number.
-    pub(crate) fn identity(&self) -> (u64, u64) {
-        self.identity
     }
 
     /// Whether it is a block device.
     pub(crate) fn is_block(&self) -> bool {
         self.block
-    }
-
-    /// The descriptor that locks belong to.
-    pub(crate) fn lock_fd(&self) -> BorrowedFd<'_> {
-        self.cached.as_fd()
     }
 
     /// The descriptor for data, and the alignment it needs.
@@ -207,7 +213,7 @@ fn open_direct(
 ) -> Option<(File, Alignment)> {
     let file = options(read_only, libc::O_DIRECT).open(path).ok()?;
     let opened = file.metadata().ok()?;
-    if (opened.dev(), opened.ino()) != identity {
+    if identity_of(&opened) != identity {
         return None;
     }
     let alignment = direct_alignment(file.as_fd()).or_else(|| probe_alignment(&file))?;
@@ -268,24 +274,11 @@ fn sysfs_number((major, minor): (u32, u32), name: &str) -> Option<u64> {
 
 impl Storage for HostFile {
     fn read(&self, buffers: &[Buffer], offset: u64) -> io::Result<()> {
-        let (fd, copy) = self.way(buffers, offset);
-        if copy {
-            let mut bytes = Aligned::new(buffers.iter().map(|b| b.len).sum());
-            transfer(fd, &[Buffer::of(&mut bytes)], offset, Direction::Read)?;
-            copy_to(buffers, &bytes);
-            return Ok(());
-        }
-        transfer(fd, buffers, offset, Direction::Read)
+        self.transfer(buffers, offset, Direction::Read)
     }
 
     fn write(&self, buffers: &[Buffer], offset: u64) -> io::Result<()> {
-        let (fd, copy) = self.way(buffers, offset);
-        if copy {
-            let mut bytes = Aligned::new(buffers.iter().map(|b| b.len).sum());
-            copy_from(buffers, &mut bytes);
-            return transfer(fd, &[Buffer::of(&mut bytes)], offset, Direction::Write);
-        }
-        transfer(fd, buffers, offset, Direction::Write)
+        self.transfer(buffers, offset, Direction::Write)
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -317,7 +310,7 @@ impl Storage for HostFile {
         self.cached.set_len(bytes)
     }
 
-    fn host_file(&self) -> Option<&HostFile> {
+    fn host_file(self: Arc<Self>) -> Option<Arc<HostFile>> {
         Some(self)
     }
 }
@@ -335,46 +328,75 @@ fn discard_block(fd: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Result<()> 
     }
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Direction {
     Read,
     Write,
 }
 
-/// Reads or writes everything, however often the host does less than asked.
-fn transfer(
+impl HostFile {
+    /// Reads or writes everything, however often the host does less than asked.
+    fn transfer(&self, buffers: &[Buffer], offset: u64, direction: Direction) -> io::Result<()> {
+        let bytes: u64 = buffers.iter().map(|b| b.len as u64).sum();
+        let mut done = 0u64;
+        while done < bytes {
+            let rest = part(buffers, done, bytes - done);
+            // After a short transfer the rest may be fit for the page cache only.
+            let (fd, copy) = self.way(&rest, offset + done);
+            let count = if copy {
+                copied(fd, &rest, offset + done, direction)
+            } else {
+                call(fd, &rest, offset + done, direction)
+            };
+            match count {
+                Ok(0) if direction == Direction::Read => {
+                    fill_zero(&rest);
+                    return Ok(());
+                }
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One call with an aligned copy of `buffers`.
+fn copied(
     fd: BorrowedFd<'_>,
     buffers: &[Buffer],
     offset: u64,
     direction: Direction,
-) -> io::Result<()> {
-    let bytes: u64 = buffers.iter().map(|b| b.len as u64).sum();
-    let mut done = 0u64;
-    while done < bytes {
-        let rest = part(buffers, done, bytes - done);
-        let count = rest.len().min(BUFFERS_MAX) as i32;
-        let vector = rest.as_ptr().cast::<libc::iovec>();
-        let position = (offset + done) as libc::off_t;
-        // SAFETY: `Buffer` is laid out like iovec, `count` of them are there, and who made the request vouches for their memory.
-        let result = unsafe {
-            match direction {
-                Direction::Read => libc::preadv(fd.as_raw_fd(), vector, count, position),
-                Direction::Write => libc::pwritev(fd.as_raw_fd(), vector, count, position),
-            }
-        };
-        match (u64::try_from(result), &direction) {
-            (Err(_), _) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-            (Ok(0), Direction::Read) => {
-                fill_zero(&rest);
-                return Ok(());
-            }
-            (Ok(0), Direction::Write) => return Err(io::ErrorKind::WriteZero.into()),
-            (Ok(count), _) => done += count,
-        }
+) -> io::Result<u64> {
+    let mut bytes = Aligned::new(buffers.iter().map(|b| b.len).sum());
+    if direction == Direction::Write {
+        copy_from(buffers, &mut bytes);
     }
-    Ok(())
+    let count = call(fd, &[Buffer::of(&mut bytes)], offset, direction)?;
+    if direction == Direction::Read {
+        copy_to(buffers, &bytes[..count as usize]);
+    }
+    Ok(count)
+}
+
+/// One call; bytes done.
+fn call(
+    fd: BorrowedFd<'_>,
+    buffers: &[Buffer],
+    offset: u64,
+    direction: Direction,
+) -> io::Result<u64> {
+    let count = buffers.len().min(BUFFERS_MAX) as i32;
+    let vector = buffers.as_ptr().cast::<libc::iovec>();
+    let position = offset as libc::off_t;
+    // SAFETY: `Buffer` is laid out like iovec, `count` of them are there, and who made the request vouches for their memory.
+    let result = unsafe {
+        match direction {
+            Direction::Read => libc::preadv(fd.as_raw_fd(), vector, count, position),
+            Direction::Write => libc::pwritev(fd.as_raw_fd(), vector, count, position),
+        }
+    };
+    u64::try_from(result).map_err(|_| io::Error::last_os_error())
 }

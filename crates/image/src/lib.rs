@@ -13,11 +13,13 @@
 mod error;
 mod hold;
 mod host;
+mod lock;
 mod open;
 mod raw;
 mod storage;
 mod threads;
 mod types;
+mod uring;
 
 #[cfg(test)]
 mod testing;

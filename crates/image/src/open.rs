@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::error::ImageError;
-use crate::host::HostFile;
+use crate::host::{Access, HostFile};
 use crate::raw::{Raw, RawOptions};
 use crate::types::Image;
 
@@ -61,7 +61,12 @@ pub fn open(spec: &OpenSpec) -> Result<Arc<dyn Image>, ImageError> {
             "qcow2 images are not supported: convert it to a raw one with qemu-img convert",
         ));
     }
-    let file = HostFile::open(&spec.path, spec.read_only, spec.direct, sector_bytes)?;
+    let access = Access {
+        read_only: spec.read_only,
+        direct: spec.direct,
+        unit: sector_bytes,
+    };
+    let file = HostFile::open(&spec.path, access, &spec.lock_owner)?;
     let options = RawOptions {
         sector_bytes,
         physical_sector_bytes: file.physical_sector_bytes(),

@@ -1,5 +1,6 @@
 //! Images without a format: the bytes of the file or block device are the disk.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -7,8 +8,9 @@ use std::sync::{Arc, Mutex};
 use crate::error::{ImageError, IoError};
 use crate::hold::Hold;
 use crate::storage::Storage;
-use crate::threads::{self, Work};
-use crate::types::{Geometry, Image, Op, Queue, Request, Status};
+use crate::threads::{Event, Threads, Work};
+use crate::types::{Completion, Geometry, Image, Op, Queue, Request, Status};
+use crate::uring::{self, Ring};
 
 /// An open raw image.
 pub(crate) struct Raw {
@@ -53,6 +55,43 @@ impl Work for RawFile {
     }
 }
 
+/// A queue on a ring.
+struct RawQueue {
+    ring: Ring,
+    /// For what a ring cannot do.
+    side: Threads,
+    /// Of both.
+    event: Event,
+    file: Arc<RawFile>,
+    side_discards: bool,
+}
+
+impl Queue for RawQueue {
+    fn submit(&mut self, request: Request) {
+        if let Err(error) = request.check(&self.file.geometry()) {
+            self.ring.complete(request.id, Err(error));
+        } else if request.op == Op::Discard && self.side_discards {
+            self.side.submit(request);
+        } else {
+            self.ring.submit(request);
+        }
+    }
+
+    fn flush_submissions(&mut self) {
+        self.ring.flush_submissions();
+    }
+
+    fn completions(&mut self, out: &mut Vec<Completion>) {
+        self.event.clear();
+        self.side.collect(out);
+        self.ring.collect(out);
+    }
+
+    fn event_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
 /// How [`Raw::new`] shows the image.
 pub(crate) struct RawOptions {
     pub(crate) sector_bytes: u32,
@@ -87,11 +126,14 @@ impl Raw {
         })
     }
 
+    #[cfg(test)]
+    pub(crate) fn work(&self) -> Arc<dyn Work> {
+        self.file.clone()
+    }
+
     fn is_block(&self) -> bool {
-        self.file
-            .storage
-            .host_file()
-            .is_some_and(crate::host::HostFile::is_block)
+        let file = self.file.storage.clone().host_file();
+        file.is_some_and(|file| file.is_block())
     }
 }
 
@@ -113,7 +155,18 @@ impl Image for Raw {
     }
 
     fn queue(&self) -> Result<Box<dyn Queue>, ImageError> {
-        threads::queue(&self.path, self.file.clone(), self.hold.clone())
+        let event = Event::new().map_err(ImageError::host(&self.path, "make an event for it"))?;
+        let side = Threads::new(self.file.clone(), self.hold.clone(), event.clone());
+        let Some(ring) = uring::start(&self.file.storage, &self.hold, &event) else {
+            return Ok(Box::new(side));
+        };
+        Ok(Box::new(RawQueue {
+            ring,
+            side,
+            event,
+            file: self.file.clone(),
+            side_discards: self.is_block(),
+        }))
     }
 
     fn resize(&self, bytes: u64) -> Result<(), ImageError> {

@@ -3,6 +3,7 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::io;
 use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
 
 use crate::host::HostFile;
 use crate::types::Buffer;
@@ -22,7 +23,7 @@ pub(crate) trait Storage: Send + Sync {
     /// Changes the size; what is added reads as zeros.
     fn set_len(&self, bytes: u64) -> io::Result<()>;
     /// The file, where requests may go to it without this trait.
-    fn host_file(&self) -> Option<&HostFile>;
+    fn host_file(self: Arc<Self>) -> Option<Arc<HostFile>>;
 
     /// [`Storage::read`] into a slice.
     fn read_bytes(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {

@@ -125,3 +125,26 @@ pub(crate) fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
         .map(|at| ((at / 8 + 1).wrapping_mul(seed | 1) >> (at % 8 * 8)) as u8)
         .collect()
 }
+
+/// Runs `body` of the test `name` in a directory with 1 MiB of room: in a process of its own, with mounts of its own.
+pub(crate) fn full_host(name: &str, body: impl FnOnce(&Path)) {
+    const INSIDE: &str = "HOSPES_IMAGE_SMALL_DIRECTORY";
+    if let Some(directory) = std::env::var_os(INSIDE) {
+        return body(Path::new(&directory));
+    }
+    let directory = Directory::new();
+    let script = "mount -t tmpfs -o size=1M none \"$HOSPES_IMAGE_SMALL_DIRECTORY\" && exec \"$@\"";
+    let output = std::process::Command::new("unshare")
+        .args(["--map-root-user", "--mount", "sh", "-c", script, "sh"])
+        .arg(std::env::current_exe().expect("the test has a program"))
+        .args(["--exact", name, "--nocapture"])
+        .env(INSIDE, &directory.0)
+        .output()
+        .expect("unshare of util-linux runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::EventfdFlags;
 
-use crate::error::{ImageError, IoError, is_full};
+use crate::error::{IoError, is_full};
 use crate::hold::{Hold, RETRY_AFTER};
 use crate::types::{Completion, Queue, Request};
 
@@ -92,16 +92,11 @@ impl Threads {
             }),
         }
     }
-}
 
-/// A queue of its own event.
-pub(crate) fn queue(
-    path: &std::path::Path,
-    work: Arc<dyn Work>,
-    hold: Arc<Hold>,
-) -> Result<Box<dyn Queue>, ImageError> {
-    let event = Event::new().map_err(ImageError::host(path, "make an event for it"))?;
-    Ok(Box::new(Threads::new(work, hold, event)))
+    /// [`Queue::completions`] without clearing the event.
+    pub(crate) fn collect(&mut self, out: &mut Vec<Completion>) {
+        out.append(&mut self.shared.lock().done);
+    }
 }
 
 impl Queue for Threads {
@@ -132,7 +127,7 @@ impl Queue for Threads {
 
     fn completions(&mut self, out: &mut Vec<Completion>) {
         self.shared.event.clear();
-        out.append(&mut self.shared.lock().done);
+        self.collect(out);
     }
 
     fn event_fd(&self) -> BorrowedFd<'_> {

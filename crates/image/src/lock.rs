@@ -1,0 +1,305 @@
+//! Who may use an image at the same time: many readers, or one writer.
+//!
+//! Locks belong to an open file description and stand on bytes of the file itself, so that they hold between all paths to a file
+//! and vanish with their process. The bytes are QEMU's (its block/file-posix.c): byte 100 + n is locked, shared, by who uses permission n, byte 200 + n
+//! by who does not share it with others. Shared locks never meet each other; a conflict is found by asking for the lock that would.
+//! So its tools refuse an image that a domain writes, and a domain one that they write.
+//!
+//! Such locks do not say who holds them. A file in the run directory does, else the processes that have the file open.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::error::ImageError;
+
+const USES: i64 = 100;
+const KEEPS: i64 = 200;
+/// Permissions by QEMU's numbers.
+const READ: i64 = 0;
+const WRITE: i64 = 1;
+const RESIZE: i64 = 3;
+
+/// Directory of the run-time state of all domains, as the tool stack finds it.
+fn records() -> Option<PathBuf> {
+    let variable = |name| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    let run = variable("HOSPES_RUN_DIR").or_else(|| {
+        if rustix::process::geteuid().is_root() {
+            Some(PathBuf::from("/run/hospes"))
+        } else {
+            Some(variable("XDG_RUNTIME_DIR")?.join("hospes"))
+        }
+    })?;
+    Some(run.join("locks"))
+}
+
+/// Says who holds a lock, until it is dropped. The lock itself ends when the file is closed.
+pub(crate) struct Lock {
+    record: Option<PathBuf>,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if let Some(record) = &self.record {
+            let _ = fs::remove_file(record);
+        }
+    }
+}
+
+/// What is locked.
+pub(crate) struct Target<'a> {
+    /// For sentences.
+    pub(crate) path: &'a Path,
+    /// The open file.
+    pub(crate) fd: BorrowedFd<'a>,
+    /// Tells files apart: device and inode number, or zero and the device number of a block device.
+    pub(crate) identity: (u64, u64),
+}
+
+impl Target<'_> {
+    /// Locks for reading or for writing.
+    pub(crate) fn lock(&self, write: bool, owner: &str) -> Result<Lock, ImageError> {
+        let used: &[i64] = if write {
+            &[READ, WRITE, RESIZE]
+        } else {
+            &[READ]
+        };
+        let kept = [WRITE, RESIZE];
+        let bytes = used.iter().map(|n| USES + n);
+        for byte in bytes.chain(kept.map(|n| KEEPS + n)) {
+            match call(self.fd, libc::F_OFD_SETLK, libc::F_RDLCK, byte) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(self.conflict(write, true));
+                }
+                Err(error) => return Err(ImageError::host(self.path, "lock it")(error)),
+            }
+        }
+        let taken = |byte| {
+            call(self.fd, libc::F_OFD_GETLK, libc::F_WRLCK, byte)
+                .map_err(ImageError::host(self.path, "look at its locks"))
+        };
+        for permission in kept {
+            if taken(USES + permission)? {
+                return Err(self.conflict(write, true));
+            }
+        }
+        for permission in used {
+            if taken(KEEPS + permission)? {
+                return Err(self.conflict(write, false));
+            }
+        }
+        Ok(Lock {
+            record: self.record(owner),
+        })
+    }
+
+    fn prefix(&self) -> String {
+        format!("{:x}-{:x}.", self.identity.0, self.identity.1)
+    }
+
+    /// Writes down who holds the lock. Without it the lock holds all the same.
+    fn record(&self, owner: &str) -> Option<PathBuf> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let directory = records()?;
+        fs::create_dir_all(&directory).ok()?;
+        let pid = std::process::id();
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = directory.join(format!("{}{pid}.{number}", self.prefix()));
+        fs::write(&path, owner).ok()?;
+        Some(path)
+    }
+
+    fn conflict(&self, write: bool, by_writer: bool) -> ImageError {
+        let holder = self
+            .recorded_holder()
+            .or_else(|| self.process_with_file())
+            .unwrap_or_else(|| "another process".to_owned());
+        ImageError::Locked {
+            path: self.path.to_owned(),
+            holder,
+            advice: match (write, by_writer) {
+                (true, false) => "shut it down or attach it read-only",
+                (true, true) => "shut it down or attach it read-only to both",
+                (false, _) => "it writes to the disk, so shut it down first",
+            },
+        }
+    }
+
+    fn recorded_holder(&self) -> Option<String> {
+        let prefix = self.prefix();
+        for entry in fs::read_dir(records()?).ok()?.flatten() {
+            let name = entry.file_name();
+            let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(&prefix)) else {
+                continue;
+            };
+            let pid = rest.split('.').next().unwrap_or_default();
+            if !Path::new("/proc").join(pid).exists() {
+                // Its process was killed.
+                let _ = fs::remove_file(entry.path());
+                continue;
+            }
+            if let Ok(owner) = fs::read_to_string(entry.path())
+                && !owner.is_empty()
+            {
+                return Some(owner);
+            }
+        }
+        None
+    }
+
+    /// A process other than this one that has the file open.
+    fn process_with_file(&self) -> Option<String> {
+        let own = std::process::id();
+        for process in fs::read_dir("/proc").ok()?.flatten() {
+            let name = process.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
+            let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else {
+                continue;
+            };
+            let open = descriptors.flatten().any(|descriptor| {
+                fs::metadata(descriptor.path()).is_ok_and(|m| identity_of(&m) == self.identity)
+            });
+            if open && pid != own {
+                let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+                return Some(format!("process {pid} ({})", command.trim()));
+            }
+        }
+        None
+    }
+}
+
+/// Tells files apart, and block devices by what they are rather than by their node.
+pub(crate) fn identity_of(metadata: &fs::Metadata) -> (u64, u64) {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    if metadata.file_type().is_block_device() {
+        (0, metadata.rdev())
+    } else {
+        (metadata.dev(), metadata.ino())
+    }
+}
+
+/// One lock call on one byte. Whether somebody else's lock is in the way, where `command` asks for that.
+fn call(fd: BorrowedFd<'_>, command: i32, kind: i32, byte: i64) -> io::Result<bool> {
+    // SAFETY: flock is a plain structure of integers.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    lock.l_start = byte;
+    lock.l_len = 1;
+    // SAFETY: the descriptor is open and `lock` outlives the call.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), command, &raw mut lock) };
+    if result == 0 {
+        Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::testing::{Directory, spec};
+    use crate::{Format, ImageError, OpenSpec, open};
+    use std::path::Path;
+    use std::process::Command;
+
+    fn wanted(path: &Path, read_only: bool, owner: &str) -> OpenSpec {
+        OpenSpec {
+            read_only,
+            lock_owner: owner.to_owned(),
+            ..spec(path, Format::Raw)
+        }
+    }
+
+    fn sentence(result: Result<impl Sized, ImageError>) -> String {
+        result.err().expect("it is refused").to_string()
+    }
+
+    #[test]
+    fn open_by_a_second_writer_names_the_first() {
+        let directory = Directory::new();
+        let path = directory.file("a.img", 8192);
+        let first = open(&wanted(&path, false, "domain 3 (web)")).unwrap();
+        let refused = sentence(open(&wanted(&path, false, "domain 4 (db)")));
+        assert!(
+            refused.ends_with(
+                "a.img is locked by domain 3 (web): shut it down or attach it read-only to both."
+            ),
+            "{refused}"
+        );
+        let reader = sentence(open(&wanted(&path, true, "domain 4 (db)")));
+        assert!(reader.contains("domain 3 (web)"), "{reader}");
+        drop(first);
+        open(&wanted(&path, false, "domain 4 (db)")).unwrap();
+    }
+
+    #[test]
+    fn open_by_readers_is_shared_and_keeps_writers_out() {
+        let directory = Directory::new();
+        let path = directory.file("a.img", 8192);
+        let first = open(&wanted(&path, true, "domain 3 (web)")).unwrap();
+        let _second = open(&wanted(&path, true, "domain 4 (db)")).unwrap();
+        drop(first);
+        let refused = sentence(open(&wanted(&path, false, "domain 5 (mail)")));
+        assert!(refused.contains("locked by domain 4 (db): shut it down or attach it read-only."));
+    }
+
+    #[test]
+    fn open_by_another_path_meets_the_same_lock() {
+        let directory = Directory::new();
+        let path = directory.file("a.img", 8192);
+        let (hard, soft) = (directory.join("hard"), directory.join("soft"));
+        std::fs::hard_link(&path, &hard).unwrap();
+        std::os::unix::fs::symlink(&path, &soft).unwrap();
+        let _first = open(&wanted(&path, false, "domain 3 (web)")).unwrap();
+        for other in [hard, soft] {
+            assert!(sentence(open(&wanted(&other, false, "x"))).contains("domain 3 (web)"));
+        }
+    }
+
+    #[test]
+    fn lock_keeps_qemu_out_and_is_kept_out_by_it() {
+        let directory = Directory::new();
+        let path = directory.file("a.img", 1 << 20);
+        let image = open(&wanted(&path, false, "domain 3 (web)")).unwrap();
+        let write = ["-f", "raw", "-c", "write 0 4k"];
+        let refused = Command::new("qemu-io").args(write).arg(&path).output();
+        let refused = refused.expect("qemu-io of qemu-utils runs");
+        assert!(!refused.status.success());
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("lock"));
+        drop(image);
+
+        let mut qemu = Command::new("qemu-io")
+            .args(["-f", "raw"])
+            .arg(&path)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        // It answers a command once it has opened, and so locked, the image.
+        use std::io::{Read, Write};
+        let mut input = qemu.stdin.take().unwrap();
+        input.write_all(b"length\n").unwrap();
+        let mut answer = [0; 1];
+        let mut output = qemu.stdout.take().unwrap();
+        loop {
+            output.read_exact(&mut answer).unwrap();
+            if answer[0] == b'M' {
+                break;
+            }
+        }
+        let refused = sentence(open(&wanted(&path, false, "x")));
+        assert!(refused.contains("(qemu-io)"), "{refused}");
+        drop(input);
+        qemu.wait().unwrap();
+        open(&wanted(&path, false, "x")).unwrap();
+    }
+}
