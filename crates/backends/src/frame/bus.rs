@@ -1,0 +1,225 @@
+//! All devices of one domain.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use hospes_store::StoreAccess;
+use hospes_units::DomId;
+use hospes_xen::Xen;
+
+use super::device::{Device, Leave, Mailbox};
+use super::nodes::Paths;
+use super::state::Phase;
+use super::{Backend, DeviceId, DeviceNodes, Log, Monitor};
+use crate::lock;
+
+/// How long a guest has to let go of a device before it is taken; xl waits as long.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a device cannot be attached or detached.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    #[error("the domain has a device {0} already: detach it first or choose another")]
+    Exists(DeviceId),
+    #[error("the domain has no device {0}")]
+    Missing(DeviceId),
+    #[error("cannot write the device {0} into the xenstore: {1}")]
+    Store(DeviceId, hospes_store::Error),
+    #[error("cannot start the thread of device {0}: {1}")]
+    Thread(DeviceId, std::io::Error),
+    #[error("the domain has ended")]
+    Closed,
+}
+
+/// A device at one moment.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    pub id: DeviceId,
+    pub phase: Phase,
+    pub counters: Vec<(&'static str, u64)>,
+    /// Why requests wait, as a sentence.
+    pub trouble: Option<String>,
+}
+
+struct Handle {
+    mailbox: Arc<Mailbox>,
+    monitor: Arc<dyn Monitor>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Handle {
+    /// Waits for a thread that is about to end.
+    fn join(&self) {
+        let thread = lock(&self.thread).take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The devices of a domain. Dropping it closes it.
+pub struct Bus {
+    domid: DomId,
+    store: Arc<dyn StoreAccess>,
+    xen: Arc<Xen>,
+    log: Log,
+    /// `None` once closed.
+    devices: Mutex<Option<BTreeMap<DeviceId, Arc<Handle>>>>,
+}
+
+impl Bus {
+    pub fn new(domid: DomId, store: Arc<dyn StoreAccess>, xen: Arc<Xen>, log: Log) -> Bus {
+        Bus {
+            domid,
+            store,
+            xen,
+            log,
+            devices: Mutex::new(Some(BTreeMap::new())),
+        }
+    }
+
+    /// Makes a device; the guest sees it when this returns. `backend` is dropped when the device has gone.
+    pub fn attach(
+        &self,
+        id: DeviceId,
+        nodes: &DeviceNodes,
+        backend: Box<dyn Backend>,
+    ) -> Result<(), DeviceError> {
+        let mut devices = lock(&self.devices);
+        let devices = devices.as_mut().ok_or(DeviceError::Closed)?;
+        if devices.contains_key(&id) {
+            return Err(DeviceError::Exists(id));
+        }
+        let paths = Paths::new(self.domid, id);
+        let store = |fault| DeviceError::Store(id, fault);
+        let all = paths.make(self.domid, nodes, &backend.features());
+        self.store.write_all(&all).map_err(store)?;
+        let mailbox = Mailbox::new();
+        let started = self.start(id, &paths, backend, &mailbox);
+        match started {
+            Ok(handle) => {
+                devices.insert(id, Arc::new(handle));
+                Ok(())
+            }
+            Err(fault) => {
+                for path in [&paths.front, &paths.back, &paths.tools] {
+                    let _ = self.store.remove(path);
+                }
+                Err(fault)
+            }
+        }
+    }
+
+    fn start(
+        &self,
+        id: DeviceId,
+        paths: &Paths,
+        backend: Box<dyn Backend>,
+        mailbox: &Arc<Mailbox>,
+    ) -> Result<Handle, DeviceError> {
+        let listener = {
+            let mailbox = Arc::clone(mailbox);
+            Arc::new(move |_: &str| mailbox.front_changed())
+        };
+        let watch = self
+            .store
+            .watch(&format!("{}/state", paths.front), listener)
+            .map_err(|fault| DeviceError::Store(id, fault))?;
+        let monitor = backend.monitor();
+        let device = Device {
+            id,
+            domid: self.domid,
+            paths: paths.clone(),
+            store: Arc::clone(&self.store),
+            xen: Arc::clone(&self.xen),
+            log: self.log.clone(),
+            backend,
+            mailbox: Arc::clone(mailbox),
+            _watch: watch,
+            phase: Phase::Waiting,
+            leaving: false,
+            unshown: false,
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("{}-{}", id.kind.name(), id.devid))
+            .spawn(move || device.main())
+            .map_err(|fault| DeviceError::Thread(id, fault))?;
+        Ok(Handle {
+            mailbox: Arc::clone(mailbox),
+            monitor,
+            thread: Mutex::new(Some(thread)),
+        })
+    }
+
+    /// Takes a device away and returns when what it stood for is free: in order, where the guest lets go of it in time, or by force.
+    pub fn detach(&self, id: DeviceId, force: bool) -> Result<(), DeviceError> {
+        let handle = self.handle(id)?;
+        let mailbox = &handle.mailbox;
+        if !force {
+            mailbox.leave(Leave::Orderly);
+            if !mailbox.wait_gone(Some(PATIENCE)) {
+                (self.log)(&format!(
+                    "Domain {} does not let go of device {id}: it is taken away",
+                    self.domid
+                ));
+            }
+        }
+        mailbox.leave(Leave::Forced);
+        mailbox.wait_gone(None);
+        handle.join();
+        if let Some(devices) = lock(&self.devices).as_mut()
+            && devices.get(&id).is_some_and(|h| Arc::ptr_eq(h, &handle))
+        {
+            devices.remove(&id);
+        }
+        Ok(())
+    }
+
+    /// The thing behind a device changed, its size for one: the guest is told.
+    pub fn renew(&self, id: DeviceId) -> Result<(), DeviceError> {
+        self.handle(id)?.mailbox.renew();
+        Ok(())
+    }
+
+    pub fn list(&self) -> Vec<DeviceInfo> {
+        let devices = lock(&self.devices);
+        let devices = devices.iter().flatten();
+        devices
+            .map(|(id, handle)| DeviceInfo {
+                id: *id,
+                phase: handle.mailbox.phase(),
+                counters: handle.monitor.counters(),
+                trouble: handle.monitor.trouble(),
+            })
+            .collect()
+    }
+
+    /// Takes all devices away, for good; what is in flight is finished first.
+    pub fn close(&self) {
+        let devices = lock(&self.devices).take().unwrap_or_default();
+        for handle in devices.values() {
+            handle.mailbox.leave(Leave::Forced);
+        }
+        for handle in devices.values() {
+            handle.mailbox.wait_gone(None);
+            handle.join();
+        }
+    }
+
+    fn handle(&self, id: DeviceId) -> Result<Arc<Handle>, DeviceError> {
+        lock(&self.devices)
+            .as_ref()
+            .ok_or(DeviceError::Closed)?
+            .get(&id)
+            .cloned()
+            .ok_or(DeviceError::Missing(id))
+    }
+}
+
+impl Drop for Bus {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

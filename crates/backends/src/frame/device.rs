@@ -1,0 +1,304 @@
+//! One device: its directories, its phase, and the thread that follows the guest's half.
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use hospes_store::{Error, StoreAccess, Watch};
+use hospes_units::DomId;
+use hospes_xen::Xen;
+use hospes_xen_abi::xenbus::XenbusState;
+
+use super::nodes::Paths;
+use super::state::{Action, Phase, step};
+use super::{Alarm, Backend, DeviceId, Frontend, Log, Node};
+use crate::lock;
+
+/// How a device is to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Leave {
+    /// The guest is asked to let go first.
+    Orderly,
+    /// At once.
+    Forced,
+}
+
+/// What the thread is to look at.
+#[derive(Debug, Default)]
+struct Mail {
+    front: bool,
+    alarm: Option<String>,
+    renew: bool,
+    leave: Option<Leave>,
+}
+
+#[derive(Debug)]
+struct Inbox {
+    mail: Mail,
+    phase: Phase,
+    gone: bool,
+}
+
+/// What a device's thread and the others know of each other.
+#[derive(Debug)]
+pub(crate) struct Mailbox {
+    inbox: Mutex<Inbox>,
+    changed: Condvar,
+}
+
+impl Mailbox {
+    pub fn new() -> Arc<Mailbox> {
+        Arc::new(Mailbox {
+            inbox: Mutex::new(Inbox {
+                mail: Mail::default(),
+                phase: Phase::Waiting,
+                gone: false,
+            }),
+            changed: Condvar::new(),
+        })
+    }
+
+    fn post(&self, change: impl FnOnce(&mut Mail)) {
+        change(&mut lock(&self.inbox).mail);
+        self.changed.notify_all();
+    }
+
+    /// The guest's half may have changed.
+    pub fn front_changed(&self) {
+        self.post(|mail| mail.front = true);
+    }
+
+    pub fn renew(&self) {
+        self.post(|mail| mail.renew = true);
+    }
+
+    pub fn leave(&self, how: Leave) {
+        self.post(|mail| mail.leave = mail.leave.max(Some(how)));
+    }
+
+    pub fn phase(&self) -> Phase {
+        lock(&self.inbox).phase
+    }
+
+    /// Waits until the device is gone, or for `most`; says whether it is.
+    pub fn wait_gone(&self, most: Option<Duration>) -> bool {
+        let deadline = most.map(|most| Instant::now() + most);
+        let mut inbox = lock(&self.inbox);
+        while !inbox.gone {
+            inbox = match deadline {
+                None => self
+                    .changed
+                    .wait(inbox)
+                    .unwrap_or_else(PoisonError::into_inner),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return false;
+                    }
+                    self.changed
+                        .wait_timeout(inbox, left)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0
+                }
+            };
+        }
+        true
+    }
+
+    fn alarm(self: &Arc<Self>) -> Alarm {
+        let mailbox = Arc::clone(self);
+        Arc::new(move |reason| {
+            mailbox.post(|mail| {
+                mail.alarm.get_or_insert(reason);
+            });
+        })
+    }
+
+    /// Sleeps until there is mail, and takes it.
+    fn wait(&self) -> Mail {
+        let mut inbox = lock(&self.inbox);
+        loop {
+            let mail = &mut inbox.mail;
+            if mail.front || mail.renew || mail.alarm.is_some() || mail.leave.is_some() {
+                return std::mem::take(mail);
+            }
+            inbox = self
+                .changed
+                .wait(inbox)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// The device as its thread has it.
+pub(crate) struct Device {
+    pub id: DeviceId,
+    pub domid: DomId,
+    pub paths: Paths,
+    pub store: Arc<dyn StoreAccess>,
+    pub xen: Arc<Xen>,
+    pub log: Log,
+    pub backend: Box<dyn Backend>,
+    pub mailbox: Arc<Mailbox>,
+    /// Calls [`Mailbox::front_changed`].
+    pub _watch: Watch,
+    pub phase: Phase,
+    pub leaving: bool,
+    /// The store could not take the last state; it is written again at the next occasion.
+    pub unshown: bool,
+}
+
+/// Says that the device is gone even where its thread panics.
+struct Gone(Arc<Mailbox>);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        lock(&self.0.inbox).gone = true;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Device {
+    /// Follows the guest's half until the device is removed.
+    pub fn main(mut self) {
+        let gone = Gone(Arc::clone(&self.mailbox));
+        while self.live(self.mailbox.wait()) {}
+        self.remove();
+        // What the device stands for is free again before anybody hears that it has gone.
+        drop(self);
+        drop(gone);
+    }
+
+    /// Acts on mail; false where the device is to be removed.
+    fn live(&mut self, mail: Mail) -> bool {
+        match mail.leave {
+            Some(Leave::Forced) => return false,
+            Some(Leave::Orderly) => self.start_leaving(),
+            None => {}
+        }
+        if let Some(reason) = mail.alarm
+            && matches!(self.phase, Phase::Connected | Phase::Closing)
+        {
+            self.backend.disconnect();
+            self.fail(&reason);
+        }
+        if self.unshown {
+            self.show();
+        }
+        if mail.renew {
+            self.renew();
+        }
+        self.follow()
+    }
+
+    /// Acts on the state of the guest's half until there is nothing to do; false where the device is to be removed.
+    fn follow(&mut self) -> bool {
+        loop {
+            let front = match self.store.read(&format!("{}/state", self.paths.front)) {
+                Ok(value) => XenbusState::parse(&String::from_utf8_lossy(&value)),
+                Err(Error::NoEntry) => XenbusState::Unknown,
+                // The watch tells when the store is there again.
+                Err(_) => return true,
+            };
+            match step(self.phase, front, self.leaving) {
+                Action::Nothing => return true,
+                Action::Remove => return false,
+                Action::Connect => self.connect(),
+                Action::Go(phase) => {
+                    if phase != Phase::Closing {
+                        self.backend.disconnect();
+                    }
+                    self.go(phase);
+                }
+            }
+        }
+    }
+
+    fn connect(&mut self) {
+        let front = Frontend {
+            store: &*self.store,
+            xen: &self.xen,
+            path: &self.paths.front,
+            alarm: self.mailbox.alarm(),
+        };
+        match self.backend.connect(&front) {
+            Ok(nodes) => {
+                self.write(&nodes);
+                self.go(Phase::Connected);
+            }
+            Err(fault) => self.fail(&fault.to_string()),
+        }
+    }
+
+    /// The guest broke the rules: it is told to close.
+    fn fail(&mut self, reason: &str) {
+        (self.log)(&format!(
+            "Device {} of domain {} is closed: {reason}",
+            self.id, self.domid
+        ));
+        let _ = self.store.write(&self.paths.error, reason.as_bytes());
+        self.go(Phase::Closing);
+    }
+
+    fn start_leaving(&mut self) {
+        if std::mem::replace(&mut self.leaving, true) {
+            return;
+        }
+        self.write(&[("online".to_owned(), "0".to_owned())]);
+        if self.phase == Phase::Connected {
+            self.go(Phase::Closing);
+        }
+    }
+
+    /// The thing behind the device changed: its nodes are written again, and the state, for which the guest watches.
+    fn renew(&mut self) {
+        let nodes = self.backend.renewed();
+        if !nodes.is_empty() && self.phase == Phase::Connected {
+            self.write(&nodes);
+            self.show();
+        }
+    }
+
+    fn go(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.show();
+        lock(&self.mailbox.inbox).phase = phase;
+        self.mailbox.changed.notify_all();
+    }
+
+    fn show(&mut self) {
+        let number = self.phase.state().number().to_string();
+        let done = self
+            .store
+            .write(&format!("{}/state", self.paths.back), number.as_bytes());
+        self.unshown = done.is_err();
+        self.report(done);
+    }
+
+    fn write(&self, nodes: &[Node]) {
+        for (name, value) in nodes {
+            self.report(
+                self.store
+                    .write(&format!("{}/{name}", self.paths.back), value.as_bytes()),
+            );
+        }
+    }
+
+    fn report(&self, done: Result<(), Error>) {
+        if let Err(fault) = done {
+            (self.log)(&format!(
+                "The xenstore does not take the state of device {} of domain {}: {fault}",
+                self.id, self.domid
+            ));
+        }
+    }
+
+    fn remove(&mut self) {
+        self.backend.disconnect();
+        for path in [&self.paths.front, &self.paths.back, &self.paths.tools] {
+            match self.store.remove(path) {
+                Ok(()) | Err(Error::NoEntry) => {}
+                failed => self.report(failed),
+            }
+        }
+    }
+}
