@@ -1,31 +1,29 @@
-//! One connection: half a request, replies to fetch, watches and transactions.
+//! One connection: half a request, messages to fetch, watches and transactions.
 
+use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, VecDeque};
 
 use hospes_units::DomId;
 
 use crate::Waker;
+use crate::outbox::{Message, Outbox};
 use crate::transaction::Transaction;
 use crate::watch::{Watch, WatchEvent};
 use crate::wire::{self, HEADER_BYTES, ProtocolError, Request, kind};
+
+/// Events that wait for a connection of domain 0; one that leaves more unfetched has stopped reading for good.
+const HOST_EVENTS_MAX: usize = 16384;
 
 pub struct Connection {
     pub domid: DomId,
     waker: Waker,
     input: Vec<u8>,
-    output: VecDeque<Message>,
-    /// Bytes of the first message that were fetched already.
-    fetched: usize,
-    replies: usize,
+    output: Outbox,
+    /// Events were lost.
+    overrun: bool,
     pub watches: Vec<Watch>,
     pub transactions: BTreeMap<u32, Transaction>,
     next_transaction: u32,
-}
-
-struct Message {
-    bytes: Vec<u8>,
-    is_event: bool,
 }
 
 impl Connection {
@@ -34,9 +32,8 @@ impl Connection {
             domid,
             waker,
             input: Vec::new(),
-            output: VecDeque::new(),
-            fetched: 0,
-            replies: 0,
+            output: Outbox::default(),
+            overrun: false,
             watches: Vec::new(),
             transactions: BTreeMap::new(),
             next_transaction: 1,
@@ -51,59 +48,46 @@ impl Connection {
         wire::decode(&mut self.input)
     }
 
-    fn push(&mut self, bytes: Vec<u8>, is_event: bool) {
-        self.output.push_back(Message { bytes, is_event });
-        (self.waker)();
-    }
-
     pub fn reply(&mut self, request: &Request, kind: u32, payload: &[u8]) {
-        self.replies += 1;
         let bytes = wire::encode(kind, request.id, request.transaction, payload);
-        self.push(bytes, false);
+        self.output.reply(bytes);
+        (self.waker)();
     }
 
     /// Queues an event, unless the same one waits already or `limit` do.
     pub fn event(&mut self, path: &str, token: &str, limit: Option<usize>) {
-        let bytes = wire::encode(kind::WATCH_EVENT, 0, 0, &wire::join([path, token]));
-        // The first message may be half fetched: the guest may have acted on it before this change.
-        let skip = usize::from(self.fetched > 0);
-        let waiting = || self.output.iter().skip(skip).filter(|m| m.is_event);
-        if waiting().any(|m| m.bytes == bytes) || limit.is_some_and(|max| waiting().count() >= max)
-        {
+        if self.output.events() >= limit.unwrap_or(HOST_EVENTS_MAX) {
+            self.overrun |= limit.is_none();
             return;
         }
-        self.push(bytes, true);
+        let bytes = wire::encode(kind::WATCH_EVENT, 0, 0, &wire::join([path, token]));
+        if self.output.event(bytes) {
+            (self.waker)();
+        }
     }
 
     pub fn has_output(&self) -> bool {
         !self.output.is_empty()
     }
 
+    pub fn is_overrun(&self) -> bool {
+        self.overrun
+    }
+
     pub fn unfetched_replies(&self) -> usize {
-        self.replies
+        self.output.replies()
     }
 
     pub fn fetch(&mut self, buf: &mut [u8]) -> usize {
-        let mut done = 0;
-        while let Some(message) = self.output.front() {
-            let rest = &message.bytes[self.fetched..];
-            let count = rest.len().min(buf.len() - done);
-            buf[done..done + count].copy_from_slice(&rest[..count]);
-            done += count;
-            if count < rest.len() {
-                self.fetched += count;
-                break;
-            }
-            self.replies -= usize::from(!message.is_event);
-            self.output.pop_front();
-            self.fetched = 0;
-        }
-        done
+        self.output.fetch(buf).0
+    }
+
+    pub fn next_message(&mut self) -> Option<Message> {
+        self.output.pop()
     }
 
     pub fn next_event(&mut self) -> Option<WatchEvent> {
-        let at = self.output.iter().position(|m| m.is_event)?;
-        let message = self.output.remove(at)?;
+        let message = self.output.pop_event()?;
         let strings = wire::strings(&message.bytes[HEADER_BYTES..])?;
         match strings[..] {
             [path, token] => Some(WatchEvent {

@@ -6,7 +6,9 @@
 //!
 //! Transactions see a copy of each node made when they first touch it, and commit only if none of those nodes has changed since.
 //!
-//! Refuses: making domains act for others (SET_TARGET), control commands, watch depths.
+//! What has to survive the process that holds it comes out as [`Record`]s and goes in again by [`Store::restore`].
+//!
+//! Refuses: watch depths, control commands that belong to xenstored's own insides (logs, live update).
 //!
 //! Invariants: every node but the root has a parent that lists it; a guest's requests cost bounded memory (see [`Quota`]); a message that breaks the
 //! format ends its connection and nothing else.
@@ -15,16 +17,19 @@
 
 pub mod access;
 mod connection;
+mod control;
 mod local;
 mod node;
+mod outbox;
 mod path;
 mod populate;
 mod quota;
+mod record;
 mod request;
 mod transaction;
 mod tree;
 mod watch;
-mod wire;
+pub mod wire;
 
 #[cfg(test)]
 mod tests;
@@ -37,12 +42,14 @@ use hospes_units::DomId;
 pub use access::{DomainStore, GuestLink, Membership, NewNode, StoreAccess, Watch, WatchListener};
 pub use local::LocalStore;
 pub use node::{Access, Perm, Perms};
+pub use outbox::{Message, Outbox};
 pub use populate::{DomainEntry, domain_path, host_nodes};
 pub use quota::Quota;
+pub use record::Record;
 pub use request::fuzz_requests;
 pub use tree::Error;
 pub use watch::WatchEvent;
-pub use wire::{HEADER_BYTES, PAYLOAD_MAX, ProtocolError};
+pub use wire::{HEADER_BYTES, PAYLOAD_MAX, ProtocolError, Request};
 
 use connection::Connection;
 use transaction::Transaction;
@@ -62,7 +69,11 @@ pub struct Store {
     next_connection: u32,
     /// The domains that are known, with their UUIDs where those are.
     introduced: BTreeMap<DomId, Option<String>>,
+    /// Domains that have the rights of another as well.
+    targets: BTreeMap<DomId, DomId>,
     quota: Quota,
+    /// What administrators asked to have logged.
+    notices: Vec<String>,
 }
 
 impl Default for Store {
@@ -79,7 +90,9 @@ impl Store {
             connections: BTreeMap::new(),
             next_connection: 1,
             introduced: BTreeMap::new(),
+            targets: BTreeMap::new(),
             quota,
+            notices: Vec::new(),
         }
     }
 
@@ -111,6 +124,16 @@ impl Store {
         Ok(())
     }
 
+    /// Carries out one request that was decoded already.
+    pub fn request(&mut self, conn: ConnId, request: Request) {
+        self.handle(conn, request);
+    }
+
+    /// Takes the next whole reply or event.
+    pub fn next_message(&mut self, conn: ConnId) -> Option<Message> {
+        self.connections.get_mut(&conn)?.next_message()
+    }
+
     /// Moves bytes of replies and events into `buf`; returns how many.
     pub fn output(&mut self, conn: ConnId, buf: &mut [u8]) -> usize {
         self.connections.get_mut(&conn).map_or(0, |c| c.fetch(buf))
@@ -128,6 +151,13 @@ impl Store {
         self.connections
             .get(&conn)
             .is_some_and(|c| c.unfetched_replies() < self.quota.outstanding)
+    }
+
+    /// Whether a connection of domain 0 let so many events wait that some were lost: it has to be closed.
+    pub fn is_overrun(&self, conn: ConnId) -> bool {
+        self.connections
+            .get(&conn)
+            .is_some_and(Connection::is_overrun)
     }
 
     /// Forgets everything about a connection but that it exists: a guest's new kernel starts over.
@@ -196,10 +226,7 @@ impl Store {
 
     /// Writes all nodes or none.
     pub fn write_all(&mut self, nodes: &[NewNode]) -> Result<(), Error> {
-        let caller = Caller {
-            domid: DomId::HOST,
-            quota: &self.quota,
-        };
+        let caller = Caller::host(&self.quota);
         let mut transaction = Transaction::default();
         let mut view = tree::View::inside(
             &self.tree,
@@ -224,10 +251,7 @@ impl Store {
         op: impl FnOnce(&mut tree::View<'_>, &Caller, &str) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let path = path::absolute(path, DomId::HOST)?;
-        let caller = Caller {
-            domid: DomId::HOST,
-            quota: &self.quota,
-        };
+        let caller = Caller::host(&self.quota);
         let mut changes = Vec::new();
         let result = op(
             &mut tree::View::direct(&mut self.tree, &mut changes),

@@ -116,12 +116,18 @@ impl Perms {
 
     /// What a domain may do.
     pub fn access(&self, domid: DomId) -> Access {
-        if domid == DomId::HOST || domid == self.owner {
+        self.access_with(domid, None)
+    }
+
+    /// What a domain may do that has the rights of `target` as well.
+    pub fn access_with(&self, domid: DomId, target: Option<DomId>) -> Access {
+        let is_it = |other: DomId| other == domid || Some(other) == target;
+        if domid == DomId::HOST || is_it(self.owner) {
             return Access::Both;
         }
         self.exceptions
             .iter()
-            .find(|p| p.domid == domid)
+            .find(|p| is_it(p.domid))
             .map_or(self.others, |p| p.access)
     }
 }

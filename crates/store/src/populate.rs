@@ -4,6 +4,7 @@ use hospes_units::DomId;
 
 use crate::access::NewNode;
 use crate::node::{Perm, Perms};
+use crate::record::Record;
 use crate::tree::Change;
 use crate::{Store, path};
 
@@ -136,8 +137,7 @@ impl Store {
         if self.introduced.contains_key(&domid) {
             self.remove_domain(domid);
         }
-        self.introduced.insert(domid, Some(uuid.to_owned()));
-        self.fire(&[Change::special("@introduceDomain")]);
+        self.enter(domid, Some(uuid.to_owned()));
     }
 
     /// Removes a domain: its home, its devices in the domains that serve them, and what the tools keep about it.
@@ -190,17 +190,37 @@ impl Store {
 
     /// Tells everybody who watches for it that a domain has come.
     pub fn introduce(&mut self, domid: DomId) {
-        if self.introduced.contains_key(&domid) {
-            return;
+        if !self.introduced.contains_key(&domid) {
+            self.enter(domid, None);
         }
-        self.introduced.insert(domid, None);
+    }
+
+    fn enter(&mut self, domid: DomId, uuid: Option<String>) {
+        self.introduced.insert(domid, uuid.clone());
+        self.tree.record(|| Record::Domain { domid, uuid });
         self.fire(&[Change::special("@introduceDomain")]);
     }
 
     /// Tells everybody who watches for it that a domain has gone.
     pub fn release(&mut self, domid: DomId) {
+        self.forget_target(domid);
         if self.introduced.remove(&domid).is_some() {
+            self.tree.record(|| Record::NoDomain { domid });
             self.fire(&[Change::special("@releaseDomain")]);
         }
+    }
+
+    pub(crate) fn set_target(&mut self, domid: DomId, target: DomId) {
+        self.targets.insert(domid, target);
+        self.tree.record(|| Record::Target { domid, target });
+    }
+
+    pub(crate) fn forget_target(&mut self, domid: DomId) {
+        self.targets.retain(|d, t| *d != domid && *t != domid);
+    }
+
+    /// The domains that are known.
+    pub fn domains(&self) -> impl Iterator<Item = DomId> + '_ {
+        self.introduced.keys().copied()
     }
 }

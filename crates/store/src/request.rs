@@ -60,9 +60,12 @@ impl Store {
                 let home = path::home(d);
                 wire::join([home.trim_end_matches('/')])
             }),
-            kind::IS_DOMAIN_INTRODUCED | kind::INTRODUCE | kind::RELEASE | kind::RESUME => {
-                self.on_domains(domid, &request)
-            }
+            kind::IS_DOMAIN_INTRODUCED
+            | kind::INTRODUCE
+            | kind::RELEASE
+            | kind::RESUME
+            | kind::SET_TARGET => self.on_domains(domid, &request),
+            kind::CONTROL => self.on_control(conn, &request),
             _ => Err(Error::NotImplemented),
         };
         self.reply(conn, &request, result);
@@ -91,6 +94,7 @@ impl Store {
     ) -> (Result<Vec<u8>, Error>, Vec<crate::tree::Change>) {
         let caller = Caller {
             domid,
+            target: self.targets.get(&domid).copied(),
             quota: &self.quota,
         };
         let mut changes = Vec::new();
@@ -166,6 +170,7 @@ impl Store {
         }
         let caller = Caller {
             domid,
+            target: self.targets.get(&domid).copied(),
             quota: &self.quota,
         };
         transaction.commit(&mut self.tree, &caller)
@@ -182,7 +187,19 @@ impl Store {
                 return Ok(wire::join([if known { "T" } else { "F" }]));
             }
             kind::INTRODUCE => self.introduce(domid),
-            kind::RELEASE => self.release(domid),
+            kind::RELEASE => match self.introduced.get(&domid) {
+                // One that has a UUID has a process, which takes it out.
+                Some(Some(_)) => return Err(Error::Busy),
+                Some(None) => self.release(domid),
+                None => return Err(Error::NoEntry),
+            },
+            kind::SET_TARGET => {
+                let target = domid_at(request, 1)?;
+                if !self.introduced.contains_key(&domid) {
+                    return Err(Error::NoEntry);
+                }
+                self.set_target(domid, target);
+            }
             _ => {
                 if !self.introduced.contains_key(&domid) {
                     return Err(Error::NoEntry);
@@ -201,9 +218,13 @@ fn two_strings(request: &Request) -> Result<(&str, &str), Error> {
 }
 
 fn domid_argument(request: &Request) -> Result<DomId, Error> {
+    domid_at(request, 0)
+}
+
+fn domid_at(request: &Request, index: usize) -> Result<DomId, Error> {
     let strings = wire::strings(&request.payload).ok_or(Error::Invalid)?;
-    let first = strings.first().ok_or(Error::Invalid)?;
-    first.parse().map(DomId).map_err(|_| Error::Invalid)
+    let text = strings.get(index).ok_or(Error::Invalid)?;
+    text.parse().map(DomId).map_err(|_| Error::Invalid)
 }
 
 fn node_operation(

@@ -82,12 +82,22 @@ impl Overlay {
 pub struct Transaction {
     pub overlay: Overlay,
     pub changes: Vec<Change>,
+    /// What it did before is not known any more.
+    pub lost: bool,
 }
 
 impl Transaction {
+    /// One of which nothing is known but that it was open.
+    pub fn lost() -> Transaction {
+        Transaction {
+            lost: true,
+            ..Transaction::default()
+        }
+    }
+
     /// Applies everything, or nothing where another change came in between; the changes are to be told then.
     pub fn commit(self, tree: &mut Tree, caller: &Caller<'_>) -> Result<Vec<Change>, Error> {
-        if !self.overlay.is_current(tree) {
+        if self.lost || !self.overlay.is_current(tree) {
             return Err(Error::Again);
         }
         let after = self.overlay.owned_by(tree, caller.domid);

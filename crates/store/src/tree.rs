@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use hospes_units::DomId;
 
-use crate::node::{Node, Perms};
+use crate::node::{Access, Node, Perms};
 use crate::path;
 use crate::quota::Quota;
+use crate::record::Record;
 use crate::transaction::Overlay;
 
 /// Why a request failed; the wire carries the name (`public/io/xs_wire.h`).
@@ -55,12 +56,28 @@ impl Error {
 #[derive(Clone, Copy, Debug)]
 pub struct Caller<'a> {
     pub domid: DomId,
+    /// Whose rights it has as well.
+    pub target: Option<DomId>,
     pub quota: &'a Quota,
 }
 
-impl Caller<'_> {
+impl<'a> Caller<'a> {
+    /// Domain 0.
+    pub fn host(quota: &'a Quota) -> Caller<'a> {
+        Caller {
+            domid: DomId::HOST,
+            target: None,
+            quota,
+        }
+    }
+
     pub fn is_privileged(&self) -> bool {
         self.domid == DomId::HOST
+    }
+
+    /// What it may do to a node with these permissions.
+    fn access(&self, perms: &Perms) -> Access {
+        perms.access_with(self.domid, self.target)
     }
 }
 
@@ -92,6 +109,8 @@ pub struct Tree {
     generation: u64,
     /// Nodes each guest owns.
     owned: BTreeMap<DomId, usize>,
+    /// Changes to be written down; `None` where nobody wants them.
+    records: Option<Vec<Record>>,
 }
 
 impl Tree {
@@ -106,6 +125,38 @@ impl Tree {
             nodes: BTreeMap::from([("/".to_owned(), root)]),
             generation: 0,
             owned: BTreeMap::new(),
+            records: None,
+        }
+    }
+
+    pub fn start_recording(&mut self) {
+        self.records = Some(Vec::new());
+    }
+
+    pub fn take_records(&mut self) -> Vec<Record> {
+        self.records
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
+    }
+
+    pub fn record(&mut self, record: impl FnOnce() -> Record) {
+        if let Some(records) = &mut self.records {
+            records.push(record());
+        }
+    }
+
+    /// Adds a name to a node's children, for a node that is restored; false where the parent is not there.
+    pub fn add_child(&mut self, parent: &str, name: &str) -> bool {
+        self.nodes
+            .get_mut(parent)
+            .map(|n| n.children.insert(name.to_owned()))
+            .is_some()
+    }
+
+    pub fn remove_child(&mut self, parent: &str, name: &str) {
+        if let Some(parent) = self.nodes.get_mut(parent) {
+            parent.children.remove(name);
         }
     }
 
@@ -126,6 +177,16 @@ impl Tree {
         self.generation += 1;
         node.generation = self.generation;
         let owner = node.perms.owner;
+        // Often only the names of children differ, which are not recorded.
+        let differs = |old: &Node| old.value != node.value || old.perms != node.perms;
+        if self.records.is_some() && self.nodes.get(path).is_none_or(differs) {
+            let (value, perms) = (node.value.clone(), node.perms.clone());
+            self.record(|| Record::Node {
+                path: path.to_owned(),
+                value,
+                perms,
+            });
+        }
         let old = self.nodes.insert(path.to_owned(), node);
         *self.owned.entry(owner).or_default() += 1;
         if let Some(old) = old {
@@ -137,6 +198,9 @@ impl Tree {
         self.generation += 1;
         if let Some(old) = self.nodes.remove(path) {
             self.forget_owner(old.perms.owner);
+            self.record(|| Record::NoNode {
+                path: path.to_owned(),
+            });
         }
     }
 
@@ -226,7 +290,7 @@ impl<'a> View<'a> {
             let parent = self.nearest(caller, path)?;
             let may_look = self
                 .get(caller, &parent)?
-                .is_some_and(|n| n.perms.access(caller.domid).may_read());
+                .is_some_and(|n| caller.access(&n.perms).may_read());
             return Err(if may_look {
                 Error::NoEntry
             } else {
@@ -234,7 +298,7 @@ impl<'a> View<'a> {
             });
         }
         match self.get(caller, path)? {
-            Some(node) if node.perms.access(caller.domid).may_read() => Ok(node),
+            Some(node) if caller.access(&node.perms).may_read() => Ok(node),
             _ => Err(Error::Access),
         }
     }
@@ -264,7 +328,7 @@ impl<'a> View<'a> {
         let Some(ancestor) = self.get(caller, &base)?.cloned() else {
             return Err(Error::NoEntry);
         };
-        if !ancestor.perms.access(caller.domid).may_write() {
+        if !caller.access(&ancestor.perms).may_write() {
             return Err(Error::Access);
         }
         let mut perms = ancestor.perms.clone();
@@ -306,7 +370,7 @@ impl<'a> View<'a> {
         let Some(node) = self.get(caller, path)? else {
             return self.create(caller, path, value);
         };
-        if !node.perms.access(caller.domid).may_write() {
+        if !caller.access(&node.perms).may_write() {
             return Err(Error::Access);
         }
         let mut node = node.clone();
@@ -321,7 +385,7 @@ impl<'a> View<'a> {
     pub fn mkdir(&mut self, caller: &Caller<'_>, path: &str) -> Result<(), Error> {
         match self.get(caller, path)? {
             None => self.create(caller, path, &[]),
-            Some(node) if node.perms.access(caller.domid).may_write() => Ok(()),
+            Some(node) if caller.access(&node.perms).may_write() => Ok(()),
             Some(_) => Err(Error::Access),
         }
     }
@@ -332,12 +396,12 @@ impl<'a> View<'a> {
         };
         let Some(node) = self.get(caller, path)? else {
             let parent = self.get(caller, parent_path)?.ok_or(Error::NoEntry)?;
-            return match parent.perms.access(caller.domid).may_write() {
+            return match caller.access(&parent.perms).may_write() {
                 true => Ok(()),
                 false => Err(Error::Access),
             };
         };
-        if !node.perms.access(caller.domid).may_write() {
+        if !caller.access(&node.perms).may_write() {
             return Err(Error::Access);
         }
         // Touch all of them first: inside a transaction each may exceed the limit, and then nothing is removed.

@@ -44,7 +44,9 @@ impl Store {
     pub(crate) fn fire(&mut self, changes: &[Change]) {
         for change in changes {
             for connection in self.connections.values_mut() {
-                if !change.perms.access(connection.domid).may_read() {
+                let target = self.targets.get(&connection.domid).copied();
+                let access = change.perms.access_with(connection.domid, target);
+                if !access.may_read() {
                     continue;
                 }
                 let limit =

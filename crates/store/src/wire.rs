@@ -1,4 +1,4 @@
-//! The wire format: a header of four little-endian words and up to 4096 bytes.
+//! The wire format, for both ends: a header of four little-endian words and up to 4096 bytes.
 
 /// Bytes of the header: type, request number, transaction number, payload length.
 pub const HEADER_BYTES: usize = 16;
@@ -7,6 +7,7 @@ pub const PAYLOAD_MAX: usize = 4096;
 
 /// Message types.
 pub mod kind {
+    pub const CONTROL: u32 = 0;
     pub const DIRECTORY: u32 = 1;
     pub const READ: u32 = 2;
     pub const GET_PERMS: u32 = 3;
@@ -25,6 +26,7 @@ pub mod kind {
     pub const ERROR: u32 = 16;
     pub const IS_DOMAIN_INTRODUCED: u32 = 17;
     pub const RESUME: u32 = 18;
+    pub const SET_TARGET: u32 = 19;
     pub const RESET_WATCHES: u32 = 21;
     pub const DIRECTORY_PART: u32 = 22;
 }
