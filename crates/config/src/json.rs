@@ -82,7 +82,10 @@ impl DiskConfig {
             ("removable", one.clone()),
             ("readwrite", Some(json!(u8::from(!self.read_only)))),
             ("is_cdrom", one),
-            ("direct_io_safe", self.direct_io_safe.then(|| json!(true))),
+            (
+                "direct_io_safe",
+                self.direct_io_safe.then_some(Value::Bool(true)),
+            ),
             ("discard_enable", self.discard.map(|discard| json!(discard))),
             ("trusted", Some(json!(self.trusted))),
         ]);

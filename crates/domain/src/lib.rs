@@ -190,6 +190,21 @@ impl Domain {
         Ok(())
     }
 
+    /// Asks the guest's kernel, through the store, for the magic SysRq function of a key.
+    pub fn send_sysrq(&self, key: char) -> Result<(), RequestError> {
+        if let Some(reason) = self.run.end_reason() {
+            return Err(RequestError::Ended(reason));
+        }
+        let path = hospes_store::domain_path(self.spec.domid) + "/control/sysrq";
+        self.store.write(&path, key.to_string().as_bytes())?;
+        Ok(())
+    }
+
+    /// Raises a non-maskable interrupt at a vCPU; false where the domain has no such vCPU.
+    pub fn raise_nmi(&self, vcpu: VcpuId) -> bool {
+        self.run.raise_nmi(vcpu)
+    }
+
     /// Ends the domain, whatever it does. Does nothing to one that has ended.
     pub fn destroy(&self) {
         self.run.end(EndReason::Destroyed);

@@ -124,6 +124,13 @@ impl Run {
         let _ = slot.control.set(control);
     }
 
+    /// Raises an NMI at a vCPU; false where there is no such vCPU.
+    pub fn raise_nmi(&self, id: VcpuId) -> bool {
+        let slot = self.slots.get(id.0 as usize);
+        let control = slot.and_then(|slot| slot.control.get());
+        control.map(|control| control.raise_nmi()).is_some()
+    }
+
     pub fn console(&self) -> &Arc<Console> {
         &self.console
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use hospes_domain::{Domain, DomainSpec, EndReason, ShutdownKind};
 use hospes_store::LocalStore;
 use hospes_toolstack::{self as toolstack, Machine, MachineError, MachineInfo, MachineSpec};
+use hospes_units::VcpuId;
 
 /// Makes domains on the engine that suits this host.
 pub struct Domains;
@@ -80,6 +81,38 @@ impl Machine for Running {
             blocked: info.state.blocked,
             paused: info.state.paused,
         }
+    }
+
+    fn send_sysrq(&self, key: char) -> Result<(), MachineError> {
+        Ok(self.0.send_sysrq(key)?)
+    }
+
+    fn trigger(&self, trigger: toolstack::Trigger, vcpu: u32) -> Result<(), MachineError> {
+        match trigger {
+            toolstack::Trigger::Nmi if self.0.raise_nmi(VcpuId(vcpu)) => Ok(()),
+            toolstack::Trigger::Nmi => {
+                Err(format!("there is no vCPU {vcpu}: see the list of vCPUs").into())
+            }
+            // Neither has Xen's own PVH guest.
+            toolstack::Trigger::Power | toolstack::Trigger::Sleep => {
+                Err("a PVH domain has no ACPI buttons: use shutdown or pause".into())
+            }
+            other => Err(format!(
+                "a PVH domain cannot be sent {}: nmi is the trigger it has",
+                other.as_str()
+            )
+            .into()),
+        }
+    }
+
+    fn rename(&self, name: &str) -> Result<(), MachineError> {
+        let store = self.0.store();
+        let path = hospes_store::domain_path(self.0.info().domid);
+        store.write(&format!("{path}/name"), name.as_bytes())?;
+        if let Some(vm) = store.read_text(&format!("{path}/vm")) {
+            store.write(&format!("{vm}/name"), name.as_bytes())?;
+        }
+        Ok(())
     }
 
     fn console_input(&self, bytes: &[u8]) -> usize {

@@ -2,15 +2,18 @@
 //!
 //! Once unpaused it prints `mock guest ready` and obeys the lines it gets on its console: `poweroff`, `reboot`, `crash`,
 //! `watchdog` and `suspend` end it, `flood` prints 4 MiB, anything else is answered with `echo: ` and the line. With
-//! `deaf` in its kernel command line it does not follow requests to shut down. A kernel that is no file is an error.
+//! Devices and keys are said on the console: `attached disk xvdb`, `sysrq h`. A disk whose target is called `bad` cannot be
+//! attached, one called `stuck` is not given back but by force. With `deaf` in its kernel command line it does not follow requests to shut down. A kernel that is no file is an error.
 #![forbid(unsafe_code)]
 
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use hospes_config::{DiskConfig, VifConfig};
 use hospes_toolstack::{
-    EndReason, Machine, MachineError, MachineFactory, MachineInfo, MachineSpec, ShutdownKind,
+    DeviceKind, EndReason, Machine, MachineError, MachineFactory, MachineInfo, MachineSpec,
+    ShutdownKind, Trigger,
 };
 
 struct State {
@@ -19,6 +22,8 @@ struct State {
     started: bool,
     paused: bool,
     end: Option<EndReason>,
+    /// A disk that is not given back.
+    stuck: Option<u32>,
 }
 
 struct Mock {
@@ -120,6 +125,61 @@ impl Machine for Mock {
         }
     }
 
+    fn attach_disk(&self, disk: &DiskConfig) -> Result<(), MachineError> {
+        let name = disk.target.as_ref().and_then(|target| target.file_name());
+        if name == Some("bad".as_ref()) {
+            return Err("the image is bad".into());
+        }
+        let mut state = self.lock();
+        if name == Some("stuck".as_ref()) {
+            state.stuck = Some(disk.vdev.number);
+        }
+        say(&mut state, &format!("attached disk {}", disk.vdev));
+        Ok(())
+    }
+
+    fn attach_vif(&self, vif: &VifConfig) -> Result<(), MachineError> {
+        let line = format!("attached vif {}", vif.devid.unwrap_or(u32::MAX));
+        say(&mut self.lock(), &line);
+        Ok(())
+    }
+
+    fn detach_device(&self, kind: DeviceKind, devid: u32, force: bool) -> Result<(), MachineError> {
+        let mut state = self.lock();
+        if state.stuck == Some(devid) && !force {
+            return Err("the guest does not let go of the device: use --force".into());
+        }
+        say(&mut state, &format!("detached {kind:?} {devid}"));
+        Ok(())
+    }
+
+    fn resize_disk(&self, devid: u32, bytes: u64) -> Result<(), MachineError> {
+        say(&mut self.lock(), &format!("resized {devid} to {bytes}"));
+        Ok(())
+    }
+
+    fn change_medium(&self, disk: &DiskConfig) -> Result<(), MachineError> {
+        let what = match &disk.target {
+            Some(target) => format!("medium {}", target.display()),
+            None => "no medium".into(),
+        };
+        say(&mut self.lock(), &what);
+        Ok(())
+    }
+
+    fn send_sysrq(&self, key: char) -> Result<(), MachineError> {
+        say(&mut self.lock(), &format!("sysrq {key}"));
+        Ok(())
+    }
+
+    fn trigger(&self, trigger: Trigger, vcpu: u32) -> Result<(), MachineError> {
+        if trigger != Trigger::Nmi {
+            return Err(format!("no {} here", trigger.as_str()).into());
+        }
+        say(&mut self.lock(), &format!("nmi at vCPU {vcpu}"));
+        Ok(())
+    }
+
     fn console_input(&self, bytes: &[u8]) -> usize {
         let mut state = self.lock();
         for byte in bytes {
@@ -151,6 +211,7 @@ impl MachineFactory for Factory {
                 started: false,
                 paused: true,
                 end: None,
+                stuck: None,
             }),
             changed: Condvar::new(),
             memory_kib: spec.config.memory_mib << 10,

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use hospes_config::{DiskConfig, DomainConfig, VifConfig};
 use hospes_units::DomId;
 
 use crate::error::{Error, Result};
@@ -17,6 +18,8 @@ use crate::registry::{Entry, HOST_NAME, Registry, is_locked};
 const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
 /// How long an answer may take.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+/// The same where the guest has a part in it: longer than the domain process waits for the guest.
+const DEVICE_PATIENCE: Duration = Duration::from_secs(60);
 /// The same for a list, which has to go on with the next domain.
 const LIST_PATIENCE: Duration = Duration::from_secs(2);
 /// How often a domain is looked up anew that was restarted while it was asked.
@@ -126,17 +129,46 @@ impl Host {
     }
 
     pub fn pause(&self, who: &str) -> Result<()> {
-        self.request(who, &Request::Pause).and_then(done)
+        self.ask(who, &Request::Pause)
     }
 
     pub fn unpause(&self, who: &str) -> Result<()> {
-        self.request(who, &Request::Unpause).and_then(done)
+        self.ask(who, &Request::Unpause)
     }
 
     /// Asks a guest to shut down or to reboot.
     pub fn shutdown(&self, who: &str, kind: ShutdownKind) -> Result<()> {
-        self.request(who, &Request::Shutdown { kind })
-            .and_then(done)
+        self.ask(who, &Request::Shutdown { kind })
+    }
+
+    /// Asks a domain for something that is answered with done or an error.
+    pub fn ask(&self, who: &str, request: &Request) -> Result<()> {
+        self.request(who, request).and_then(done)
+    }
+
+    /// Adds a disk; a relative target is one of the calling process.
+    pub fn attach_disk(&self, who: &str, mut disk: DiskConfig) -> Result<()> {
+        launch::resolve_disk(&mut disk)?;
+        self.ask(who, &Request::AttachDisk { disk })
+    }
+
+    /// Adds a network interface.
+    pub fn attach_vif(&self, who: &str, mut vif: VifConfig) -> Result<()> {
+        launch::resolve_vif(&mut vif)?;
+        self.ask(who, &Request::AttachVif { vif })
+    }
+
+    /// Puts another medium into a CD-ROM drive, or none where there is no target.
+    pub fn change_medium(&self, who: &str, mut disk: DiskConfig) -> Result<()> {
+        launch::resolve_disk(&mut disk)?;
+        self.ask(who, &Request::ChangeMedium { disk })
+    }
+
+    /// Gives a domain the configuration it is restarted with.
+    pub fn update_config(&self, who: &str, mut config: DomainConfig) -> Result<()> {
+        launch::resolve(&mut config)?;
+        let config = Box::new(config);
+        self.ask(who, &Request::UpdateConfig { config })
     }
 
     /// Ends a domain. A domain process that does not answer is killed.
@@ -174,7 +206,7 @@ impl Host {
         loop {
             let entry = self.find(who)?;
             tries += 1;
-            match ask(&entry, request, CONNECT_PATIENCE, ANSWER_PATIENCE) {
+            match ask(&entry, request, CONNECT_PATIENCE, patience(request)) {
                 // A domain that reboots has its name again under another id.
                 Err(Error::Gone { .. }) if tries < RETRIES && entry.record.name == who => {}
                 answer => return answer,
@@ -202,6 +234,16 @@ impl Host {
         }
         // Removes what it left.
         self.entries().map(drop)
+    }
+}
+
+fn patience(request: &Request) -> Duration {
+    match request {
+        Request::AttachDisk { .. }
+        | Request::AttachVif { .. }
+        | Request::DetachDevice { .. }
+        | Request::ChangeMedium { .. } => DEVICE_PATIENCE,
+        _ => ANSWER_PATIENCE,
     }
 }
 

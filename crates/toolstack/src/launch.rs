@@ -8,7 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use hospes_config::{DomainConfig, Uuid};
+use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
 use hospes_units::DomId;
 
 use crate::DOMAIN_SUBCOMMAND;
@@ -60,14 +60,51 @@ pub(crate) fn random_uuid() -> Result<Uuid> {
     Ok(Uuid::from_random(bytes))
 }
 
-/// Creates a domain and returns when it is there.
-pub(crate) fn create(paths: &Paths, request: CreateRequest) -> Result<Created> {
-    let mut config = request.config;
+/// Makes a configuration independent of where the command runs, and draws what it leaves open and reboots keep.
+pub(crate) fn resolve(config: &mut DomainConfig) -> Result<()> {
     config.kernel =
         std::path::absolute(&config.kernel).map_err(at("cannot resolve", &config.kernel))?;
     if let Some(ramdisk) = &mut config.ramdisk {
         *ramdisk = std::path::absolute(&*ramdisk).map_err(at("cannot resolve", ramdisk))?;
     }
+    for disk in &mut config.disks {
+        resolve_disk(disk)?;
+    }
+    for vif in &mut config.vifs {
+        resolve_vif(vif)?;
+    }
+    Ok(())
+}
+
+/// A relative target is a file here or, as xl-disk-configuration(5) has it, a device in /dev. What a script makes a disk
+/// of is no path.
+pub(crate) fn resolve_disk(disk: &mut DiskConfig) -> Result<()> {
+    let (Some(target), None) = (&mut disk.target, &disk.script) else {
+        return Ok(());
+    };
+    let here = std::path::absolute(&*target).map_err(at("cannot resolve", target))?;
+    let device = Path::new("/dev").join(&*target);
+    *target = if !here.exists() && device.exists() {
+        device
+    } else {
+        here
+    };
+    Ok(())
+}
+
+/// An address of Xen's part of the MAC address space, where none is given.
+pub(crate) fn resolve_vif(vif: &mut VifConfig) -> Result<()> {
+    if vif.mac.is_none() {
+        let random = *random_uuid()?.as_bytes();
+        vif.mac = Some([0x00, 0x16, 0x3e, random[0] & 0x7f, random[1], random[2]]);
+    }
+    Ok(())
+}
+
+/// Creates a domain and returns when it is there.
+pub(crate) fn create(paths: &Paths, request: CreateRequest) -> Result<Created> {
+    let mut config = request.config;
+    resolve(&mut config)?;
     if config.uuid.is_none() {
         config.uuid = Some(random_uuid()?);
     }

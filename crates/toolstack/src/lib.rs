@@ -20,6 +20,7 @@ mod client;
 mod clock;
 mod error;
 mod hub;
+mod instance;
 mod launch;
 mod logfile;
 mod machine;
@@ -36,7 +37,7 @@ pub use launch::{CreateRequest, Created};
 pub use machine::{Machine, MachineError, MachineFactory, MachineInfo, MachineSpec};
 pub use paths::Paths;
 pub use process::domain_process;
-pub use protocol::{DomainInfo, EndReason, Ended, ShutdownKind, Until};
+pub use protocol::{DeviceKind, DomainInfo, EndReason, Ended, ShutdownKind, Trigger, Until};
 pub use registry::{Entry, HOST_NAME, Record};
 
 /// The hidden subcommand with which the program starts itself as a domain process.

@@ -5,10 +5,10 @@ use std::error::Error;
 use std::io::Write;
 use std::sync::Arc;
 
-use hospes_config::{DomainConfig, Uuid};
+use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
 use hospes_units::DomId;
 
-use crate::protocol::{EndReason, ShutdownKind};
+use crate::protocol::{DeviceKind, EndReason, ShutdownKind, Trigger};
 
 pub type MachineError = Box<dyn Error + Send + Sync>;
 
@@ -54,8 +54,65 @@ pub trait Machine: Send + Sync {
 
     fn info(&self) -> MachineInfo;
 
+    /// Adds a disk while the guest runs. Returns when the back end is there; the guest takes the disk when it likes.
+    fn attach_disk(&self, disk: &DiskConfig) -> Result<(), MachineError> {
+        let _ = disk;
+        Err(cannot("have disks attached"))
+    }
+
+    /// Adds a network interface while the guest runs; it has its number.
+    fn attach_vif(&self, vif: &VifConfig) -> Result<(), MachineError> {
+        let _ = vif;
+        Err(cannot("have network interfaces attached"))
+    }
+
+    /// Takes a device away: after the guest has let go of it, or at once with `force`. An error leaves it attached.
+    fn detach_device(&self, kind: DeviceKind, devid: u32, force: bool) -> Result<(), MachineError> {
+        let _ = (kind, devid, force);
+        Err(cannot("have devices detached"))
+    }
+
+    /// Makes a disk larger or smaller, in bytes; the guest is told.
+    fn resize_disk(&self, devid: u32, bytes: u64) -> Result<(), MachineError> {
+        let _ = (devid, bytes);
+        Err(cannot("have disks resized"))
+    }
+
+    /// Puts another medium into a CD-ROM drive, or none.
+    fn change_medium(&self, disk: &DiskConfig) -> Result<(), MachineError> {
+        let _ = disk;
+        Err(cannot("have media changed"))
+    }
+
+    /// Asks the guest's kernel for the magic SysRq function of a key.
+    fn send_sysrq(&self, key: char) -> Result<(), MachineError> {
+        let _ = key;
+        Err(cannot("be sent magic SysRq keys"))
+    }
+
+    /// Raises an event at a vCPU.
+    fn trigger(&self, trigger: Trigger, vcpu: u32) -> Result<(), MachineError> {
+        let _ = vcpu;
+        Err(cannot(&format!("be sent the trigger {}", trigger.as_str())))
+    }
+
+    /// Tells the guest its new name, which the tool stack has written down already.
+    fn rename(&self, name: &str) -> Result<(), MachineError> {
+        let _ = name;
+        Ok(())
+    }
+
+    /// What is known of the inside, for somebody who looks for a fault; lines of text.
+    fn describe(&self) -> String {
+        format!("{:?}", self.info())
+    }
+
     /// Input for the guest's console; returns how many bytes were taken, 0 where there is no room now.
     fn console_input(&self, bytes: &[u8]) -> usize;
+}
+
+fn cannot(what: &str) -> MachineError {
+    format!("this kind of domain cannot {what}").into()
 }
 
 /// Builds machines.

@@ -6,7 +6,7 @@
 use std::io::{self, BufRead, Read, Write};
 use std::path::PathBuf;
 
-use hospes_config::{DomainConfig, Uuid};
+use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +23,48 @@ pub const MAX_LINE_BYTES: usize = 64 << 10;
 pub enum ShutdownKind {
     Poweroff,
     Reboot,
+}
+
+/// A kind of device that can come and go while the guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceKind {
+    Disk,
+    Vif,
+}
+
+/// What `trigger` raises; the words are those of xl.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Trigger {
+    Nmi,
+    Reset,
+    Init,
+    Power,
+    Sleep,
+    S3Resume,
+}
+
+impl Trigger {
+    pub const ALL: [Trigger; 6] = [
+        Trigger::Nmi,
+        Trigger::Reset,
+        Trigger::Init,
+        Trigger::Power,
+        Trigger::Sleep,
+        Trigger::S3Resume,
+    ];
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Trigger::Nmi => "nmi",
+            Trigger::Reset => "reset",
+            Trigger::Init => "init",
+            Trigger::Power => "power",
+            Trigger::Sleep => "sleep",
+            Trigger::S3Resume => "s3resume",
+        }
+    }
 }
 
 /// Why a machine ended.
@@ -80,6 +122,44 @@ pub enum Request {
     Wait {
         until: Until,
     },
+    /// The reply comes when the back end is there. What is attached stays through reboots of the domain.
+    AttachDisk {
+        disk: DiskConfig,
+    },
+    /// Without a number the lowest free one is taken.
+    AttachVif {
+        vif: VifConfig,
+    },
+    /// The reply comes when the device is gone.
+    DetachDevice {
+        kind: DeviceKind,
+        devid: u32,
+        force: bool,
+    },
+    ResizeDisk {
+        devid: u32,
+        bytes: u64,
+    },
+    /// Into a CD-ROM drive that is there; without a target the drive is emptied.
+    ChangeMedium {
+        disk: DiskConfig,
+    },
+    Sysrq {
+        key: char,
+    },
+    Trigger {
+        trigger: Trigger,
+        vcpu: u32,
+    },
+    Rename {
+        name: String,
+    },
+    /// The configuration that the domain is restarted with; name and UUID stay.
+    UpdateConfig {
+        config: Box<DomainConfig>,
+    },
+    /// Writes what is known of the domain into its log.
+    Describe,
 }
 
 /// How a domain ended.

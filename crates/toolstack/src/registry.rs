@@ -210,10 +210,10 @@ impl Registry {
     }
 
     /// Changes the record of a living domain of the calling process.
-    pub fn update(&self, slot: &Slot, record: &Record) -> Result<()> {
+    pub fn update(&self, domid: DomId, record: &Record) -> Result<()> {
         let _lock = self.lock()?;
-        check_unused(&self.scan()?, record, Some(slot.domid))?;
-        write_record(&slot.dir, record)
+        check_unused(&self.scan()?, record, Some(domid))?;
+        write_record(&self.domains().join(domid.to_string()), record)
     }
 
     fn allocate_locked(&self, record: &Record, ignored: Option<DomId>) -> Result<Slot> {
@@ -451,10 +451,12 @@ mod tests {
         let (registry, _directory) = registry("update");
         let slot = registry.allocate(&record("a", 1)).expect("free");
         let _other = registry.allocate(&record("b", 2)).expect("free");
-        registry.update(&slot, &record("c", 1)).expect("free name");
+        registry
+            .update(slot.domid(), &record("c", 1))
+            .expect("free name");
         assert_eq!(registry.entries().expect("list")[0].record.name, "c");
         assert!(matches!(
-            registry.update(&slot, &record("b", 1)),
+            registry.update(slot.domid(), &record("b", 1)),
             Err(Error::NameTaken { .. })
         ));
     }

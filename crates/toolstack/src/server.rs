@@ -15,8 +15,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::error::{Error, Result, at};
 use crate::hub::{ConsoleHub, Watcher};
+use crate::instance::Instance;
 use crate::protocol::{self, Reply, Request, Until};
-use crate::supervisor::{Instance, log};
+use crate::supervisor::log;
 
 /// Most connections at a time, per socket.
 const CONNECTIONS_MAX: usize = 32;
@@ -154,6 +155,21 @@ fn reply_to(stream: &UnixStream, reply: &Reply) -> bool {
 fn answer(stream: &UnixStream, instance: &Instance, request: Request) -> Option<Reply> {
     let machine = instance.machine();
     let ended = "it has shut down already: destroy it";
+    let asks_guest = !matches!(
+        request,
+        Request::Info
+            | Request::Pause
+            | Request::Unpause
+            | Request::Destroy
+            | Request::Wait { .. }
+            | Request::Rename { .. }
+            | Request::Describe
+    );
+    if asks_guest && instance.has_shut_down() {
+        return Some(Reply::Error {
+            message: ended.into(),
+        });
+    }
     Some(match request {
         Request::Info => Reply::Info(instance.info()),
         Request::Pause => {
@@ -164,22 +180,38 @@ fn answer(stream: &UnixStream, instance: &Instance, request: Request) -> Option<
             machine.unpause();
             Reply::Done
         }
-        Request::Shutdown { .. } if instance.has_shut_down() => Reply::Error {
-            message: ended.into(),
-        },
-        Request::Shutdown { kind } => match machine.request_shutdown(kind) {
-            Ok(()) => Reply::Done,
-            Err(fault) => Reply::Error {
-                message: fault.to_string(),
-            },
-        },
+        Request::Shutdown { kind } => done(machine.request_shutdown(kind)),
         Request::Destroy => {
             instance.destroy();
             wait(stream, instance, Until::Death)?;
             Reply::Done
         }
         Request::Wait { until } => wait(stream, instance, until)?,
+        Request::AttachDisk { disk } => done(instance.attach_disk(disk)),
+        Request::AttachVif { vif } => done(instance.attach_vif(vif)),
+        Request::DetachDevice { kind, devid, force } => done(instance.detach(kind, devid, force)),
+        Request::ResizeDisk { devid, bytes } => done(machine.resize_disk(devid, bytes)),
+        Request::ChangeMedium { disk } => done(instance.change_medium(disk)),
+        Request::Sysrq { key } => done(machine.send_sysrq(key)),
+        Request::Trigger { trigger, vcpu } => done(machine.trigger(trigger, vcpu)),
+        Request::Rename { name } => done(instance.rename(&name)),
+        Request::UpdateConfig { config } => done(instance.update_config(*config)),
+        Request::Describe => {
+            for line in machine.describe().lines() {
+                log!("{line}");
+            }
+            Reply::Done
+        }
     })
+}
+
+fn done<E: std::fmt::Display>(result: std::result::Result<(), E>) -> Reply {
+    match result {
+        Ok(()) => Reply::Done,
+        Err(fault) => Reply::Error {
+            message: fault.to_string(),
+        },
+    }
 }
 
 fn wait(stream: &UnixStream, instance: &Instance, until: Until) -> Option<Reply> {

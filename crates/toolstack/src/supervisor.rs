@@ -1,7 +1,7 @@
 //! One domain id from the machine's creation to its end, and what comes behind it: nothing, a new machine, or a domain
 //! kept to be looked at.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hospes_config::{DomainConfig, EventAction, EventActions, Uuid};
@@ -10,18 +10,17 @@ use hospes_units::DomId;
 use crate::clock::Utc;
 use crate::error::Result;
 use crate::hub::ConsoleHub;
+use crate::instance::{FAREWELL, Instance};
 use crate::launch;
-use crate::machine::{Machine, MachineError, MachineFactory, MachineSpec};
+use crate::machine::{MachineError, MachineFactory, MachineSpec};
 use crate::paths::Paths;
-use crate::protocol::{DomainInfo, EndReason, Ended, Launch, Until};
+use crate::protocol::{EndReason, Launch};
 use crate::registry::{Record, Registry, Slot};
 use crate::server::Server;
 
 /// A domain that ended sooner than this after its start is restarted only then, so that one that cannot start does not
 /// take the whole host's time. xl waits as long before every restart.
 const RESTART_INTERVAL: Duration = Duration::from_secs(2);
-/// How long commands that wait for the end, and readers of the console, get to hear of it.
-const FAREWELL: Duration = Duration::from_secs(2);
 
 /// A line in the domain's log, which standard error is.
 macro_rules! log {
@@ -30,153 +29,6 @@ macro_rules! log {
     };
 }
 pub(crate) use log;
-
-#[derive(Debug, Default)]
-struct Progress {
-    shutdown: Option<EndReason>,
-    /// The domain's id is free; with the id that took its place.
-    gone: Option<Option<DomId>>,
-    destroy: bool,
-    /// Connections that have still to report the end.
-    waiting: usize,
-}
-
-/// One domain id.
-pub(crate) struct Instance {
-    pub(crate) domid: DomId,
-    record: Mutex<Record>,
-    machine: Arc<dyn Machine>,
-    progress: Mutex<Progress>,
-    changed: Condvar,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Instance {
-    pub(crate) fn machine(&self) -> &dyn Machine {
-        &*self.machine
-    }
-
-    pub(crate) fn info(&self) -> DomainInfo {
-        let machine = self.machine.info();
-        let (shutdown, dying) = {
-            let progress = lock(&self.progress);
-            (
-                progress.shutdown.clone(),
-                progress.destroy || progress.gone.is_some(),
-            )
-        };
-        let record = lock(&self.record);
-        let alive = shutdown.is_none();
-        DomainInfo {
-            domid: self.domid.0,
-            name: record.name.clone(),
-            uuid: record.uuid,
-            memory_kib: machine.memory_kib,
-            vcpus_online: machine.vcpus_online,
-            cpu_time_ns: machine.cpu_time_ns,
-            running: alive && machine.running,
-            blocked: alive && machine.blocked,
-            paused: machine.paused,
-            shutdown,
-            dying,
-        }
-    }
-
-    pub(crate) fn has_shut_down(&self) -> bool {
-        lock(&self.progress).shutdown.is_some()
-    }
-
-    /// Ends the domain for good, whatever its configuration says.
-    pub(crate) fn destroy(&self) {
-        lock(&self.progress).destroy = true;
-        self.changed.notify_all();
-        self.machine.destroy();
-    }
-
-    /// Announces a connection that will wait; [`Instance::forget_waiting`] takes it back.
-    pub(crate) fn add_waiting(&self) {
-        lock(&self.progress).waiting += 1;
-    }
-
-    pub(crate) fn forget_waiting(&self) {
-        lock(&self.progress).waiting -= 1;
-        self.changed.notify_all();
-    }
-
-    /// Waits a moment for the end; `None` where it has not come.
-    pub(crate) fn wait_moment(&self, until: Until, moment: Duration) -> Option<Ended> {
-        let mut progress = lock(&self.progress);
-        if progress.ended(until).is_none() {
-            progress = self
-                .changed
-                .wait_timeout(progress, moment)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-        progress.ended(until)
-    }
-
-    fn update(&self, change: impl FnOnce(&mut Progress)) {
-        change(&mut lock(&self.progress));
-        self.changed.notify_all();
-    }
-
-    /// Waits until a command destroys the domain or, where one is given, for a time; true where it was destroyed.
-    fn wait_destroy(&self, time: Option<Duration>) -> bool {
-        let deadline = time.map(|time| Instant::now() + time);
-        let mut progress = lock(&self.progress);
-        while !progress.destroy {
-            progress = match deadline {
-                None => self
-                    .changed
-                    .wait(progress)
-                    .unwrap_or_else(PoisonError::into_inner),
-                Some(deadline) => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return false;
-                    }
-                    self.changed
-                        .wait_timeout(progress, left)
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .0
-                }
-            };
-        }
-        true
-    }
-
-    /// Lets those who wait for the end hear of it.
-    fn wait_heard(&self) {
-        let deadline = Instant::now() + FAREWELL;
-        let mut progress = lock(&self.progress);
-        while progress.waiting > 0 {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            progress = self
-                .changed
-                .wait_timeout(progress, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-    }
-}
-
-impl Progress {
-    fn ended(&self, until: Until) -> Option<Ended> {
-        let done = self.gone.is_some() || (until == Until::Shutdown && self.shutdown.is_some());
-        done.then(|| Ended {
-            reason: self.shutdown.clone(),
-            dead: self.gone.is_some(),
-            next: self.gone.flatten().map(|domid| domid.0),
-        })
-    }
-}
 
 /// What is to be done with a domain that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -225,6 +77,7 @@ pub(crate) struct Supervisor<'a> {
     paths: Paths,
     registry: Registry,
     hub: Arc<ConsoleHub>,
+    /// At the first start; later the record has it.
     config: DomainConfig,
     uuid: Uuid,
 }
@@ -243,7 +96,7 @@ impl Current {
     }
 
     pub(crate) fn unpause(&self) {
-        self.instance.machine.unpause();
+        self.instance.machine().unpause();
     }
 }
 
@@ -270,11 +123,15 @@ impl<'a> Supervisor<'a> {
         let slot = self
             .registry
             .allocate(&Record::new(&self.config, self.uuid))?;
-        self.start_in(slot)
+        self.start_in(slot, &self.config)
     }
 
-    fn start_in(&self, slot: Slot) -> std::result::Result<Current, StartError> {
-        match self.build(&slot) {
+    fn start_in(
+        &self,
+        slot: Slot,
+        config: &DomainConfig,
+    ) -> std::result::Result<Current, StartError> {
+        match self.build(&slot, config) {
             Ok((server, instance)) => Ok(Current {
                 slot,
                 server,
@@ -288,11 +145,15 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    fn build(&self, slot: &Slot) -> std::result::Result<(Server, Arc<Instance>), StartError> {
+    fn build(
+        &self,
+        slot: &Slot,
+        config: &DomainConfig,
+    ) -> std::result::Result<(Server, Arc<Instance>), StartError> {
         let spec = MachineSpec {
             domid: slot.domid(),
             uuid: self.uuid,
-            config: &self.config,
+            config,
             promised_bytes: self.registry.promised_bytes(slot.domid())?,
         };
         let machine = self
@@ -300,13 +161,12 @@ impl<'a> Supervisor<'a> {
             .create(&spec, self.hub.writer())
             .map_err(StartError::Machine)?;
         self.hub.connect(Some(machine.clone()));
-        let instance = Arc::new(Instance {
-            domid: slot.domid(),
-            record: Mutex::new(Record::new(&self.config, self.uuid)),
+        let instance = Arc::new(Instance::new(
+            slot.domid(),
+            self.registry.clone(),
+            Record::new(config, self.uuid),
             machine,
-            progress: Mutex::default(),
-            changed: Condvar::new(),
-        });
+        ));
         let server = Server::start(slot.dir(), &instance, &self.hub)?;
         Ok((server, instance))
     }
@@ -328,12 +188,12 @@ impl<'a> Supervisor<'a> {
             let domid = current.domid();
             log!(
                 "Waiting for domain {} (domid {domid}) to die [pid {}]",
-                self.config.name,
+                current.instance.config().name,
                 std::process::id()
             );
-            let reason = current.instance.machine.wait();
+            let reason = current.instance.machine().wait();
             self.report(domid, &reason);
-            let (action, mut next) = choose(&reason, &self.config.on);
+            let (action, mut next) = choose(&reason, &current.instance.config().on);
             if let Some(action) = action {
                 log!(
                     "Action for shutdown reason code {} is {}",
@@ -401,21 +261,22 @@ impl<'a> Supervisor<'a> {
         } = current;
         server.stop();
         self.hub.connect(None);
-        instance.machine.destroy();
+        instance.machine().destroy();
+        let config = instance.config();
         let slot = self
             .registry
-            .replace(slot, &Record::new(&self.config, self.uuid))?;
+            .replace(slot, &Record::new(&config, self.uuid))?;
         instance.update(|progress| progress.gone = Some(Some(slot.domid())));
         instance.wait_heard();
         // The old machine's memory has to be free before the new one asks for its own.
         drop(instance);
-        self.start_in(slot)
+        self.start_in(slot, &config)
     }
 
     /// Gives the ended domain another name and starts a new one in a process of its own.
     fn rename_and_restart(&self, current: &Current) -> Next {
         match self.try_rename_and_restart(current) {
-            Ok(domid) => log!("Domain {} goes on as domain {domid}", self.config.name),
+            Ok(domid) => log!("The domain goes on as domain {domid}"),
             // As in xl, the old domain is left in place.
             Err(fault) => log!("The domain cannot be renamed and restarted: {fault}"),
         }
@@ -423,20 +284,20 @@ impl<'a> Supervisor<'a> {
     }
 
     fn try_rename_and_restart(&self, current: &Current) -> Result<DomId> {
-        let name = format!("{}{}", self.config.name, Utc::now().name_suffix());
+        let config = current.instance.config();
+        let name = format!("{}{}", config.name, Utc::now().name_suffix());
         log!(
             "Preserving domain {} {} as {name}",
             current.domid(),
-            self.config.name
+            config.name
         );
-        let mut record = Record::new(&self.config, launch::random_uuid()?);
+        let mut record = Record::new(&config, launch::random_uuid()?);
         record.name = name;
-        self.registry.update(&current.slot, &record)?;
-        *lock(&current.instance.record) = record;
+        current.instance.set_record(record)?;
         let launch = Launch {
             config: DomainConfig {
                 uuid: Some(self.uuid),
-                ..self.config.clone()
+                ..config
             },
             paused: false,
             run: self.paths.run.clone(),
@@ -454,7 +315,7 @@ impl<'a> Supervisor<'a> {
             ..
         } = current;
         self.hub.connect(None);
-        instance.machine.destroy();
+        instance.machine().destroy();
         server.stop();
         self.release(slot);
         instance.update(|progress| progress.gone = Some(None));

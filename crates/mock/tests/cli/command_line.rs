@@ -121,10 +121,10 @@ fn create_dry_run_prints_json_and_creates_nothing() {
 fn create_notes_and_warns_unless_quiet() {
     let bench = Bench::new();
     let mut arguments = bench.creation("one", &["-n"]);
-    arguments.extend(["vif=['']".into(), "memry=1".into()]);
+    arguments.extend(["vfb=['']".into(), "memry=1".into()]);
     let loud = String::from_utf8(bench.run(&arguments).stderr).expect("text");
     assert!(
-        loud.contains("command line:1: note: `vif' is not supported yet, ignored"),
+        loud.contains("command line:1: note: `vfb' is not supported yet, ignored"),
         "{loud}"
     );
     assert!(loud.contains("did you mean `memory'?"), "{loud}");

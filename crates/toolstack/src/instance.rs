@@ -1,0 +1,330 @@
+//! One domain id: its machine, its record, and how far it has come.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use hospes_config::{DiskConfig, DomainConfig, VifConfig};
+use hospes_units::DomId;
+
+use crate::error::{Error, Result};
+use crate::machine::{Machine, MachineError};
+use crate::protocol::{DeviceKind, DomainInfo, EndReason, Ended, Until};
+use crate::registry::{Record, Registry};
+
+/// How long commands that wait for the end, and readers of the console, get to hear of it.
+pub(crate) const FAREWELL: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    pub(crate) shutdown: Option<EndReason>,
+    /// The domain's id is free; with the id that took its place.
+    pub(crate) gone: Option<Option<DomId>>,
+    destroy: bool,
+    /// Connections that have still to report the end.
+    waiting: usize,
+}
+
+/// One domain id.
+pub(crate) struct Instance {
+    pub(crate) domid: DomId,
+    registry: Registry,
+    record: Mutex<Record>,
+    /// Held while the record and the machine are changed together.
+    changes: Mutex<()>,
+    machine: Arc<dyn Machine>,
+    progress: Mutex<Progress>,
+    changed: Condvar,
+}
+
+/// Why a change to a running domain was not made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ChangeError {
+    #[error(transparent)]
+    Registry(#[from] Error),
+    #[error("{0}")]
+    Machine(MachineError),
+    #[error("{0} is in use already: choose another device")]
+    Used(String),
+    #[error("there is no {0} to take away: see what is attached by block-list or network-list")]
+    Missing(String),
+    #[error("{0}")]
+    Drive(&'static str),
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Instance {
+    pub(crate) fn new(
+        domid: DomId,
+        registry: Registry,
+        record: Record,
+        machine: Arc<dyn Machine>,
+    ) -> Instance {
+        Instance {
+            domid,
+            registry,
+            record: Mutex::new(record),
+            changes: Mutex::default(),
+            machine,
+            progress: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    pub(crate) fn machine(&self) -> &dyn Machine {
+        &*self.machine
+    }
+
+    pub(crate) fn info(&self) -> DomainInfo {
+        let machine = self.machine.info();
+        let (shutdown, dying) = {
+            let progress = lock(&self.progress);
+            (
+                progress.shutdown.clone(),
+                progress.destroy || progress.gone.is_some(),
+            )
+        };
+        let record = lock(&self.record);
+        let alive = shutdown.is_none();
+        DomainInfo {
+            domid: self.domid.0,
+            name: record.name.clone(),
+            uuid: record.uuid,
+            memory_kib: machine.memory_kib,
+            vcpus_online: machine.vcpus_online,
+            cpu_time_ns: machine.cpu_time_ns,
+            running: alive && machine.running,
+            blocked: alive && machine.blocked,
+            paused: machine.paused,
+            shutdown,
+            dying,
+        }
+    }
+
+    pub(crate) fn has_shut_down(&self) -> bool {
+        lock(&self.progress).shutdown.is_some()
+    }
+
+    /// The configuration with what has changed since the start.
+    pub(crate) fn config(&self) -> DomainConfig {
+        let record = lock(&self.record);
+        DomainConfig {
+            name: record.name.clone(),
+            ..record.config.clone()
+        }
+    }
+
+    /// Changes the record, here and in the registry.
+    pub(crate) fn set_record(&self, record: Record) -> Result<()> {
+        self.registry.update(self.domid, &record)?;
+        *lock(&self.record) = record;
+        Ok(())
+    }
+
+    fn set_config(&self, config: DomainConfig) -> Result<()> {
+        let mut record = lock(&self.record).clone();
+        record.config = config;
+        self.set_record(record)
+    }
+
+    /// Gives the domain another name. Its logs keep the old one.
+    pub(crate) fn rename(&self, name: &str) -> std::result::Result<(), ChangeError> {
+        let _changes = lock(&self.changes);
+        let mut record = lock(&self.record).clone();
+        record.name = name.to_string();
+        record.config.name = name.to_string();
+        self.set_record(record)?;
+        self.machine.rename(name).map_err(ChangeError::Machine)
+    }
+
+    /// Takes another configuration for the next start.
+    pub(crate) fn update_config(
+        &self,
+        config: DomainConfig,
+    ) -> std::result::Result<(), ChangeError> {
+        let _changes = lock(&self.changes);
+        let present = self.config();
+        Ok(self.set_config(DomainConfig {
+            name: present.name,
+            uuid: present.uuid,
+            ..config
+        })?)
+    }
+
+    pub(crate) fn attach_disk(&self, disk: DiskConfig) -> std::result::Result<(), ChangeError> {
+        let _changes = lock(&self.changes);
+        let mut config = self.config();
+        let number = disk.vdev.number;
+        if config.disks.iter().any(|other| other.vdev.number == number) {
+            return Err(ChangeError::Used(disk.vdev.name));
+        }
+        self.machine
+            .attach_disk(&disk)
+            .map_err(ChangeError::Machine)?;
+        config.disks.push(disk);
+        Ok(self.set_config(config)?)
+    }
+
+    pub(crate) fn attach_vif(&self, mut vif: VifConfig) -> std::result::Result<(), ChangeError> {
+        let _changes = lock(&self.changes);
+        let mut config = self.config();
+        let used = |devid: u32| config.vifs.iter().any(|other| other.devid == Some(devid));
+        let devid = match vif.devid {
+            Some(devid) if used(devid) => {
+                return Err(ChangeError::Used(format!("network interface {devid}")));
+            }
+            Some(devid) => devid,
+            // One more than there are interfaces is enough numbers.
+            None => (0..=config.vifs.len() as u32)
+                .find(|devid| !used(*devid))
+                .unwrap_or(0),
+        };
+        vif.devid = Some(devid);
+        self.machine
+            .attach_vif(&vif)
+            .map_err(ChangeError::Machine)?;
+        config.vifs.push(vif);
+        Ok(self.set_config(config)?)
+    }
+
+    pub(crate) fn detach(
+        &self,
+        kind: DeviceKind,
+        devid: u32,
+        force: bool,
+    ) -> std::result::Result<(), ChangeError> {
+        let _changes = lock(&self.changes);
+        let mut config = self.config();
+        let before = config.disks.len() + config.vifs.len();
+        match kind {
+            DeviceKind::Disk => config.disks.retain(|disk| disk.vdev.number != devid),
+            DeviceKind::Vif => config.vifs.retain(|vif| vif.devid != Some(devid)),
+        }
+        if config.disks.len() + config.vifs.len() == before {
+            return Err(ChangeError::Missing(match kind {
+                DeviceKind::Disk => format!("disk {devid}"),
+                DeviceKind::Vif => format!("network interface {devid}"),
+            }));
+        }
+        self.machine
+            .detach_device(kind, devid, force)
+            .map_err(ChangeError::Machine)?;
+        Ok(self.set_config(config)?)
+    }
+
+    /// Puts another medium into a CD-ROM drive, or none.
+    pub(crate) fn change_medium(&self, medium: DiskConfig) -> std::result::Result<(), ChangeError> {
+        let _changes = lock(&self.changes);
+        let mut config = self.config();
+        let number = medium.vdev.number;
+        let drive = config.disks.iter_mut().find(|d| d.vdev.number == number);
+        let Some(drive) = drive else {
+            return Err(ChangeError::Missing(format!("drive {}", medium.vdev)));
+        };
+        if !drive.cdrom {
+            return Err(ChangeError::Drive(
+                "this is a disk and no CD-ROM drive: use block-detach and block-attach",
+            ));
+        }
+        // As it was called when the domain was made.
+        let medium = DiskConfig {
+            vdev: drive.vdev.clone(),
+            ..medium
+        };
+        self.machine
+            .change_medium(&medium)
+            .map_err(ChangeError::Machine)?;
+        *drive = medium;
+        Ok(self.set_config(config)?)
+    }
+
+    /// Ends the domain for good, whatever its configuration says.
+    pub(crate) fn destroy(&self) {
+        lock(&self.progress).destroy = true;
+        self.changed.notify_all();
+        self.machine.destroy();
+    }
+
+    /// Announces a connection that will wait; [`Instance::forget_waiting`] takes it back.
+    pub(crate) fn add_waiting(&self) {
+        lock(&self.progress).waiting += 1;
+    }
+
+    pub(crate) fn forget_waiting(&self) {
+        lock(&self.progress).waiting -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Waits a moment for the end; `None` where it has not come.
+    pub(crate) fn wait_moment(&self, until: Until, moment: Duration) -> Option<Ended> {
+        let mut progress = lock(&self.progress);
+        if progress.ended(until).is_none() {
+            progress = self
+                .changed
+                .wait_timeout(progress, moment)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        progress.ended(until)
+    }
+
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Progress)) {
+        change(&mut lock(&self.progress));
+        self.changed.notify_all();
+    }
+
+    /// Waits until a command destroys the domain or, where one is given, for a time; true where it was destroyed.
+    pub(crate) fn wait_destroy(&self, time: Option<Duration>) -> bool {
+        let deadline = time.map(|time| Instant::now() + time);
+        let mut progress = lock(&self.progress);
+        while !progress.destroy {
+            progress = match deadline {
+                None => self
+                    .changed
+                    .wait(progress)
+                    .unwrap_or_else(PoisonError::into_inner),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return false;
+                    }
+                    self.changed
+                        .wait_timeout(progress, left)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0
+                }
+            };
+        }
+        true
+    }
+
+    /// Lets those who wait for the end hear of it.
+    pub(crate) fn wait_heard(&self) {
+        let deadline = Instant::now() + FAREWELL;
+        let mut progress = lock(&self.progress);
+        while progress.waiting > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            progress = self
+                .changed
+                .wait_timeout(progress, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+}
+
+impl Progress {
+    fn ended(&self, until: Until) -> Option<Ended> {
+        let done = self.gone.is_some() || (until == Until::Shutdown && self.shutdown.is_some());
+        done.then(|| Ended {
+            reason: self.shutdown.clone(),
+            dead: self.gone.is_some(),
+            next: self.gone.flatten().map(|domid| domid.0),
+        })
+    }
+}
