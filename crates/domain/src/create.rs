@@ -14,6 +14,7 @@ use hospes_xen::{
 };
 
 use crate::console::Console;
+use crate::placement::Placement;
 use crate::run::Run;
 use crate::services::{GuestConnection, serve_console, serve_store};
 use crate::signal::Signal;
@@ -80,6 +81,7 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
         Arc::clone(&vm),
         run.clone(),
     )?;
+    let placement = Arc::new(Placement::new(spec.vcpus));
     let mut vcpus = Vec::new();
     for id in (0..spec.vcpus).map(VcpuId) {
         let mut vcpu = vm.create_vcpu(id)?;
@@ -95,6 +97,7 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
             vcpu,
             xen: Arc::clone(&xen),
             run: Arc::clone(&run),
+            placement: Arc::clone(&placement),
         });
     }
     // The store's port comes first: Xen's tools number them so.
@@ -132,6 +135,7 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
         store,
         xen,
         run,
+        placement,
         console,
         threads: Vec::new(),
         clock: None,
