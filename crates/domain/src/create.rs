@@ -14,7 +14,7 @@ use hospes_xen::{
 };
 
 use crate::console::Console;
-use crate::placement::Placement;
+use crate::devices::Devices;
 use crate::run::Run;
 use crate::services::{GuestConnection, serve_console, serve_store};
 use crate::signal::Signal;
@@ -81,7 +81,6 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
         Arc::clone(&vm),
         run.clone(),
     )?;
-    let placement = Arc::new(Placement::new(spec.vcpus));
     let mut vcpus = Vec::new();
     for id in (0..spec.vcpus).map(VcpuId) {
         let mut vcpu = vm.create_vcpu(id)?;
@@ -97,7 +96,6 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
             vcpu,
             xen: Arc::clone(&xen),
             run: Arc::clone(&run),
-            placement: Arc::clone(&placement),
         });
     }
     // The store's port comes first: Xen's tools number them so.
@@ -124,6 +122,17 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
     };
     let store = spec.store.access();
     store.write_all(&entry.nodes())?;
+    let devices = Devices::new(
+        spec.domid,
+        &spec.name,
+        spec.vcpus,
+        Arc::clone(&store),
+        Arc::clone(&xen),
+        spec.log,
+    );
+    for disk in &spec.disks {
+        devices.attach_disk(disk)?;
+    }
     let mut domain = Domain {
         spec: Identity {
             domid: spec.domid,
@@ -135,7 +144,7 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
         store,
         xen,
         run,
-        placement,
+        devices,
         console,
         threads: Vec::new(),
         clock: None,

@@ -4,10 +4,9 @@ use hospes_builder::BuildError;
 use hospes_cpuid::CpuidError;
 use hospes_engine::EngineError;
 use hospes_memory::MemoryError;
-use hospes_units::VcpuId;
 use hospes_xen::{EventError, XenError};
 
-use crate::EndReason;
+use crate::{AttachError, EndReason};
 
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
@@ -35,6 +34,8 @@ pub enum CreateError {
     Event(#[from] EventError),
     #[error("cannot fill the domain's store: {0}")]
     Store(#[from] hospes_store::Error),
+    #[error("{0}")]
+    Device(#[from] AttachError),
     #[error("cannot start a thread of the domain: {0}")]
     Thread(std::io::Error),
 }
@@ -43,12 +44,6 @@ pub enum CreateError {
 pub enum RequestError {
     #[error("the domain has ended already ({0})")]
     Ended(EndReason),
-    #[error("the domain has no vCPU {id}: its last one is {last}")]
-    NoVcpu { id: VcpuId, last: u32 },
-    #[error("the domain has {max} vCPUs, of which 1 to {max} can be online, not {online}")]
-    Vcpus { online: u32, max: u32 },
-    #[error("the host does not let vCPU {id} run on these CPUs: {source}")]
-    Affinity { id: VcpuId, source: std::io::Error },
     #[error("cannot write the request into the domain's store: {0}")]
     Store(#[from] hospes_store::Error),
 }

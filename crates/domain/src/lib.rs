@@ -13,9 +13,9 @@
 
 mod console;
 mod create;
+mod devices;
 mod error;
 mod host_memory;
-mod placement;
 mod run;
 mod services;
 mod signal;
@@ -32,6 +32,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use hospes_backends::frame::{DeviceInfo, Kind, Log};
 use hospes_cpuid::CpuidTable;
 use hospes_engine::{EngineError, Vm};
 use hospes_memory::GuestMemory;
@@ -40,11 +41,13 @@ use hospes_units::{DomId, VcpuId};
 use hospes_xen::{ClockThread, Xen};
 
 pub use console::{Console, Subscription};
+pub use devices::{AttachError, DiskSpec};
 pub use error::{CreateError, RequestError};
-pub use placement::Affinity;
+pub use hospes_backends::frame;
+pub use hospes_image::Format as ImageFormat;
 pub use run::EndReason;
 
-use placement::Placement;
+use devices::Devices;
 use run::{Activity, Run};
 
 /// Makes the engine's virtual machine for a new domain: its memory, its CPUID and the number of its vCPUs.
@@ -70,6 +73,9 @@ pub struct DomainSpec {
     pub store: Arc<dyn DomainStore>,
     /// Gets all console output, from a thread that does nothing else; may block for a while, but the guest waits when it does.
     pub console: Box<dyn Write + Send>,
+    pub disks: Vec<DiskSpec>,
+    /// Gets a line now and then about the domain's devices.
+    pub log: Log,
 }
 
 /// What the guest is asked to do.
@@ -96,25 +102,6 @@ pub struct DomainInfo {
     /// Host CPU time of all vCPUs, ns.
     pub cpu_time_ns: u64,
     pub state: DomainState,
-}
-
-/// One vCPU at one moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct VcpuInfo {
-    pub id: VcpuId,
-    /// The guest runs on it.
-    pub online: bool,
-    pub running: bool,
-    /// It waits for an interrupt.
-    pub blocked: bool,
-    /// The host CPU it runs on, or last ran on.
-    pub host_cpu: Option<u32>,
-    /// Host CPU time, ns.
-    pub time_ns: u64,
-    /// Host CPUs it may run on.
-    pub hard: Affinity,
-    /// Host CPUs it prefers.
-    pub soft: Affinity,
 }
 
 /// The flags of a domain as `xl list` shows them.
@@ -151,7 +138,7 @@ pub struct Domain {
     xen: Arc<Xen>,
     store: Arc<dyn StoreAccess>,
     run: Arc<Run>,
-    placement: Arc<Placement>,
+    devices: Devices,
     console: Arc<Console>,
     threads: Vec<JoinHandle<()>>,
     clock: Option<ClockThread>,
@@ -275,76 +262,25 @@ impl Domain {
         }
     }
 
-    /// All vCPUs, those that the guest does not use too.
-    pub fn vcpus(&self) -> Vec<VcpuInfo> {
-        let activities = self.run.activities();
-        let alive = self.run.end_reason().is_none();
-        let infos = activities.into_iter().enumerate().map(|(n, activity)| {
-            let id = VcpuId(n as u32);
-            let (hard, soft) = self.placement.affinity(id);
-            VcpuInfo {
-                id,
-                online: self.run.is_online(id),
-                running: alive && activity == Activity::Running,
-                blocked: alive && activity == Activity::Blocked,
-                host_cpu: self.placement.host_cpu(id),
-                time_ns: self.xen.vcpu_time_ns(id),
-                hard,
-                soft,
-            }
-        });
-        infos.collect()
+    /// Adds a disk; the guest takes it when it likes. The image is locked until the disk is detached or the domain dropped.
+    pub fn attach_disk(&self, disk: &DiskSpec) -> Result<(), AttachError> {
+        self.devices.attach_disk(disk)
     }
 
-    /// Changes which host CPUs one vCPU, or all, may run on (`hard`) and prefer (`soft`); what is `None` stays. When all are changed and the
-    /// host refuses, some may have been.
-    pub fn pin(
-        &self,
-        vcpu: Option<VcpuId>,
-        hard: Option<&Affinity>,
-        soft: Option<&Affinity>,
-    ) -> Result<(), RequestError> {
-        if let Some(reason) = self.run.end_reason() {
-            return Err(RequestError::Ended(reason));
-        }
-        let all = 0..self.spec.vcpus;
-        let which = match vcpu {
-            None => all,
-            Some(VcpuId(id)) if all.contains(&id) => id..id + 1,
-            Some(id) => {
-                return Err(RequestError::NoVcpu {
-                    id,
-                    last: all.end - 1,
-                });
-            }
-        };
-        for id in which.map(VcpuId) {
-            self.placement
-                .set(id, hard, soft)
-                .map_err(|source| RequestError::Affinity { id, source })?;
-        }
-        Ok(())
+    /// Takes a device away once the guest has let go of it, or at once with `force`; also where the guest does not let go within seconds. When
+    /// this returns, what the device stood for is free.
+    pub fn detach(&self, kind: Kind, devid: u32, force: bool) -> Result<(), AttachError> {
+        self.devices.detach(frame::DeviceId { kind, devid }, force)
     }
 
-    /// Asks the guest to use its first `online` vCPUs, 1 to all. A guest takes vCPUs away by itself; one that is to come back may have to be
-    /// brought online inside the guest too.
-    pub fn set_vcpus(&self, online: u32) -> Result<(), RequestError> {
-        if let Some(reason) = self.run.end_reason() {
-            return Err(RequestError::Ended(reason));
-        }
-        if online == 0 || online > self.spec.vcpus {
-            return Err(RequestError::Vcpus {
-                online,
-                max: self.spec.vcpus,
-            });
-        }
-        let home = hospes_store::domain_path(self.spec.domid);
-        for id in 0..self.spec.vcpus {
-            let word = if id < online { "online" } else { "offline" };
-            self.store
-                .write(&format!("{home}/cpu/{id}/availability"), word.as_bytes())?;
-        }
-        Ok(())
+    /// Changes the size of a disk, in bytes, and tells the guest.
+    pub fn resize_disk(&self, devid: u32, bytes: u64) -> Result<(), AttachError> {
+        self.devices.resize_disk(devid, bytes)
+    }
+
+    /// The devices with their counters.
+    pub fn devices(&self) -> Vec<DeviceInfo> {
+        self.devices.list()
     }
 
     /// The guest's console.
@@ -369,6 +305,7 @@ impl Drop for Domain {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+        self.devices.close();
         self.clock = None;
     }
 }

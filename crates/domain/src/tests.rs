@@ -70,6 +70,8 @@ fn try_domain(
         nomigrate: false,
         store: Arc::new(hospes_store::LocalStore::default()),
         console: Box::new(sink),
+        disks: Vec::new(),
+        log: Arc::new(|_| {}),
     };
     let script: Script = Arc::new(Mutex::new(Box::new(script)));
     Domain::create(

@@ -9,7 +9,6 @@
 mod commands;
 mod create;
 mod help;
-mod image;
 mod list;
 mod output;
 mod terminal;

@@ -3,13 +3,16 @@
 use std::io::Write;
 use std::sync::Arc;
 
-use hospes_config::{DomainConfig, Pinning};
+use hospes_config::DiskConfig;
+use hospes_domain::frame::Kind;
 use hospes_domain::{Domain, DomainSpec, EndReason, ShutdownKind};
 use hospes_store::LocalStore;
 use hospes_toolstack::{
-    self as toolstack, Affinity, Machine, MachineError, MachineInfo, MachineSpec, VcpuInfo,
+    self as toolstack, DeviceKind, Machine, MachineError, MachineInfo, MachineSpec,
 };
 use hospes_units::VcpuId;
+
+use crate::devices;
 
 /// Makes domains on the engine that suits this host.
 pub struct Domains;
@@ -21,6 +24,10 @@ impl toolstack::MachineFactory for Domains {
         console: Box<dyn Write + Send>,
     ) -> Result<Arc<dyn Machine>, MachineError> {
         let config = spec.config;
+        let mut disks = Vec::new();
+        for disk in &config.disks {
+            disks.extend(devices::disk_spec(disk)?);
+        }
         let spec = DomainSpec {
             domid: spec.domid,
             uuid: *spec.uuid.as_bytes(),
@@ -30,37 +37,16 @@ impl toolstack::MachineFactory for Domains {
             cmdline: config.cmdline.clone(),
             memory_bytes: config.memory_mib << 20,
             promised_bytes: spec.promised_bytes,
-            vcpus: config.maxvcpus,
+            vcpus: config.vcpus,
             nomigrate: false,
             store: Arc::new(LocalStore::default()),
             console,
+            disks,
+            log: Arc::new(toolstack::log_line),
         };
         let domain = Domain::create(spec, Box::new(hospes_engines::create_vm))?;
-        if config.vcpus < config.maxvcpus {
-            domain.set_vcpus(config.vcpus)?;
-        }
-        place(&domain, config)?;
         Ok(Arc::new(Running(domain)))
     }
-}
-
-/// Gives the vCPUs the host CPUs of the configuration.
-fn place(domain: &Domain, config: &DomainConfig) -> Result<(), MachineError> {
-    let pinning = &config.scheduling;
-    if pinning.cpus == Pinning::None && pinning.cpus_soft == Pinning::None {
-        return Ok(());
-    }
-    let host = toolstack::host_cpus();
-    for vcpu in 0..config.maxvcpus {
-        let meaning = |pinning: &Pinning| {
-            let list = pinning.of(vcpu);
-            list.map(|list| toolstack::resolve(list, &host)).transpose()
-        };
-        let hard = meaning(&pinning.cpus)?;
-        let soft = meaning(&pinning.cpus_soft)?;
-        domain.pin(Some(VcpuId(vcpu)), hard.as_ref(), soft.as_ref())?;
-    }
-    Ok(())
 }
 
 struct Running(Domain);
@@ -141,34 +127,34 @@ impl Machine for Running {
         Ok(())
     }
 
-    fn vcpus(&self) -> Vec<VcpuInfo> {
-        let text = |affinity: &Affinity| affinity.as_ref().map(ToString::to_string);
-        let vcpus = self.0.vcpus().into_iter();
-        vcpus
-            .map(|v| VcpuInfo {
-                vcpu: v.id.0,
-                online: v.online,
-                running: v.running,
-                blocked: v.blocked,
-                host_cpu: v.host_cpu,
-                time_ns: v.time_ns,
-                hard: text(&v.hard),
-                soft: text(&v.soft),
-            })
-            .collect()
+    fn attach_disk(&self, disk: &DiskConfig) -> Result<(), MachineError> {
+        match devices::disk_spec(disk)? {
+            Some(disk) => Ok(self.0.attach_disk(&disk)?),
+            None => Err("an empty drive cannot be attached: give the path of an image".into()),
+        }
     }
 
-    fn pin(
-        &self,
-        vcpu: Option<u32>,
-        hard: Option<&Affinity>,
-        soft: Option<&Affinity>,
-    ) -> Result<(), MachineError> {
-        Ok(self.0.pin(vcpu.map(VcpuId), hard, soft)?)
+    fn detach_device(&self, kind: DeviceKind, devid: u32, force: bool) -> Result<(), MachineError> {
+        Ok(self.0.detach(devices::kind(kind), devid, force)?)
     }
 
-    fn set_vcpus(&self, online: u32) -> Result<(), MachineError> {
-        Ok(self.0.set_vcpus(online)?)
+    fn resize_disk(&self, devid: u32, bytes: u64) -> Result<(), MachineError> {
+        Ok(self.0.resize_disk(devid, bytes)?)
+    }
+
+    fn change_medium(&self, disk: &DiskConfig) -> Result<(), MachineError> {
+        // To a PVH guest a drive is its medium: another medium is another disk in the same place.
+        let medium = devices::disk_spec(disk)?;
+        let devid = disk.vdev.number;
+        let attached = self.0.devices().into_iter();
+        if attached.map(|d| d.id).any(|id| id == devices::disk(devid)) {
+            self.0.detach(Kind::Vbd, devid, false)?;
+        }
+        medium.map_or(Ok(()), |medium| Ok(self.0.attach_disk(&medium)?))
+    }
+
+    fn describe(&self) -> String {
+        devices::describe(&self.info(), &self.0.devices())
     }
 
     fn console_input(&self, bytes: &[u8]) -> usize {

@@ -1,6 +1,7 @@
 //! The `hospes` program: the command line, with machines that are domains.
 #![forbid(unsafe_code)]
 
+mod devices;
 mod machine;
 
 use std::process::ExitCode;

@@ -6,12 +6,11 @@
 use std::io::{self, BufRead, Read, Write};
 use std::path::PathBuf;
 
-use hospes_config::{CpuList, DiskConfig, DomainConfig, Uuid, VifConfig};
+use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::scheduling::VcpuInfo;
 
 /// Version of all messages here.
 pub const VERSION: u32 = 1;
@@ -120,18 +119,6 @@ pub enum Request {
     },
     /// The reply comes when the domain is gone.
     Destroy,
-    /// All vCPUs.
-    Vcpus,
-    /// Changes which host CPUs one vCPU, or all, may run on and prefer; what is `None` stays.
-    Pin {
-        vcpu: Option<u32>,
-        hard: Option<CpuList>,
-        soft: Option<CpuList>,
-    },
-    /// How many vCPUs the guest is to use.
-    SetVcpus {
-        online: u32,
-    },
     Wait {
         until: Until,
     },
@@ -212,7 +199,6 @@ pub enum Reply {
     Done,
     Info(DomainInfo),
     Ended(Ended),
-    Vcpus { vcpus: Vec<VcpuInfo> },
     Error { message: String },
 }
 
@@ -322,11 +308,6 @@ mod tests {
             },
             Request::Wait {
                 until: Until::Death,
-            },
-            Request::Pin {
-                vcpu: None,
-                hard: "0-3,^2".parse().ok(),
-                soft: None,
             },
         ] {
             let line = encode(&request).expect("short");

@@ -1,0 +1,181 @@
+//! A domain's devices: what they are made of, and their coming and going.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, Weak};
+
+use hospes_backends::block::Block;
+use hospes_backends::frame::{Bus, DeviceError, DeviceId, DeviceInfo, DeviceNodes, Kind, Log};
+use hospes_image::{Format, Image, ImageError, OpenSpec};
+use hospes_store::StoreAccess;
+use hospes_units::DomId;
+use hospes_xen::Xen;
+
+use crate::lock;
+
+/// A disk to be attached.
+#[derive(Clone, Debug)]
+pub struct DiskSpec {
+    /// Number of the virtual device: 51712 is xvda.
+    pub devid: u32,
+    /// Its name in the configuration.
+    pub vdev: String,
+    /// An image file or a block device of the host.
+    pub target: PathBuf,
+    pub format: Format,
+    pub read_only: bool,
+    /// A medium: read-only, and said to be removable.
+    pub cdrom: bool,
+    /// Whether the guest may give space back to the host.
+    pub discard: bool,
+    /// Go past the host's page cache where possible.
+    pub direct: bool,
+    /// Whether the guest is told to trust the back end.
+    pub trusted: bool,
+}
+
+/// Why a device cannot be attached, changed or detached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    #[error("{0}")]
+    Image(#[from] ImageError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// The devices of a domain.
+pub struct Devices {
+    domid: DomId,
+    name: String,
+    vcpus: u32,
+    log: Log,
+    bus: Bus,
+    /// Images of attached disks, by number; those of detached ones are gone.
+    images: Mutex<BTreeMap<u32, Weak<dyn Image>>>,
+}
+
+impl Devices {
+    pub fn new(
+        domid: DomId,
+        name: &str,
+        vcpus: u32,
+        store: Arc<dyn StoreAccess>,
+        xen: Arc<Xen>,
+        log: Log,
+    ) -> Devices {
+        Devices {
+            domid,
+            name: name.to_owned(),
+            vcpus,
+            bus: Bus::new(domid, store, xen, log.clone()),
+            log,
+            images: Mutex::default(),
+        }
+    }
+
+    /// Opens and locks the image, and shows the disk to the guest.
+    pub fn attach_disk(&self, disk: &DiskSpec) -> Result<(), AttachError> {
+        let id = disk_id(disk.devid);
+        let read_only = disk.read_only || disk.cdrom;
+        let image = hospes_image::open(&OpenSpec {
+            path: disk.target.clone(),
+            format: disk.format,
+            read_only,
+            direct: disk.direct,
+            discard: disk.discard && !read_only,
+            sector_bytes: None,
+            lock_owner: format!("domain {} ({})", self.domid, self.name),
+        })?;
+        let seen = Arc::downgrade(&image);
+        let block = Block::new(image, disk.cdrom, self.vcpus, self.log.clone());
+        self.bus.attach(id, &disk_nodes(disk), Box::new(block))?;
+        lock(&self.images).insert(disk.devid, seen);
+        Ok(())
+    }
+
+    /// Takes a device away; what it stood for is free when this returns.
+    pub fn detach(&self, id: DeviceId, force: bool) -> Result<(), AttachError> {
+        Ok(self.bus.detach(id, force)?)
+    }
+
+    /// Changes the size of a disk, in bytes, and tells the guest. With the size it has, looks at the host's device again.
+    pub fn resize_disk(&self, devid: u32, bytes: u64) -> Result<(), AttachError> {
+        let id = disk_id(devid);
+        let image = lock(&self.images).get(&devid).and_then(Weak::upgrade);
+        let image = image.ok_or(DeviceError::Missing(id))?;
+        image.resize(bytes)?;
+        Ok(self.bus.renew(id)?)
+    }
+
+    /// All devices.
+    pub fn list(&self) -> Vec<DeviceInfo> {
+        self.bus.list()
+    }
+
+    /// Finishes what is in flight and takes all devices away.
+    pub fn close(&self) {
+        self.bus.close();
+    }
+}
+
+fn disk_id(devid: u32) -> DeviceId {
+    DeviceId {
+        kind: Kind::Vbd,
+        devid,
+    }
+}
+
+/// What libxl writes of a disk.
+fn disk_nodes(disk: &DiskSpec) -> DeviceNodes {
+    let node = |name: &str, value: String| (name.to_owned(), value);
+    let flag = |set: bool| u8::from(set).to_string();
+    let read_only = disk.read_only || disk.cdrom;
+    let device_type = if disk.cdrom { "cdrom" } else { "disk" };
+    let target = disk.target.display();
+    let device = std::fs::metadata(&disk.target)
+        .ok()
+        .filter(|metadata| metadata.file_type().is_block_device());
+    let mut back = vec![
+        node("removable", flag(disk.cdrom)),
+        node("bootable", "1".to_owned()),
+        node("dev", disk.vdev.clone()),
+        node("mode", if read_only { "r" } else { "w" }.to_owned()),
+        node("device-type", device_type.to_owned()),
+        node("discard-enable", flag(disk.discard && !read_only)),
+        node("direct-io-safe", flag(disk.direct)),
+    ];
+    match device {
+        Some(device) if disk.format != Format::Qcow2 => {
+            let number = device.rdev();
+            let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+            back.extend([
+                node("type", "phy".to_owned()),
+                node("params", target.to_string()),
+                node("physical-device", format!("{major:x}:{minor:x}")),
+                node("physical-device-path", target.to_string()),
+            ]);
+        }
+        _ => {
+            let format = match disk.format {
+                Format::Raw => "raw",
+                Format::Qcow2 => "qcow2",
+                Format::Auto => "auto",
+            };
+            back.extend([
+                node("type", "qdisk".to_owned()),
+                node("params", format!("{format}:{target}")),
+            ]);
+        }
+    }
+    back.push(node("hotplug-status", "connected".to_owned()));
+    DeviceNodes {
+        front: vec![
+            node("virtual-device", disk.devid.to_string()),
+            // Linux' front end leaves media to emulated drives, which a PVH guest does not have: it gets them as disks.
+            node("device-type", "disk".to_owned()),
+            node("trusted", flag(disk.trusted)),
+        ],
+        back,
+    }
+}
