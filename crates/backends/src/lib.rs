@@ -2,7 +2,7 @@
 //!
 //! [`frame`] is what all of them share: the device's two directories in the xenstore, the states through which the halves find each other, ring
 //! pages, event channels, a thread for each queue.
-//! [`block`] serves disks.
+//! [`block`] serves disks, [`net`] network interfaces.
 //!
 //! Refuses: to believe a guest. Its xenstore nodes, grants, rings and requests are copied once and checked; what is wrong gets an error response, or
 //! the device is closed and may be connected again; nothing of it panics or reaches beyond the guest's own memory.
@@ -13,6 +13,7 @@
 
 pub mod block;
 pub mod frame;
+pub mod net;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -10,6 +10,7 @@ use crate::disk::DiskConfig;
 use crate::keys::{self, Support};
 use crate::number::parse_number;
 use crate::parse::{Document, Setting, ValueKind};
+use crate::scheduling::Scheduling;
 use crate::uuid::Uuid;
 use crate::vif::VifConfig;
 
@@ -131,6 +132,7 @@ pub struct DomainConfig {
     pub vcpus: u32,
     /// Virtual CPUs in all; at least `vcpus`.
     pub maxvcpus: u32,
+    pub scheduling: Scheduling,
     pub on: EventActions,
     /// In the order of the configuration; each device once.
     pub disks: Vec<DiskConfig>,
@@ -243,7 +245,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The number of a key inside `min..=max`; `meaning` ends the sentence about a value outside.
-    fn number(&mut self, name: &str, min: u64, max: u64, meaning: &str) -> Option<u64> {
+    pub(crate) fn number(&mut self, name: &str, min: u64, max: u64, meaning: &str) -> Option<u64> {
         let (text, location) = self.text(name)?;
         if self
             .document
@@ -279,6 +281,7 @@ impl<'a> Reader<'a> {
         let cmdline = self.cmdline();
         let (memory_mib, maxmem_mib) = self.memory();
         let (vcpus, maxvcpus) = self.vcpus();
+        let scheduling = self.scheduling();
         let on = self.actions();
         let disks = self.disks();
         let vifs = self.vifs();
@@ -293,6 +296,7 @@ impl<'a> Reader<'a> {
             maxmem_mib,
             vcpus,
             maxvcpus,
+            scheduling,
             on,
             disks,
             vifs,

@@ -89,6 +89,10 @@ const FULL: &[Key] = &[
     key("maxmem", Shape::Number, Support::Full),
     key("vcpus", Shape::Number, Support::Full),
     key("maxvcpus", Shape::Number, Support::Full),
+    key("cpus", Shape::TextOrList, Support::Full),
+    key("cpus_soft", Shape::TextOrList, Support::Full),
+    key("cpu_weight", Shape::Number, Support::Full),
+    key("cap", Shape::Number, Support::Full),
     key("on_poweroff", ACTIONS, Support::Full),
     key("on_reboot", ACTIONS, Support::Full),
     key("on_watchdog", ACTIONS, Support::Full),
@@ -107,7 +111,7 @@ const TEXTS: &[Key] = ignored![Shape::Text;
 ];
 
 const NUMBERS: &[Key] = ignored![Shape::Number;
-    "cpu_weight", "cap", "period", "slice", "latency", "extratime", "max_grant_frames", "max_maptrack_frames",
+    "period", "slice", "latency", "extratime", "max_grant_frames", "max_maptrack_frames",
     "max_grant_version", "vmtrace_buf_kb", "rdm_mem_boundary", "max_event_channels", "shadow_memory", "rtc_timeoffset",
     "mmio_hole", "videoram", "vncdisplay", "spiceport", "spicetls_port", "spiceusbredirection", "usbversion",
     "stubdomain_memory", "nr_spis",
@@ -129,8 +133,6 @@ const LISTS: &[Key] = ignored![Shape::List;
 const OTHERS: &[Key] = &[
     key("vnuma", Shape::Lists, Support::Ignored),
     key("vsnd", Shape::Lists, Support::Ignored),
-    key("cpus", Shape::TextOrList, Support::Ignored),
-    key("cpus_soft", Shape::TextOrList, Support::Ignored),
     key("cpuid", Shape::TextOrList, Support::Ignored),
     key("serial", Shape::TextOrList, Support::Ignored),
     key("usbdevice", Shape::TextOrList, Support::Ignored),

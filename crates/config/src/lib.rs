@@ -10,6 +10,7 @@
 //! Invariant: a [`DomainConfig`] is handed out only where no [`Diagnostic`] of severity [`Severity::Error`] was made.
 #![forbid(unsafe_code)]
 
+mod cpulist;
 mod devices;
 mod diagnostic;
 mod disk;
@@ -19,11 +20,13 @@ mod keys;
 mod lex;
 mod number;
 mod parse;
+mod scheduling;
 mod spec;
 mod uuid;
 mod vdev;
 mod vif;
 
+pub use cpulist::{CpuList, CpuListError, HostCpus, Pinning};
 pub use diagnostic::{Diagnostic, Location, Severity};
 pub use disk::{DiskConfig, DiskFormat};
 pub use domain::{DomainConfig, EventAction, EventActions, GuestType, limits};
@@ -31,6 +34,7 @@ pub use json::mac_text;
 pub use keys::{Key, Shape, Support, known_keys};
 pub use number::{NumberError, parse_number};
 pub use parse::{Atom, Document, MAX_DEPTH, Setting, Value, ValueKind};
+pub use scheduling::Scheduling;
 pub use spec::{INTERFACE_NAME_MAX, SpecError};
 pub use uuid::{Uuid, UuidError};
 pub use vdev::{Vdev, VdevError};

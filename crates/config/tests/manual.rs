@@ -62,6 +62,26 @@ fn load_valid_settings_gives_their_values() {
         ("maxvcpus=4", |c| c.vcpus == 1 && c.maxvcpus == 4),
         ("vcpus=2\nmaxvcpus=4", |c| c.vcpus == 2 && c.maxvcpus == 4),
         ("vcpus=128", |c| c.vcpus == 128),
+        ("cpus='0-3,5,^1'", |c| {
+            c.scheduling
+                .cpus
+                .of(77)
+                .is_some_and(|list| list.as_str() == "0-3,5,^1")
+        }),
+        ("cpus=2", |c| {
+            c.scheduling
+                .cpus
+                .of(0)
+                .is_some_and(|list| list.as_str() == "2")
+        }),
+        ("cpus=[\"2\", \"3-8,^5\"]", |c| {
+            let cpus = &c.scheduling.cpus;
+            cpus.of(1).is_some_and(|list| list.as_str() == "3-8,^5") && cpus.of(2).is_none()
+        }),
+        ("cpus_soft='node:0'\ncpu_weight=512\ncap=150", |c| {
+            let s = &c.scheduling;
+            s.cpus_soft.of(0).is_some() && s.weight == Some(512) && s.cap == Some(150)
+        }),
         ("ramdisk='/i'", |c| {
             c.ramdisk.as_deref() == Some("/i".as_ref())
         }),
@@ -121,9 +141,6 @@ fn load_known_keys_without_effect_notes_them() {
             "vnuma=[[\"pnode=0\",\"size=512\",\"vcpus=0-4\",\"vdistances=10,20\"]]",
             "vnuma",
         ),
-        ("cpus='0-3,5,^1'", "cpus"),
-        ("cpus=[\"2\", \"3-8,^5\"]", "cpus"),
-        ("cpu_weight=512", "cpu_weight"),
         ("pool='Pool-0'", "pool"),
         ("vfb=['vnc=1']", "vfb"),
         ("irqs=[ 5, 7 ]", "irqs"),
@@ -183,6 +200,15 @@ fn load_wrong_settings_names_line_and_reason() {
         ),
         ("vcpus=0", "`vcpus' is 0, it has to be 1 to 128"),
         ("vcpus=129", "`vcpus' is 129, it has to be 1 to 128"),
+        (
+            "cpus='1-'",
+            "d.cfg:5: error: `cpus': \"1-\" is no list of host CPUs",
+        ),
+        (
+            "cpus=['1', '^all']",
+            "`cpus': \"^all\" is no list of host CPUs",
+        ),
+        ("cpu_weight=0", "`cpu_weight' is 0, it has to be 1 to 65535"),
         (
             "vcpus=4\nmaxvcpus=2",
             "d.cfg:6: error: `maxvcpus' is 2, less than `vcpus' with 4",

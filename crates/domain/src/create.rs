@@ -15,6 +15,7 @@ use hospes_xen::{
 
 use crate::console::Console;
 use crate::devices::Devices;
+use crate::placement::Placement;
 use crate::run::Run;
 use crate::services::{GuestConnection, serve_console, serve_store};
 use crate::signal::Signal;
@@ -81,6 +82,7 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
         Arc::clone(&vm),
         run.clone(),
     )?;
+    let placement = Arc::new(Placement::new(spec.vcpus));
     let mut vcpus = Vec::new();
     for id in (0..spec.vcpus).map(VcpuId) {
         let mut vcpu = vm.create_vcpu(id)?;
@@ -96,6 +98,7 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
             vcpu,
             xen: Arc::clone(&xen),
             run: Arc::clone(&run),
+            placement: Arc::clone(&placement),
         });
     }
     // The store's port comes first: Xen's tools number them so.
@@ -145,6 +148,7 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
         xen,
         run,
         devices,
+        placement,
         console,
         threads: Vec::new(),
         clock: None,

@@ -4,6 +4,7 @@ use hospes_builder::BuildError;
 use hospes_cpuid::CpuidError;
 use hospes_engine::EngineError;
 use hospes_memory::MemoryError;
+use hospes_units::VcpuId;
 use hospes_xen::{EventError, XenError};
 
 use crate::{AttachError, EndReason};
@@ -44,6 +45,12 @@ pub enum CreateError {
 pub enum RequestError {
     #[error("the domain has ended already ({0})")]
     Ended(EndReason),
+    #[error("the domain has no vCPU {id}: its last one is {last}")]
+    NoVcpu { id: VcpuId, last: u32 },
+    #[error("the domain has {max} vCPUs, of which 1 to {max} can be online, not {online}")]
+    Vcpus { online: u32, max: u32 },
+    #[error("the host does not let vCPU {id} run on these CPUs: {source}")]
+    Affinity { id: VcpuId, source: std::io::Error },
     #[error("cannot write the request into the domain's store: {0}")]
     Store(#[from] hospes_store::Error),
 }

@@ -16,6 +16,7 @@ mod create;
 mod devices;
 mod error;
 mod host_memory;
+mod placement;
 mod run;
 mod services;
 mod signal;
@@ -45,9 +46,11 @@ pub use devices::{AttachError, DiskSpec};
 pub use error::{CreateError, RequestError};
 pub use hospes_backends::frame;
 pub use hospes_image::Format as ImageFormat;
+pub use placement::Affinity;
 pub use run::EndReason;
 
 use devices::Devices;
+use placement::Placement;
 use run::{Activity, Run};
 
 /// Makes the engine's virtual machine for a new domain: its memory, its CPUID and the number of its vCPUs.
@@ -104,6 +107,25 @@ pub struct DomainInfo {
     pub state: DomainState,
 }
 
+/// One vCPU at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VcpuInfo {
+    pub id: VcpuId,
+    /// The guest runs on it.
+    pub online: bool,
+    pub running: bool,
+    /// It waits for an interrupt.
+    pub blocked: bool,
+    /// The host CPU it runs on, or last ran on.
+    pub host_cpu: Option<u32>,
+    /// Host CPU time, ns.
+    pub time_ns: u64,
+    /// Host CPUs it may run on.
+    pub hard: Affinity,
+    /// Host CPUs it prefers.
+    pub soft: Affinity,
+}
+
 /// The flags of a domain as `xl list` shows them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DomainState {
@@ -139,6 +161,7 @@ pub struct Domain {
     store: Arc<dyn StoreAccess>,
     run: Arc<Run>,
     devices: Devices,
+    placement: Arc<Placement>,
     console: Arc<Console>,
     threads: Vec<JoinHandle<()>>,
     clock: Option<ClockThread>,
@@ -260,6 +283,78 @@ impl Domain {
                 dying: end == Some(EndReason::Destroyed) && !finished,
             },
         }
+    }
+
+    /// All vCPUs, those that the guest does not use too.
+    pub fn vcpus(&self) -> Vec<VcpuInfo> {
+        let activities = self.run.activities();
+        let alive = self.run.end_reason().is_none();
+        let infos = activities.into_iter().enumerate().map(|(n, activity)| {
+            let id = VcpuId(n as u32);
+            let (hard, soft) = self.placement.affinity(id);
+            VcpuInfo {
+                id,
+                online: self.run.is_online(id),
+                running: alive && activity == Activity::Running,
+                blocked: alive && activity == Activity::Blocked,
+                host_cpu: self.placement.host_cpu(id),
+                time_ns: self.xen.vcpu_time_ns(id),
+                hard,
+                soft,
+            }
+        });
+        infos.collect()
+    }
+
+    /// Changes which host CPUs one vCPU, or all, may run on (`hard`) and prefer (`soft`); what is `None` stays. When all are changed and the
+    /// host refuses, some may have been.
+    pub fn pin(
+        &self,
+        vcpu: Option<VcpuId>,
+        hard: Option<&Affinity>,
+        soft: Option<&Affinity>,
+    ) -> Result<(), RequestError> {
+        if let Some(reason) = self.run.end_reason() {
+            return Err(RequestError::Ended(reason));
+        }
+        let all = 0..self.spec.vcpus;
+        let which = match vcpu {
+            None => all,
+            Some(VcpuId(id)) if all.contains(&id) => id..id + 1,
+            Some(id) => {
+                return Err(RequestError::NoVcpu {
+                    id,
+                    last: all.end - 1,
+                });
+            }
+        };
+        for id in which.map(VcpuId) {
+            self.placement
+                .set(id, hard, soft)
+                .map_err(|source| RequestError::Affinity { id, source })?;
+        }
+        Ok(())
+    }
+
+    /// Asks the guest to use its first `online` vCPUs, 1 to all. A guest takes vCPUs away by itself; one that is to come back may have to be
+    /// brought online inside the guest too.
+    pub fn set_vcpus(&self, online: u32) -> Result<(), RequestError> {
+        if let Some(reason) = self.run.end_reason() {
+            return Err(RequestError::Ended(reason));
+        }
+        if online == 0 || online > self.spec.vcpus {
+            return Err(RequestError::Vcpus {
+                online,
+                max: self.spec.vcpus,
+            });
+        }
+        let home = hospes_store::domain_path(self.spec.domid);
+        for id in 0..self.spec.vcpus {
+            let word = if id < online { "online" } else { "offline" };
+            self.store
+                .write(&format!("{home}/cpu/{id}/availability"), word.as_bytes())?;
+        }
+        Ok(())
     }
 
     /// Adds a disk; the guest takes it when it likes. The image is locked until the disk is detached or the domain dropped.

@@ -93,14 +93,15 @@ struct Life {
 
 impl Run {
     pub fn new(vcpus: u32, console: Arc<Console>) -> Run {
-        let slot = || Slot {
+        let slot = |id| Slot {
             signal: Arc::default(),
             control: OnceLock::new(),
             activity: AtomicU8::new(Activity::Held as u8),
-            down: AtomicBool::new(false),
+            // All but the first wait for the guest to start them.
+            down: AtomicBool::new(id != 0),
         };
         Run {
-            slots: (0..vcpus).map(|_| slot()).collect(),
+            slots: (0..vcpus).map(slot).collect(),
             paused: AtomicBool::new(true),
             has_run: AtomicBool::new(false),
             ended: AtomicBool::new(false),
@@ -272,6 +273,11 @@ impl Run {
             // One that has been called back but whose thread has not noticed yet counts as up.
             s.down.load(SeqCst) && !s.control.get().is_some_and(|c| c.has_wakeup(false))
         })
+    }
+
+    /// Whether the guest runs on a vCPU.
+    pub fn is_online(&self, id: VcpuId) -> bool {
+        !self.slots[id.0 as usize].down.load(SeqCst)
     }
 
     /// vCPUs that are not down.

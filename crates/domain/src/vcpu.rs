@@ -10,6 +10,7 @@ use hospes_xen::{Outcome, ShutdownReason, Xen};
 use hospes_xen_abi::hypercall::PAGE_MSR;
 use hospes_xen_abi::shared::Runstate;
 
+use crate::placement::Placement;
 use crate::run::{Activity, EndReason, Run};
 
 /// Counters and command register of the interval timer, which is not there, and the port that shows one counter's output.
@@ -25,6 +26,7 @@ pub struct VcpuThread {
     pub vcpu: Box<dyn Vcpu>,
     pub xen: Arc<Xen>,
     pub run: Arc<Run>,
+    pub placement: Arc<Placement>,
 }
 
 impl VcpuThread {
@@ -32,6 +34,7 @@ impl VcpuThread {
     pub fn main(self) {
         let run = Arc::clone(&self.run);
         let id = self.id;
+        self.placement.thread_starts(id);
         let mut looping = Loop {
             control: self.vcpu.control(),
             vcpu: self.vcpu,

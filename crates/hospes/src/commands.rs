@@ -7,7 +7,7 @@ use lexopt::{Arg, Parser};
 
 use crate::help::{self, Command};
 use crate::output::print;
-use crate::{Failure, Global, Outcome, create, list, terminal, text, unexpected};
+use crate::{Failure, Global, Outcome, create, image, list, terminal, text, unexpected};
 
 /// Runs one command with the arguments that are left.
 pub(crate) fn execute(
@@ -30,6 +30,7 @@ pub(crate) fn execute(
         "destroy" => on_domain(global, parser, |host, who| host.destroy(who)),
         "domid" => domid(parser),
         "domname" => domname(parser),
+        "image" => image::image(program, global, parser),
         _ => help_command(program, parser),
     }
 }

@@ -135,12 +135,63 @@ pub(crate) const COMMANDS: &[Command] = &[
         details: "",
     },
     Command {
+        name: "image",
+        arguments: "debian [OPTIONS] FILE",
+        summary: "Make a disk image with Debian from the archive.",
+        options: IMAGE_OPTIONS,
+        details: "Beside FILE appear its kernel (.vmlinuz), its initial root file system (.initrd) and a configuration\n\
+                  (.cfg) that `create' takes as it is; with --cloud-init also the seed disk (.seed.iso). The same options on\n\
+                  the same state of the archive give the same bytes. It takes a minute or two and needs the packages\n\
+                  mmdebstrap and e2fsprogs, for users other than root uidmap, for qcow2 qemu-utils.",
+    },
+    Command {
         name: "help",
         arguments: "[--long] [COMMAND]",
         summary: "Say what the commands do.",
         options: &[("--long", "everything about all commands")],
         details: "",
     },
+];
+
+const IMAGE_OPTIONS: &[(&str, &str)] = &[
+    ("--size SIZE", "size of the disk with K, M, G or T; 4G"),
+    ("--format raw|qcow2", "format of the image; raw"),
+    ("--hostname NAME", "name of the guest; debian"),
+    ("--packages A,B", "more packages; may be repeated"),
+    (
+        "--ssh-key FILE",
+        "public key that may log in as root by SSH; may be repeated",
+    ),
+    (
+        "--root-password-file FILE",
+        "file whose first line becomes root's password",
+    ),
+    (
+        "--no-autologin",
+        "the console asks who logs in; without it root is logged in there",
+    ),
+    ("--cloud-init", "with cloud-init and a seed disk for it"),
+    (
+        "--user-data FILE",
+        "cloud-init's user-data, instead of host name and keys",
+    ),
+    (
+        "--run FILE",
+        "program to run in the new root once all is installed",
+    ),
+    ("--suite NAME", "release of Debian; bookworm"),
+    (
+        "--mirror URL",
+        "archive to take it from; the one that this machine uses",
+    ),
+    ("--kernel cloud|generic", "which of Debian's kernels; cloud"),
+    (
+        "--docs",
+        "with manual pages, documentation and translations",
+    ),
+    ("--memory MB", "memory in the configuration; 512"),
+    ("--vcpus N", "virtual CPUs in the configuration; 1"),
+    ("-f, --force", "write over files that exist"),
 ];
 
 const GLOBAL_OPTIONS: &[(&str, &str)] = &[

@@ -9,6 +9,7 @@
 mod commands;
 mod create;
 mod help;
+mod image;
 mod list;
 mod output;
 mod terminal;

@@ -3,12 +3,13 @@
 use std::io::Write;
 use std::sync::Arc;
 
-use hospes_config::DiskConfig;
+use hospes_config::{DiskConfig, DomainConfig, Pinning};
 use hospes_domain::frame::Kind;
 use hospes_domain::{Domain, DomainSpec, EndReason, ShutdownKind};
 use hospes_store::LocalStore;
 use hospes_toolstack::{
-    self as toolstack, DeviceKind, Machine, MachineError, MachineInfo, MachineSpec,
+    self as toolstack, Affinity, DeviceKind, Machine, MachineError, MachineInfo, MachineSpec,
+    VcpuInfo,
 };
 use hospes_units::VcpuId;
 
@@ -37,7 +38,7 @@ impl toolstack::MachineFactory for Domains {
             cmdline: config.cmdline.clone(),
             memory_bytes: config.memory_mib << 20,
             promised_bytes: spec.promised_bytes,
-            vcpus: config.vcpus,
+            vcpus: config.maxvcpus,
             nomigrate: false,
             store: Arc::new(LocalStore::default()),
             console,
@@ -45,8 +46,31 @@ impl toolstack::MachineFactory for Domains {
             log: Arc::new(toolstack::log_line),
         };
         let domain = Domain::create(spec, Box::new(hospes_engines::create_vm))?;
+        if config.vcpus < config.maxvcpus {
+            domain.set_vcpus(config.vcpus)?;
+        }
+        place(&domain, config)?;
         Ok(Arc::new(Running(domain)))
     }
+}
+
+/// Gives the vCPUs the host CPUs of the configuration.
+fn place(domain: &Domain, config: &DomainConfig) -> Result<(), MachineError> {
+    let pinning = &config.scheduling;
+    if pinning.cpus == Pinning::None && pinning.cpus_soft == Pinning::None {
+        return Ok(());
+    }
+    let host = toolstack::host_cpus();
+    for vcpu in 0..config.maxvcpus {
+        let meaning = |pinning: &Pinning| {
+            let list = pinning.of(vcpu);
+            list.map(|list| toolstack::resolve(list, &host)).transpose()
+        };
+        let hard = meaning(&pinning.cpus)?;
+        let soft = meaning(&pinning.cpus_soft)?;
+        domain.pin(Some(VcpuId(vcpu)), hard.as_ref(), soft.as_ref())?;
+    }
+    Ok(())
 }
 
 struct Running(Domain);
@@ -125,6 +149,36 @@ impl Machine for Running {
             store.write(&format!("{vm}/name"), name.as_bytes())?;
         }
         Ok(())
+    }
+
+    fn vcpus(&self) -> Vec<VcpuInfo> {
+        let text = |affinity: &Affinity| affinity.as_ref().map(ToString::to_string);
+        let vcpus = self.0.vcpus().into_iter();
+        vcpus
+            .map(|v| VcpuInfo {
+                vcpu: v.id.0,
+                online: v.online,
+                running: v.running,
+                blocked: v.blocked,
+                host_cpu: v.host_cpu,
+                time_ns: v.time_ns,
+                hard: text(&v.hard),
+                soft: text(&v.soft),
+            })
+            .collect()
+    }
+
+    fn pin(
+        &self,
+        vcpu: Option<u32>,
+        hard: Option<&Affinity>,
+        soft: Option<&Affinity>,
+    ) -> Result<(), MachineError> {
+        Ok(self.0.pin(vcpu.map(VcpuId), hard, soft)?)
+    }
+
+    fn set_vcpus(&self, online: u32) -> Result<(), MachineError> {
+        Ok(self.0.set_vcpus(online)?)
     }
 
     fn attach_disk(&self, disk: &DiskConfig) -> Result<(), MachineError> {

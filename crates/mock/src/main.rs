@@ -12,8 +12,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use hospes_config::{DiskConfig, VifConfig};
 use hospes_toolstack::{
-    DeviceKind, EndReason, Machine, MachineError, MachineFactory, MachineInfo, MachineSpec,
-    ShutdownKind, Trigger,
+    Affinity, DeviceKind, EndReason, Machine, MachineError, MachineFactory, MachineInfo,
+    MachineSpec, ShutdownKind, Trigger, VcpuInfo,
 };
 
 struct State {
@@ -24,13 +24,14 @@ struct State {
     end: Option<EndReason>,
     /// A disk that is not given back.
     stuck: Option<u32>,
+    online: u32,
+    affinities: Vec<(Affinity, Affinity)>,
 }
 
 struct Mock {
     state: Mutex<State>,
     changed: Condvar,
     memory_kib: u64,
-    vcpus: u32,
     deaf: bool,
 }
 
@@ -117,7 +118,7 @@ impl Machine for Mock {
         let state = self.lock();
         MachineInfo {
             memory_kib: self.memory_kib,
-            vcpus_online: self.vcpus,
+            vcpus_online: state.online,
             cpu_time_ns: 1_500_000_000,
             running: false,
             blocked: !state.paused,
@@ -180,6 +181,43 @@ impl Machine for Mock {
         Ok(())
     }
 
+    fn vcpus(&self) -> Vec<VcpuInfo> {
+        let state = self.lock();
+        let text = |affinity: &Affinity| affinity.as_ref().map(ToString::to_string);
+        let vcpu = |(n, (hard, soft)): (usize, &(Affinity, Affinity))| VcpuInfo {
+            vcpu: n as u32,
+            online: (n as u32) < state.online,
+            running: false,
+            blocked: !state.paused,
+            host_cpu: Some(0),
+            time_ns: 1_500_000_000,
+            hard: text(hard),
+            soft: text(soft),
+        };
+        state.affinities.iter().enumerate().map(vcpu).collect()
+    }
+
+    fn pin(
+        &self,
+        vcpu: Option<u32>,
+        hard: Option<&Affinity>,
+        soft: Option<&Affinity>,
+    ) -> Result<(), MachineError> {
+        let mut state = self.lock();
+        for (n, place) in state.affinities.iter_mut().enumerate() {
+            if vcpu.is_none_or(|vcpu| vcpu as usize == n) {
+                place.0 = hard.unwrap_or(&place.0).clone();
+                place.1 = soft.unwrap_or(&place.1).clone();
+            }
+        }
+        Ok(())
+    }
+
+    fn set_vcpus(&self, online: u32) -> Result<(), MachineError> {
+        self.lock().online = online;
+        Ok(())
+    }
+
     fn console_input(&self, bytes: &[u8]) -> usize {
         let mut state = self.lock();
         for byte in bytes {
@@ -212,10 +250,11 @@ impl MachineFactory for Factory {
                 paused: true,
                 end: None,
                 stuck: None,
+                online: spec.config.vcpus,
+                affinities: vec![(None, None); spec.config.maxvcpus as usize],
             }),
             changed: Condvar::new(),
             memory_kib: spec.config.memory_mib << 10,
-            vcpus: spec.config.vcpus,
             deaf: spec.config.cmdline.contains("deaf"),
         }))
     }

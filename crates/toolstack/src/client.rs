@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hospes_config::{DiskConfig, DomainConfig, VifConfig};
+use hospes_config::{CpuList, DiskConfig, DomainConfig, VifConfig};
 use hospes_units::DomId;
 
 use crate::error::{Error, Result};
@@ -13,6 +13,7 @@ use crate::launch::{self, CreateRequest, Created};
 use crate::paths::Paths;
 use crate::protocol::{self, DomainInfo, Ended, Reply, Request, ShutdownKind, Until};
 use crate::registry::{Entry, HOST_NAME, Registry, is_locked};
+use crate::scheduling::VcpuInfo;
 
 /// How long a domain that is being built may take to open its sockets.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
@@ -169,6 +170,32 @@ impl Host {
         launch::resolve(&mut config)?;
         let config = Box::new(config);
         self.ask(who, &Request::UpdateConfig { config })
+    }
+
+    /// All vCPUs of a domain.
+    pub fn vcpus(&self, who: &str) -> Result<Vec<VcpuInfo>> {
+        match self.request(who, &Request::Vcpus)? {
+            Reply::Vcpus { vcpus } => Ok(vcpus),
+            reply => Err(unexpected(&reply)),
+        }
+    }
+
+    /// Changes which host CPUs one vCPU, or all, may run on (`hard`) and prefer (`soft`); what is `None` stays.
+    pub fn pin(
+        &self,
+        who: &str,
+        vcpu: Option<u32>,
+        hard: Option<CpuList>,
+        soft: Option<CpuList>,
+    ) -> Result<()> {
+        self.request(who, &Request::Pin { vcpu, hard, soft })
+            .and_then(done)
+    }
+
+    /// Asks a guest to use its first `online` vCPUs.
+    pub fn set_vcpus(&self, who: &str, online: u32) -> Result<()> {
+        self.request(who, &Request::SetVcpus { online })
+            .and_then(done)
     }
 
     /// Ends a domain. A domain process that does not answer is killed.

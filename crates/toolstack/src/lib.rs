@@ -28,6 +28,7 @@ mod paths;
 mod process;
 pub mod protocol;
 mod registry;
+mod scheduling;
 mod server;
 mod supervisor;
 
@@ -39,6 +40,7 @@ pub use paths::Paths;
 pub use process::domain_process;
 pub use protocol::{DeviceKind, DomainInfo, EndReason, Ended, ShutdownKind, Trigger, Until};
 pub use registry::{Entry, HOST_NAME, Record};
+pub use scheduling::{Affinity, VcpuInfo, host_cpus, resolve};
 
 /// The hidden subcommand with which the program starts itself as a domain process.
 pub const DOMAIN_SUBCOMMAND: &str = "__domain";

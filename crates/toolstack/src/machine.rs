@@ -9,6 +9,7 @@ use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
 use hospes_units::DomId;
 
 use crate::protocol::{DeviceKind, EndReason, ShutdownKind, Trigger};
+use crate::scheduling::{Affinity, VcpuInfo};
 
 pub type MachineError = Box<dyn Error + Send + Sync>;
 
@@ -106,6 +107,20 @@ pub trait Machine: Send + Sync {
     fn describe(&self) -> String {
         format!("{:?}", self.info())
     }
+
+    /// All vCPUs by number, those that the guest does not use too.
+    fn vcpus(&self) -> Vec<VcpuInfo>;
+
+    /// Changes which host CPUs one vCPU, or all, may run on and prefer; what is `None` stays.
+    fn pin(
+        &self,
+        vcpu: Option<u32>,
+        hard: Option<&Affinity>,
+        soft: Option<&Affinity>,
+    ) -> Result<(), MachineError>;
+
+    /// Asks the guest to use its first `online` vCPUs.
+    fn set_vcpus(&self, online: u32) -> Result<(), MachineError>;
 
     /// Input for the guest's console; returns how many bytes were taken, 0 where there is no room now.
     fn console_input(&self, bytes: &[u8]) -> usize;

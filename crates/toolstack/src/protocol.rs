@@ -6,11 +6,12 @@
 use std::io::{self, BufRead, Read, Write};
 use std::path::PathBuf;
 
-use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
+use hospes_config::{CpuList, DiskConfig, DomainConfig, Uuid, VifConfig};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::scheduling::VcpuInfo;
 
 /// Version of all messages here.
 pub const VERSION: u32 = 1;
@@ -119,6 +120,18 @@ pub enum Request {
     },
     /// The reply comes when the domain is gone.
     Destroy,
+    /// All vCPUs.
+    Vcpus,
+    /// Changes which host CPUs one vCPU, or all, may run on and prefer; what is `None` stays.
+    Pin {
+        vcpu: Option<u32>,
+        hard: Option<CpuList>,
+        soft: Option<CpuList>,
+    },
+    /// How many vCPUs the guest is to use.
+    SetVcpus {
+        online: u32,
+    },
     Wait {
         until: Until,
     },
@@ -199,6 +212,7 @@ pub enum Reply {
     Done,
     Info(DomainInfo),
     Ended(Ended),
+    Vcpus { vcpus: Vec<VcpuInfo> },
     Error { message: String },
 }
 
@@ -308,6 +322,11 @@ mod tests {
             },
             Request::Wait {
                 until: Until::Death,
+            },
+            Request::Pin {
+                vcpu: None,
+                hard: "0-3,^2".parse().ok(),
+                soft: None,
             },
         ] {
             let line = encode(&request).expect("short");

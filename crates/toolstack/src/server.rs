@@ -11,12 +11,15 @@ use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Duration;
 
+use hospes_config::CpuList;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::error::{Error, Result, at};
 use crate::hub::{ConsoleHub, Watcher};
 use crate::instance::Instance;
+use crate::machine::{Machine, MachineError};
 use crate::protocol::{self, Reply, Request, Until};
+use crate::scheduling::{host_cpus, resolve};
 use crate::supervisor::log;
 
 /// Most connections at a time, per socket.
@@ -158,6 +161,7 @@ fn answer(stream: &UnixStream, instance: &Instance, request: Request) -> Option<
     let asks_guest = !matches!(
         request,
         Request::Info
+            | Request::Vcpus
             | Request::Pause
             | Request::Unpause
             | Request::Destroy
@@ -202,6 +206,11 @@ fn answer(stream: &UnixStream, instance: &Instance, request: Request) -> Option<
             }
             Reply::Done
         }
+        Request::Vcpus => Reply::Vcpus {
+            vcpus: machine.vcpus(),
+        },
+        Request::Pin { vcpu, hard, soft } => done(pin(machine, vcpu, hard.as_ref(), soft.as_ref())),
+        Request::SetVcpus { online } => done(machine.set_vcpus(online)),
     })
 }
 
@@ -212,6 +221,18 @@ fn done<E: std::fmt::Display>(result: std::result::Result<(), E>) -> Reply {
             message: fault.to_string(),
         },
     }
+}
+
+fn pin(
+    machine: &dyn Machine,
+    vcpu: Option<u32>,
+    hard: Option<&CpuList>,
+    soft: Option<&CpuList>,
+) -> std::result::Result<(), MachineError> {
+    let host = host_cpus();
+    let meaning = |list: Option<&CpuList>| list.map(|list| resolve(list, &host)).transpose();
+    let (hard, soft) = (meaning(hard)?, meaning(soft)?);
+    machine.pin(vcpu, hard.as_ref(), soft.as_ref())
 }
 
 fn wait(stream: &UnixStream, instance: &Instance, until: Until) -> Option<Reply> {

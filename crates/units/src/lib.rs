@@ -1,9 +1,13 @@
-//! Units of the project: addresses, page counts, domain and port numbers as types of their own.
+//! Units of the project: addresses, page counts, domain and port numbers, sets of host CPUs as types of their own.
 //!
 //! No arithmetic mixes two kinds of address. Limits: addresses are 64 bits wide; a page is 4 KiB.
 #![forbid(unsafe_code)]
 
+mod cpuset;
+
 use std::fmt;
+
+pub use cpuset::{CpuSet, CpuSetError, HOST_CPUS_MAX};
 
 /// Bytes in a page frame.
 pub const PAGE_SIZE: u64 = 4096;

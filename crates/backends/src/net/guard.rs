@@ -1,0 +1,153 @@
+//! What a guest may send: on a network that it shares with others it is to speak for itself only.
+
+use std::net::Ipv4Addr;
+
+use super::headers::{
+    ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Layers, PROTOCOL_ICMPV6, PROTOCOL_UDP,
+};
+
+/// The limits of one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Guard {
+    /// The only source address of its frames.
+    pub mac: [u8; 6],
+    /// The only IPv4 addresses that it may claim, with the length of their prefixes. Where they are given, only IP and ARP pass, and no answers of a
+    /// DHCP server or of a router: these have their place on the host.
+    pub ip: Option<Vec<(Ipv4Addr, u8)>>,
+}
+
+const DHCP_SERVER: u16 = 67;
+const DHCPV6_SERVER: u16 = 547;
+const ROUTER_ADVERTISEMENT: u8 = 134;
+const REDIRECT: u8 = 137;
+
+impl Guard {
+    /// Whether a frame that begins with `head` may pass.
+    pub fn permits(&self, head: &[u8], layers: &Layers) -> bool {
+        if head.get(6..12) != Some(&self.mac[..]) {
+            return false;
+        }
+        let Some(networks) = &self.ip else {
+            return true;
+        };
+        // Behind a tag nobody looks for what is checked here.
+        if layers.network != super::headers::ETHERNET_BYTES {
+            return false;
+        }
+        let owns = |at: usize| {
+            let bytes = head
+                .get(at..at + 4)
+                .and_then(|b| <[u8; 4]>::try_from(b).ok());
+            bytes.is_some_and(|bytes| {
+                let address = u32::from_be_bytes(bytes);
+                let inside = |(network, prefix): &(Ipv4Addr, u8)| {
+                    let mask = u32::MAX
+                        .checked_shl(32 - u32::from(*prefix).min(32))
+                        .unwrap_or(0);
+                    (address ^ network.to_bits()) & mask == 0
+                };
+                address == 0 || networks.iter().any(inside)
+            })
+        };
+        match layers.ethertype {
+            ETHERTYPE_IPV4 => owns(layers.network + 12) && !self.serves(head, layers),
+            ETHERTYPE_ARP => {
+                head.get(layers.network + 8..layers.network + 14) == Some(&self.mac[..])
+                    && owns(layers.network + 14)
+            }
+            ETHERTYPE_IPV6 => layers.transport.is_some() && !self.serves(head, layers),
+            _ => false,
+        }
+    }
+
+    /// Whether it is a packet of a DHCP server or a router, or a part of one that cannot be told.
+    fn serves(&self, head: &[u8], layers: &Layers) -> bool {
+        let Some(transport) = layers.transport else {
+            return true;
+        };
+        match transport.protocol {
+            PROTOCOL_UDP if !transport.fragment => {
+                let port = head.get(transport.at..transport.at + 2);
+                let port = port.map(|b| u16::from_be_bytes([b[0], b[1]]));
+                port.is_none_or(|port| port == DHCP_SERVER || port == DHCPV6_SERVER)
+            }
+            PROTOCOL_ICMPV6 => {
+                let kind = head.get(transport.at).copied();
+                transport.fragment
+                    || kind.is_none_or(|kind| kind == ROUTER_ADVERTISEMENT || kind == REDIRECT)
+            }
+            _ => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::headers::{PROTOCOL_TCP, parse, samples};
+    use super::*;
+
+    const MAC: [u8; 6] = [0, 0x16, 0x3e, 1, 2, 3];
+
+    fn permits(guard: &Guard, frame: &[u8]) -> bool {
+        guard.permits(frame, &parse(frame).unwrap())
+    }
+
+    fn own(ip: [u8; 4], prefix: u8) -> Guard {
+        Guard {
+            mac: MAC,
+            ip: Some(vec![(ip.into(), prefix)]),
+        }
+    }
+
+    #[test]
+    fn permits_only_its_own_addresses() {
+        let frame = samples::ipv4(MAC, PROTOCOL_TCP, b"x");
+        assert!(permits(&own([10, 0, 0, 2], 32), &frame));
+        assert!(permits(&own([10, 0, 0, 0], 24), &frame));
+        assert!(permits(&own([9, 9, 9, 9], 0), &frame));
+        assert!(!permits(&own([10, 0, 0, 3], 32), &frame));
+        assert!(!permits(
+            &Guard {
+                mac: [2; 6],
+                ip: None
+            },
+            &frame
+        ));
+        assert!(permits(&Guard { mac: MAC, ip: None }, &frame));
+    }
+
+    #[test]
+    fn permits_no_servers() {
+        let own = own([10, 0, 0, 2], 32);
+        let mut frame = samples::ipv4(MAC, PROTOCOL_UDP, b"x");
+        frame[34..36].copy_from_slice(&68u16.to_be_bytes());
+        assert!(permits(&own, &frame));
+        frame[34..36].copy_from_slice(&67u16.to_be_bytes());
+        assert!(!permits(&own, &frame));
+        let mut frame = vec![0; 14 + 40 + 8];
+        frame[6..12].copy_from_slice(&MAC);
+        frame[12..14].copy_from_slice(&[0x86, 0xdd]);
+        frame[14] = 0x60;
+        frame[20] = PROTOCOL_ICMPV6;
+        frame[54] = 135;
+        assert!(permits(&own, &frame));
+        frame[54] = ROUTER_ADVERTISEMENT;
+        assert!(!permits(&own, &frame));
+    }
+
+    #[test]
+    fn permits_arp_for_itself() {
+        let own = own([10, 0, 0, 2], 32);
+        let mut frame = vec![0; 42];
+        frame[6..12].copy_from_slice(&MAC);
+        frame[12..14].copy_from_slice(&[8, 6]);
+        frame[22..28].copy_from_slice(&MAC);
+        frame[28..32].copy_from_slice(&[10, 0, 0, 2]);
+        assert!(permits(&own, &frame));
+        frame[31] = 1;
+        assert!(!permits(&own, &frame));
+        frame[31] = 2;
+        frame[27] ^= 1;
+        assert!(!permits(&own, &frame));
+    }
+}

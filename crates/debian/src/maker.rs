@@ -1,0 +1,303 @@
+//! From a recipe to the files.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+
+use crate::configuration::{self, Files};
+use crate::mirror;
+use crate::recipe::{Format, Recipe, RecipeError};
+use crate::seed::{self, SeedError};
+use crate::work::{self, Unfinished};
+
+/// The file system's UUID and hash seed: always the same, so that the same packages give the same bytes.
+const FS_UUID: &str = "9a3b6c1e-7d52-4f0b-8c5a-686f73706573";
+/// The time of everything in an image that has no older one, where `SOURCE_DATE_EPOCH` does not say: 2023-06-10, Debian 12.
+const EPOCH_DEFAULT: u64 = 1_686_355_200;
+
+const ESSENTIAL_HOOK: &str = include_str!("essential.sh");
+const CUSTOMIZE_HOOK: &str = include_str!("customize.sh");
+const LEFT_OUT: [&str; 4] = [
+    "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/locale/*",
+    "path-exclude=/usr/share/doc/*",
+    "path-include=/usr/share/doc/*/copyright",
+];
+
+/// What is going on, for people to see.
+#[derive(Clone, Copy, Debug)]
+pub enum Progress<'a> {
+    /// The next of a handful of steps.
+    Step(&'a str),
+    /// A line of a program at work.
+    Detail(&'a str),
+}
+
+/// The files of a finished image, absolute.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Made {
+    pub image: PathBuf,
+    pub kernel: PathBuf,
+    pub initrd: PathBuf,
+    /// Where cloud-init was wanted.
+    pub seed: Option<PathBuf>,
+    pub configuration: PathBuf,
+}
+
+impl Made {
+    fn all(&self) -> impl Iterator<Item = &PathBuf> {
+        [&self.image, &self.kernel, &self.initrd, &self.configuration]
+            .into_iter()
+            .chain(&self.seed)
+    }
+}
+
+/// Why there is no image.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
+    #[error(transparent)]
+    Seed(#[from] SeedError),
+    #[error("{path} exists: give another name, or --force to write over it")]
+    Exists { path: PathBuf },
+    #[error("cannot {what} {path}: {source}")]
+    File {
+        what: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error("{program} is not on this machine: install the package {package}")]
+    Missing {
+        program: String,
+        package: &'static str,
+    },
+    #[error("{program} could not be run: {source}")]
+    Start { program: String, source: io::Error },
+    #[error("{program} failed ({status}); its last lines:\n{tail}")]
+    Program {
+        program: String,
+        status: ExitStatus,
+        tail: String,
+    },
+    #[error(
+        "mmdebstrap needs a user name space here, which needs the package uidmap and a line for this user in /etc/subuid and \
+         /etc/subgid (usermod --add-subuids); or run this as root. It said:\n{tail}"
+    )]
+    NoUserNamespace { tail: String },
+}
+
+impl BuildError {
+    pub(crate) fn file(what: &'static str, path: &Path, source: io::Error) -> BuildError {
+        BuildError::File {
+            what,
+            path: path.into(),
+            source,
+        }
+    }
+
+    pub(crate) fn missing(program: &str) -> BuildError {
+        let package = match program {
+            "mke2fs" => "e2fsprogs",
+            "qemu-img" => "qemu-utils",
+            _ => "mmdebstrap",
+        };
+        BuildError::Missing {
+            program: program.into(),
+            package,
+        }
+    }
+}
+
+/// Makes the image and what lies beside it. Takes about a minute, most of it for packages.
+pub fn build(recipe: &Recipe, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Made, BuildError> {
+    recipe.check()?;
+    let made = places(recipe)?;
+    if !recipe.force
+        && let Some(path) = made.all().find(|path| path.exists())
+    {
+        return Err(BuildError::Exists { path: path.clone() });
+    }
+    let mut keys = String::new();
+    for path in &recipe.ssh_keys {
+        keys.push_str(&read_text(path)?);
+        keys.push('\n');
+    }
+    let unfinished = Unfinished::create(&made.image)?;
+    let log = made.image.with_extension("log");
+    let _ = fs::remove_file(&log);
+    let disk = unfinished.file("disk");
+    let kernel = unfinished.file("kernel");
+    let initrd = unfinished.file("initrd");
+    {
+        let (_disk, disk_name) = work::writable(&disk, recipe.bytes)?;
+        let (_kernel, kernel_name) = work::writable(&kernel, 0)?;
+        let (_initrd, initrd_name) = work::writable(&initrd, 0)?;
+        let mut command = bootstrap(recipe)?;
+        command
+            .env("IMAGE", disk_name)
+            .env("KERNEL", kernel_name)
+            .env("INITRD", initrd_name);
+        command.env("SSH_KEYS", keys.trim());
+        let packages = recipe.all_packages().len();
+        work::run(&mut command, &log, |line| {
+            work::translate(line, packages, progress)
+        })
+        .map_err(explain)?;
+    }
+    let disk = match recipe.format {
+        Format::Raw => disk,
+        Format::Qcow2 => convert(&unfinished, &disk, &log, progress)?,
+    };
+    work::finish(&disk, &made.image)?;
+    work::finish(&kernel, &made.kernel)?;
+    work::finish(&initrd, &made.initrd)?;
+    if let Some(path) = &made.seed {
+        write(&unfinished, path, &seed_volume(recipe, &keys)?)?;
+    }
+    let files = Files {
+        image: &made.image,
+        kernel: &made.kernel,
+        initrd: &made.initrd,
+        seed: made.seed.as_deref(),
+    };
+    write(
+        &unfinished,
+        &made.configuration,
+        configuration::domain(recipe, &files).as_bytes(),
+    )?;
+    let _ = fs::remove_file(&log);
+    Ok(made)
+}
+
+fn places(recipe: &Recipe) -> Result<Made, BuildError> {
+    let absolute = |path: PathBuf| {
+        std::path::absolute(&path).map_err(|source| BuildError::file("find", &path, source))
+    };
+    let seed = recipe
+        .cloud_init
+        .then(|| recipe.beside("seed.iso"))
+        .transpose()?;
+    Ok(Made {
+        image: absolute(recipe.output.clone())?,
+        kernel: absolute(recipe.beside("vmlinuz")?)?,
+        initrd: absolute(recipe.beside("initrd")?)?,
+        seed: seed.map(absolute).transpose()?,
+        configuration: absolute(recipe.beside("cfg")?)?,
+    })
+}
+
+fn read_text(path: &Path) -> Result<String, BuildError> {
+    fs::read_to_string(path).map_err(|source| BuildError::file("read", path, source))
+}
+
+fn write(unfinished: &Unfinished, path: &Path, content: &[u8]) -> Result<(), BuildError> {
+    let new = unfinished.file("new");
+    fs::write(&new, content).map_err(|source| BuildError::file("write", path, source))?;
+    work::finish(&new, path)
+}
+
+/// The mmdebstrap command, whose hooks write the files.
+fn bootstrap(recipe: &Recipe) -> Result<Command, BuildError> {
+    let mut command = Command::new("mmdebstrap");
+    command.args([
+        "--variant=minbase",
+        "--format=null",
+        "--architectures=amd64",
+    ]);
+    command.args([
+        "--aptopt=Acquire::Languages \"none\"",
+        "--aptopt=APT::Install-Recommends \"false\"",
+    ]);
+    if !recipe.docs {
+        command.args(LEFT_OUT.map(|rule| format!("--dpkgopt={rule}")));
+    }
+    command.arg(format!("--include={}", recipe.all_packages().join(",")));
+    // As arguments, not as files: in a user name space the hooks may not read our directory.
+    command.arg("--essential-hook=sh -euc \"$ESSENTIAL_HOOK\" essential \"$1\"");
+    command.arg("--customize-hook=sh -euc \"$CUSTOMIZE_HOOK\" customize \"$1\"");
+    command.args([&recipe.suite, "-"]);
+    command.args(mirror::sources(
+        &recipe.suite,
+        recipe.mirror.as_deref(),
+        &mirror::configured_sources(),
+    ));
+    let password = match &recipe.password_file {
+        Some(path) => read_text(path)?
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .to_string(),
+        None => String::new(),
+    };
+    let program = match &recipe.run {
+        Some(path) => read_text(path)?,
+        None => String::new(),
+    };
+    let epoch = std::env::var("SOURCE_DATE_EPOCH")
+        .ok()
+        .and_then(|text| text.parse().ok());
+    let path = std::env::var("PATH").unwrap_or_default();
+    command
+        .env("PATH", format!("{path}:/usr/local/sbin:/usr/sbin:/sbin"))
+        .env("LC_ALL", "C.UTF-8")
+        .env("ESSENTIAL_HOOK", ESSENTIAL_HOOK)
+        .env("CUSTOMIZE_HOOK", CUSTOMIZE_HOOK)
+        .env(
+            "SOURCE_DATE_EPOCH",
+            epoch.unwrap_or(EPOCH_DEFAULT).to_string(),
+        )
+        .env("HOSTNAME_OF_GUEST", &recipe.hostname)
+        .env("AUTOLOGIN", if recipe.autologin { "yes" } else { "no" })
+        .env("PASSWORD", password)
+        .env("RUN", program)
+        .env("FS_UUID", FS_UUID)
+        .env("FS_BYTES", recipe.bytes.to_string())
+        .current_dir("/");
+    Ok(command)
+}
+
+fn explain(fault: BuildError) -> BuildError {
+    match fault {
+        BuildError::Program { tail, .. }
+            if !rustix::process::geteuid().is_root()
+                && ["newuidmap", "subuid", "unshare"]
+                    .iter()
+                    .any(|word| tail.contains(word)) =>
+        {
+            BuildError::NoUserNamespace { tail }
+        }
+        fault => fault,
+    }
+}
+
+fn convert(
+    unfinished: &Unfinished,
+    raw: &Path,
+    log: &Path,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<PathBuf, BuildError> {
+    progress(Progress::Step("converting to qcow2"));
+    let path = unfinished.file("qcow2");
+    let mut command = Command::new("qemu-img");
+    command
+        .args(["convert", "-f", "raw", "-O", "qcow2"])
+        .arg(raw)
+        .arg(&path);
+    work::run(&mut command, log, |line| progress(Progress::Detail(line)))?;
+    Ok(path)
+}
+
+fn seed_volume(recipe: &Recipe, keys: &str) -> Result<Vec<u8>, BuildError> {
+    let user_data = match &recipe.user_data {
+        Some(path) => read_text(path)?,
+        None => configuration::user_data(&recipe.hostname, keys),
+    };
+    let meta_data = configuration::meta_data(&recipe.hostname);
+    let files = [
+        ("user-data", user_data.as_bytes()),
+        ("meta-data", meta_data.as_bytes()),
+    ];
+    Ok(seed::volume(&files)?)
+}

@@ -1,0 +1,257 @@
+//! Running the programs that make an image, and the directory in which unfinished files lie.
+
+use std::collections::VecDeque;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
+
+use crate::maker::{BuildError, Progress};
+
+/// Lines of a failed program that its error shows.
+const TAIL_LINES: usize = 12;
+/// The shell that mmdebstrap uses knows single-digit descriptors alone: ours are out of their way.
+const DESCRIPTOR_MIN: i32 = 20;
+
+/// A directory beside the image for what is not finished. It goes when this goes; one that a killed run left is removed first.
+pub(crate) struct Unfinished {
+    pub path: PathBuf,
+}
+
+impl Unfinished {
+    pub fn create(output: &Path) -> Result<Unfinished, BuildError> {
+        let name = output.file_name().unwrap_or_default().to_string_lossy();
+        let path = output.with_file_name(format!(".{name}.unfinished"));
+        let failed = |source| BuildError::file("make the directory", &path, source);
+        match fs::remove_dir_all(&path) {
+            Err(fault) if fault.kind() != io::ErrorKind::NotFound => return Err(failed(fault)),
+            _ => {}
+        }
+        // Files in it are open to everyone for a while: see `writable`.
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&path)
+            .map_err(failed)?;
+        Ok(Unfinished { path })
+    }
+
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// A new file of `bytes` bytes that a child can write by the name of its descriptor: returns the descriptor, which children
+/// inherit while it is open, and that name.
+///
+/// In a user name space the child is another user: it may not reach the file's directory, but it may open the descriptor's
+/// name again where the file's mode lets everyone. The directory keeps everyone else away.
+pub(crate) fn writable(path: &Path, bytes: u64) -> Result<(OwnedFd, String), BuildError> {
+    let failed = |source| BuildError::file("make", path, source);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .map_err(failed)?;
+    file.set_len(bytes).map_err(failed)?;
+    file.set_permissions(fs::Permissions::from_mode(0o666))
+        .map_err(failed)?;
+    let inherited = fcntl_dupfd_cloexec(&file, DESCRIPTOR_MIN)
+        .and_then(|copy| fcntl_setfd(&copy, FdFlags::empty()).map(|()| copy))
+        .map_err(|errno| failed(errno.into()))?;
+    let name = format!(
+        "/proc/self/fd/{}",
+        std::os::fd::AsRawFd::as_raw_fd(&inherited)
+    );
+    Ok((inherited, name))
+}
+
+/// Runs a program to its end. What it writes goes to the log and, line by line, to `line`.
+pub(crate) fn run(
+    command: &mut Command,
+    log: &Path,
+    mut line: impl FnMut(&str),
+) -> Result<(), BuildError> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let failed = |source| BuildError::file("write", log, source);
+    let mut log_file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(log)
+        .map_err(failed)?;
+    let (reader, writer) = io::pipe().map_err(|source| BuildError::Start {
+        program: program.clone(),
+        source,
+    })?;
+    let copy = writer.try_clone().map_err(|source| BuildError::Start {
+        program: program.clone(),
+        source,
+    })?;
+    command.stdin(Stdio::null()).stdout(writer).stderr(copy);
+    let mut child = command.spawn().map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => BuildError::missing(&program),
+        _ => BuildError::Start {
+            program: program.clone(),
+            source,
+        },
+    })?;
+    // The command holds the writing ends: the reader would wait for ours for ever.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut tail = VecDeque::new();
+    let mut reader = BufReader::new(reader);
+    let mut bytes = Vec::new();
+    while matches!(reader.read_until(b'\n', &mut bytes), Ok(length) if length > 0) {
+        log_file.write_all(&bytes).map_err(failed)?;
+        let text = String::from_utf8_lossy(&bytes);
+        let text = text.trim_end();
+        line(text);
+        if tail.len() == TAIL_LINES {
+            tail.pop_front();
+        }
+        tail.push_back(text.to_string());
+        bytes.clear();
+    }
+    let status = child.wait().map_err(|source| BuildError::Start {
+        program: program.clone(),
+        source,
+    })?;
+    succeeded(status, program, tail)
+}
+
+fn succeeded(
+    status: ExitStatus,
+    program: String,
+    tail: VecDeque<String>,
+) -> Result<(), BuildError> {
+    if status.success() {
+        return Ok(());
+    }
+    let tail: Vec<String> = tail.into();
+    Err(BuildError::Program {
+        program,
+        status,
+        tail: tail.join("\n"),
+    })
+}
+
+/// What mmdebstrap and its hooks say, as progress.
+pub(crate) fn translate(line: &str, packages: usize, progress: &mut dyn FnMut(Progress<'_>)) {
+    if let Some(step) = line.strip_prefix("STEP ") {
+        return progress(Progress::Step(step));
+    }
+    let Some(said) = line.strip_prefix("I: ") else {
+        return progress(Progress::Detail(line));
+    };
+    match said {
+        _ if said.starts_with("running apt-get update") => {
+            progress(Progress::Step("fetching the package lists"));
+        }
+        _ if said.starts_with("downloading packages") => {
+            progress(Progress::Step("downloading the base system"));
+        }
+        _ if said.starts_with("installing essential") => {
+            progress(Progress::Step("installing the base system"));
+        }
+        _ if said.starts_with("installing remaining") => {
+            let step = format!("downloading and installing {packages} packages and what they need");
+            progress(Progress::Step(&step));
+        }
+        _ => progress(Progress::Detail(said)),
+    }
+}
+
+/// Puts a finished file in its place, readable by whom the user's mask allows, and makes it durable.
+pub(crate) fn finish(from: &Path, to: &Path) -> Result<(), BuildError> {
+    let failed = |source| BuildError::file("write", to, source);
+    let mask = rustix::process::umask(rustix::fs::Mode::empty());
+    rustix::process::umask(mask);
+    let mode = 0o666 & !mask.bits();
+    fs::set_permissions(from, fs::Permissions::from_mode(mode)).map_err(failed)?;
+    File::open(from)
+        .and_then(|file| file.sync_all())
+        .map_err(failed)?;
+    fs::rename(from, to).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(line: &str) -> String {
+        let mut text = String::new();
+        translate(line, 3, &mut |progress| {
+            text = match progress {
+                Progress::Step(step) => format!("step {step}"),
+                Progress::Detail(detail) => format!("detail {detail}"),
+            }
+        });
+        text
+    }
+
+    #[test]
+    fn translate_steps_and_details() {
+        assert_eq!(said("STEP writing it"), "step writing it");
+        assert_eq!(
+            said("I: running apt-get update..."),
+            "step fetching the package lists"
+        );
+        assert_eq!(said("Setting up dash (1)"), "detail Setting up dash (1)");
+        assert!(said("I: installing remaining packages").contains("3 packages"));
+    }
+
+    #[test]
+    fn run_failed_program_shows_its_last_lines() {
+        let directory = std::env::temp_dir().join(format!("hospes-debian-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let mut lines = Vec::new();
+        let fault = run(
+            Command::new("sh").args(["-c", "echo one; echo two >&2; exit 3"]),
+            &directory.join("log"),
+            |line| lines.push(line.to_string()),
+        )
+        .unwrap_err();
+        assert_eq!(lines, ["one", "two"]);
+        assert!(fault.to_string().contains("one\ntwo"), "{fault}");
+        assert_eq!(
+            fs::read_to_string(directory.join("log")).unwrap(),
+            "one\ntwo\n"
+        );
+        let fault = run(
+            &mut Command::new("mmdebstrap-is-not-here"),
+            &directory.join("log"),
+            |_| {},
+        );
+        assert!(matches!(fault, Err(BuildError::Missing { .. })));
+        fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn writable_child_writes_by_name_and_directory_goes() {
+        let output =
+            std::env::temp_dir().join(format!("hospes-writable-{}.img", std::process::id()));
+        let unfinished = Unfinished::create(&output).unwrap();
+        let (file, name) = writable(&unfinished.file("disk"), 4096).unwrap();
+        let log = unfinished.file("log");
+        run(
+            Command::new("sh").args(["-c", "printf hello >\"$0\"", &name]),
+            &log,
+            |_| {},
+        )
+        .unwrap();
+        drop(file);
+        assert_eq!(fs::read(unfinished.file("disk")).unwrap(), b"hello");
+        let path = unfinished.path.clone();
+        drop(unfinished);
+        assert!(!path.exists());
+    }
+}

@@ -1,0 +1,149 @@
+//! Where on the host a domain's vCPU threads may run, and where they last ran.
+
+use std::sync::Mutex;
+
+use hospes_units::{CpuSet, HOST_CPUS_MAX, VcpuId};
+use rustix::process::Pid;
+use rustix::thread::{self, CpuSet as Mask};
+
+use crate::lock;
+
+/// Host CPUs of a vCPU; `None` means all.
+pub type Affinity = Option<CpuSet>;
+
+#[derive(Debug, Default)]
+struct Place {
+    /// `None` until the thread runs.
+    thread: Option<Pid>,
+    hard: Affinity,
+    soft: Affinity,
+}
+
+/// The places of all vCPUs of a domain.
+#[derive(Debug)]
+pub struct Placement(Vec<Mutex<Place>>);
+
+impl Placement {
+    pub fn new(vcpus: u32) -> Placement {
+        Placement((0..vcpus).map(|_| Mutex::default()).collect())
+    }
+
+    /// To be called by a vCPU's thread when it starts: what was set before holds from now on.
+    pub fn thread_starts(&self, id: VcpuId) {
+        let mut place = lock(&self.0[id.0 as usize]);
+        place.thread = Some(thread::gettid());
+        // What the host's kernel refuses was refused, or would have been, to whoever set it.
+        let _ = place.apply();
+    }
+
+    /// Changes one vCPU's affinities; what is `None` stays. On an error nothing is changed.
+    pub fn set(
+        &self,
+        id: VcpuId,
+        hard: Option<&Affinity>,
+        soft: Option<&Affinity>,
+    ) -> Result<(), std::io::Error> {
+        let mut place = lock(&self.0[id.0 as usize]);
+        let before = (place.hard.clone(), place.soft.clone());
+        if let Some(hard) = hard {
+            place.hard.clone_from(hard);
+        }
+        if let Some(soft) = soft {
+            place.soft.clone_from(soft);
+        }
+        if let Err(error) = place.apply() {
+            (place.hard, place.soft) = before;
+            let _ = place.apply();
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Hard and soft affinity.
+    pub fn affinity(&self, id: VcpuId) -> (Affinity, Affinity) {
+        let place = lock(&self.0[id.0 as usize]);
+        (place.hard.clone(), place.soft.clone())
+    }
+
+    /// The host CPU that a vCPU's thread runs on, or last ran on.
+    pub fn host_cpu(&self, id: VcpuId) -> Option<u32> {
+        let thread = lock(&self.0[id.0 as usize]).thread?;
+        let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).ok()?;
+        processor_of(&stat)
+    }
+}
+
+impl Place {
+    fn apply(&self) -> Result<(), std::io::Error> {
+        if self.thread.is_none() {
+            return Ok(());
+        }
+        let preferred = match (&self.hard, &self.soft) {
+            (_, None) => None,
+            (None, Some(soft)) => Some(soft.clone()),
+            (Some(hard), Some(soft)) => Some(soft.intersection(hard)),
+        };
+        // Linux knows no preference. The thread is moved there once; as it then has its caches there, the host's scheduler leaves it until
+        // another CPU has nothing to do.
+        if let Some(preferred) = preferred.filter(|set| !set.is_empty()) {
+            let _ = thread::sched_setaffinity(self.thread, &mask(&Some(preferred)));
+        }
+        thread::sched_setaffinity(self.thread, &mask(&self.hard)).map_err(Into::into)
+    }
+}
+
+fn mask(affinity: &Affinity) -> Mask {
+    let mut mask = Mask::new();
+    match affinity {
+        Some(set) => set.iter().for_each(|cpu| mask.set(cpu as usize)),
+        None => (0..HOST_CPUS_MAX).for_each(|cpu| mask.set(cpu as usize)),
+    }
+    mask
+}
+
+/// Field 39 of a `stat` file of proc(5). The name in the second field may contain anything.
+fn processor_of(stat: &str) -> Option<u32> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_ascii_whitespace().nth(36)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processor_is_found_behind_any_thread_name() {
+        let fields: Vec<String> = (4..=52).map(|n| n.to_string()).collect();
+        let stat = format!("77 (a) 1 (b) S {}", fields.join(" "));
+        assert_eq!(processor_of(&stat), Some(39));
+        assert_eq!(processor_of("77 (x) S 1 2"), None);
+        assert_eq!(processor_of(""), None);
+    }
+
+    #[test]
+    fn affinity_set_before_and_after_the_start_is_the_threads() {
+        let allowed = thread::sched_getaffinity(None).unwrap();
+        let cpu = (0..HOST_CPUS_MAX)
+            .rev()
+            .find(|cpu| allowed.is_set(*cpu as usize))
+            .unwrap();
+        let one: Affinity = Some([cpu].into_iter().collect());
+        let id = VcpuId(0);
+        let placement = Placement::new(1);
+        placement.set(id, Some(&one), None).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                placement.thread_starts(id);
+                assert_eq!(thread::sched_getaffinity(None).unwrap().count(), 1);
+                assert_eq!(placement.host_cpu(id), Some(cpu));
+                let nowhere: Affinity = Some([HOST_CPUS_MAX - 1].into_iter().collect());
+                assert!(placement.set(id, Some(&nowhere), None).is_err());
+                assert_eq!(placement.affinity(id), (one.clone(), None));
+                placement.set(id, Some(&None), Some(&one)).unwrap();
+                let now = thread::sched_getaffinity(None).unwrap();
+                assert_eq!(now.count(), allowed.count());
+                assert_eq!(placement.affinity(id), (None, one.clone()));
+            });
+        });
+    }
+}
