@@ -15,6 +15,9 @@ pub mod block;
 pub mod frame;
 pub mod net;
 
+#[cfg(test)]
+pub(crate) mod testing;
+
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Takes a lock; a thread that panicked while holding it left data that is valid, if old.

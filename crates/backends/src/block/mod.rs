@@ -10,9 +10,12 @@
 //! Limits: [`MAX_QUEUES`] queues, rings of 16 pages, [`MAX_INDIRECT_SEGMENTS`] segments in a request.
 
 mod connect;
+mod fuzz;
 mod parse;
 mod queue;
 mod stats;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
@@ -20,6 +23,8 @@ use hospes_image::{Image, Status};
 use hospes_xen_abi::blkif;
 
 use crate::frame::{Backend, ConnectError, Frontend, Log, Monitor, Node};
+
+pub use fuzz::fuzz_request;
 
 use queue::QueueThread;
 use stats::Stats;
