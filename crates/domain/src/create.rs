@@ -136,6 +136,9 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
     for disk in &spec.disks {
         devices.attach_disk(disk)?;
     }
+    for vif in spec.vifs {
+        devices.attach_vif(vif)?;
+    }
     let mut domain = Domain {
         spec: Identity {
             domid: spec.domid,

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use hospes_backends::block::Block;
 use hospes_backends::frame::{Bus, DeviceError, DeviceId, DeviceInfo, DeviceNodes, Kind, Log};
+use hospes_backends::net::{Net, NetConfig};
 use hospes_image::{Format, Image, ImageError, OpenSpec};
 use hospes_store::StoreAccess;
 use hospes_units::DomId;
@@ -33,6 +34,26 @@ pub struct DiskSpec {
     pub direct: bool,
     /// Whether the guest is told to trust the back end.
     pub trusted: bool,
+}
+
+/// A network interface to be attached. It is used once: what it is plugged into goes with it.
+#[derive(Debug)]
+pub struct VifSpec {
+    /// Its place, from 0 on.
+    pub devid: u32,
+    pub mac: [u8; 6],
+    /// The host's interface; a user-mode network has none.
+    pub interface: Option<String>,
+    pub bridge: Option<String>,
+    /// As they were configured, for tools and scripts.
+    pub ip: Vec<String>,
+    pub script: Option<String>,
+    pub gateway_device: Option<String>,
+    /// Whether the guest is told to trust the back end.
+    pub trusted: bool,
+    /// The script says when the device is ready, not we.
+    pub scripted: bool,
+    pub net: NetConfig,
 }
 
 /// Why a device cannot be attached, changed or detached.
@@ -92,6 +113,26 @@ impl Devices {
         self.bus.attach(id, &disk_nodes(disk), Box::new(block))?;
         lock(&self.images).insert(disk.devid, seen);
         Ok(())
+    }
+
+    /// Shows a network interface to the guest.
+    pub fn attach_vif(&self, vif: VifSpec) -> Result<(), AttachError> {
+        let nodes = vif_nodes(&vif);
+        let id = DeviceId {
+            kind: Kind::Vif,
+            devid: vif.devid,
+        };
+        Ok(self.bus.attach(id, &nodes, Box::new(Net::new(vif.net)))?)
+    }
+
+    /// Takes all network interfaces away at once.
+    pub fn detach_vifs(&self) {
+        for device in self.bus.list() {
+            if device.id.kind == Kind::Vif {
+                // One that somebody else has taken away meanwhile is gone as well.
+                let _ = self.bus.detach(device.id, true);
+            }
+        }
     }
 
     /// Takes a device away; what it stood for is free when this returns.
@@ -178,4 +219,45 @@ fn disk_nodes(disk: &DiskSpec) -> DeviceNodes {
         ],
         back,
     }
+}
+
+/// What libxl writes of a network interface.
+fn vif_nodes(vif: &VifSpec) -> DeviceNodes {
+    let node = |name: &str, value: String| (name.to_owned(), value);
+    let mac = vif.mac.map(|byte| format!("{byte:02x}")).join(":");
+    let front = vec![
+        node("handle", vif.devid.to_string()),
+        node("trusted", u8::from(vif.trusted).to_string()),
+        node("mac", mac.clone()),
+        node("mtu", vif.net.mtu.to_string()),
+    ];
+    let mut back = vec![
+        node("handle", vif.devid.to_string()),
+        node("mac", mac),
+        node("mtu", vif.net.mtu.to_string()),
+        node("type", "vif".to_owned()),
+    ];
+    let optional = [
+        ("script", vif.script.clone()),
+        ("bridge", vif.bridge.clone()),
+        ("vifname", vif.interface.clone()),
+        ("gatewaydev", vif.gateway_device.clone()),
+        ("ip", (!vif.ip.is_empty()).then(|| vif.ip.join(" "))),
+        (
+            "rate",
+            vif.net
+                .rate
+                .map(|rate| format!("{},{}", rate.bytes, rate.interval.as_micros())),
+        ),
+        (
+            "hotplug-status",
+            (!vif.scripted).then(|| "connected".to_owned()),
+        ),
+    ];
+    back.extend(
+        optional
+            .into_iter()
+            .filter_map(|(name, value)| Some(node(name, value?))),
+    );
+    DeviceNodes { front, back }
 }

@@ -42,9 +42,9 @@ use hospes_units::{DomId, VcpuId};
 use hospes_xen::{ClockThread, Xen};
 
 pub use console::{Console, Subscription};
-pub use devices::{AttachError, DiskSpec};
+pub use devices::{AttachError, DiskSpec, VifSpec};
 pub use error::{CreateError, RequestError};
-pub use hospes_backends::frame;
+pub use hospes_backends::{frame, net};
 pub use hospes_image::Format as ImageFormat;
 pub use placement::Affinity;
 pub use run::EndReason;
@@ -77,6 +77,7 @@ pub struct DomainSpec {
     /// Gets all console output, from a thread that does nothing else; may block for a while, but the guest waits when it does.
     pub console: Box<dyn Write + Send>,
     pub disks: Vec<DiskSpec>,
+    pub vifs: Vec<VifSpec>,
     /// Gets a line now and then about the domain's devices.
     pub log: Log,
 }
@@ -360,6 +361,16 @@ impl Domain {
     /// Adds a disk; the guest takes it when it likes. The image is locked until the disk is detached or the domain dropped.
     pub fn attach_disk(&self, disk: &DiskSpec) -> Result<(), AttachError> {
         self.devices.attach_disk(disk)
+    }
+
+    /// Adds a network interface; the guest takes it when it likes.
+    pub fn attach_vif(&self, vif: VifSpec) -> Result<(), AttachError> {
+        self.devices.attach_vif(vif)
+    }
+
+    /// Takes all network interfaces away at once: a domain that has ended leaves its place on the network to those that follow.
+    pub fn detach_vifs(&self) {
+        self.devices.detach_vifs();
     }
 
     /// Takes a device away once the guest has let go of it, or at once with `force`; also where the guest does not let go within seconds. When

@@ -71,6 +71,7 @@ fn try_domain(
         store: Arc::new(hospes_store::LocalStore::default()),
         console: Box::new(sink),
         disks: Vec::new(),
+        vifs: Vec::new(),
         log: Arc::new(|_| {}),
     };
     let script: Script = Arc::new(Mutex::new(Box::new(script)));

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::sync::Arc;
 
-use hospes_config::{DiskConfig, DomainConfig, Pinning};
+use hospes_config::{DiskConfig, DomainConfig, Pinning, VifConfig};
 use hospes_domain::frame::Kind;
 use hospes_domain::{Domain, DomainSpec, EndReason, ShutdownKind};
 use hospes_store::LocalStore;
@@ -14,6 +14,7 @@ use hospes_toolstack::{
 use hospes_units::VcpuId;
 
 use crate::devices;
+use crate::vifs::{self, Plug};
 
 /// Makes domains on the engine that suits this host.
 pub struct Domains;
@@ -29,6 +30,8 @@ impl toolstack::MachineFactory for Domains {
         for disk in &config.disks {
             disks.extend(devices::disk_spec(disk)?);
         }
+        let plug = Plug::new(spec.domid, config)?;
+        let (vifs, scripts) = plug.all(&config.vifs)?;
         let spec = DomainSpec {
             domid: spec.domid,
             uuid: *spec.uuid.as_bytes(),
@@ -43,6 +46,7 @@ impl toolstack::MachineFactory for Domains {
             store: Arc::new(LocalStore::default()),
             console,
             disks,
+            vifs,
             log: Arc::new(toolstack::log_line),
         };
         let domain = Domain::create(spec, Box::new(hospes_engines::create_vm))?;
@@ -50,7 +54,8 @@ impl toolstack::MachineFactory for Domains {
             domain.set_vcpus(config.vcpus)?;
         }
         place(&domain, config)?;
-        Ok(Arc::new(Running(domain)))
+        vifs::bring_online(&scripts)?;
+        Ok(Arc::new(Running(domain, plug)))
     }
 }
 
@@ -73,7 +78,7 @@ fn place(domain: &Domain, config: &DomainConfig) -> Result<(), MachineError> {
     Ok(())
 }
 
-struct Running(Domain);
+struct Running(Domain, Plug);
 
 impl Machine for Running {
     fn unpause(&self) {
@@ -97,7 +102,10 @@ impl Machine for Running {
     }
 
     fn wait(&self) -> toolstack::EndReason {
-        match self.0.wait() {
+        let reason = self.0.wait();
+        // One that is preserved, or started again under another id, must not hold its address on the network.
+        self.0.detach_vifs();
+        match reason {
             EndReason::PowerOff => toolstack::EndReason::Poweroff,
             EndReason::Reboot => toolstack::EndReason::Reboot,
             EndReason::Suspend => toolstack::EndReason::Suspend,
@@ -186,6 +194,16 @@ impl Machine for Running {
             Some(disk) => Ok(self.0.attach_disk(&disk)?),
             None => Err("an empty drive cannot be attached: give the path of an image".into()),
         }
+    }
+
+    fn attach_vif(&self, vif: &VifConfig) -> Result<(), MachineError> {
+        let (vif, script) = self.1.one(vif)?;
+        let devid = vif.devid;
+        self.0.attach_vif(vif)?;
+        vifs::bring_online(&script).inspect_err(|_| {
+            // The error that counts is the script's.
+            let _ = self.0.detach(Kind::Vif, devid, true);
+        })
     }
 
     fn detach_device(&self, kind: DeviceKind, devid: u32, force: bool) -> Result<(), MachineError> {

@@ -3,6 +3,7 @@
 
 mod devices;
 mod machine;
+mod vifs;
 
 use std::process::ExitCode;
 

@@ -1,0 +1,182 @@
+//! Network interfaces of a configuration: plugged into the host's networks, and as the domain takes them.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hospes_config::{DomainConfig, VifConfig, VifKind};
+use hospes_domain::VifSpec;
+use hospes_domain::net::{Guard, NetConfig, Rate, Wire};
+use hospes_hostnet::{self as hostnet, Action, Network, Request, Script};
+use hospes_toolstack::{self as toolstack, MachineError, Paths};
+use hospes_units::DomId;
+
+/// More queues do not carry more, but take a thread each.
+const QUEUES_MAX: u32 = 4;
+
+/// What the interfaces of one domain have in common.
+pub struct Plug {
+    domid: DomId,
+    domain: String,
+    vcpus: u32,
+    run_directory: PathBuf,
+}
+
+/// A script that was started for an interface ends with it.
+struct Unplug {
+    script: Option<Script>,
+    _guard: hostnet::Guard,
+}
+
+impl Drop for Unplug {
+    fn drop(&mut self) {
+        if let Some(script) = &self.script
+            && let Err(error) = script.run(Action::Offline)
+        {
+            toolstack::log_line(&error.to_string());
+        }
+    }
+}
+
+impl Plug {
+    pub fn new(domid: DomId, config: &DomainConfig) -> Result<Plug, MachineError> {
+        Ok(Plug {
+            domid,
+            domain: config.name.clone(),
+            vcpus: config.vcpus,
+            run_directory: Paths::from_environment()?.run,
+        })
+    }
+
+    /// All interfaces of a configuration, and the scripts to run once the domain has them.
+    pub fn all(&self, vifs: &[VifConfig]) -> Result<(Vec<VifSpec>, Vec<Script>), MachineError> {
+        let mut specs = Vec::new();
+        let mut scripts = Vec::new();
+        for vif in vifs {
+            let (spec, script) = self.one(vif)?;
+            specs.push(spec);
+            scripts.extend(script);
+        }
+        Ok((specs, scripts))
+    }
+
+    /// Plugs an interface in; the error is a sentence for the user.
+    pub fn one(&self, vif: &VifConfig) -> Result<(VifSpec, Vec<Script>), MachineError> {
+        let devid = vif.devid.unwrap_or(0);
+        if !matches!(vif.backend.as_str(), "" | "0" | "Domain-0") {
+            return Err(format!(
+                "Network interface {devid}: back ends run in the host only, not in domain {}: leave `backend' out",
+                vif.backend
+            )
+            .into());
+        }
+        let mac = vif.mac.unwrap_or_else(hostnet::random_mac);
+        let network = network(vif);
+        let port = hostnet::open(&Request {
+            run_directory: &self.run_directory,
+            domid: u32::from(self.domid.0),
+            devid,
+            domain: &self.domain,
+            mac,
+            network: network.clone(),
+            vifname: vif.vifname.as_deref(),
+            mtu: vif.mtu,
+            queues: self.vcpus.min(QUEUES_MAX),
+        })
+        .map_err(|error| format!("Network interface {devid}: {error}"))?;
+        let interface = port.interface.as_deref();
+        let script = vif
+            .script
+            .as_deref()
+            .zip(interface)
+            .map(|(program, interface)| {
+                let path = format!("/local/domain/0/backend/vif/{}/{devid}", self.domid);
+                let bridge = vif.bridge.as_deref();
+                Script::new(program, &path, interface, bridge, vif.netdev.as_deref())
+            });
+        let guard = guard(&network, vif, mac, port.ip)?;
+        let scripts: Vec<Script> = script.clone().into_iter().collect();
+        let spec = VifSpec {
+            devid,
+            mac,
+            interface: port.interface,
+            bridge: port.bridge.or(vif.bridge.clone()),
+            ip: vif.ip.clone(),
+            script: script
+                .as_ref()
+                .map(|script| script.program().display().to_string()),
+            gateway_device: vif.netdev.clone(),
+            trusted: vif.trusted,
+            scripted: script.is_some(),
+            net: NetConfig {
+                wire: match port.wire {
+                    hostnet::Wire::Tap => Wire::Frames,
+                    hostnet::Wire::Stream => Wire::Stream,
+                },
+                queues: port.queues,
+                mtu: port.mtu,
+                rate: vif.rate.map(|rate| Rate {
+                    bytes: rate.bytes_per_interval(),
+                    interval: Duration::from_micros(rate.interval_us.into()),
+                }),
+                guard,
+                keep: Box::new(Unplug {
+                    script,
+                    _guard: port.guard,
+                }),
+                log: Arc::new(toolstack::log_line),
+            },
+        };
+        Ok((spec, scripts))
+    }
+}
+
+/// What an interface is plugged into.
+fn network(vif: &VifConfig) -> Network {
+    match (&vif.bridge, &vif.script, vif.kind) {
+        (_, _, VifKind::User) => Network::User,
+        (_, Some(_), _) => Network::Script,
+        (Some(bridge), None, _) => Network::Bridge(bridge.clone()),
+        (None, None, _) => hostnet::default_network(),
+    }
+}
+
+/// What the guest may send: on networks of ours it speaks for itself only; elsewhere only `ip` limits it, as Xen's scripts do.
+fn guard(
+    network: &Network,
+    vif: &VifConfig,
+    mac: [u8; 6],
+    own: Option<Ipv4Addr>,
+) -> Result<Option<Guard>, MachineError> {
+    let mut networks = Vec::new();
+    for text in &vif.ip {
+        let (address, prefix) = text.split_once('/').unwrap_or((text, "32"));
+        if let (Ok(IpAddr::V4(address)), Ok(prefix)) = (address.parse(), prefix.parse()) {
+            networks.push((address, prefix));
+        }
+    }
+    Ok(match network {
+        Network::Nat => {
+            networks.extend(own.map(|ip| (ip, 32)));
+            Some(Guard {
+                mac,
+                ip: Some(networks),
+            })
+        }
+        Network::User => Some(Guard { mac, ip: None }),
+        Network::Bridge(_) | Network::Script if !networks.is_empty() => Some(Guard {
+            mac,
+            ip: Some(networks),
+        }),
+        Network::Bridge(_) | Network::Script => None,
+    })
+}
+
+/// Runs the scripts of interfaces that the domain has now.
+pub fn bring_online(scripts: &[Script]) -> Result<(), MachineError> {
+    for script in scripts {
+        script.run(Action::Online)?;
+    }
+    Ok(())
+}
