@@ -19,6 +19,8 @@ pub enum Offer {
     Host(Need),
     /// As `Implemented`, with more than one virtual CPU.
     Multiprocessor,
+    /// As `Multiprocessor`, to guests that see this vendor.
+    MultiprocessorFor(Vendor),
     /// The host has it and the domain is never moved to another.
     HostPinned,
     /// Mirrors CR4.OSXSAVE.
@@ -73,7 +75,8 @@ const fn f(bit: u8, name: &'static str, offer: Offer) -> Feature {
 }
 
 use Offer::{
-    Hidden, Host, HostPinned, Implemented, ImplementedFor, Multiprocessor, OsXsave, Unaffected,
+    Hidden, Host, HostPinned, Implemented, ImplementedFor, Multiprocessor, MultiprocessorFor,
+    OsXsave, Unaffected,
 };
 
 const BASE: Offer = Host(Need::Base);
@@ -424,11 +427,8 @@ pub const FEATURES: &[Word] = &[
         reg: Reg::Ecx,
         features: &[
             f(0, "LAHF-SAHF", V2),
-            f(
-                1,
-                "CMP-LEGACY",
-                Hidden("describes how the APIC ids of old dual cores are read"),
-            ),
+            // Without it Linux takes the CPUs that leaf 1 counts for threads of one core, and finds two packages.
+            f(1, "CMP-LEGACY", MultiprocessorFor(Vendor::Amd)),
             f(2, "SVM", NESTED),
             f(3, "EXTAPIC", NO_BACKING),
             f(

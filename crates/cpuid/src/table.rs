@@ -385,6 +385,7 @@ fn is_offered(
             on_host && (required || need == Need::Optional)
         }
         Offer::Multiprocessor => policy.vcpus > 1,
+        Offer::MultiprocessorFor(vendor) => policy.vcpus > 1 && host.vendor() == vendor,
         Offer::HostPinned => on_host && policy.nomigrate,
         // Added when it is looked up.
         Offer::OsXsave => false,

@@ -114,7 +114,9 @@ fn new_shows_nothing_that_is_hidden_or_unknown() {
                         assert_eq!(shown, exists, "{}", f.name);
                     }
                     Offer::OsXsave => assert!(shown),
-                    Offer::ImplementedFor(v) => assert_eq!(shown, v == t.vendor(), "{}", f.name),
+                    Offer::ImplementedFor(v) | Offer::MultiprocessorFor(v) => {
+                        assert_eq!(shown, v == t.vendor(), "{}", f.name);
+                    }
                     Offer::Unaffected(_) => assert_eq!(shown, t.vendor() == Vendor::Amd),
                     Offer::HostPinned => assert!(!shown, "the domain may move"),
                 }
