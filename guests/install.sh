@@ -49,7 +49,11 @@ for purpose; do
     build
     case $purpose in
     build) ;;
-    test) lints ;;
+    test)
+        lints
+        # The oracle of the tests of disk images.
+        have qemu-img || install_packages qemu-utils
+        ;;
     bench)
         have qemu-system-x86_64 || install_packages qemu-system-x86
         ;;

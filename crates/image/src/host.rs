@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::FallocateFlags;
 
 use crate::error::{ImageError, is_full};
-use crate::lock::{Lock, Target, identity_of};
+use crate::lock::{Lock, Target, identity_of, recorded_holder};
 use crate::storage::{ALIGNMENT, Aligned, Storage, copy_from, copy_to, fill_zero, part};
 use crate::types::Buffer;
 
@@ -42,7 +42,7 @@ pub(crate) struct HostFile {
     cached: File,
     direct: Option<(File, Alignment)>,
     block: bool,
-    _lock: Lock,
+    _lock: Option<Lock>,
     /// After a failed `fdatasync` the host has forgotten which pages it could not write: no later one can be believed.
     sync_failed: AtomicBool,
 }
@@ -50,12 +50,12 @@ pub(crate) struct HostFile {
 impl HostFile {
     /// Opens `path`, with direct I/O where `direct` asks for it and the host has it for units of `unit` bytes.
     ///
-    /// A block device that is to be written is opened exclusively: a mounted one is refused. The file is locked, and `lock_owner` is
-    /// written down for others.
+    /// A block device that is to be written is opened exclusively: a mounted one is refused. The file is locked, and `lock_owner`
+    /// written down for others; without one, it is not locked and must not be trusted to stay as it is.
     pub(crate) fn open(
         path: &Path,
         access: Access,
-        lock_owner: &str,
+        lock_owner: Option<&str>,
     ) -> Result<HostFile, ImageError> {
         let Access {
             read_only,
@@ -77,10 +77,17 @@ impl HostFile {
         let exclusive = if block && !read_only { libc::O_EXCL } else { 0 };
         let cached = options(read_only, exclusive).open(path).map_err(|error| {
             if block && error.raw_os_error() == Some(libc::EBUSY) {
+                let (holder, advice) = match recorded_holder(identity_of(&kind)) {
+                    Some(holder) => (holder, "shut it down or attach it read-only to both"),
+                    None => (
+                        "the host, which has it mounted or in use".to_owned(),
+                        "unmount it first",
+                    ),
+                };
                 return ImageError::Locked {
                     path: path.to_owned(),
-                    holder: "the host, which has it mounted or in use".to_owned(),
-                    advice: "unmount it first",
+                    holder,
+                    advice,
                 };
             }
             ImageError::host(path, "open it")(error)
@@ -94,7 +101,9 @@ impl HostFile {
             fd: cached.as_fd(),
             identity,
         };
-        let lock = target.lock(!read_only, lock_owner)?;
+        let lock = lock_owner
+            .map(|owner| target.lock(!read_only, owner))
+            .transpose()?;
         let direct = if direct {
             open_direct(path, read_only, identity, unit)
         } else {

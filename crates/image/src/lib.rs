@@ -14,7 +14,9 @@ mod error;
 mod hold;
 mod host;
 mod lock;
+mod make;
 mod open;
+mod qcow2;
 mod raw;
 mod storage;
 mod threads;
@@ -25,5 +27,6 @@ mod uring;
 mod testing;
 
 pub use error::{ImageError, IoError};
+pub use make::{Info, create_overlay, create_qcow2, create_raw, info};
 pub use open::{Format, OpenSpec, open};
 pub use types::{Buffer, Completion, Geometry, Image, Op, Queue, Request, Status};

@@ -7,9 +7,9 @@
 //!
 //! Such locks do not say who holds them. A file in the run directory does, else the processes that have the file open.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -39,13 +39,16 @@ fn records() -> Option<PathBuf> {
     Some(run.join("locks"))
 }
 
-/// Says who holds a lock, until it is dropped. The lock itself ends when the file is closed.
+/// A lock, until it is dropped, and the record of who holds it.
 pub(crate) struct Lock {
+    file: File,
     record: Option<PathBuf>,
 }
 
 impl Drop for Lock {
     fn drop(&mut self) {
+        // Closing is not enough: a child that has not yet become its program, or a ring that ends in the background, may still hold the file open.
+        let _ = call(self.file.as_fd(), libc::F_OFD_SETLK, libc::F_UNLCK, 0, 0);
         if let Some(record) = &self.record {
             let _ = fs::remove_file(record);
         }
@@ -72,8 +75,17 @@ impl Target<'_> {
         };
         let kept = [WRITE, RESIZE];
         let bytes = used.iter().map(|n| USES + n);
+        // The same open file description, which the locks belong to.
+        let file = self
+            .fd
+            .try_clone_to_owned()
+            .map_err(ImageError::host(self.path, "lock it"))?;
+        let mut lock = Lock {
+            file: File::from(file),
+            record: None,
+        };
         for byte in bytes.chain(kept.map(|n| KEEPS + n)) {
-            match call(self.fd, libc::F_OFD_SETLK, libc::F_RDLCK, byte) {
+            match call(self.fd, libc::F_OFD_SETLK, libc::F_RDLCK, byte, 1) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return Err(self.conflict(write, true));
@@ -82,7 +94,7 @@ impl Target<'_> {
             }
         }
         let taken = |byte| {
-            call(self.fd, libc::F_OFD_GETLK, libc::F_WRLCK, byte)
+            call(self.fd, libc::F_OFD_GETLK, libc::F_WRLCK, byte, 1)
                 .map_err(ImageError::host(self.path, "look at its locks"))
         };
         for permission in kept {
@@ -95,13 +107,8 @@ impl Target<'_> {
                 return Err(self.conflict(write, false));
             }
         }
-        Ok(Lock {
-            record: self.record(owner),
-        })
-    }
-
-    fn prefix(&self) -> String {
-        format!("{:x}-{:x}.", self.identity.0, self.identity.1)
+        lock.record = self.record(owner);
+        Ok(lock)
     }
 
     /// Writes down who holds the lock. Without it the lock holds all the same.
@@ -111,14 +118,13 @@ impl Target<'_> {
         fs::create_dir_all(&directory).ok()?;
         let pid = std::process::id();
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = directory.join(format!("{}{pid}.{number}", self.prefix()));
+        let path = directory.join(format!("{}{pid}.{number}", prefix(self.identity)));
         fs::write(&path, owner).ok()?;
         Some(path)
     }
 
     fn conflict(&self, write: bool, by_writer: bool) -> ImageError {
-        let holder = self
-            .recorded_holder()
+        let holder = recorded_holder(self.identity)
             .or_else(|| self.process_with_file())
             .unwrap_or_else(|| "another process".to_owned());
         ImageError::Locked {
@@ -130,28 +136,6 @@ impl Target<'_> {
                 (false, _) => "it writes to the disk, so shut it down first",
             },
         }
-    }
-
-    fn recorded_holder(&self) -> Option<String> {
-        let prefix = self.prefix();
-        for entry in fs::read_dir(records()?).ok()?.flatten() {
-            let name = entry.file_name();
-            let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(&prefix)) else {
-                continue;
-            };
-            let pid = rest.split('.').next().unwrap_or_default();
-            if !Path::new("/proc").join(pid).exists() {
-                // Its process was killed.
-                let _ = fs::remove_file(entry.path());
-                continue;
-            }
-            if let Ok(owner) = fs::read_to_string(entry.path())
-                && !owner.is_empty()
-            {
-                return Some(owner);
-            }
-        }
-        None
     }
 
     /// A process other than this one that has the file open.
@@ -177,6 +161,33 @@ impl Target<'_> {
     }
 }
 
+fn prefix(identity: (u64, u64)) -> String {
+    format!("{:x}-{:x}.", identity.0, identity.1)
+}
+
+/// Who wrote down that it holds a lock on the file, and still lives.
+pub(crate) fn recorded_holder(identity: (u64, u64)) -> Option<String> {
+    let prefix = prefix(identity);
+    for entry in fs::read_dir(records()?).ok()?.flatten() {
+        let name = entry.file_name();
+        let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(&prefix)) else {
+            continue;
+        };
+        let pid = rest.split('.').next().unwrap_or_default();
+        if !Path::new("/proc").join(pid).exists() {
+            // Its process was killed.
+            let _ = fs::remove_file(entry.path());
+            continue;
+        }
+        if let Ok(owner) = fs::read_to_string(entry.path())
+            && !owner.is_empty()
+        {
+            return Some(owner);
+        }
+    }
+    None
+}
+
 /// Tells files apart, and block devices by what they are rather than by their node.
 pub(crate) fn identity_of(metadata: &fs::Metadata) -> (u64, u64) {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -187,14 +198,14 @@ pub(crate) fn identity_of(metadata: &fs::Metadata) -> (u64, u64) {
     }
 }
 
-/// One lock call on one byte. Whether somebody else's lock is in the way, where `command` asks for that.
-fn call(fd: BorrowedFd<'_>, command: i32, kind: i32, byte: i64) -> io::Result<bool> {
+/// One lock call on `bytes` bytes, 0 for all from `start` on. Whether somebody else's lock is in the way, where `command` asks for that.
+fn call(fd: BorrowedFd<'_>, command: i32, kind: i32, start: i64, bytes: i64) -> io::Result<bool> {
     // SAFETY: flock is a plain structure of integers.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = kind as libc::c_short;
     lock.l_whence = libc::SEEK_SET as libc::c_short;
-    lock.l_start = byte;
-    lock.l_len = 1;
+    lock.l_start = start;
+    lock.l_len = bytes;
     // SAFETY: the descriptor is open and `lock` outlives the call.
     let result = unsafe { libc::fcntl(fd.as_raw_fd(), command, &raw mut lock) };
     if result == 0 {

@@ -1,11 +1,14 @@
 //! From a path to an image.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::ImageError;
 use crate::host::{Access, HostFile};
+use crate::lock::identity_of;
+use crate::qcow2::{self, Header, Qcow2, Qcow2Image, RawSource, Source, backing_path, read_header};
 use crate::raw::{Raw, RawOptions};
+use crate::storage::Storage;
 use crate::types::Image;
 
 /// How the disk lies in the file.
@@ -43,35 +46,145 @@ pub struct OpenSpec {
     pub lock_owner: String,
 }
 
-/// Opens and locks an image.
+/// Images below each other at most.
+const DEPTH_MAX: usize = 64;
+
+/// Opens and locks an image, and what is below it.
 ///
 /// # Errors
 /// It is not there or no disk, is in use, breaks its format or needs what is not supported.
 pub fn open(spec: &OpenSpec) -> Result<Arc<dyn Image>, ImageError> {
+    let path = &*spec.path;
     let sector_bytes = spec.sector_bytes.unwrap_or(512);
     if !matches!(sector_bytes, 512 | 4096) {
         return Err(ImageError::SectorSize {
-            path: spec.path.clone(),
+            path: path.to_owned(),
             sector_bytes,
         });
-    }
-    if spec.format == Format::Qcow2 {
-        return Err(ImageError::format(
-            &spec.path,
-            "qcow2 images are not supported: convert it to a raw one with qemu-img convert",
-        ));
     }
     let access = Access {
         read_only: spec.read_only,
         direct: spec.direct,
         unit: sector_bytes,
     };
-    let file = HostFile::open(&spec.path, access, &spec.lock_owner)?;
-    let options = RawOptions {
-        sector_bytes,
-        physical_sector_bytes: file.physical_sector_bytes(),
-        read_only: spec.read_only,
-        discard: file.discard_granularity().filter(|_| spec.discard),
+    let file = HostFile::open(path, access, Some(&spec.lock_owner))?;
+    let physical_sector_bytes = file.physical_sector_bytes();
+    let discard = file.discard_granularity().filter(|_| spec.discard);
+    let fixed = file.is_block();
+    let storage: Arc<dyn Storage> = Arc::new(file);
+    if !is_qcow2(path, &*storage, spec.format)? {
+        let options = RawOptions {
+            sector_bytes,
+            physical_sector_bytes,
+            read_only: spec.read_only,
+            discard,
+        };
+        return Ok(Arc::new(Raw::new(path, storage, options)?));
+    }
+    let header = read_header(path, &*storage)?;
+    let mut chain = Chain {
+        owner: &spec.lock_owner,
+        seen: vec![identity(path)?],
     };
-    Ok(Arc::new(Raw::new(&spec.path, Arc::new(file), options)?))
+    let backing = chain.below(path, &header)?;
+    let options = qcow2::Options {
+        read_only: spec.read_only,
+        discard: spec.discard,
+        sector_bytes,
+        physical_sector_bytes,
+        fixed,
+    };
+    let image = Qcow2::open(path, storage, header, backing, options)?;
+    Ok(Arc::new(Qcow2Image(Arc::new(image))))
+}
+
+/// Which of the two formats it is. What says it is qcow2 and is not, is found by its header.
+fn is_qcow2(path: &Path, storage: &dyn Storage, format: Format) -> Result<bool, ImageError> {
+    match format {
+        Format::Raw => Ok(false),
+        Format::Qcow2 => Ok(true),
+        Format::Auto => {
+            let mut magic = [0; 4];
+            storage
+                .read_bytes(&mut magic, 0)
+                .map_err(ImageError::host(path, "read it"))?;
+            Ok(magic == qcow2::MAGIC)
+        }
+    }
+}
+
+fn identity(path: &Path) -> Result<(u64, u64), ImageError> {
+    std::fs::metadata(path)
+        .map(|metadata| identity_of(&metadata))
+        .map_err(ImageError::host(path, "open it"))
+}
+
+/// Images below each other.
+struct Chain<'a> {
+    owner: &'a str,
+    seen: Vec<(u64, u64)>,
+}
+
+impl Chain<'_> {
+    /// Opens what the header of the image at `path` names as its backing file, for reading. The host's page cache is used: images often share it.
+    fn below(
+        &mut self,
+        path: &Path,
+        header: &Header,
+    ) -> Result<Option<Arc<dyn Source>>, ImageError> {
+        let Some(name) = &header.backing else {
+            return Ok(None);
+        };
+        let below = backing_path(path, name)?;
+        let identity = identity(&below)?;
+        if self.seen.contains(&identity) {
+            return Err(ImageError::format(
+                path,
+                format!("its backing file '{name}' is an image on top of it"),
+            ));
+        }
+        self.seen.push(identity);
+        if self.seen.len() > DEPTH_MAX {
+            return Err(ImageError::format(
+                path,
+                format!("more than {DEPTH_MAX} images lie below each other"),
+            ));
+        }
+        let format = match header.backing_format.as_deref() {
+            None => Format::Auto,
+            Some("raw" | "file" | "host_device") => Format::Raw,
+            Some("qcow2") => Format::Qcow2,
+            Some(other) => {
+                return Err(ImageError::format(
+                    path,
+                    format!("its backing file has the format '{other}', which is not supported"),
+                ));
+            }
+        };
+        let access = Access {
+            read_only: true,
+            direct: false,
+            unit: 512,
+        };
+        let file = HostFile::open(&below, access, Some(self.owner))?;
+        let fixed = file.is_block();
+        let storage: Arc<dyn Storage> = Arc::new(file);
+        if !is_qcow2(&below, &*storage, format)? {
+            let bytes = storage
+                .len()
+                .map_err(ImageError::host(&below, "get its size"))?;
+            return Ok(Some(Arc::new(RawSource { storage, bytes })));
+        }
+        let header = read_header(&below, &*storage)?;
+        let backing = self.below(&below, &header)?;
+        let options = qcow2::Options {
+            read_only: true,
+            discard: false,
+            sector_bytes: 512,
+            physical_sector_bytes: 512,
+            fixed,
+        };
+        let image = Qcow2::open(&below, storage, header, backing, options)?;
+        Ok(Some(Arc::new(image)))
+    }
 }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::EventfdFlags;
@@ -77,6 +77,7 @@ struct Shared {
 /// A queue served by threads, which are started when there is work.
 pub(crate) struct Threads {
     shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
 }
 
 impl Threads {
@@ -90,6 +91,7 @@ impl Threads {
                 hold,
                 work,
             }),
+            workers: Vec::new(),
         }
     }
 
@@ -117,8 +119,10 @@ impl Queue for Threads {
             let started = thread::Builder::new()
                 .name("disk".to_owned())
                 .spawn(move || shared.run());
-            if let Err(error) = started {
-                self.shared.not_started(error);
+            self.workers.retain(|worker| !worker.is_finished());
+            match started {
+                Ok(worker) => self.workers.push(worker),
+                Err(error) => self.shared.not_started(error),
             }
         }
     }
@@ -141,9 +145,12 @@ impl Drop for Threads {
         state.closing = true;
         state.jobs.clear();
         self.shared.wake.notify_all();
-        while state.workers > 0 {
-            state = self.shared.wait(state, None);
+        drop(state);
+        // To their very end, so that none of them is the last to hold the image.
+        for worker in self.workers.drain(..) {
+            let _ = worker.join();
         }
+        let mut state = self.shared.lock();
         for (_, job) in state.held.drain(..) {
             if job.held {
                 self.shared.hold.leave();
@@ -157,18 +164,9 @@ impl Shared {
         self.state.lock().expect("no thread panics with it")
     }
 
-    fn wait<'a>(
-        &self,
-        state: MutexGuard<'a, State>,
-        timeout: Option<Duration>,
-    ) -> MutexGuard<'a, State> {
-        match timeout {
-            None => self.wake.wait(state).expect("no thread panics with it"),
-            Some(timeout) => {
-                let waited = self.wake.wait_timeout(state, timeout);
-                waited.expect("no thread panics with it").0
-            }
-        }
+    fn wait<'a>(&self, state: MutexGuard<'a, State>, time: Duration) -> MutexGuard<'a, State> {
+        let waited = self.wake.wait_timeout(state, time);
+        waited.expect("no thread panics with it").0
     }
 
     /// The host gave no thread: if none is there to do the work later, it fails now.
@@ -205,7 +203,7 @@ impl Shared {
             let Some(mut job) = job else {
                 let timeout = due.map_or(IDLE, |when| when - now);
                 state.idle += 1;
-                state = self.wait(state, Some(timeout));
+                state = self.wait(state, timeout);
                 state.idle -= 1;
                 let rested = now.elapsed() >= IDLE;
                 if rested && state.jobs.is_empty() && state.held.is_empty() {
@@ -235,6 +233,5 @@ impl Shared {
             }
         }
         state.workers -= 1;
-        self.wake.notify_all();
     }
 }

@@ -351,7 +351,7 @@ mod tests {
             direct: true,
             unit: 512,
         };
-        Arc::new(HostFile::open(path, access, "the test").unwrap())
+        Arc::new(HostFile::open(path, access, Some("the test")).unwrap())
     }
 
     /// A queue of each engine on the file.
