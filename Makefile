@@ -1,5 +1,5 @@
 # Everything a user or a CI run needs. `make help` lists the targets.
-.PHONY: help run build guests test lint deny unit-test boot-test soak-test bench soak clean-guests
+.PHONY: help run build guests test lint deny unit-test boot-test soak-test net-test bench soak clean-guests
 
 # rustup puts cargo where a shell may not look.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -31,7 +31,7 @@ guests:
 	guests/kernels.sh
 	guests/initramfs.sh
 
-test: lint deny unit-test boot-test soak-test
+test: lint deny unit-test boot-test net-test soak-test
 	@echo 'make test: everything passed'
 
 lint:
@@ -56,6 +56,10 @@ unit-test:
 
 boot-test: build guests
 	python3 tests/boot.py --boots $(BOOTS)
+
+net-test: build guests
+	guests/install.sh net
+	python3 tests/network.py
 
 soak-test:
 	@$(MAKE) --no-print-directory soak MINUTES=$(SOAK_MINUTES)

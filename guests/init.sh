@@ -20,6 +20,11 @@ mkdir -p /dev/pts
 mount -t devpts devpts /dev/pts
 read -r up _ </proc/uptime
 
+# Drivers that the initial root file system came with.
+for module in /lib/modules/*.ko; do
+    [ -f "$module" ] && insmod "$module"
+done
+
 do=shell
 for word in $(cat /proc/cmdline); do
     case $word in

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Makes the two small initial root file systems:
+# Makes the small initial root file systems:
 #   target/guests/initramfs-busybox.cpio   busybox and guests/init.sh, which does what the kernel command line asks
+#   target/guests/initramfs-net.cpio       the same with the network driver of the kernel vmlinuz-cloud and a DHCP client, where that kernel is there
 #   target/guests/initramfs-init.cpio      one static program that prints a mark and powers off: measures boot time
 set -eu
 . "$(dirname -- "$0")/lib.sh"
@@ -18,6 +19,15 @@ busybox=$(unpack_package busybox-static "$version")/bin/busybox
 python3 "$here/newc.py" "$GUESTS/initramfs-busybox.cpio" \
     dir:/bin dir:/dev dir:/proc dir:/sys dir:/tmp dir:/root dir:/etc dir:/run dir:/mnt \
     "file:/bin/busybox:0755:$busybox" link:/bin/sh:busybox "file:/init:0755:$here/init.sh"
+
+cloud=$(readlink -f "$GUESTS/vmlinuz-cloud" || :)
+netfront=$(find "${cloud%/boot/*}/lib/modules" -name xen-netfront.ko 2>/dev/null | head -n 1)
+if [ -n "$netfront" ]; then
+    python3 "$here/newc.py" "$GUESTS/initramfs-net.cpio" \
+        dir:/bin dir:/dev dir:/proc dir:/sys dir:/tmp dir:/root dir:/etc dir:/run dir:/mnt \
+        "file:/bin/busybox:0755:$busybox" link:/bin/sh:busybox "file:/init:0755:$here/init.sh" \
+        "file:/etc/udhcpc/default.script:0755:$here/udhcpc.sh" "file:/lib/modules/xen-netfront.ko:0644:$netfront"
+fi
 
 gcc -O2 -static -o "$GUESTS/init-mark" "$here/init_mark.c" ||
     die "init_mark.c does not compile: install gcc and libc6-dev."

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs on this machine what a target of the Makefile needs and does not find.
 #
-#   guests/install.sh build|test|bench|soak...
+#   guests/install.sh build|test|net|bench|soak...
 set -eu
 . "$(dirname -- "$0")/lib.sh"
 
@@ -57,12 +57,15 @@ for purpose; do
     bench)
         have qemu-system-x86_64 || install_packages qemu-system-x86
         ;;
+    net)
+        install_packages nftables dnsmasq-base iproute2 passt util-linux busybox
+        ;;
     soak)
         have go || install_packages golang-go
         # 32-bit self-checking programs need the 32-bit C library.
         [ -e /usr/include/gnu/stubs-32.h ] || [ -e /usr/include/x86_64-linux-gnu/gnu/stubs-32.h ] ||
             install_packages gcc-multilib libc6-dev-i386
         ;;
-    *) die "unknown purpose '$purpose': say build, test, bench or soak." ;;
+    *) die "unknown purpose '$purpose': say build, test, net, bench or soak." ;;
     esac
 done

@@ -193,3 +193,16 @@ fn bridge_takes_the_tap_and_gives_its_mtu() {
         }
     });
 }
+
+#[test]
+fn user_mode_says_what_is_missing() {
+    alone("user", |directory| {
+        // No network to the outside at all.
+        let error = open(&request(directory, 1, Network::User)).unwrap_err();
+        assert!(
+            matches!(error, Error::Tool { .. } | Error::NoTool { .. }),
+            "{error}"
+        );
+        assert!(error.to_string().contains("passt"), "{error}");
+    });
+}

@@ -1,0 +1,348 @@
+#!/usr/bin/env python3
+"""Plugs guests into networks and has them talk to the host, to each other and to an outside of the test's own.
+
+    tests/network.py [--list] [WORD...]
+
+Only tests whose name contains one of the WORDs run, all without any. Everything happens in a network namespace that is made for
+the run, so neither the machine's network nor anything beyond the machine is touched; that needs root. The last line is
+"N passed, N failed"; the exit status is 0 when nothing failed.
+"""
+
+import argparse
+import contextlib
+import http.server
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
+
+import vm  # noqa: E402
+
+BOOT_S = 120
+ANSWER_S = 60
+INSIDE = "HOSPES_TEST_NETWORK"
+OUTSIDE = "203.0.113"
+DHCP = "udhcpc -i eth0 -n -q -t 20"
+
+
+class Failure(Exception):
+    """A test's expectation was not met; the sentence says which."""
+
+
+def expect(condition, sentence):
+    if not condition:
+        raise Failure(sentence)
+
+
+def host(command, check=True):
+    """What a command of the host prints."""
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=ANSWER_S, check=False)
+    expect(done.returncode == 0 or not check, f"`{command}` failed: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+class Shell(vm.Guest):
+    """A guest with a shell on its console."""
+
+    def __init__(self, run, name, vif="''", **more):
+        settings = (f"vif=[{vif}]",) if vif is not None else ()
+        spec = vm.Spec(
+            ramdisk="initramfs-net.cpio", command_line="quiet", name=name, memory_mb=256,
+            settings=settings + tuple(more.pop("settings", ())), **more,
+        )
+        super().__init__(spec.argv("hospes"), run.environment())
+        self.name = name
+        self.count = 0
+        try:
+            self.wait_for("guest# ", BOOT_S)
+        except vm.GuestError:
+            self.process.kill()
+            raise
+
+    def run(self, command, check=True):
+        """What a command prints in the guest."""
+        self.count += 1
+        start = self.position
+        # The terminal shows the command too: the mark is put together only where it runs.
+        self.send(f"{command}; echo \"mark\"{self.count}-$?\n")
+        match = self.wait_for(rf"mark{self.count}-(\d+)", ANSWER_S)
+        output = self.console[start : match.start()].partition("\n")[2]
+        expect(not check or match.group(1) == "0", f"`{command}` in {self.name} failed:\n{output}")
+        return output
+
+    def dhcp(self):
+        """Has the guest ask for an address; returns it."""
+        output = self.run(DHCP)
+        return output.split("lease of ")[1].split()[0]
+
+    def off(self):
+        self.send("poweroff -f\n")
+        expect(self.wait(ANSWER_S) == 0, f"{self.name} does not power off:\n{self.tail()}")
+
+
+def expect_clean(run):
+    """Nothing that was made for guests is left on the host."""
+    left = [line for line in host("ip -o link").splitlines() if "vif" in line or "hospes" in line]
+    expect(not left, "interfaces are left:\n" + "\n".join(left))
+    expect("hospes" not in host("nft list tables"), "a table of nftables is left")
+    expect(host("cat /proc/sys/net/ipv4/ip_forward").strip() == "0", "forwarding is left on")
+    pid = pathlib.Path(run.path, "run/net/dnsmasq.pid")
+    expect(not pid.exists(), "dnsmasq is left")
+
+
+@contextlib.contextmanager
+def web(address, text):
+    """An HTTP server of the host; yields the list of those who asked."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.client_address[0])
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+
+    server = Server((address, 8080), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def fetch(address, port=80):
+    with urllib.request.urlopen(f"http://{address}:{port}/", timeout=ANSWER_S) as answer:
+        return answer.read().decode()
+
+
+@contextlib.contextmanager
+def outside():
+    """Another machine behind the host's default route, which it is; yields what comes before a command that is to run there."""
+    machine = subprocess.Popen(["unshare", "-n", "sleep", "1000"])
+    try:
+        deadline = time.monotonic() + ANSWER_S
+        while os.readlink(f"/proc/{machine.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
+            expect(time.monotonic() < deadline, "there is no outside")
+            time.sleep(0.1)
+        there = f"nsenter -n -t {machine.pid} "
+        host("ip link add out0 type veth peer name out1")
+        host(f"ip link set out1 netns {machine.pid} && ip address add {OUTSIDE}.1/24 dev out0 && ip link set out0 up")
+        host(there + f"sh -c 'ip address add {OUTSIDE}.2/24 dev out1 && ip link set out1 up && ip link set lo up'")
+        host(f"ip route add default via {OUTSIDE}.2 dev out0")
+        yield there
+    finally:
+        machine.kill()
+        machine.wait()
+        host("ip link del out0", check=False)
+
+
+LISTENER = """
+import socket
+server = socket.create_server(("0.0.0.0", 8080))
+print("ready", flush=True)
+connection, (address, _) = server.accept()
+print(address, connection.makefile().readline(), end="")
+"""
+
+
+def gateway():
+    return host("ip -4 -o address show hospes0").split()[3].split("/")[0]
+
+
+def serve_page(guest, text):
+    guest.run(f"mkdir -p /www && echo {text} >/www/index.html && httpd -h /www")
+
+
+# ---- the NAT network ------------------------------------------------------------------------------------------------
+
+
+def guests_find_host_and_each_other(run):
+    with Shell(run, "first") as first, Shell(run, "second") as second:
+        ips = [first.dhcp(), second.dhcp()]
+        expect(ips[0] != ips[1], f"both guests got {ips[0]}")
+        with web(gateway(), "of-the-host") as asked:
+            expect("of-the-host" in first.run("wget -q -O - http://host.hospes:8080/"), "the host's page is another")
+        expect(asked == [ips[0]], f"the host was asked by {asked}")
+        serve_page(first, "of-the-first")
+        expect("of-the-first" in second.run("wget -q -O - http://first/"), "the first guest's page is another")
+        expect("of-the-first" in fetch(ips[0]), "the host sees another page")
+        first.run("ping -c 2 second.hospes")
+        # Larger than a page of memory, in both directions.
+        second.run("ping -c 2 -s 20000 first")
+        # An address of the network's prefix, by router advertisement.
+        deadline = time.monotonic() + ANSWER_S
+        while "inet6 fd" not in second.run("ip -6 address show dev eth0"):
+            expect(time.monotonic() < deadline, "no IPv6 address comes")
+            time.sleep(1)
+        address = host("ip -6 -o address show hospes0 scope global").split()[3].split("/")[0]
+        second.run(f"ping6 -c 2 {address}")
+        first.off()
+        expect("hospes0" in host("ip -o link"), "the network went with its first user")
+        second.off()
+    expect_clean(run)
+
+
+def carries_much_and_unharmed(run):
+    with Shell(run, "much") as guest:
+        ip = guest.dhcp()
+        guest.run("mkdir -p /www && dd if=/dev/urandom of=/www/data bs=1M count=40 2>/dev/null && httpd -h /www")
+        # Segments that are cut by the receiver, and by the kernel because the interface may not leave it to anybody.
+        for features in ("", "ethtool -K vif1.0 tso off gso off gro off tx off 2>/dev/null"):
+            host(features, check=False)
+            with urllib.request.urlopen(f"http://{ip}/data", timeout=ANSWER_S) as answer:
+                data = answer.read()
+            expect(len(data) == 40 << 20, f"{len(data)} bytes came")
+            server = socket.create_server((gateway(), 9000))
+            guest.send("nc " + gateway() + " 9000 </dev/null >/tmp/data\n")
+            connection, _ = server.accept()
+            connection.sendall(data)
+            connection.close()
+            server.close()
+            guest.run("cmp /tmp/data /www/data")
+        guest.off()
+    expect_clean(run)
+
+
+def outside_is_reached_but_does_not_reach(run):
+    with outside() as there, Shell(run, "inside") as guest:
+        ip = guest.dhcp()
+        serve_page(guest, "secret")
+        guest.run(f"ping -c 2 {OUTSIDE}.2")
+        listener = subprocess.Popen(
+            [*there.split(), sys.executable, "-c", LISTENER], stdout=subprocess.PIPE, text=True,
+        )
+        expect(listener.stdout.readline() == "ready\n", "nobody listens outside")
+        guest.run(f"echo from-the-guest | nc {OUTSIDE}.2 8080")
+        said = listener.communicate(timeout=ANSWER_S)[0]
+        expect(said == f"{OUTSIDE}.1 from-the-guest\n", f"outside came: {said}")
+        host(there + f"ip route add {ip}/32 via {OUTSIDE}.1")
+        reached = host(there + f"busybox wget -q -T 3 -O - http://{ip}/ 2>&1", check=False)
+        expect("secret" not in reached, "the guest is reached from outside")
+        guest.off()
+    expect_clean(run)
+
+
+def guest_speaks_for_itself_only(run):
+    with Shell(run, "liar") as guest:
+        guest.dhcp()
+        guest.run(f"ping -c 1 {gateway()}")
+        guest.run("ip address add 10.107.0.250/24 dev eth0; ip address")
+        wrong = guest.run(f"ping -c 2 -w 4 -I 10.107.0.250 {gateway()}", check=False)
+        expect("100% packet loss" in wrong, f"another address is believed:\n{wrong}")
+        guest.run("ip address del 10.107.0.250/24 dev eth0")
+        guest.run("ip link set eth0 down; ip link set eth0 address 00:16:3e:00:00:99; ip link set eth0 up")
+        wrong = guest.run(f"ping -c 2 -w 4 {gateway()}", check=False)
+        expect("100% packet loss" in wrong, f"another MAC address is believed:\n{wrong}")
+        guest.off()
+
+
+def killed_leave_nothing_for_good(run):
+    with Shell(run, "killed") as guest:
+        first = guest.dhcp()
+        for pid in run.processes():
+            command = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"__domain" in command:
+                os.kill(pid, signal.SIGKILL)
+        guest.wait(ANSWER_S)
+    expect("hospes0" in host("ip -o link"), "the network went although its user was killed")
+    with Shell(run, "next") as guest:
+        expect(guest.dhcp() != first, "the next guest has the address of the killed one")
+        guest.off()
+    expect_clean(run)
+
+
+def reboot_keeps_the_address(run):
+    with Shell(run, "again") as guest:
+        first = guest.dhcp()
+        guest.send("reboot -f\n")
+        guest.wait_for("HOSPES-GUEST ready", BOOT_S)
+        guest.wait_for("guest# ", BOOT_S)
+        expect(guest.dhcp() == first, "the address is another after a reboot")
+        guest.off()
+    expect_clean(run)
+
+
+# ---- other networks -------------------------------------------------------------------------------------------------
+
+
+def bridge_is_used_as_it_is(run):
+    host("ip link add br7 type bridge && ip address add 192.168.77.1/24 dev br7 && ip link set br7 up")
+    with Shell(run, "bridged", "'bridge=br7,mac=00:16:3e:01:02:03,vifname=wire7'") as guest:
+        expect("br7" in host("ip -o link show wire7"), "the interface is not on the bridge")
+        guest.run("ip address add 192.168.77.2/24 dev eth0 && ip link set eth0 up")
+        expect("00:16:3e:01:02:03" in guest.run("ip link show eth0"), "the MAC address is another")
+        guest.run("ping -c 2 192.168.77.1")
+        guest.off()
+    expect("br7" in host("ip -o link"), "the bridge went with the guest")
+    host("ip link del br7")
+    expect_clean(run)
+
+
+def user_mode_needs_no_interface(run):
+    with outside(), web("127.0.0.1", "of-the-loop-back" * 10000):
+        with Shell(run, "user", "'type=user'") as guest:
+            expect("vif" not in host("ip -o link"), "there is an interface")
+            expect(guest.dhcp() == f"{OUTSIDE}.1", "the guest has another address than the host")
+            # To passt the address of the host's router means the host itself.
+            said = guest.run(f"wget -q -O - http://{OUTSIDE}.2:8080/")
+            expect(said.count("of-the-loop-back") == 10000, "the host's page is another")
+            guest.off()
+
+
+TESTS = (
+    guests_find_host_and_each_other, carries_much_and_unharmed, outside_is_reached_but_does_not_reach,
+    guest_speaks_for_itself_only, killed_leave_nothing_for_good, reboot_keeps_the_address, bridge_is_used_as_it_is,
+    user_mode_needs_no_interface,
+)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the names and do nothing")
+    parser.add_argument("words", nargs="*")
+    options = parser.parse_args()
+    chosen = [test for test in TESTS if not options.words or any(word in test.__name__ for word in options.words)]
+    if options.list:
+        print("\n".join(test.__name__ for test in chosen))
+        return 0
+    if os.geteuid() != 0:
+        print("tests/network.py makes networks, which needs root: nothing was tried")
+        return 0
+    if INSIDE not in os.environ:
+        os.environ[INSIDE] = "1"
+        os.execvp("unshare", ["unshare", "-n", sys.executable, *sys.argv])
+    host("ip link set lo up")
+    failed = 0
+    for test in chosen:
+        started = time.monotonic()
+        try:
+            with vm.RunDirectory() as run:
+                test(run)
+        except (Failure, vm.GuestError, OSError, IndexError, subprocess.TimeoutExpired) as error:
+            failed += 1
+            print(f"FAIL {test.__name__} ({time.monotonic() - started:.1f} s)\n  " + str(error).replace("\n", "\n  "), flush=True)
+            # What a failed test leaves must not make the next one fail.
+            host("for l in $(ip -o link | grep -oE 'hospes[0-9]+|br7|out0'); do ip link del $l; done; nft flush ruleset; "
+                 "echo 0 >/proc/sys/net/ipv4/ip_forward", check=False)
+        else:
+            print(f"ok   {test.__name__} ({time.monotonic() - started:.1f} s)", flush=True)
+    print(f"{len(chosen) - failed} passed, {failed} failed")
+    return 1 if failed or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
