@@ -53,7 +53,8 @@ pub struct Writer<'a> {
     /// Registers that ordinary instructions must not write.
     reserved: u16,
     pointers: [u8; 2],
-    counter: u8,
+    /// Counts the rounds of loops.
+    pub counter: u8,
     /// Numbers of the first items of the functions.
     functions: Vec<u32>,
 }

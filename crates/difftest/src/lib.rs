@@ -4,7 +4,7 @@
 //! with a cold and with a warm TLB, and interpreted. Afterwards everything that code can see is [compared](compare): registers, flags, x87 and vector state,
 //! memory, and for exceptions the vector, error code, RIP and CR2.
 //!
-//! The generators make single instructions of every form ([`single`]) and from random bytes ([`raw`]), loads and stores of the whole vector state ([`saved`]), random blocks ([`blocks`]) and code that changes itself ([`selfmod`]) from a seed.
+//! The generators make single instructions of every form ([`single`]) and from random bytes ([`raw`]), loads and stores of the whole vector state ([`saved`]), random blocks ([`blocks`], and [`grouped`] of accesses that share a check) and code that changes itself ([`selfmod`]) from a seed.
 //! `HOSPES_DIFF_SECONDS=n` runs each for n seconds in place of a fixed number of cases, `HOSPES_DIFF_SEED=s` takes other seeds, `HOSPES_DIFF_TRACE=1` prints every
 //! case before it runs.
 //!
@@ -14,6 +14,7 @@ pub mod blocks;
 pub mod compare;
 pub mod engine;
 pub mod forms;
+pub mod grouped;
 pub mod guest;
 pub mod layout;
 pub mod operands;

@@ -3,7 +3,7 @@
 use hospes_difftest::program::{Flavour, Program};
 use hospes_difftest::rng::Rng;
 use hospes_difftest::runner::{Budget, Runner};
-use hospes_difftest::{blocks, saved, selfmod};
+use hospes_difftest::{blocks, grouped, saved, selfmod};
 
 fn programs_agree(
     what: &str,
@@ -33,6 +33,13 @@ fn kernel_blocks_agree_with_the_processor() {
 #[test]
 fn compatibility_mode_blocks_agree_with_the_processor() {
     programs_agree("blocks", Flavour::User32, 6_000, blocks::generate);
+}
+
+#[test]
+fn accesses_off_one_register_agree_with_the_processor() {
+    programs_agree("groups", Flavour::User64, 20_000, grouped::generate);
+    programs_agree("groups", Flavour::Kernel64, 6_000, grouped::generate);
+    programs_agree("groups", Flavour::User32, 8_000, grouped::generate);
 }
 
 #[test]

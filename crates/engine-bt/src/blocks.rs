@@ -219,6 +219,7 @@ impl Blocks {
         self.side_of(block)
             .iter()
             .find(|e| matches!(e.resume(), Resume::Offset(o) if u64::from(o) == offset))
+            .filter(|e| e.enterable())
             .map(|e| block.pos + u32::from(e.host))
     }
 

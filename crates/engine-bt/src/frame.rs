@@ -30,6 +30,9 @@ pub struct Frame {
     pub exit_arg: u32,
     pub exit_info: u32,
     pub exit_ea: u64,
+    pub exit_chain: u32,
+    /// Host addresses that a repeated instruction needs in registers.
+    pub held: [u64; 16],
     pub jump_mask: u64,
     pub operand: u64,
     /// Where the entry code jumps to.
@@ -101,6 +104,8 @@ pub const LAYOUT: FrameLayout = {
         exit_arg: offset_of!(Frame, exit_arg) as i32,
         exit_ea: offset_of!(Frame, exit_ea) as i32,
         exit_info: offset_of!(Frame, exit_info) as i32,
+        exit_chain: offset_of!(Frame, exit_chain) as i32,
+        held: offset_of!(Frame, held) as i32,
         tlb: [
             tlb as i32,
             (tlb + tlb_bytes) as i32,

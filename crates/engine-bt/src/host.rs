@@ -155,7 +155,11 @@ impl BtHost {
         ];
     }
 
+    /// Makes a block known to jumps to its address; code that does without groups is not for those.
     pub fn add_jump(&mut self, mode: Mode, pc: u64, direct: u32, indirect: u32, mapping: Mapping) {
+        if mode.has(Mode::SINGLE) {
+            return;
+        }
         let address = self.shared.code.address(indirect as usize) as u64;
         self.jumps
             .add(&mut self.frame, mode, pc, direct, address, mapping);
@@ -251,13 +255,7 @@ impl BtHost {
         if access.write && code {
             return Ok(false);
         }
-        let table = if access.user {
-            0
-        } else if cpu.rflags & rflags::AC != 0 {
-            2
-        } else {
-            1
-        };
+        let table = self.table(access.user);
         let page = gva.page().0;
         let n = tlb_index(gva.0);
         let large = t.page_bits > 12;
@@ -279,6 +277,24 @@ impl BtHost {
             self.filled[list].push(n as u16);
         }
         Ok(true)
+    }
+
+    /// Whether the TLB that code uses now has the page around `ea`, with write access if asked for.
+    pub fn cached(&self, ea: u64, user: bool, write: bool) -> bool {
+        let page = Gva(ea).page().0;
+        let e = &self.frame.tlb[self.table(user)][tlb_index(ea)];
+        e.read == page && (!write || e.write == page)
+    }
+
+    /// Which TLB accesses of this privilege use.
+    fn table(&self, user: bool) -> usize {
+        if user {
+            0
+        } else if self.frame.cpu.rflags & rflags::AC != 0 {
+            2
+        } else {
+            1
+        }
     }
 
     pub fn translate_as_kernel(&mut self, gva: Gva, access: Access) -> Result<Gpa, VirtFault> {

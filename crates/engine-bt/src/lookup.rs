@@ -27,7 +27,8 @@ impl BtVcpu {
     pub(crate) fn find_code(&mut self, mode: Mode) -> Found {
         let rip = self.host.frame.cpu.rip;
         let table = mode.table();
-        self.host.jumps.enter_mode(&mut self.host.frame, mode);
+        let entered = Mode(mode.0 & !Mode::SINGLE);
+        self.host.jumps.enter_mode(&mut self.host.frame, entered);
         self.host.update_syscall_segments();
         if let Some(direct) = self.host.jumps.get(table, mode, rip) {
             return Found::Code(direct);

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use hospes_engine::{Activity, CpuState, EngineError, Exit, Segment, Vcpu, VcpuControl, VirtFault};
 use hospes_engine::{cr, rflags, seg};
 use hospes_translate::Mode;
-use hospes_translate::layout::tlb_index;
+use hospes_translate::layout::{MISS_ANY_WRITE, MISS_GROUP, MISS_SIZE, MISS_WRITE, tlb_index};
 use hospes_units::{Gpa, Gva, PAGE_SIZE, VcpuId};
 
 use crate::blocks::Chain;
@@ -247,7 +247,7 @@ impl BtVcpu {
         };
         self.host.frame.cpu.rip = target;
         let generation = self.host.generation;
-        if self.mode() != Some(mode) {
+        if self.mode() != Some(Mode(mode.0 & !Mode::SINGLE)) {
             return None;
         }
         match self.find_code(mode) {
@@ -260,6 +260,9 @@ impl BtVcpu {
                 let source_ok = guard.blocks.at(site).is_some_and(|b| b.alive);
                 if target_ok && source_ok && generation == self.host.generation {
                     shared.code.patch_jump(site as usize, direct as usize);
+                }
+                if mode.has(Mode::SINGLE) {
+                    self.host.resume_at = Some(direct);
                 }
                 None
             }
@@ -276,7 +279,8 @@ impl BtVcpu {
     fn missed_access(&mut self) -> Option<Exit> {
         let frame = &self.host.frame;
         let (ea, info, site) = (frame.exit_ea, frame.exit_info, frame.exit_arg);
-        let (size, write) = (u64::from(info & 0xff), info & 0x100 != 0);
+        let (size, write) = (u64::from(info & MISS_SIZE), info & MISS_WRITE != 0);
+        let group = info & MISS_GROUP != 0;
         let user = frame.cpu.cpl() == 3;
         let in_page = (ea & (PAGE_SIZE - 1)) + size <= PAGE_SIZE;
         // Two operands of one instruction that need the same TLB entry would evict each other for ever.
@@ -291,11 +295,13 @@ impl BtVcpu {
                 Access::read(user)
             };
             match self.host.fill(Gva(ea), access) {
-                Ok(true) => {
+                Ok(true) if !group || self.host.cached(ea, user, info & MISS_ANY_WRITE != 0) => {
                     self.host.resume_at = Some(site);
                     return None;
                 }
-                Ok(false) => {}
+                Ok(_) => {}
+                // Which access of the group faults, and with what done before, shows when they are made one by one.
+                Err(_) if group => {}
                 // An operand that must be aligned faults for that before its page does; the instruction semantics know which must.
                 Err(_) if size >= 16 && ea % size != 0 => {}
                 Err(fault) => {
@@ -305,6 +311,10 @@ impl BtVcpu {
             }
         }
         self.locate(site, None);
+        if group {
+            let chain = self.host.frame.exit_chain;
+            return self.chain(chain);
+        }
         let generation = self.host.generation;
         let before = self.host.dropped_blocks;
         let step = self.step();

@@ -381,14 +381,14 @@ impl Asm {
         self.imm32(imm);
     }
 
-    /// `mov [base], reg` of 4 or 8 bytes.
-    pub fn store_at(&mut self, wide: bool, base: u8, reg: u8) {
-        self.mem_op(wide, 0x89, base, 0, reg);
+    /// `mov [base + disp], reg` of 4 or 8 bytes.
+    pub fn store_at(&mut self, wide: bool, base: u8, disp: i32, reg: u8) {
+        self.mem_op(wide, 0x89, base, disp, reg);
     }
 
-    /// `mov reg, [base]` of 4 (zero-extended) or 8 bytes.
-    pub fn load_at(&mut self, wide: bool, reg: u8, base: u8) {
-        self.mem_op(wide, 0x8b, base, 0, reg);
+    /// `mov reg, [base + disp]` of 4 (zero-extended) or 8 bytes.
+    pub fn load_at(&mut self, wide: bool, reg: u8, base: u8, disp: i32) {
+        self.mem_op(wide, 0x8b, base, disp, reg);
     }
 
     fn mem_op(&mut self, wide: bool, op: u8, base: u8, disp: i32, reg: u8) {
@@ -628,8 +628,10 @@ mod tests {
             (&|a| a.pext_mem(10, 1, 0x40), "pext r10,rcx,gs:[40h]"),
             (&|a| a.and_imm32(9, 0x7fe0), "and r9d,7FE0h"),
             (&|a| a.cmp_imm(9, 0xff8), "cmp r9,0FF8h"),
-            (&|a| a.store_at(true, 12, 9), "mov [r12],r9"),
-            (&|a| a.load_at(false, 9, 13), "mov r9d,[r13]"),
+            (&|a| a.store_at(true, 12, 0, 9), "mov [r12],r9"),
+            (&|a| a.load_at(false, 9, 13, 0), "mov r9d,[r13]"),
+            (&|a| a.load_at(true, 1, 12, 8), "mov rcx,[r12+8]"),
+            (&|a| a.store_at(true, 3, 0x90, 2), "mov [rbx+90h],rdx"),
             (
                 &|a| a.store_imm_at(true, 9, 0, -1),
                 "mov qword ptr [r9],0FFFFFFFFFFFFFFFFh",

@@ -39,8 +39,22 @@ pub struct SideEntry {
     pub flags_saved: bool,
 }
 
+const HELD: u8 = 4;
+
 impl SideEntry {
-    pub fn new(host: usize, resume: Resume, spilled: u16, flags_saved: bool) -> SideEntry {
+    /// Whether code may be entered here with everything in the frame.
+    pub fn enterable(&self) -> bool {
+        self.kind & HELD == 0
+    }
+
+    /// `held`: registers hold the host addresses of groups, so nothing may be entered here.
+    pub fn new(
+        host: usize,
+        resume: Resume,
+        spilled: u16,
+        flags_saved: bool,
+        held: bool,
+    ) -> SideEntry {
         let (kind, offset) = match resume {
             Resume::Offset(o) => (0, o),
             Resume::OffsetInShadow(o) => (1, o),
@@ -50,13 +64,13 @@ impl SideEntry {
             host: u16::try_from(host).expect("a block is shorter than 64 KiB"),
             spilled,
             offset,
-            kind,
+            kind: kind | if held { HELD } else { 0 },
             flags_saved,
         }
     }
 
     pub fn resume(&self) -> Resume {
-        match self.kind {
+        match self.kind & !HELD {
             0 => Resume::Offset(self.offset),
             1 => Resume::OffsetInShadow(self.offset),
             _ => Resume::RipInFrame,

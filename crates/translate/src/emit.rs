@@ -10,10 +10,13 @@
 mod ahead;
 mod cold;
 mod control;
+mod group;
 mod memory;
 mod registers;
 mod string;
 mod system;
+#[cfg(test)]
+mod tests;
 
 use iced_x86::{
     Code, Decoder, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, OpKind, Register,
@@ -42,8 +45,20 @@ enum ColdKind {
     Mem {
         reg: u8,
         tag: Tag,
-        info: u32,
-        site: u32,
+        size: u32,
+        write: bool,
+        start: Start,
+    },
+    /// A group's check that failed. What follows from this instruction on is done without groups, unless the engine has just filled the TLB.
+    Group {
+        reg: u8,
+        tag: Tag,
+        span: u32,
+        /// The access that stands first writes; one of the group does.
+        write: bool,
+        any_write: bool,
+        start: Start,
+        target: u64,
     },
     /// A taken conditional jump inside the page.
     Chain { target: u64 },
@@ -61,6 +76,18 @@ enum ColdKind {
 enum Tag {
     Indexed { index: u8, offset: i32 },
     Fixed { offset: i32 },
+}
+
+/// The beginning of an instruction, to go back to when an access of it can be repeated.
+#[derive(Clone, Copy)]
+struct Start {
+    /// Position in the block.
+    site: u32,
+    spilled: u16,
+    flags: Flags,
+    resume: Resume,
+    /// Registers that hold the host addresses of groups.
+    held: u16,
 }
 
 struct Cold {
@@ -104,6 +131,11 @@ struct Work<'a> {
     bytes: &'a [u8],
     /// The block is one instruction that lies in two pages.
     crossing: bool,
+    /// No groups: the code is for where a group's check has failed.
+    single: bool,
+    accesses: Vec<[Option<group::Access>; 2]>,
+    groups: Vec<group::Group>,
+    start: Start,
     spilled: u16,
     flags: Flags,
     resume: Resume,
@@ -167,6 +199,9 @@ impl Translator {
             live = (live & !insn.flags_killed) | insn.flags_read;
         }
         let live_in = live;
+        let single = request.mode.has(Mode::SINGLE);
+        let mode = Mode(request.mode.0 & !Mode::SINGLE);
+        let accesses = group::survey(&insns, mode.has(Mode::LONG));
         let mut work = Work {
             asm: Asm::default(),
             layout: &self.layout,
@@ -176,10 +211,20 @@ impl Translator {
             live_out,
             pc: request.pc,
             cache_pos: request.cache_pos,
-            initial: request.mode,
-            mode: request.mode,
+            initial: mode,
+            mode,
             bytes: request.bytes,
             crossing: request.crossing,
+            single: single || request.crossing,
+            accesses,
+            groups: Vec::new(),
+            start: Start {
+                site: 0,
+                spilled: 0,
+                flags: Flags::Host,
+                resume: Resume::Offset(0),
+                held: 0,
+            },
             spilled: 0,
             flags: Flags::Host,
             resume: Resume::RipInFrame,
@@ -356,8 +401,17 @@ impl Work<'_> {
                 (Some(Kind::Sti), offset) => Resume::OffsetInShadow(offset),
                 (_, offset) => Resume::Offset(offset),
             };
+            self.end_groups(i);
             self.note();
+            self.start = Start {
+                site: self.site_start(i),
+                spilled: self.spilled,
+                flags: self.flags,
+                resume: self.resume,
+                held: self.pinned(),
+            };
             self.instruction(i, &insn);
+            debug_assert_eq!(self.pinned() & !self.spilled, 0);
         }
         if !ended {
             let last = self.insns[self.insns.len() - 1];
@@ -516,16 +570,8 @@ impl Work<'_> {
         self.resume = Resume::OffsetInShadow(next);
         self.note();
         self.asm.cmp_mem8(self.layout.irq_pending, 0);
-        let from = self.asm.jcc(cc::NE);
-        self.cold.push(Cold {
-            from,
-            kind: ColdKind::Leave {
-                next: self.next_pc(insn),
-            },
-            spilled: self.spilled,
-            flags: self.flags,
-            resume: self.resume,
-        });
+        let next = self.next_pc(insn);
+        self.cold_jump(cc::NE, ColdKind::Leave { next });
     }
 
     /// Leaves to the engine, which executes this instruction and goes on from there.

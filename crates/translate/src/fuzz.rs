@@ -7,10 +7,12 @@ use crate::emit::Translator;
 use crate::layout::{FrameLayout, Mode, Stubs};
 
 const PAGE: usize = 4096;
+/// Bytes that one check may be for, at most.
+const GROUP_SPAN: u64 = 256;
 const CACHE_POS: i64 = 0x10_0000;
 
 /// A frame whose fields lie apart, in the order of their size.
-const LAYOUT: FrameLayout = FrameLayout {
+pub(crate) const LAYOUT: FrameLayout = FrameLayout {
     gpr: 0,
     rip: 0x80,
     flags: 0x88,
@@ -33,6 +35,8 @@ const LAYOUT: FrameLayout = FrameLayout {
     exit_arg: 0x1f0,
     exit_info: 0x1f4,
     exit_ea: 0x1f8,
+    exit_chain: 0x210,
+    held: 0x218,
     jump_mask: 0x200,
     operand: 0x208,
     jumps: [0x1_0000, 0x4_0000, 0x7_0000],
@@ -153,9 +157,11 @@ fn check(i: &Instruction) {
                 "an open frame access"
             ),
             Register::FS => panic!("the thread's own data is accessed"),
-            // Guest memory: at an address that a check has made, nothing added.
+            // Guest memory: at an address that a check has made, or behind it in the range that the check was for.
             _ => assert!(
-                base.is_gpr64() && index == Register::None && i.memory_displacement64() == 0,
+                base.is_gpr64()
+                    && index == Register::None
+                    && i.memory_displacement64() < GROUP_SPAN,
                 "an operand that no check has made: {:?}",
                 i.code()
             ),

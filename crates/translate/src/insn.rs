@@ -80,6 +80,8 @@ pub struct Insn {
     pub reads: u16,
     /// General registers written in full, without regard to their old value.
     pub writes: u16,
+    /// General registers that may change at all.
+    pub changes: u16,
     pub mem: Option<MemAccess>,
     /// Status flags read; `RflagsBits`.
     pub flags_read: u32,
@@ -151,6 +153,7 @@ impl Insn {
             len: instr.len() as u8,
             reads: 0,
             writes: 0,
+            changes: 0,
             mem: None,
             flags_read: 0,
             flags_killed: 0,
@@ -181,6 +184,12 @@ impl Insn {
             }
             if matches!(r, Register::AH | Register::BH | Register::CH | Register::DH) {
                 insn.high_byte = true;
+            }
+            if !matches!(
+                used.access(),
+                OpAccess::None | OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess
+            ) {
+                insn.changes |= mask;
             }
             if used.access() == OpAccess::Write && r.size() >= 4 {
                 insn.writes |= mask;

@@ -37,6 +37,14 @@ impl TlbEntry {
     };
 }
 
+/// The missed access writes.
+pub const MISS_WRITE: u32 = 1 << 16;
+/// The check was for a group of accesses, of which one writes.
+pub const MISS_GROUP: u32 = 1 << 17;
+pub const MISS_ANY_WRITE: u32 = 1 << 18;
+/// The size in bytes.
+pub const MISS_SIZE: u32 = 0xffff;
+
 /// Index of the TLB entry for a guest virtual address.
 pub const fn tlb_index(gva: u64) -> usize {
     (gva >> 12) as usize & (TLB_ENTRIES - 1)
@@ -87,8 +95,12 @@ pub struct FrameLayout {
     pub exit_arg: i32,
     /// 64 bits: the guest virtual address of a missed access.
     pub exit_ea: i32,
-    /// 32 bits: size of a missed access in bytes, bit 8 set for a write.
+    /// 32 bits: size of a missed access in bytes, and `MISS_` bits.
     pub exit_info: i32,
+    /// 32 bits: for a group, the position of the jump to connect with code that does without.
+    pub exit_chain: i32,
+    /// Sixteen 64-bit words: host addresses in registers, kept while an access is being repeated.
+    pub held: i32,
     /// Data TLBs: user, kernel, kernel with AC set.
     pub tlb: [i32; 3],
     /// Jump caches, for the same three kinds of code.
@@ -138,6 +150,8 @@ impl Mode {
     /// In 32-bit code: FS, and GS, is a writable data segment of 4 GiB, wherever it begins.
     pub const FS_DATA: u16 = 512;
     pub const GS_DATA: u16 = 1024;
+    /// Not the CPU's: a translation in which each access has a check of its own.
+    pub const SINGLE: u16 = 2048;
 
     pub const fn has(self, bit: u16) -> bool {
         self.0 & bit != 0

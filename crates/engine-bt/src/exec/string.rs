@@ -270,7 +270,7 @@ impl<H: Host> Cx<'_, H> {
         let lin = self.linear(segment, off, size, write)?;
         self.check_alignment(lin, s.size)?;
         let before_wrap = if down {
-            off / size + 1
+            (off / size).saturating_add(1)
         } else {
             (mask(s.width) - off) / size
         };
@@ -280,7 +280,7 @@ impl<H: Host> Cx<'_, H> {
         }
         let back = if down { (n - 1) * size } else { 0 };
         // The whole run must pass the segment's checks; at its edge the iterations are done one by one.
-        match self.linear(segment, off - back, n * size, write) {
+        match self.linear(segment, off.wrapping_sub(back), n * size, write) {
             Ok(low) => Ok((low, n)),
             Err(_) => Ok((lin, 0)),
         }

@@ -1,12 +1,14 @@
 //! Code off the hot path: what happens when a check fails or a jump leaves.
 
-use super::{ColdKind, Flags, Tag, Work};
+use super::{ColdKind, Flags, Start, Tag, Work, bit};
 use crate::block::{ChainSite, Resume};
 use crate::insn::{Kind, STATUS};
-use crate::layout::Mode;
+use crate::layout::{MISS_ANY_WRITE, MISS_GROUP, MISS_WRITE, Mode};
 
 impl Work<'_> {
     pub(super) fn cold_paths(&mut self) {
+        self.groups.clear();
+        let mut stub = None;
         for cold in std::mem::take(&mut self.cold) {
             let here = self.asm.pos() as i64;
             self.spilled = cold.spilled;
@@ -16,22 +18,56 @@ impl Work<'_> {
                 ColdKind::Mem {
                     reg,
                     tag,
-                    info,
-                    site,
+                    size,
+                    write,
+                    start,
                 } => {
+                    let site = self.resume_site(start, &mut stub);
+                    let here = self.asm.pos() as i64;
                     self.asm.patch_rel32(cold.from, here);
                     self.note();
-                    match tag {
-                        Tag::Indexed { index, offset } => {
-                            self.asm.xor_mem_base(reg, index, offset);
-                        }
-                        Tag::Fixed { offset } => self.asm.xor_mem(reg, offset),
-                    }
-                    self.asm.store(self.layout.exit_ea, reg);
+                    self.missed(reg, tag, start.held);
                     self.unspill(!0);
                     self.asm.store_imm32(self.layout.exit_arg, site);
+                    let info = size | if write { MISS_WRITE } else { 0 };
                     self.asm.store_imm32(self.layout.exit_info, info);
                     self.jmp_stub(self.stubs.mem);
+                }
+                ColdKind::Group {
+                    reg,
+                    tag,
+                    span,
+                    write,
+                    any_write,
+                    start,
+                    target,
+                } => {
+                    let site = self.resume_site(start, &mut stub);
+                    let here = self.asm.pos() as i64;
+                    self.asm.patch_rel32(cold.from, here);
+                    self.note();
+                    self.missed(reg, tag, start.held);
+                    self.unspill(!0);
+                    self.restore_flags();
+                    self.asm.align(4, 3);
+                    // Connected to the translation without groups once there is one.
+                    let at = self.asm.jmp();
+                    let next = self.asm.pos() as i64;
+                    self.asm.patch_rel32(at, next);
+                    self.asm
+                        .store_imm32(self.layout.exit_chain, (self.cache_pos + at as i64) as u32);
+                    self.asm.store_imm32(self.layout.exit_arg, site);
+                    let info = span
+                        | MISS_GROUP
+                        | if write { MISS_WRITE } else { 0 }
+                        | if any_write { MISS_ANY_WRITE } else { 0 };
+                    self.asm.store_imm32(self.layout.exit_info, info);
+                    self.jmp_stub(self.stubs.mem);
+                    self.out.chains.push(ChainSite {
+                        at: at as u16,
+                        target: (target & 0xfff) as u16,
+                        mode: Mode(self.mode_at(cold.resume).0 | Mode::SINGLE),
+                    });
                 }
                 ColdKind::Chain { target } => {
                     self.note();
@@ -92,6 +128,41 @@ impl Work<'_> {
         self.out.stale_stub = self.asm.pos() as u32;
         self.asm.store_imm64(self.layout.rip, self.pc);
         self.jmp_stub(self.stubs.lookup);
+    }
+
+    /// Emits what a missed access leaves behind: its address, and the host addresses that are needed when it is repeated.
+    fn missed(&mut self, reg: u8, tag: Tag, held: u16) {
+        match tag {
+            Tag::Indexed { index, offset } => self.asm.xor_mem_base(reg, index, offset),
+            Tag::Fixed { offset } => self.asm.xor_mem(reg, offset),
+        }
+        self.asm.store(self.layout.exit_ea, reg);
+        for r in (0..16).filter(|&r| held & bit(r) != 0) {
+            self.asm.store(self.layout.held + 8 * i32::from(r), r);
+        }
+    }
+
+    /// Position where the engine may repeat an instruction at once. Where groups are in use there, that is code which brings their host addresses back first;
+    /// one for all accesses of the instruction, so that the engine sees when two of them evict each other.
+    fn resume_site(&mut self, start: Start, stub: &mut Option<(u32, u32)>) -> u32 {
+        if start.held == 0 {
+            return (self.cache_pos + i64::from(start.site)) as u32;
+        }
+        if let Some((_, position)) = stub.filter(|(site, _)| *site == start.site) {
+            return position;
+        }
+        let cold = (self.spilled, self.flags, self.resume);
+        (self.spilled, self.flags, self.resume) = (start.spilled, start.flags, start.resume);
+        self.note_held(true);
+        let position = (self.cache_pos + self.asm.pos() as i64) as u32;
+        for r in (0..16).filter(|&r| start.held & bit(r) != 0) {
+            self.asm.load(r, self.layout.held + 8 * i32::from(r));
+        }
+        let at = self.asm.jmp();
+        self.asm.patch_rel32(at, i64::from(start.site));
+        (self.spilled, self.flags, self.resume) = cold;
+        *stub = Some((start.site, position));
+        position
     }
 
     /// The mode in force at a point of this block: STAC and CLAC change it on the way.

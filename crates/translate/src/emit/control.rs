@@ -2,6 +2,7 @@
 
 use iced_x86::OpKind;
 
+use super::group::STACK;
 use super::{Cold, ColdKind, Flags, Work, bit, decode};
 use crate::asm::{RAX, RCX, RDX};
 use crate::block::Resume;
@@ -178,7 +179,9 @@ impl Work<'_> {
         } else {
             STATUS
         };
-        self.save_flags(i, live);
+        if target.is_none() || self.held(i, STACK).is_none() {
+            self.save_flags(i, live);
+        }
         let direct = target.filter(|&t| self.same_page(t));
         let return_to = self.next_pc(insn);
         let reads = insn.reads;
@@ -189,11 +192,12 @@ impl Work<'_> {
         }
         let s = self.stack_slot(i, true, if target.is_none() { keep } else { reads });
         if return_to as i64 == i64::from(return_to as i32) || !self.long() {
-            self.asm.store_imm_at(self.long(), s, 0, return_to as i32);
+            self.asm
+                .store_imm_at(self.long(), s.reg, s.disp, return_to as i32);
         } else {
-            let t = self.scratch(i, bit(s) | keep);
+            let t = self.scratch(i, bit(s.reg) | keep);
             self.asm.mov_imm(t, return_to);
-            self.asm.store_at(true, s, t);
+            self.asm.store_at(true, s.reg, s.disp, t);
         }
         if let Some(target) = direct {
             if live != 0 {
@@ -237,11 +241,11 @@ impl Work<'_> {
                 }
             }
         } else {
-            let s = self.operand_address(i, self.stack_bytes() as u32, false, insn.reads);
+            let s = self.operand(i, self.stack_bytes() as u32, false, insn.reads);
             if self.spilled & bit(RCX) == 0 {
                 self.spill(RCX);
             }
-            self.asm.load_at(self.long(), RCX, s);
+            self.asm.load_at(self.long(), RCX, s.reg, s.disp);
         }
     }
 
@@ -259,7 +263,7 @@ impl Work<'_> {
         if self.spilled & bit(RCX) == 0 {
             self.spill(RCX);
         }
-        self.asm.load_at(self.long(), RCX, s);
+        self.asm.load_at(self.long(), RCX, s.reg, s.disp);
         let extra = if insn.instr.op_count() == 1 {
             i32::from(insn.instr.immediate16())
         } else {

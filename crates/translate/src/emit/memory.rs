@@ -2,7 +2,8 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 
-use super::{Cold, ColdKind, Flags, Tag, Work, bit, encode_into, redirect};
+use super::group::{OPERAND, Place, STACK};
+use super::{ColdKind, Flags, Tag, Work, bit, encode_into, redirect};
 use crate::asm::{RAX, RSP, cc};
 use crate::insn::{Insn, gpr};
 use crate::layout::{TLB_ENTRIES, TLB_ENTRY_BYTES, tlb_index};
@@ -18,16 +19,33 @@ pub(super) enum Address {
 }
 
 impl Work<'_> {
-    /// Emits the check and translation of the address of instruction `i`'s memory operand; its host address is in the register returned.
-    pub(super) fn operand_address(&mut self, i: usize, size: u32, write: bool, avoid: u16) -> u8 {
-        let insn = self.insns[i];
-        let instr = &insn.instr;
-        let ea = self.address_of(i, instr, avoid);
-        self.check(i, ea, size, write, avoid)
+    /// The host address of instruction `i`'s memory operand, with a check in front if it needs one. Flags must be saved unless the access is held.
+    pub(super) fn operand(&mut self, i: usize, size: u32, write: bool, avoid: u16) -> Place {
+        if let Some(place) = self.held(i, OPERAND) {
+            return place;
+        }
+        let instr = self.insns[i].instr;
+        self.checked(i, OPERAND, (size, write), avoid, |w, into, by| {
+            w.address_of(i, &instr, avoid, into, by)
+        })
     }
 
-    /// Computes the operand's guest virtual address into a scratch register, or finds it constant.
-    pub(super) fn address_of(&mut self, i: usize, instr: &Instruction, avoid: u16) -> Address {
+    /// Saves the flags for the check of an access, if there will be one.
+    pub(super) fn save_flags_for(&mut self, i: usize, which: usize) {
+        if self.held(i, which).is_none() {
+            self.save_flags(i, self.live_before(i));
+        }
+    }
+
+    /// Computes the operand's guest virtual address, `by` bytes on, into the given register or a scratch one, or finds it constant.
+    pub(super) fn address_of(
+        &mut self,
+        i: usize,
+        instr: &Instruction,
+        avoid: u16,
+        into: Option<u8>,
+        by: i32,
+    ) -> Address {
         let base = instr.memory_base();
         let index = gpr(instr.memory_index());
         let seg = match instr.memory_segment() {
@@ -35,7 +53,9 @@ impl Work<'_> {
             Register::GS => Some(5),
             _ => None,
         };
-        let disp = instr.memory_displacement64();
+        let disp = instr
+            .memory_displacement64()
+            .wrapping_add(i64::from(by) as u64);
         if instr.is_ip_rel_memory_operand() || (base == Register::None && index.is_none()) {
             let constant = if self.long() {
                 disp
@@ -43,7 +63,7 @@ impl Work<'_> {
                 disp & 0xffff_ffff
             };
             if let Some(seg) = seg {
-                let s = self.scratch(i, avoid);
+                let s = into.unwrap_or_else(|| self.scratch(i, avoid));
                 self.asm.mov_imm(s, constant);
                 self.add_segment(s, seg);
                 return Address::Register(s);
@@ -51,7 +71,7 @@ impl Work<'_> {
             return Address::Constant(constant);
         }
         let wide = base.size() == 8 || instr.memory_index().size() == 8;
-        let s = self.scratch(i, avoid);
+        let s = into.unwrap_or_else(|| self.scratch(i, avoid));
         let index = index.map(|r| (r, instr.memory_index_scale() as u8));
         self.asm.lea(wide, s, gpr(base), index, disp as i32);
         if let Some(seg) = seg {
@@ -76,9 +96,30 @@ impl Work<'_> {
         write: bool,
         avoid: u16,
     ) -> u8 {
+        let start = self.start;
+        self.check_as(i, address, (size, write), avoid, None, |reg, tag| {
+            ColdKind::Mem {
+                reg,
+                tag,
+                size,
+                write,
+                start,
+            }
+        })
+    }
+
+    /// The same with the failure's consequence, and for a constant address the register to use, chosen by the caller.
+    pub(super) fn check_as(
+        &mut self,
+        i: usize,
+        address: Address,
+        (size, write): (u32, bool),
+        avoid: u16,
+        into: Option<u8>,
+        failed: impl FnOnce(u8, Tag) -> ColdKind,
+    ) -> u8 {
         let table = self.layout.tlb[self.mode.table()];
         let field = if write { 8 } else { 0 };
-        let site = self.site_start(i);
         let (s, tag, host) = match address {
             Address::Register(s) | Address::Pair(s, _) => {
                 let t = match address {
@@ -96,7 +137,7 @@ impl Work<'_> {
                 (s, tag, None)
             }
             Address::Constant(ea) => {
-                let s = self.scratch(i, avoid);
+                let s = into.unwrap_or_else(|| self.scratch(i, avoid));
                 self.asm.mov_imm(s, ea);
                 let entry = table + (tlb_index(ea) * TLB_ENTRY_BYTES) as i32;
                 self.asm.xor_mem(s, entry + field);
@@ -110,19 +151,7 @@ impl Work<'_> {
             }
         };
         self.asm.cmp_imm(s, (PAGE - size) as i32);
-        let from = self.asm.jcc(cc::A);
-        self.cold.push(Cold {
-            from,
-            kind: ColdKind::Mem {
-                reg: s,
-                tag,
-                info: size | (write as u32) << 8,
-                site,
-            },
-            spilled: self.spilled,
-            flags: self.flags,
-            resume: self.resume,
-        });
+        self.cold_jump(cc::A, failed(s, tag));
         match (host, tag) {
             (Some(host), _) => self.asm.add_mem(s, host),
             (None, Tag::Indexed { index, .. }) => self.asm.add_mem_base(s, index, table + 16),
@@ -131,33 +160,29 @@ impl Work<'_> {
         s
     }
 
-    /// Position in the code cache where instruction `i` can be entered again from outside.
+    /// Position in the block where instruction `i` can be entered again from outside.
     pub(super) fn site_start(&self, i: usize) -> u32 {
-        let offset = self.insns[i].offset;
-        let host = self
-            .out
-            .host_of(offset)
-            .expect("the instruction has been noted");
-        (self.cache_pos + i64::from(host)) as u32
+        self.out
+            .host_of(self.insns[i].offset)
+            .expect("the instruction has been noted")
     }
 
     pub(super) fn mem(&mut self, i: usize, insn: &Insn) {
         let mem = insn.mem.expect("classified by its memory operand");
         self.unspill(insn.reads);
-        let live = self.live_before(i);
-        self.save_flags(i, live);
+        self.save_flags_for(i, OPERAND);
         let restore = self.flags == Flags::Saved && self.needs_host_flags(i);
         let mut avoid = insn.reads;
         if restore {
             avoid |= bit(RAX);
         }
         // A destination that the instruction only writes may serve as scratch before.
-        let s = self.operand_address(i, mem.size, mem.write, avoid | self.unsafe_writes(insn));
+        let s = self.operand(i, mem.size, mem.write, avoid | self.unsafe_writes(insn));
         if restore {
             self.restore_flags();
         }
         let mut copy = insn.instr;
-        redirect(&mut copy, s, 0);
+        redirect(&mut copy, s.reg, s.disp);
         if encode_into(self.encoder, &mut self.asm, copy).is_none() {
             return self.step(insn);
         }
@@ -178,13 +203,22 @@ impl Work<'_> {
         if self.long() { 8 } else { 4 }
     }
 
-    /// Emits the check of the stack slot below (`push`) or at (`pop`) the stack pointer.
-    pub(super) fn stack_slot(&mut self, i: usize, write: bool, avoid: u16) -> u8 {
-        let s = self.scratch(i, avoid);
+    /// The host address of the stack slot below (`write`) or at the stack pointer, with a check in front if it needs one.
+    pub(super) fn stack_slot(&mut self, i: usize, write: bool, avoid: u16) -> Place {
         let w = self.stack_bytes();
-        self.asm
-            .lea(self.long(), s, Some(RSP), None, if write { -w } else { 0 });
-        self.check(i, Address::Register(s), w as u32, write, avoid)
+        self.slot_at(i, RSP, if write { -w } else { 0 }, write, avoid)
+    }
+
+    fn slot_at(&mut self, i: usize, base: u8, disp: i32, write: bool, avoid: u16) -> Place {
+        if let Some(place) = self.held(i, STACK) {
+            return place;
+        }
+        let access = (self.stack_bytes() as u32, write);
+        self.checked(i, STACK, access, avoid, |work, into, by| {
+            let s = into.unwrap_or_else(|| work.scratch(i, avoid));
+            work.asm.lea(work.long(), s, Some(base), None, disp + by);
+            Address::Register(s)
+        })
     }
 
     pub(super) fn adjust_rsp(&mut self, by: i32) {
@@ -193,20 +227,22 @@ impl Work<'_> {
 
     pub(super) fn push(&mut self, i: usize, insn: &Insn) {
         self.unspill(insn.reads);
-        self.save_flags(i, self.live_before(i));
+        self.save_flags_for(i, STACK);
         let w = self.stack_bytes();
         let instr = &insn.instr;
         match instr.op0_kind() {
             OpKind::Register => {
                 let r = gpr(instr.op0_register()).expect("a general register");
                 let s = self.stack_slot(i, true, insn.reads);
-                self.asm.store_at(self.long(), s, r);
+                self.asm.store_at(self.long(), s.reg, s.disp, r);
             }
             OpKind::Memory => {
-                let v = self.operand_address(i, w as u32, false, insn.reads);
-                self.asm.load_at(self.long(), v, v);
+                self.save_flags_for(i, OPERAND);
+                let from = self.operand(i, w as u32, false, insn.reads);
+                let v = self.value_scratch(i, from, insn.reads);
+                self.asm.load_at(self.long(), v, from.reg, from.disp);
                 let s = self.stack_slot(i, true, insn.reads | bit(v));
-                self.asm.store_at(self.long(), s, v);
+                self.asm.store_at(self.long(), s.reg, s.disp, v);
             }
             kind => {
                 let imm = match kind {
@@ -216,18 +252,27 @@ impl Work<'_> {
                     _ => instr.immediate32() as i32,
                 };
                 let s = self.stack_slot(i, true, insn.reads);
-                self.asm.store_imm_at(self.long(), s, 0, imm);
+                self.asm.store_imm_at(self.long(), s.reg, s.disp, imm);
             }
         }
         self.adjust_rsp(-w);
     }
 
+    /// A register for the value at a place: that of its address, unless a group goes on using it.
+    fn value_scratch(&mut self, i: usize, place: Place, avoid: u16) -> u8 {
+        if self.pinned() & bit(place.reg) == 0 {
+            place.reg
+        } else {
+            self.scratch(i, avoid)
+        }
+    }
+
     pub(super) fn pop(&mut self, i: usize, insn: &Insn) {
         self.unspill(insn.reads);
-        self.save_flags(i, self.live_before(i));
+        self.save_flags_for(i, STACK);
         let r = gpr(insn.instr.op0_register()).expect("a general register");
         let s = self.stack_slot(i, false, insn.reads);
-        self.asm.load_at(self.long(), r, s);
+        self.asm.load_at(self.long(), r, s.reg, s.disp);
         if r == RSP {
             return;
         }
@@ -240,19 +285,18 @@ impl Work<'_> {
     pub(super) fn leave(&mut self, i: usize) {
         const RBP: u8 = 5;
         self.unspill(bit(RSP) | bit(RBP));
-        self.save_flags(i, self.live_before(i));
+        self.save_flags_for(i, STACK);
         let avoid = bit(RSP) | bit(RBP);
-        let s = self.scratch(i, avoid);
-        self.asm.lea(self.long(), s, Some(RBP), None, 0);
         let w = self.stack_bytes();
-        let s = self.check(i, Address::Register(s), w as u32, false, avoid);
-        self.asm.load_at(self.long(), s, s);
+        let s = self.slot_at(i, RBP, 0, false, avoid);
+        let v = self.value_scratch(i, s, avoid);
+        self.asm.load_at(self.long(), v, s.reg, s.disp);
         self.asm.lea(self.long(), RSP, Some(RBP), None, w);
         // RSP does not matter to LEAVE, so up to here it can be repeated.
         if self.long() {
-            self.asm.mov(RBP, s);
+            self.asm.mov(RBP, v);
         } else {
-            self.asm.mov32(RBP, s);
+            self.asm.mov32(RBP, v);
         }
     }
 }

@@ -20,13 +20,18 @@ impl Work<'_> {
 
     /// Records where the guest's state is from here on.
     pub(super) fn note(&mut self) {
+        self.note_held(!self.groups.is_empty());
+    }
+
+    pub(super) fn note_held(&mut self, held: bool) {
         let saved = self.flags == Flags::Saved;
-        let entry = SideEntry::new(self.asm.pos(), self.resume, self.spilled, saved);
+        let entry = SideEntry::new(self.asm.pos(), self.resume, self.spilled, saved, held);
         match self.out.side.last_mut() {
             Some(last) if last.host == entry.host => *last = entry,
             Some(last)
                 if last.resume() == entry.resume()
                     && last.spilled == entry.spilled
+                    && last.enterable() == entry.enterable()
                     && last.flags_saved == entry.flags_saved => {}
             _ => self.out.side.push(entry),
         }
@@ -51,12 +56,13 @@ impl Work<'_> {
             }
         }
         self.spilled &= !todo;
+        self.groups.retain(|g| todo & bit(g.reg) == 0);
         self.note();
     }
 
     /// A register free for the translator's use, not in `avoid`; its value is in the frame.
     pub(super) fn scratch(&mut self, i: usize, avoid: u16) -> u8 {
-        let avoid = avoid | bit(RSP);
+        let avoid = avoid | bit(RSP) | self.pinned();
         let low_only = self.insns[i].high_byte;
         let allowed = |r: u8| avoid & bit(r) == 0 && (!low_only || r < 8);
         if let Some(r) = (0..16).find(|&r| self.spilled & bit(r) != 0 && allowed(r)) {

@@ -40,10 +40,10 @@ impl Work<'_> {
         self.unspill(insn.reads);
         self.save_flags(i, self.live_before(i));
         let n = insn.instr.op1_register() as usize - iced_x86::Register::ES as usize;
-        let s = self.operand_address(i, 2, true, insn.reads);
-        let v = self.scratch(i, insn.reads | bit(s));
+        let s = self.operand(i, 2, true, insn.reads);
+        let v = self.scratch(i, insn.reads | bit(s.reg));
         self.asm.load_u16(v, self.layout.selectors[n]);
-        self.asm.store16_at(s, v);
+        self.asm.store16_at(s.reg, v);
     }
 
     pub(super) fn write_seg_base(&mut self, i: usize, insn: &Insn) {
@@ -80,7 +80,7 @@ impl Work<'_> {
         let r = gpr(number).expect("a general register");
         let bytes = number.size() as u8;
         let write = insn.instr.mnemonic() != iced_x86::Mnemonic::Bt;
-        let s = match self.address_of(i, &insn.instr, avoid) {
+        let s = match self.address_of(i, &insn.instr, avoid, None, 0) {
             Address::Constant(ea) => {
                 let s = self.scratch(i, avoid);
                 self.asm.mov_imm(s, ea);
@@ -147,15 +147,15 @@ impl Work<'_> {
         let t = self.scratch(i, bit(v));
         self.flags_image(v, t);
         let s = self.stack_slot(i, true, bit(v));
-        self.asm.store_at(true, s, v);
+        self.asm.store_at(true, s.reg, s.disp, v);
         self.adjust_rsp(-8);
     }
 
     pub(super) fn popf(&mut self, i: usize, insn: &Insn) {
-        let s = self.stack_slot(i, false, 0);
+        let s = self.stack_slot(i, false, 0).reg;
         let t = self.scratch(i, bit(s));
         let next = insn.offset + u16::from(insn.len);
-        self.asm.load_at(true, s, s);
+        self.asm.load_at(true, s, s, 0);
         self.asm.mov(t, s);
         self.asm.xor_mem(t, self.layout.rest_flags);
         self.asm.and_imm32(t, SPECIAL);

@@ -1,0 +1,107 @@
+//! What comes out for small blocks: how many checks and saves of the flags, which a wrong turn in the emitter would multiply unnoticed.
+
+use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+
+use crate::fuzz::LAYOUT;
+use crate::{Mode, Request, Stubs, Translator};
+
+const USER: u16 = Mode::LONG | Mode::USER;
+
+/// Mnemonics of the host code between the direct entry and its first unconditional jump.
+fn hot(mode: u16, guest: &[&[u8]]) -> Vec<Mnemonic> {
+    let bytes = guest.concat();
+    let made = Translator::new(LAYOUT, Stubs::default())
+        .translate(&Request {
+            bytes: &bytes,
+            crossing: false,
+            pc: 0x40_0000,
+            mode: Mode(mode),
+            cache_pos: 0x1_0000,
+        })
+        .expect("whole instructions");
+    let code = &made.code[made.direct_entry as usize..];
+    Decoder::with_ip(64, code, 0, DecoderOptions::NONE)
+        .into_iter()
+        .map(|i| i.mnemonic())
+        .take_while(|m| *m != Mnemonic::Jmp)
+        .collect()
+}
+
+fn count(host: &[Mnemonic], m: Mnemonic) -> usize {
+    host.iter().filter(|h| **h == m).count()
+}
+
+fn checks(mode: u16, guest: &[&[u8]]) -> usize {
+    count(&hot(mode, guest), Mnemonic::Ja)
+}
+
+const PUSH_RBP: &[u8] = &[0x55];
+const MOV_RBP_RSP: &[u8] = &[0x48, 0x89, 0xe5];
+const PUSH_RBX: &[u8] = &[0x53];
+const SUB_RSP_24: &[u8] = &[0x48, 0x83, 0xec, 0x18];
+const ADD_RSP_24: &[u8] = &[0x48, 0x83, 0xc4, 0x18];
+const STORE_RBP_LOCAL: &[u8] = &[0x89, 0x7d, 0xec];
+const LOAD_RSP_LOCAL: &[u8] = &[0x8b, 0x44, 0x24, 0x0c];
+const POP_RBX: &[u8] = &[0x5b];
+const POP_RBP: &[u8] = &[0x5d];
+const RET: &[u8] = &[0xc3];
+const LOAD_RDI: &[u8] = &[0x48, 0x8b, 0x07];
+const LOAD_RDI_8: &[u8] = &[0x48, 0x8b, 0x57, 0x08];
+const LOAD_RDI_512: &[u8] = &[0x48, 0x8b, 0x8f, 0, 2, 0, 0];
+const ADC_RDI_8: &[u8] = &[0x48, 0x13, 0x47, 0x08];
+const ADC_RDI_16: &[u8] = &[0x48, 0x13, 0x47, 0x10];
+const LOAD_RSI_RDI: &[u8] = &[0x48, 0x8b, 0x37];
+const LOAD_RSI_8: &[u8] = &[0x48, 0x8b, 0x46, 0x08];
+const STAC: &[u8] = &[0x0f, 0x01, 0xcb];
+
+#[test]
+fn translate_a_stack_frame_checks_it_once() {
+    let code = [
+        PUSH_RBP,
+        MOV_RBP_RSP,
+        PUSH_RBX,
+        SUB_RSP_24,
+        STORE_RBP_LOCAL,
+        LOAD_RSP_LOCAL,
+        ADD_RSP_24,
+        POP_RBX,
+        POP_RBP,
+        RET,
+    ];
+    assert_eq!(checks(USER, &code), 1);
+    // Seven accesses.
+    assert_eq!(checks(USER | Mode::SINGLE, &code), 7);
+}
+
+#[test]
+fn translate_far_or_unrelated_accesses_checks_each() {
+    assert_eq!(checks(USER, &[LOAD_RDI, LOAD_RDI_512, RET]), 3);
+    // The second address is what the first load brings.
+    assert_eq!(checks(USER, &[LOAD_RSI_RDI, LOAD_RSI_8]), 2);
+}
+
+#[test]
+fn translate_access_after_a_change_of_rights_checks_again() {
+    assert_eq!(checks(Mode::LONG, &[LOAD_RDI, LOAD_RDI_8]), 1);
+    assert_eq!(checks(Mode::LONG, &[LOAD_RDI, STAC, LOAD_RDI_8]), 2);
+}
+
+#[test]
+fn translate_carry_chain_through_memory_saves_no_flags() {
+    // ADD RAX, RDX between makes the flags before it dead and those behind it live.
+    let add: &[u8] = &[0x48, 0x01, 0xd0];
+    let host = hot(
+        USER | Mode::FPU,
+        &[LOAD_RDI_8, add, ADC_RDI_8, ADC_RDI_16, &[0x0f, 0x0b]],
+    );
+    assert_eq!(count(&host, Mnemonic::Ja), 1);
+    assert_eq!(count(&host, Mnemonic::Lahf), 0);
+    assert_eq!(count(&host, Mnemonic::Adc), 2);
+}
+
+#[test]
+fn translate_held_access_is_one_instruction() {
+    let one = hot(USER, &[LOAD_RDI, LOAD_RDI_8]);
+    let two = hot(USER, &[LOAD_RDI, LOAD_RDI_8, &[0x48, 0x8b, 0x4f, 0x10]]);
+    assert_eq!(two.len(), one.len() + 1);
+}
