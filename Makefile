@@ -1,5 +1,5 @@
 # Everything a user or a CI run needs. `make help` lists the targets.
-.PHONY: help run build guests test lint deny unit-test boot-test soak-test net-test bench soak clean-guests
+.PHONY: help run build guests test lint deny unit-test boot-test soak-test net-test debian-test bench soak clean-guests
 
 # rustup puts cargo where a shell may not look.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -10,7 +10,7 @@ SOAK_MINUTES ?= 3
 DENY_TOOL := target/tools/bin/cargo-deny
 
 help:
-	@echo 'make run                build, fetch a Debian kernel, boot it: a shell in the guest; without a terminal, a scripted visit'
+	@echo 'make run                build, make a Debian disk, boot it: a shell in the guest; without a terminal, a scripted visit'
 	@echo 'make test               formatting, lints, dependencies, unit tests, guest boots, a soak (BOOTS=5, SOAK_MINUTES=3)'
 	@echo 'make bench              Hospes against this machine, QEMU TCG and User-Mode Linux (BENCH=quick, ROWS=a,b, SYSTEMS=a,b)'
 	@echo 'make soak MINUTES=n     self-checking programs in a Debian guest for n minutes'
@@ -18,8 +18,8 @@ help:
 	@echo 'make clean-guests       remove them and everything downloaded for them'
 
 run: build
-	guests/kernels.sh cloud
-	guests/initramfs.sh
+	guests/install.sh run
+	guests/debian.sh run
 	@python3 guests/run.py
 
 build:
@@ -31,7 +31,7 @@ guests:
 	guests/kernels.sh
 	guests/initramfs.sh
 
-test: lint deny unit-test boot-test net-test soak-test
+test: lint deny unit-test boot-test net-test debian-test soak-test
 	@echo 'make test: everything passed'
 
 lint:
@@ -61,6 +61,11 @@ net-test: build guests
 	guests/install.sh net
 	python3 tests/network.py
 
+debian-test: build
+	guests/install.sh debian
+	guests/debian.sh test
+	python3 tests/debian_guests.py
+
 soak-test:
 	@$(MAKE) --no-print-directory soak MINUTES=$(SOAK_MINUTES)
 
@@ -68,6 +73,7 @@ bench: build
 	guests/install.sh bench
 	guests/kernels.sh cloud
 	guests/initramfs.sh
+	guests/debian.sh test
 	bench/root.sh
 	@python3 bench/run.py
 

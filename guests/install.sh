@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs on this machine what a target of the Makefile needs and does not find.
 #
-#   guests/install.sh build|test|net|bench|soak...
+#   guests/install.sh build|run|test|net|debian|bench|soak...
 set -eu
 . "$(dirname -- "$0")/lib.sh"
 
@@ -44,6 +44,16 @@ lints() {
         die "cargo clippy is missing: rustup component add clippy."
 }
 
+# What makes disk images, and what their networks need: a NAT network as root, a user-mode network otherwise.
+image_tools() {
+    install_packages mmdebstrap e2fsprogs
+    if [ "$(id -u)" = 0 ]; then
+        install_packages iproute2 nftables dnsmasq-base
+    else
+        install_packages uidmap passt
+    fi
+}
+
 [ $# -gt 0 ] || set -- build
 for purpose; do
     build
@@ -54,8 +64,16 @@ for purpose; do
         # The oracle of the tests of disk images.
         have qemu-img || install_packages qemu-utils
         ;;
+    run) image_tools ;;
+    debian)
+        image_tools
+        # fio runs in the guest; here are the other ends, and an apt archive for the guest.
+        install_packages qemu-utils iperf3 apache2-utils iputils-ping dpkg-dev xenstore-utils
+        ;;
     bench)
+        image_tools
         have qemu-system-x86_64 || install_packages qemu-system-x86
+        install_packages qemu-utils iperf3 apache2-utils iputils-ping
         ;;
     net)
         install_packages nftables dnsmasq-base iproute2 passt util-linux busybox
@@ -66,6 +84,6 @@ for purpose; do
         [ -e /usr/include/gnu/stubs-32.h ] || [ -e /usr/include/x86_64-linux-gnu/gnu/stubs-32.h ] ||
             install_packages gcc-multilib libc6-dev-i386
         ;;
-    *) die "unknown purpose '$purpose': say build, test, net, bench or soak." ;;
+    *) die "unknown purpose '$purpose': say build, run, test, net, debian, bench or soak." ;;
     esac
 done

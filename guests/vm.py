@@ -34,8 +34,35 @@ def hospes_binary():
 
 
 @dataclasses.dataclass
+class Disk:
+    """A disk of a guest, by its name in a Xen guest; QEMU's virtio disks are vda, vdb... in the order of the list."""
+
+    path: str
+    format: str = "raw"
+    vdev: str = "xvda"
+    read_only: bool = False
+    cdrom: bool = False
+
+    def xl(self):
+        """As in xl-disk-configuration(5)."""
+        access = "ro" if self.read_only else "rw"
+        kind = ",devtype=cdrom" if self.cdrom else ""
+        return f"format={self.format},vdev={self.vdev},access={access}{kind},target={self.path}"
+
+    def qemu(self, number):
+        read_only = "on" if self.read_only else "off"
+        return [
+            "-drive", f"file={self.path},format={self.format},if=none,id=disk{number},read-only={read_only},cache=none,aio=native",
+            "-device", f"virtio-blk-pci,drive=disk{number}",
+        ]
+
+
+@dataclasses.dataclass
 class Spec:
-    """What is to be booted. `settings` are further lines of a Hospes configuration, without meaning to QEMU."""
+    """What is to be booted. `settings` are further lines of a Hospes configuration, without meaning to QEMU.
+
+    `vifs` are network interfaces as in xl-network-configuration(5). For QEMU `tap` is the name of a tap that exists.
+    """
 
     kernel: str = "vmlinuz-cloud"
     ramdisk: str = "initramfs-busybox.cpio"
@@ -45,6 +72,9 @@ class Spec:
     name: str = "guest"
     settings: tuple = ()
     tcg_cpu: str = "max"
+    disks: tuple = ()
+    vifs: tuple = ()
+    tap: str = ""
 
     def paths(self):
         return str(GUESTS / self.kernel), str(GUESTS / self.ramdisk)
@@ -61,15 +91,29 @@ class Spec:
             return [
                 hospes_binary(), "create", "-c", "/dev/null", 'type="pvh"', f'name="{self.name}"', f'kernel="{kernel}"',
                 f'ramdisk="{ramdisk}"', f"memory={self.memory_mb}", f"vcpus={self.vcpus}", f'extra="{extra}"',
-                *self.settings,
+                *self._devices(), *self.settings,
             ]
+        network = ["-netdev", f"tap,id=net,ifname={self.tap},script=no,downscript=no", "-device", "virtio-net-pci,netdev=net"]
         return [
             "qemu-system-x86_64", "-accel", "tcg", "-cpu", self.tcg_cpu, "-m", str(self.memory_mb), "-smp",
             str(self.vcpus), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot",
             "-kernel", kernel, "-initrd", ramdisk, "-append", extra,
             # Guest memory under a name of its own, so that it can be told from the monitor's.
             "-machine", "memory-backend=ram", "-object", f"memory-backend-memfd,id=ram,share=on,size={self.memory_mb}M",
+            *(word for number, disk in enumerate(self.disks) for word in disk.qemu(number)),
+            *(network if self.tap else ()),
         ]
+
+    def _devices(self):
+        """The lines of a Hospes configuration for disks and network; none where there are none."""
+        lines = {"disk": [disk.xl() for disk in self.disks], "vif": self.vifs}
+        return [f"{key}=[{', '.join(map(quoted, values))}]" for key, values in lines.items() if values]
+
+
+def quoted(text):
+    """A text of the configuration grammar."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 class RunDirectory:

@@ -27,13 +27,56 @@ END
 chroot "$root" systemctl --quiet enable systemd-networkd.service
 # A guest without a network reaches its login all the same.
 chroot "$root" systemctl --quiet disable systemd-networkd-wait-online.service 2>/dev/null || true
-ln -sf ../run/systemd/resolve/stub-resolv.conf "$root/etc/resolv.conf"
 
-# What a small guest on a virtual disk does not need at every boot.
+if [ -e "$root/lib/systemd/system/systemd-resolved.service" ]; then
+    ln -sf ../run/systemd/resolve/stub-resolv.conf "$root/etc/resolv.conf"
+else
+    # Without resolved, which needs D-Bus, the name servers of the lease go where the C library looks.
+    ln -sf ../run/resolv.conf "$root/etc/resolv.conf"
+    cat >"$root/etc/systemd/system/resolv-conf.path" <<'END'
+[Unit]
+Description=Watch for Name Servers
+
+[Path]
+PathChanged=/run/systemd/netif/state
+
+[Install]
+WantedBy=multi-user.target
+END
+    cat >"$root/etc/systemd/system/resolv-conf.service" <<'END'
+[Unit]
+Description=Write the Name Servers of the Network
+
+[Service]
+Type=oneshot
+ExecStart=/usr/local/sbin/resolv-conf
+END
+    cat >"$root/usr/local/sbin/resolv-conf" <<'END'
+#!/bin/sh
+# Writes resolv.conf from what systemd-networkd has learned.
+set -eu
+new=/run/resolv.conf.new
+while IFS='=' read -r key values; do
+    case $key in
+    DNS) for server in $values; do echo "nameserver $server"; done ;;
+    DOMAINS) [ -z "$values" ] || echo "search $values" ;;
+    esac
+done </run/systemd/netif/state >"$new"
+mv "$new" /run/resolv.conf
+END
+    chmod 755 "$root/usr/local/sbin/resolv-conf"
+    chroot "$root" systemctl --quiet enable resolv-conf.path
+fi
+
+# What a small guest on a virtual disk does not need at every boot: updates behind its user's back, a console that is not
+# there, mounts for debugging, drivers that are loaded when they are used.
 for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service \
     fstrim.timer man-db.timer getty@tty1.service systemd-pstore.service; do
     chroot "$root" systemctl --quiet disable "$unit" 2>/dev/null || true
 done
+chroot "$root" systemctl --quiet mask sys-kernel-debug.mount sys-kernel-tracing.mount sys-kernel-config.mount \
+    sys-fs-fuse-connections.mount modprobe@configfs.service modprobe@fuse.service modprobe@drm.service \
+    modprobe@dm_mod.service modprobe@loop.service
 
 if [ "$AUTOLOGIN" = yes ]; then
     install -d "$root/etc/systemd/system/serial-getty@.service.d"

@@ -223,10 +223,9 @@ impl Recipe {
 }
 
 /// What makes Debian's essential packages a system that boots, has a network and can be worked in.
-const BASE: [&str; 13] = [
+const BASE: [&str; 12] = [
     "tiny-initramfs",
     "systemd-sysv",
-    "systemd-resolved",
     "udev",
     "kmod",
     "e2fsprogs",

@@ -1,0 +1,328 @@
+#!/usr/bin/env python3
+"""Full Debian guests with disks and networks in Hospes.
+
+    tests/debian_guests.py [--list] [WORD...]
+
+Only tests whose name contains one of the WORDs run, all without any. As root every test has a network namespace of its own, so
+this machine's network is not touched; otherwise guests have user-mode networks, and tests that need more are left out with a
+note. The last line is "N passed, N failed"; the exit status is 0 when nothing failed.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
+
+import debian  # noqa: E402
+import dmesg  # noqa: E402
+import netns  # noqa: E402
+import vm  # noqa: E402
+from boot import Failure, expect  # noqa: E402
+
+MANY = 10
+MANY_MEMORY_MB = 256
+IDLE_S = 20
+IDLE_SHARE_MAX = 0.05
+END_S = 120
+FIO = "fio --name=v --ioengine=libaio --direct=1 --verify_fatal=1 --verify_state_save=0 --output-format=terse"
+
+
+class Bench:
+    """What every test gets: a run-time directory and a network namespace of its own."""
+
+    def __init__(self, stack):
+        self.stack = stack
+        self.run = stack.enter_context(vm.RunDirectory())
+        self.space = stack.enter_context(netns.Namespace("test")) if netns.possible() else None
+
+    def path(self, name):
+        return os.path.join(self.run.path, name)
+
+    def command(self, *argv):
+        return self.space.command(*argv) if self.space else list(argv)
+
+    def here(self, *argv, check=True, timeout=60):
+        """Runs a command on the guests' network, as this machine."""
+        done = subprocess.run(
+            self.command(*argv), env=self.run.environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            errors="replace", timeout=timeout, check=False,
+        )
+        expect(done.returncode == 0 or not check, f"`{' '.join(argv)}` failed: {done.stderr.strip()} {done.stdout.strip()[-500:]}")
+        return done.stdout
+
+    def hospes(self, *arguments, check=True):
+        return self.here(vm.hospes_binary(), *arguments, check=check)
+
+    def system(self, name="system"):
+        """A fresh disk with Debian."""
+        return vm.Disk(debian.overlay(self.path(f"{name}.qcow2")), format="qcow2")
+
+    def start(self, disks, **more):
+        more.setdefault("vifs", ("",))
+        spec = debian.spec(disks, **more)
+        return self.stack.enter_context(vm.Guest(self.command(*spec.argv("hospes")), self.run.environment()))
+
+    def boot(self, disks, **more):
+        return debian.Shell(self.start(disks, **more))
+
+    def process(self, subcommand, name=None):
+        """The id of a process of this run, by its hidden subcommand and, for domains, the domain's name."""
+        for pid in self.run.processes():
+            words = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if subcommand.encode() in words and (name is None or name.encode() in words):
+                return pid
+        raise Failure(f"there is no process {subcommand}")
+
+    def server(self, directory, gateway):
+        """A web server for guests; it has to be a process in their namespace."""
+        script = f"import http.server,sys; http.server.test(http.server.SimpleHTTPRequestHandler, port=8000, bind={gateway!r})"
+        process = subprocess.Popen(
+            self.command(sys.executable, "-c", script), cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )
+        self.stack.callback(process.wait)
+        self.stack.callback(process.kill)
+        return f"http://{gateway}:8000"
+
+
+def blank(path, megabytes, fmt="raw", content=b""):
+    """An empty image that begins with `content`."""
+    if fmt == "raw":
+        with open(path, "wb") as handle:
+            handle.write(content)
+            handle.truncate(megabytes << 20)
+    else:
+        subprocess.run(["qemu-img", "create", "-q", "-f", fmt, path, f"{megabytes}M"], check=True)
+    return path
+
+
+# ---- one guest ------------------------------------------------------------------------------------------------------
+
+
+def reaches_multi_user(bench):
+    shell = bench.boot([bench.system()], name="whole")
+    state = shell.status("systemctl is-system-running --wait")[1].strip()
+    failed = shell.run("systemctl list-units --state=failed --no-legend --plain")
+    expect(state == "running" and not failed, f"systemd is {state!r}; failed units:\n{failed}")
+    shell.address()
+    said = dmesg.complaints(shell.run("dmesg -r"))
+    expect(not said, "the kernel says what it must not say:\n" + "\n".join(said))
+    expect(shell.power_off() == 0, f"the guest does not power off\n{shell.guest.tail()}")
+
+
+def installs_a_package(bench):
+    repository = debian.IMAGES / "repository"
+    shell = bench.boot([bench.system()], name="apt")
+    _, gateway = shell.address()
+    url = bench.server(repository, gateway)
+    shell.run(f"rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/*; echo 'deb [trusted=yes] {url}/ ./' >/etc/apt/sources.list")
+    shell.run("apt-get -q update && apt-get -q -y install hello", 300)
+    expect("Hello" in shell.run("hello"), "the installed package does not greet")
+    # A shutdown asked for from outside, with the network up.
+    bench.hospes("shutdown", "apt")
+    expect(shell.guest.wait(END_S) == 0, f"the guest does not follow `shutdown`\n{shell.guest.tail()}")
+
+
+def verifies_what_it_wrote(bench):
+    disks = [
+        bench.system(),
+        vm.Disk(blank(bench.path("raw.img"), 128), vdev="xvdb"),
+        vm.Disk(blank(bench.path("cow.qcow2"), 128, "qcow2"), format="qcow2", vdev="xvdc"),
+    ]
+    shell = bench.boot(disks, name="verify", vifs=())
+    for device in ("xvdb", "xvdc"):
+        whole = f"{FIO} --filename=/dev/{device} --verify=crc32c"
+        shell.run(f"{whole} --rw=randrw --bs=4k --iodepth=16 --size=32M --rwmixread=30", 300)
+        shell.run(f"{whole} --rw=write --bs=1M --iodepth=4 --size=128M", 300)
+        shell.run(f"{whole} --rw=randwrite --bs=512-64k --bs_unaligned=0 --blockalign=512 --iodepth=8 --size=32M", 300)
+        # What is discarded reads as zeros, what lies beside it is untouched.
+        shell.run(f"yes a | head -c 33554432 >/dev/{device}; sync; blkdiscard -o 4194304 -l 8388608 /dev/{device}; sync")
+        zeros = shell.run(f"dd if=/dev/{device} bs=4M skip=1 count=2 iflag=direct status=none | tr -d '\\000' | wc -c")
+        expect(zeros.strip() == "0", f"/dev/{device}: {zeros.strip()} bytes of a discarded range are not zero")
+        beside = shell.run(f"dd if=/dev/{device} bs=4M skip=3 count=5 iflag=direct status=none | sha256sum")
+        expected = hashlib.sha256((b"a\n" * (5 << 21))).hexdigest()
+        expect(expected in beside, f"/dev/{device}: a discard changed what lies beside it")
+    said = dmesg.complaints(shell.run("dmesg -r"))
+    expect(not said, "the kernel complains of its disks:\n" + "\n".join(said))
+    expect(shell.power_off() == 0, f"the guest does not power off\n{shell.guest.tail()}")
+    check = subprocess.run(["qemu-img", "check", bench.path("cow.qcow2")], capture_output=True, text=True, check=False)
+    expect(check.returncode == 0, f"qemu-img check finds fault with the image that the guest wrote: {check.stdout}{check.stderr}")
+
+
+def has_several_disks(bench):
+    disks = [
+        bench.system(),
+        vm.Disk(blank(bench.path("ro.img"), 16, content=b"read only\n"), vdev="xvdb", read_only=True),
+        vm.Disk(blank(bench.path("cd.iso"), 8, content=b"a cdrom\n"), vdev="xvdc", read_only=True, cdrom=True),
+        vm.Disk(blank(bench.path("cow.qcow2"), 64, "qcow2"), format="qcow2", vdev="xvdd"),
+    ]
+    shell = bench.boot(disks, name="several", vifs=())
+    sizes = dict(re.findall(r"(xvd\w) (\d+)", shell.run("for d in /sys/block/xvd*; do echo ${d##*/} $(cat $d/size); done")))
+    for device, megabytes in (("xvdb", 16), ("xvdc", 8), ("xvdd", 64)):
+        expect(sizes.get(device) == str(megabytes * 2048), f"{device} has {sizes.get(device)} sectors instead of {megabytes} MiB")
+    expect("read only" in shell.run("head -n 1 /dev/xvdb"), "xvdb holds something else than its image")
+    expect("a cdrom" in shell.run("head -n 1 /dev/xvdc"), "xvdc holds something else than its image")
+    flags = shell.run("cat /sys/block/xvdb/ro /sys/block/xvdc/ro /sys/block/xvdd/ro").split()
+    expect(flags == ["1", "1", "0"], f"read-only flags of xvdb, xvdc and xvdd are {flags}")
+    expect(shell.status("dd if=/dev/zero of=/dev/xvdb bs=4k count=1 oflag=direct status=none")[0] != 0, "a read-only disk was written")
+    shell.run("mke2fs -q /dev/xvdd && mount /dev/xvdd /mnt && cp /bin/bash /mnt && umount /mnt && e2fsck -fn /dev/xvdd")
+    expect(shell.power_off() == 0, f"the guest does not power off\n{shell.guest.tail()}")
+
+
+def takes_and_gives_devices(bench):
+    shell = bench.boot([bench.system()], name="plug")
+    wait = "for i in $(seq 100); do [ {} -e {} ] && exit 0; sleep 0.1; done; exit 1"
+    extra = blank(bench.path("extra.img"), 32)
+    for _ in range(2):
+        bench.hospes("block-attach", "plug", f"format=raw,vdev=xvdf,access=rw,target={extra}")
+        shell.run(f"( {wait.format('', '/dev/xvdf')} )")
+        expect("xvdf" in bench.hospes("block-list", "plug") or "51792" in bench.hospes("block-list", "plug"), "block-list has no xvdf")
+        shell.run("dd if=/dev/urandom of=/dev/xvdf bs=1M count=8 oflag=direct status=none")
+        bench.hospes("block-detach", "plug", "xvdf")
+        shell.run(f"( {wait.format('!', '/dev/xvdf')} )")
+    bench.hospes("network-attach", "plug", "mac=00:16:3e:11:22:33")
+    shell.run("( for i in $(seq 100); do grep -q 00:16:3e:11:22:33 /sys/class/net/*/address && exit 0; sleep 0.1; done; exit 1 )")
+    expect("00:16:3e:11:22:33" in bench.hospes("network-list", "plug"), "network-list does not show the new interface")
+    bench.hospes("network-detach", "plug", "00:16:3e:11:22:33")
+    shell.run("( for i in $(seq 100); do grep -q 00:16:3e:11:22:33 /sys/class/net/*/address || exit 0; sleep 0.1; done; exit 1 )")
+    said = dmesg.complaints(shell.run("dmesg -r"))
+    expect(not said, "the kernel complains:\n" + "\n".join(said))
+    expect(shell.power_off() == 0, f"the guest does not power off\n{shell.guest.tail()}")
+
+
+# ---- killed in the middle --------------------------------------------------------------------------------------------
+
+# Numbers that are on the disk, with fsync, before they are printed.
+WRITER = (
+    "import os\nf = os.open('/var/numbers', os.O_CREAT | os.O_WRONLY | os.O_APPEND)\nn = 0\nwhile True:\n"
+    "    os.write(f, b'%d\\n' % n)\n    os.fsync(f)\n    print('durable %d' % n, flush=True)\n    n += 1\n"
+)
+
+
+def keeps_what_was_durable(bench):
+    """The domain's process is killed while the guest writes: what fsync promised is there after the next boot."""
+    disk = bench.system()
+    shell = bench.boot([disk], name="cut", vifs=())
+    shell.run(f"cat >/root/writer.py <<'END'\n{WRITER}END\nsync")
+    shell.guest.send("fio --name=noise --rw=randwrite --bs=4k --size=64M --directory=/var/tmp --time_based --runtime=600 >/dev/null 2>&1 &\n")
+    shell.guest.send("python3 /root/writer.py\n")
+    shell.guest.wait_for("durable 200\n", END_S)
+    os.kill(bench.process("__domain"), signal.SIGKILL)
+    expect(shell.guest.wait(END_S) != 0, "the domain process was killed and `create -c` ends well")
+    promised = max(int(number) for number in re.findall(r"durable (\d+)\n", shell.guest.console))
+    shell = bench.boot([disk], name="cut", vifs=())
+    found = [int(line) for line in shell.run("cat /var/numbers").splitlines() if line.isdigit()]
+    expect(found[: promised + 1] == list(range(promised + 1)), f"{promised} was durable, after the cut there is {found[-1:]}")
+    shell.run("fio --name=v --rw=randwrite --bs=4k --size=8M --directory=/var/tmp --verify=crc32c >/dev/null && ! grep -q ' ro[ ,]' /proc/mounts")
+    expect(shell.power_off() == 0, f"the guest does not power off\n{shell.guest.tail()}")
+
+
+def survives_the_store(bench):
+    """The store is killed while the guest uses its disk and network: neither notices, and commands work on."""
+    shell = bench.boot([bench.system()], name="storeless")
+    own, _ = shell.address()
+    shell.send(f"{FIO} --directory=/var/tmp --rw=randrw --bs=4k --iodepth=8 --size=32M --verify=crc32c --time_based --runtime=6 >/dev/null")
+    for _ in range(3):
+        time.sleep(1)
+        os.kill(bench.process("__store"), signal.SIGKILL)
+        if bench.space:
+            bench.here("ping", "-q", "-c", "3", "-i", "0.2", own)
+        expect("storeless" in bench.hospes("list"), "`list` does not show the domain after the store was killed")
+    status, output = shell.result(END_S)
+    expect(status == 0, f"the guest's disk failed while the store was killed:\n{output}")
+    said = dmesg.complaints(shell.run("dmesg -r"))
+    expect(not said, "the kernel complains:\n" + "\n".join(said))
+    bench.hospes("shutdown", "storeless")
+    expect(shell.guest.wait(END_S) == 0, f"the guest does not follow `shutdown` after the store was killed\n{shell.guest.tail()}")
+
+
+# ---- ten at once ------------------------------------------------------------------------------------------------------
+
+
+def cpu_seconds(pids):
+    """The processor time that these processes have used."""
+    ticks = 0
+    for pid in pids:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def fetch(bench, address, text):
+    script = f"import urllib.request; print(urllib.request.urlopen('http://{address}/who', timeout=20).read().decode())"
+    expect(text in bench.here(sys.executable, "-c", script), f"http://{address}/who is not {text}")
+
+
+def many_live_together(bench):
+    if not bench.space:
+        print("note many_live_together: guests of a user-mode network do not reach each other: left out without root")
+        return
+    names = [f"many{number}" for number in range(MANY)]
+    guests = [bench.start([bench.system(name)], name=name, memory_mb=MANY_MEMORY_MB) for name in names]
+    shells = [debian.Shell(guest, 900) for guest in guests]
+    addresses = [shell.address()[0] for shell in shells]
+    expect(len(set(addresses)) == MANY, f"{MANY} guests have the addresses {addresses}")
+    for name, shell in zip(names, shells):
+        shell.run(f"echo {name} >/var/www/html/who; systemctl start nginx")
+    for name, address in zip(names, addresses):
+        bench.here("ping", "-q", "-c", "2", "-i", "0.2", address)
+        fetch(bench, address, name)
+    every = " ".join(addresses)
+    for shell in shells:
+        shell.send(f"for a in {every}; do ping -q -c 1 -W 20 $a >/dev/null && wget -q -T 20 -O - http://$a/who; done")
+    for shell in shells:
+        seen = shell.result(300)[1].split()
+        expect(seen == names, f"a guest among {MANY} sees {seen}")
+    time.sleep(5)
+    pids = bench.run.processes()
+    before, began = cpu_seconds(pids), time.monotonic()
+    time.sleep(IDLE_S)
+    share = (cpu_seconds(pids) - before) / (time.monotonic() - began)
+    print(f"     {MANY} idle guests use {share * 100:.1f} % of one processor")
+    expect(share < IDLE_SHARE_MAX, f"{MANY} idle guests use {share * 100:.1f} % of one processor, more than {IDLE_SHARE_MAX * 100:.0f} %")
+    bench.hospes("shutdown", "-a")
+    for guest in guests:
+        expect(guest.wait(300) == 0, f"a guest among {MANY} does not follow `shutdown -a`\n{guest.tail()}")
+
+
+TESTS = (
+    reaches_multi_user, installs_a_package, verifies_what_it_wrote, has_several_disks, takes_and_gives_devices,
+    keeps_what_was_durable, survives_the_store, many_live_together,
+)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the names and do nothing")
+    parser.add_argument("words", nargs="*")
+    options = parser.parse_args()
+    chosen = [test for test in TESTS if not options.words or any(word in test.__name__ for word in options.words)]
+    if options.list:
+        print("\n".join(test.__name__ for test in chosen))
+        return 0
+    passed = failed = 0
+    for test in chosen:
+        started = time.monotonic()
+        try:
+            with contextlib.ExitStack() as stack:
+                test(Bench(stack))
+        except (Failure, vm.GuestError, dmesg.ListError, OSError, subprocess.SubprocessError) as error:
+            failed += 1
+            print(f"FAIL {test.__name__} ({time.monotonic() - started:.1f} s)\n  " + str(error).replace("\n", "\n  "), flush=True)
+        else:
+            passed += 1
+            print(f"ok   {test.__name__} ({time.monotonic() - started:.1f} s)", flush=True)
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
