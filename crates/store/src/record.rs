@@ -111,6 +111,16 @@ impl Store {
         self.add_watch(conn, path, token)
     }
 
+    /// A connection's watches: paths as they were given, and tokens.
+    pub fn watches(&self, conn: ConnId) -> Vec<(String, String)> {
+        let connection = self.connections.get(&conn);
+        let watches = connection.map_or(&[][..], |c| &c.watches);
+        watches
+            .iter()
+            .map(|w| (w.shown(&w.path).to_owned(), w.token.clone()))
+            .collect()
+    }
+
     /// Opens a transaction again that was open before the store was restored: it can be used, but its end is that it has to be tried again.
     /// Does nothing where the connection has a transaction with this number.
     pub fn reopen_transaction(&mut self, conn: ConnId, id: u32) {

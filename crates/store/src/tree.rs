@@ -36,6 +36,26 @@ pub enum Error {
 }
 
 impl Error {
+    /// The error with this name on the wire; one that this store does not know is [`Error::Invalid`].
+    pub fn from_name(name: &str) -> Error {
+        use Error::*;
+        let all = [
+            Access,
+            Exists,
+            NoEntry,
+            NoSpace,
+            NotImplemented,
+            Busy,
+            Again,
+            TooBig,
+            Unreachable,
+        ];
+        all.into_iter()
+            .find(|e| e.name() == name)
+            .unwrap_or(Invalid)
+    }
+
+    /// Its name on the wire.
     pub fn name(self) -> &'static str {
         match self {
             Error::Invalid => "EINVAL",

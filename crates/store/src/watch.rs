@@ -30,8 +30,12 @@ impl Watch {
         }
     }
 
+    fn is_same(&self, other: &Watch) -> bool {
+        self.path == other.path && self.token == other.token
+    }
+
     /// The path as its owner names it.
-    fn shown<'a>(&self, path: &'a str) -> &'a str {
+    pub fn shown<'a>(&self, path: &'a str) -> &'a str {
         self.relative_to
             .as_deref()
             .and_then(|home| path.strip_prefix(home))
@@ -72,7 +76,7 @@ impl Store {
     ) -> Result<(), Error> {
         let connection = self.connections.get_mut(&conn).ok_or(Error::Invalid)?;
         let watch = watch_of(connection.domid, given, token)?;
-        if connection.watches.contains(&watch) {
+        if connection.watches.iter().any(|w| w.is_same(&watch)) {
             return Err(Error::Exists);
         }
         let privileged = connection.domid == hospes_units::DomId::HOST;
@@ -98,7 +102,7 @@ impl Store {
     ) -> Result<(), Error> {
         let connection = self.connections.get_mut(&conn).ok_or(Error::Invalid)?;
         let watch = watch_of(connection.domid, given, token)?;
-        let at = connection.watches.iter().position(|w| *w == watch);
+        let at = connection.watches.iter().position(|w| w.is_same(&watch));
         connection.watches.remove(at.ok_or(Error::NoEntry)?);
         Ok(())
     }
