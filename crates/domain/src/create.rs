@@ -1,6 +1,6 @@
 //! Making a domain, step by step.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -155,7 +155,7 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
         console,
         threads: Vec::new(),
         clock: None,
-        _membership: membership,
+        membership: Mutex::new(Some(membership)),
     };
     let page = |gfn| Page::of_frame(domain.xen.memory(), gfn);
     let (console_page, store_page) = (page(layout.console)?, page(layout.xenstore)?);

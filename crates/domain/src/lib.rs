@@ -166,8 +166,8 @@ pub struct Domain {
     console: Arc<Console>,
     threads: Vec<JoinHandle<()>>,
     clock: Option<ClockThread>,
-    /// Last: what serves the domain's devices ends first.
-    _membership: Membership,
+    /// `None` once it has left.
+    membership: Mutex<Option<Membership>>,
 }
 
 /// What stays of the specification.
@@ -242,6 +242,16 @@ impl Domain {
     /// Ends the domain, whatever it does. Does nothing to one that has ended.
     pub fn destroy(&self) {
         self.run.end(EndReason::Destroyed);
+    }
+
+    /// Takes the domain out of the host, after ending it if that has not happened: its devices and its part of the store are gone when this
+    /// returns.
+    pub fn leave(&self) {
+        self.destroy();
+        self.run.wait_finished();
+        // What serves the domain's devices ends first.
+        self.devices.close();
+        drop(lock(&self.membership).take());
     }
 
     /// Blocks until the domain has ended and its last output is in the console; from then on returns the same reason at once.
@@ -411,7 +421,7 @@ impl Drop for Domain {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        self.devices.close();
+        self.leave();
         self.clock = None;
     }
 }

@@ -18,7 +18,9 @@ use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::ExitCode;
 
-use hospes_toolstack::{DOMAIN_SUBCOMMAND, MachineFactory, domain_process};
+use hospes_toolstack::{
+    DOMAIN_SUBCOMMAND, MachineFactory, STORE_SUBCOMMAND, domain_process, store_process,
+};
 use lexopt::Arg;
 
 use crate::help::Command;
@@ -104,8 +106,10 @@ pub fn run(
             }
         }
     };
-    if command == DOMAIN_SUBCOMMAND {
-        return domain_process(factory);
+    match command.as_str() {
+        DOMAIN_SUBCOMMAND => return domain_process(factory),
+        STORE_SUBCOMMAND => return store_process(),
+        _ => {}
     }
     let Some(command) = help::find(&command) else {
         eprintln!(

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use hospes_config::{DiskConfig, DomainConfig, Pinning, VifConfig};
 use hospes_domain::frame::Kind;
 use hospes_domain::{Domain, DomainSpec, EndReason, ShutdownKind};
-use hospes_store::LocalStore;
 use hospes_toolstack::{
     self as toolstack, Affinity, DeviceKind, Machine, MachineError, MachineInfo, MachineSpec,
     VcpuInfo,
@@ -45,7 +44,7 @@ impl toolstack::MachineFactory for Domains {
             // There is no saving and no migration yet. On AMD's processors Linux takes a TSC for constant only where it is told so, and else
             // measures the speed of each further vCPU for a tenth of a second, wrongly on a busy host.
             nomigrate: true,
-            store: Arc::new(LocalStore::default()),
+            store: Arc::new(spec.store.clone()),
             console,
             disks,
             vifs,
@@ -101,6 +100,10 @@ impl Machine for Running {
 
     fn destroy(&self) {
         self.0.destroy();
+    }
+
+    fn leave(&self) {
+        self.0.leave();
     }
 
     fn wait(&self) -> toolstack::EndReason {

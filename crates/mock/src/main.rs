@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use hospes_config::{DiskConfig, VifConfig};
+use hospes_store::{DomainEntry, DomainStore, GuestLink, Membership, StoreAccess};
 use hospes_toolstack::{
     Affinity, DeviceKind, EndReason, Machine, MachineError, MachineFactory, MachineInfo,
     MachineSpec, ShutdownKind, Trigger, VcpuInfo,
@@ -29,6 +30,8 @@ struct State {
 }
 
 struct Mock {
+    /// That the store knows of it.
+    membership: Mutex<Option<(Box<dyn GuestLink>, Membership)>>,
     state: Mutex<State>,
     changed: Condvar,
     memory_kib: u64,
@@ -99,6 +102,12 @@ impl Machine for Mock {
 
     fn destroy(&self) {
         self.end(&mut self.lock(), EndReason::Destroyed);
+    }
+
+    fn leave(&self) {
+        self.destroy();
+        let membership = self.membership.lock();
+        membership.unwrap_or_else(PoisonError::into_inner).take();
     }
 
     fn wait(&self) -> EndReason {
@@ -242,7 +251,9 @@ impl MachineFactory for Factory {
         if !kernel.is_file() {
             return Err(format!("the kernel {} is no file: give another", kernel.display()).into());
         }
+        let membership = enter(spec)?;
         Ok(Arc::new(Mock {
+            membership: Mutex::new(Some(membership)),
             state: Mutex::new(State {
                 console,
                 line: Vec::new(),
@@ -258,6 +269,25 @@ impl MachineFactory for Factory {
             deaf: spec.config.cmdline.contains("deaf"),
         }))
     }
+}
+
+/// Enters the domain into the store, as a real one is.
+fn enter(spec: &MachineSpec<'_>) -> Result<(Box<dyn GuestLink>, Membership), MachineError> {
+    let uuid = spec.uuid.to_string();
+    let entry = DomainEntry {
+        domid: spec.domid,
+        uuid: uuid.clone(),
+        name: spec.config.name.clone(),
+        memory_kib: spec.config.memory_mib << 10,
+        vcpus: spec.config.maxvcpus,
+        console_port: 2,
+        console_ring: 0xfefff,
+        store_port: 1,
+        store_ring: 0xfeffc,
+    };
+    let membership = spec.store.add_domain(spec.domid, &uuid, Arc::new(|| {}))?;
+    spec.store.write_all(&entry.nodes())?;
+    Ok(membership)
 }
 
 fn main() -> ExitCode {

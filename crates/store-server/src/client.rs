@@ -411,9 +411,11 @@ impl DomainStore for StoreClient {
         waker: Waker,
     ) -> Result<(Box<dyn GuestLink>, Membership), Error> {
         let guest = Guest::open(&self.shared.place, domid, uuid, waker)?;
-        let session = guest.session();
+        let (session, end) = (guest.session(), guest.ender());
         let client = self.clone();
         let membership = Membership::new(move || {
+            // Else its connection would be opened again after the next start of a store process.
+            end();
             // Where it fails the store process finds out itself that the domain is gone.
             let _ = client.call(REMOVE, &protocol::removal(domid, session));
         });

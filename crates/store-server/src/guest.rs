@@ -101,6 +101,12 @@ impl Guest {
         self.shared.session
     }
 
+    /// What ends the connection for good.
+    pub fn ender(&self) -> impl FnOnce() + Send + Sync + 'static {
+        let shared = Arc::clone(&self.shared);
+        move || shared.end()
+    }
+
     fn wait_opened(&self) -> Result<(), Error> {
         let deadline = Instant::now() + PATIENCE;
         let mut state = lock(&self.shared);
@@ -169,11 +175,9 @@ impl GuestLink for Guest {
         state.input.clear();
         state.queue.clear();
         state.outbox = Outbox::default();
-        state.delivered = state
-            .event_numbers
-            .drain(..)
-            .next_back()
-            .or(state.delivered);
+        let unread = state.event_numbers.pop_back();
+        state.event_numbers.clear();
+        state.delivered = unread.or(state.delivered);
         state.transactions.clear();
         if let Some(under_way) = &mut state.under_way {
             under_way.is_stale = true;
@@ -193,8 +197,14 @@ impl GuestLink for Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        lock(&self.shared).ended = true;
-        self.shared.bell.ring();
+        self.shared.end();
+    }
+}
+
+impl Shared {
+    fn end(&self) {
+        lock(self).ended = true;
+        self.bell.ring();
     }
 }
 

@@ -9,6 +9,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use hospes_store::{ConnId, HEADER_BYTES, wire};
@@ -28,6 +29,8 @@ const CHUNK: usize = 16 << 10;
 const OUTPUT_MAX: usize = 64 << 10;
 /// How long nobody may need the store before its process ends.
 const IDLE: Duration = Duration::from_secs(60);
+/// How often an idle process looks whether it is time, or its directory was removed.
+const IDLE_CHECK: Duration = Duration::from_secs(2);
 /// How often it is looked whether a domain without a connection still lives.
 const ORPHAN_INTERVAL: Duration = Duration::from_millis(200);
 /// How long the process waits before it tries again to write the journal.
@@ -85,7 +88,7 @@ pub fn serve(place: &Place, around: &Surroundings<'_>) -> Result<(), ServerError
     fs::set_permissions(&socket, Permissions::from_mode(0o600)).map_err(directory)?;
     listener.set_nonblocking(true).map_err(directory)?;
     (around.ready)();
-    server.run(&listener)?;
+    server.run(&listener, &socket)?;
     // Who finds no socket starts another process, which waits for nothing: the lock goes with this one.
     let _ = fs::remove_file(&socket);
     Ok(())
@@ -138,7 +141,7 @@ impl<'a> Server<'a> {
         Ok(server)
     }
 
-    fn run(&mut self, listener: &UnixListener) -> Result<(), ServerError> {
+    fn run(&mut self, listener: &UnixListener, socket: &Path) -> Result<(), ServerError> {
         loop {
             self.write_journal();
             if !self.held && self.send() {
@@ -147,7 +150,7 @@ impl<'a> Server<'a> {
             let needed = !self.peers.is_empty() || self.core.sessions().next().is_some();
             if needed {
                 self.used = Instant::now();
-            } else if self.used.elapsed() >= IDLE {
+            } else if self.used.elapsed() >= IDLE || !socket.exists() {
                 return Ok(());
             }
             let ready = self.wait(listener)?;
@@ -193,6 +196,8 @@ impl<'a> Server<'a> {
             JOURNAL_RETRY
         } else if self.orphans().next().is_some() {
             ORPHAN_INTERVAL
+        } else if self.peers.is_empty() {
+            IDLE_CHECK
         } else {
             IDLE
         };

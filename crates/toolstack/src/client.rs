@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hospes_config::{CpuList, DiskConfig, DomainConfig, VifConfig};
+use hospes_store_server::StoreClient;
 use hospes_units::DomId;
 
 use crate::error::{Error, Result};
@@ -14,6 +15,7 @@ use crate::paths::Paths;
 use crate::protocol::{self, DomainInfo, Ended, Reply, Request, ShutdownKind, Until};
 use crate::registry::{Entry, HOST_NAME, Registry, is_locked};
 use crate::scheduling::VcpuInfo;
+use crate::store;
 
 /// How long a domain that is being built may take to open its sockets.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
@@ -80,6 +82,11 @@ impl Host {
 
     pub fn paths(&self) -> &Paths {
         &self.paths
+    }
+
+    /// The store with the rights of domain 0. Its process is started with the first request.
+    pub fn store(&self) -> Result<StoreClient> {
+        store::client(&self.paths)
     }
 
     /// Creates a domain and returns when it is there. It runs unless it is to be left paused.

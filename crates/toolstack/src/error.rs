@@ -73,6 +73,8 @@ pub enum Error {
         status: std::process::ExitStatus,
         log: PathBuf,
     },
+    #[error("cannot make ready to use the store: {0}")]
+    Store(io::Error),
     #[error("cannot start the domain process: {0}")]
     Spawn(io::Error),
 }

@@ -30,6 +30,7 @@ pub mod protocol;
 mod registry;
 mod scheduling;
 mod server;
+mod store;
 mod supervisor;
 
 pub use client::{Host, Watch};
@@ -41,9 +42,12 @@ pub use process::domain_process;
 pub use protocol::{DeviceKind, DomainInfo, EndReason, Ended, ShutdownKind, Trigger, Until};
 pub use registry::{Entry, HOST_NAME, Record};
 pub use scheduling::{Affinity, VcpuInfo, host_cpus, resolve};
+pub use store::store_process;
 
 /// The hidden subcommand with which the program starts itself as a domain process.
 pub const DOMAIN_SUBCOMMAND: &str = "__domain";
+/// The same for the store process.
+pub const STORE_SUBCOMMAND: &str = "__store";
 
 /// A line in the log of a domain, which is the standard error of its process.
 pub fn log_line(text: &str) {

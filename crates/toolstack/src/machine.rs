@@ -6,6 +6,7 @@ use std::io::Write;
 use std::sync::Arc;
 
 use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
+use hospes_store_server::StoreClient;
 use hospes_units::DomId;
 
 use crate::protocol::{DeviceKind, EndReason, ShutdownKind, Trigger};
@@ -21,6 +22,8 @@ pub struct MachineSpec<'a> {
     pub config: &'a DomainConfig,
     /// Memory that other domains have not used yet and still may, in bytes: what the host has free is theirs first.
     pub promised_bytes: u64,
+    /// Where the domain is entered.
+    pub store: &'a StoreClient,
 }
 
 /// The state of a machine at one moment.
@@ -49,6 +52,11 @@ pub trait Machine: Send + Sync {
 
     /// Ends the machine, whatever it does; [`Machine::wait`] returns. Does nothing the second time.
     fn destroy(&self);
+
+    /// Takes a machine that has ended, or ends now, out of the host: its devices and its part of the store are gone when this returns.
+    fn leave(&self) {
+        self.destroy();
+    }
 
     /// Blocks until the machine has ended; from then on returns the same reason at once.
     fn wait(&self) -> EndReason;

@@ -9,6 +9,8 @@ use crate::error::{Error, Result, at};
 
 /// Chooses the directory of run-time state.
 pub const RUN_VARIABLE: &str = "HOSPES_RUN_DIR";
+/// Where root's run-time state is by default.
+pub const DEFAULT_RUN: &str = "/run/hospes";
 /// Chooses the directory of logs.
 pub const LOG_VARIABLE: &str = "HOSPES_LOG_DIR";
 
@@ -37,7 +39,7 @@ impl Paths {
     fn choose(root: bool, variable: impl Fn(&str) -> Option<PathBuf>) -> Result<Paths> {
         let run = match variable(RUN_VARIABLE) {
             Some(path) => path,
-            None if root => PathBuf::from("/run/hospes"),
+            None if root => PathBuf::from(DEFAULT_RUN),
             None => variable("XDG_RUNTIME_DIR")
                 .ok_or(Error::NoDirectory {
                     what: "run-time state ($XDG_RUNTIME_DIR is not set)",

@@ -11,6 +11,7 @@ use crate::logfile::{LOG_MAX_BYTES, LogFile};
 use crate::machine::MachineFactory;
 use crate::paths::Paths;
 use crate::protocol::{self, Launch, Launched};
+use crate::store;
 use crate::supervisor::{Supervisor, log};
 
 /// What the hidden subcommand [`crate::DOMAIN_SUBCOMMAND`] does: one domain, until it has ended.
@@ -43,7 +44,17 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
     let hub = ConsoleHub::new(console_log);
     // Every launch has one; a process without would still be a valid domain.
     let uuid = launch.config.uuid.unwrap_or(hospes_config::Uuid::NIL);
-    let supervisor = Supervisor::new(factory, paths, hub, launch.config, uuid);
+    let store = match store::client(&paths) {
+        Ok(store) => store,
+        Err(fault) => {
+            log!("{fault}");
+            answer(&Launched::Error {
+                message: fault.to_string(),
+            });
+            return ExitCode::FAILURE;
+        }
+    };
+    let supervisor = Supervisor::new(factory, paths, hub, launch.config, uuid, store);
     let current = match supervisor.start() {
         Ok(current) => current,
         Err(fault) => {

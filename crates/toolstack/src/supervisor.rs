@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hospes_config::{DomainConfig, EventAction, EventActions, Uuid};
+use hospes_store_server::StoreClient;
 use hospes_units::DomId;
 
 use crate::clock::Utc;
@@ -74,6 +75,7 @@ pub(crate) enum StartError {
 /// The domain of this process, through all its restarts.
 pub(crate) struct Supervisor<'a> {
     factory: &'a dyn MachineFactory,
+    store: StoreClient,
     paths: Paths,
     registry: Registry,
     hub: Arc<ConsoleHub>,
@@ -107,9 +109,11 @@ impl<'a> Supervisor<'a> {
         hub: Arc<ConsoleHub>,
         config: DomainConfig,
         uuid: Uuid,
+        store: StoreClient,
     ) -> Supervisor<'a> {
         Supervisor {
             factory,
+            store,
             registry: Registry::new(&paths),
             paths,
             hub,
@@ -155,6 +159,7 @@ impl<'a> Supervisor<'a> {
             uuid: self.uuid,
             config,
             promised_bytes: self.registry.promised_bytes(slot.domid())?,
+            store: &self.store,
         };
         let machine = self
             .factory
@@ -261,7 +266,7 @@ impl<'a> Supervisor<'a> {
         } = current;
         server.stop();
         self.hub.connect(None);
-        instance.machine().destroy();
+        instance.machine().leave();
         let config = instance.config();
         let slot = self
             .registry
@@ -315,7 +320,7 @@ impl<'a> Supervisor<'a> {
             ..
         } = current;
         self.hub.connect(None);
-        instance.machine().destroy();
+        instance.machine().leave();
         server.stop();
         self.release(slot);
         instance.update(|progress| progress.gone = Some(None));

@@ -1,0 +1,108 @@
+//! The store process of a run-time directory: where it is, how it is started, what it does.
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use hospes_store_server::{Place, StoreClient, Surroundings, serve};
+use hospes_units::DomId;
+use rustix::fs::Mode;
+
+use crate::STORE_SUBCOMMAND;
+use crate::error::{Error, Result};
+use crate::logfile::{LOG_MAX_BYTES, LogFile, open_append};
+use crate::paths::{DEFAULT_RUN, LOG_VARIABLE, Paths, RUN_VARIABLE};
+use crate::registry::is_locked;
+use crate::supervisor::log;
+
+/// Where Xen's tools look for a store.
+const PUBLIC_SOCKET: &str = "/var/run/xenstored/socket";
+
+/// The store process of these directories, which is started where it is needed and not there.
+fn place(paths: &Paths) -> Place {
+    let at = paths.clone();
+    Place::new(&paths.run, Place::starter(move || command(&at)))
+}
+
+/// The command that becomes the store process.
+fn command(paths: &Paths) -> io::Result<Command> {
+    let log = paths.log.join("store.log");
+    // Moves a log that has become too long out of the way.
+    LogFile::open(&log, LOG_MAX_BYTES).and_then(|mut log| log.append(b""))?;
+    // The name by which this process was started may mean another program by now.
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0(
+            std::env::args_os()
+                .next()
+                .unwrap_or_else(|| "hospes".into()),
+        )
+        .arg(STORE_SUBCOMMAND)
+        .env(RUN_VARIABLE, &paths.run)
+        .env(LOG_VARIABLE, &paths.log)
+        .stderr(open_append(&log)?);
+    Ok(command)
+}
+
+/// A client of the store process.
+pub(crate) fn client(paths: &Paths) -> Result<StoreClient> {
+    paths.create()?;
+    StoreClient::new(place(paths)).map_err(Error::Store)
+}
+
+/// What the hidden subcommand [`STORE_SUBCOMMAND`] does: the store, for as long as somebody needs it.
+pub fn store_process() -> ExitCode {
+    // Fails for the leader of a process group: then a shell started it, by hand.
+    let _ = rustix::process::setsid();
+    rustix::process::umask(Mode::RWXG | Mode::RWXO);
+    let result = Paths::from_environment().and_then(|paths| {
+        paths.create()?;
+        if let Err(fault) = rustix::process::chdir("/") {
+            log!("cannot change to /: {fault}");
+        }
+        Ok(paths)
+    });
+    let paths = match result {
+        Ok(paths) => paths,
+        Err(fault) => {
+            log!("{fault}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let place = place(&paths);
+    let around = Surroundings {
+        is_alive: &|domid: DomId| is_locked(&paths.run.join("domains").join(domid.to_string())),
+        ready: &|| {
+            publish(&paths, &place);
+            tell_starter();
+        },
+        log: &|line| log!("{line}"),
+    };
+    match serve(&place, &around) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(fault) => {
+            log!("{fault}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The host's own store is where Debian's tools look.
+fn publish(paths: &Paths, place: &Place) {
+    let is_hosts = rustix::process::geteuid().is_root() && paths.run == Path::new(DEFAULT_RUN);
+    if is_hosts && let Err(fault) = place.publish(Path::new(PUBLIC_SOCKET)) {
+        log!("{PUBLIC_SOCKET} cannot be made: set XENSTORED_PATH for the tools ({fault})");
+    }
+}
+
+/// The one who started the process waits for a line. The pipe is let go of: nobody reads more.
+fn tell_starter() {
+    println!("ready");
+    let null = std::fs::File::open("/dev/null").map_err(|fault| fault.to_string());
+    let dropped =
+        null.and_then(|null| rustix::stdio::dup2_stdout(&null).map_err(|fault| fault.to_string()));
+    if let Err(fault) = dropped {
+        log!("cannot let go of standard output: {fault}");
+    }
+}
