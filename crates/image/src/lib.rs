@@ -16,6 +16,8 @@ mod host;
 mod lock;
 mod make;
 mod open;
+#[cfg(any(test, feature = "power-cut"))]
+mod powercut;
 mod qcow2;
 mod raw;
 mod storage;

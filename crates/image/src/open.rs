@@ -54,6 +54,18 @@ const DEPTH_MAX: usize = 64;
 /// # Errors
 /// It is not there or no disk, is in use, breaks its format or needs what is not supported.
 pub fn open(spec: &OpenSpec) -> Result<Arc<dyn Image>, ImageError> {
+    #[cfg(feature = "power-cut")]
+    if !spec.read_only {
+        return open_on(spec, crate::powercut::from_environment);
+    }
+    open_on(spec, Ok)
+}
+
+/// [`open`] with something between the image and its file.
+pub(crate) fn open_on(
+    spec: &OpenSpec,
+    layer: impl FnOnce(Arc<dyn Storage>) -> std::io::Result<Arc<dyn Storage>>,
+) -> Result<Arc<dyn Image>, ImageError> {
     let path = &*spec.path;
     let sector_bytes = spec.sector_bytes.unwrap_or(512);
     if !matches!(sector_bytes, 512 | 4096) {
@@ -71,7 +83,7 @@ pub fn open(spec: &OpenSpec) -> Result<Arc<dyn Image>, ImageError> {
     let physical_sector_bytes = file.physical_sector_bytes();
     let discard = file.discard_granularity().filter(|_| spec.discard);
     let fixed = file.is_block();
-    let storage: Arc<dyn Storage> = Arc::new(file);
+    let storage = layer(Arc::new(file)).map_err(ImageError::host(path, "open it"))?;
     if !is_qcow2(path, &*storage, spec.format)? {
         let options = RawOptions {
             sector_bytes,

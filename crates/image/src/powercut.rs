@@ -1,0 +1,217 @@
+//! A power cut for tests: a disk with a cache that loses what was not synced.
+//!
+//! What is written stays here until a sync puts it into the file. At the cut each sector that waits gets any of the contents written to it
+//! since the last sync, or none of them; in a real disk's cache, too, nothing but a sync orders writes. After it every call fails.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::host::HostFile;
+use crate::storage::{Storage, copy_from, copy_to};
+use crate::types::Buffer;
+
+const SECTOR: u64 = 512;
+
+/// Random numbers that a seed decides (splitmix64).
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut value = self.0;
+        value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        value ^ (value >> 31)
+    }
+
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+}
+
+type Sector = [u8; SECTOR as usize];
+
+struct State {
+    /// By sector: what was written since the last sync, oldest first.
+    waiting: BTreeMap<u64, Vec<Sector>>,
+    bytes: u64,
+    random: Random,
+    /// Writes until the cut.
+    left: u64,
+    syncs: u64,
+    cut: bool,
+}
+
+/// The disk.
+pub(crate) struct PowerCut {
+    below: Arc<dyn Storage>,
+    state: Mutex<State>,
+    /// Called after the cut.
+    then: fn(),
+}
+
+impl PowerCut {
+    /// Cuts the power at the write number `writes` (from 1), then calls `then`.
+    pub(crate) fn new(
+        below: Arc<dyn Storage>,
+        seed: u64,
+        writes: u64,
+        then: fn(),
+    ) -> io::Result<PowerCut> {
+        let bytes = below.len()?;
+        Ok(PowerCut {
+            below,
+            state: Mutex::new(State {
+                waiting: BTreeMap::new(),
+                bytes,
+                random: Random(seed),
+                left: writes,
+                syncs: 0,
+                cut: false,
+            }),
+            then,
+        })
+    }
+
+    /// Syncs so far.
+    #[cfg(test)]
+    pub(crate) fn syncs(&self) -> u64 {
+        self.state.lock().expect("no thread panics with it").syncs
+    }
+
+    /// The state while there is power.
+    fn powered(&self) -> io::Result<MutexGuard<'_, State>> {
+        let state = self.state.lock().expect("no thread panics with it");
+        if state.cut {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        Ok(state)
+    }
+
+    fn cut(&self, state: &mut State) -> io::Result<()> {
+        state.cut = true;
+        for (sector, versions) in std::mem::take(&mut state.waiting) {
+            let kept = state.random.below(versions.len() as u64 + 1) as usize;
+            if let Some(bytes) = kept.checked_sub(1).and_then(|index| versions.get(index)) {
+                self.below.write_bytes(bytes, sector * SECTOR)?;
+            }
+        }
+        (self.then)();
+        Err(io::Error::from_raw_os_error(libc::EIO))
+    }
+
+    fn put(&self, state: &mut State, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut at = offset;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (sector, within) = (at / SECTOR, (at % SECTOR) as usize);
+            let count = rest.len().min(SECTOR as usize - within);
+            let versions = state.waiting.entry(sector).or_default();
+            let mut content = [0; SECTOR as usize];
+            if count < content.len() {
+                match versions.last() {
+                    Some(last) => content = *last,
+                    None => self.below.read_bytes(&mut content, sector * SECTOR)?,
+                }
+            }
+            content[within..within + count].copy_from_slice(&rest[..count]);
+            versions.push(content);
+            at += count as u64;
+            rest = &rest[count..];
+        }
+        state.bytes = state.bytes.max(at);
+        Ok(())
+    }
+}
+
+impl Storage for PowerCut {
+    fn read(&self, buffers: &[Buffer], offset: u64) -> io::Result<()> {
+        let state = self.powered()?;
+        let mut bytes = vec![0; buffers.iter().map(|b| b.len).sum()];
+        self.below.read_bytes(&mut bytes, offset)?;
+        let end = offset + bytes.len() as u64;
+        for (sector, versions) in state.waiting.range(offset / SECTOR..end.div_ceil(SECTOR)) {
+            let Some(last) = versions.last() else {
+                continue;
+            };
+            let start = (sector * SECTOR).max(offset);
+            let stop = ((sector + 1) * SECTOR).min(end);
+            let source = &last[(start % SECTOR) as usize..][..(stop - start) as usize];
+            bytes[(start - offset) as usize..(stop - offset) as usize].copy_from_slice(source);
+        }
+        copy_to(buffers, &bytes);
+        Ok(())
+    }
+
+    fn write(&self, buffers: &[Buffer], offset: u64) -> io::Result<()> {
+        let mut state = self.powered()?;
+        let mut bytes = vec![0; buffers.iter().map(|b| b.len).sum()];
+        copy_from(buffers, &mut bytes);
+        self.put(&mut state, offset, &bytes)?;
+        state.left = state.left.saturating_sub(1);
+        if state.left == 0 {
+            return self.cut(&mut state);
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut state = self.powered()?;
+        for (sector, versions) in std::mem::take(&mut state.waiting) {
+            if let Some(bytes) = versions.last() {
+                self.below.write_bytes(bytes, sector * SECTOR)?;
+            }
+        }
+        state.syncs += 1;
+        self.below.sync()
+    }
+
+    fn discard(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let mut state = self.powered()?;
+        let end = (offset + bytes).min(state.bytes);
+        if offset < end {
+            self.put(&mut state, offset, &vec![0; (end - offset) as usize])?;
+        }
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.powered()?.bytes)
+    }
+
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        let mut state = self.powered()?;
+        state.bytes = bytes;
+        self.below.set_len(bytes)
+    }
+
+    /// None: every request has to come through here.
+    fn host_file(self: Arc<Self>) -> Option<Arc<HostFile>> {
+        None
+    }
+}
+
+/// Puts a disk that loses power under an image that is written, if the user wants that.
+#[cfg(feature = "power-cut")]
+pub(crate) fn from_environment(storage: Arc<dyn Storage>) -> io::Result<Arc<dyn Storage>> {
+    let Some(wanted) = std::env::var_os("HOSPES_POWER_CUT") else {
+        return Ok(storage);
+    };
+    let numbers = wanted.to_str().and_then(|text| {
+        let (seed, writes) = text.split_once(':')?;
+        Some((seed.parse().ok()?, writes.parse().ok()?))
+    });
+    let (seed, writes) = numbers.ok_or_else(|| {
+        io::Error::other("HOSPES_POWER_CUT is SEED:WRITES, the power goes at that write")
+    })?;
+    Ok(Arc::new(PowerCut::new(storage, seed, writes, || {
+        eprintln!("hospes: the power is cut");
+        let _ =
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    })?))
+}
+
+#[cfg(test)]
+#[path = "powercut_tests.rs"]
+mod tests;
