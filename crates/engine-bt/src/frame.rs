@@ -35,6 +35,8 @@ pub struct Frame {
     pub held: [u64; 16],
     pub jump_mask: u64,
     pub operand: u64,
+    /// How many more times PAUSE is executed in place.
+    pub pauses_left: u32,
     /// Where the entry code jumps to.
     pub target: u64,
     pub host_rsp: u64,
@@ -118,6 +120,7 @@ pub const LAYOUT: FrameLayout = {
         ],
         jump_mask: offset_of!(Frame, jump_mask) as i32,
         operand: offset_of!(Frame, operand) as i32,
+        pauses_left: offset_of!(Frame, pauses_left) as i32,
     }
 };
 

@@ -21,6 +21,10 @@ use crate::signal::{Attachment, ThreadInfo, kick_signal};
 use crate::stubs::{ExitKind, enter};
 use crate::vm::{Shared, host_error};
 
+/// How often a guest executes PAUSE before it is taken to wait for a vCPU whose thread does not run: some microseconds, as processors that look
+/// for such loops do.
+const PAUSES: u32 = 256;
+
 /// Where a program counter's code is.
 pub(crate) enum Found {
     /// Position of the direct entry.
@@ -57,7 +61,8 @@ impl BtVcpu {
         control: Arc<Control>,
     ) -> Result<BtVcpu, EngineError> {
         let miss = shared.code.address(shared.stubs.jump_miss as usize) as u64;
-        let frame = FrameBox::new(miss).map_err(|e| host_error("memory for a vCPU", e))?;
+        let mut frame = FrameBox::new(miss).map_err(|e| host_error("memory for a vCPU", e))?;
+        frame.pauses_left = PAUSES;
         Ok(BtVcpu {
             host: BtHost::new(shared, id, control, frame, miss),
             attachment: None,
@@ -176,7 +181,14 @@ impl BtVcpu {
                 self.host.jumps.forget(&mut self.host.frame, rip);
                 Ok(None)
             }
-            ExitKind::Step => Ok(self.after(|s| s.step())),
+            ExitKind::Step => {
+                let exit = self.after(|s| s.step());
+                if exit.is_none() && self.host.frame.pauses_left == 0 {
+                    self.host.frame.pauses_left = PAUSES;
+                    return Ok(Some(Exit::Yield));
+                }
+                Ok(exit)
+            }
             ExitKind::Chain => {
                 let site = self.host.frame.exit_arg;
                 Ok(self.chain(site))

@@ -197,6 +197,11 @@ impl Asm {
         self.imm32(imm as i32);
     }
 
+    /// `dec dword gs:[offset]`
+    pub fn dec_mem32(&mut self, offset: i32) {
+        self.gs_op(false, &[0xff], 1, offset);
+    }
+
     /// `mov word gs:[offset], imm`
     pub fn store_imm16(&mut self, offset: i32, imm: u16) {
         self.buf.push(0x66);
@@ -589,6 +594,7 @@ mod tests {
                 "mov dword ptr gs:[8],2; mov dword ptr gs:[0Ch],1",
             ),
             (&|a| a.cmp_mem8(8, 1), "cmp byte ptr gs:[8],1"),
+            (&|a| a.dec_mem32(8), "dec dword ptr gs:[8]"),
             (&|a| a.xor_mem_base(1, 12, 0x20), "xor rcx,gs:[r12+20h]"),
             (&|a| a.add_mem_base(9, 3, 0x20), "add r9,gs:[rbx+20h]"),
             (&|a| a.xor_mem(9, 0x20), "xor r9,gs:[20h]"),

@@ -474,6 +474,7 @@ impl Work<'_> {
             Kind::Cli => self.asm.store_imm32(self.layout.interrupt_flag, 0),
             Kind::String => self.string(i, insn),
             Kind::Cld => self.cld(i),
+            Kind::Pause => self.pause(i, insn),
             Kind::Rdtscp => self.rdtscp(),
             Kind::Pushf => self.pushf(i),
             Kind::Popf => self.popf(i, insn),

@@ -49,6 +49,8 @@ pub enum Kind {
     /// MOVS or STOS with 64-bit addresses, perhaps repeated.
     String,
     Cld,
+    /// The guest waits for another vCPU, actively.
+    Pause,
     Rdtscp,
     Pushf,
     Popf,
@@ -264,6 +266,7 @@ impl Insn {
             M::Sti if !mode.has(Mode::USER) => return Kind::Sti,
             M::Rdtsc if mode.has(Mode::TSC) => return Kind::Copy,
             M::Cld => return Kind::Cld,
+            M::Pause => return Kind::Pause,
             M::Rdtscp if mode.has(Mode::TSC) => return Kind::Rdtscp,
             M::Pushfq if long => return Kind::Pushf,
             M::Popfq if long && !mode.has(Mode::USER) => return Kind::Popf,

@@ -107,6 +107,8 @@ pub struct FrameLayout {
     pub jumps: [i32; 3],
     /// 64 bits: [`JUMP_MASK`].
     pub jump_mask: i32,
+    /// 32 bits: how many more times PAUSE is executed before the engine hears that the guest spins.
+    pub pauses_left: i32,
     /// 64 bits: where the native-execution snippet finds its operand.
     pub operand: i32,
 }

@@ -54,6 +54,7 @@ impl Translator {
                     | Kind::Jrcxz(_)
                     | Kind::String
                     | Kind::Cld
+                    | Kind::Pause
                     | Kind::Rdtscp
                     | Kind::Pushf
                     | Kind::Popf

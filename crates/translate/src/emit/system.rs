@@ -23,6 +23,19 @@ impl Work<'_> {
         self.asm.and_mem_imm32(self.layout.rest_flags, !0x400);
     }
 
+    /// The last of a number of PAUSEs is the engine's.
+    pub(super) fn pause(&mut self, i: usize, insn: &Insn) {
+        self.save_flags(i, self.live_before(i));
+        self.asm.bytes(&[0xf3, 0x90]);
+        self.asm.dec_mem32(self.layout.pauses_left);
+        self.cold_jump(
+            cc::E,
+            ColdKind::Step {
+                offset: insn.offset,
+            },
+        );
+    }
+
     pub(super) fn rdtscp(&mut self) {
         self.asm.bytes(&[0x0f, 0x01, 0xf9]);
         self.asm.load32(RCX, self.layout.tsc_aux);
