@@ -30,6 +30,33 @@ pub mod limits {
     pub const CMDLINE_MAX: usize = 2047;
 }
 
+/// A text that cannot be the name of a domain.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the name \"{name}\" {fault}: choose another")]
+pub struct NameError {
+    name: String,
+    fault: String,
+}
+
+/// Whether a domain can have this name: it stands in file names and in the xenstore.
+pub fn check_name(name: &str) -> Result<(), NameError> {
+    let fault = if name.is_empty() {
+        "is empty".to_string()
+    } else if name.contains('/') {
+        "contains a `/'".to_string()
+    } else if name.chars().any(char::is_control) {
+        "contains control characters".to_string()
+    } else if name.len() > limits::NAME_MAX {
+        format!("is longer than {} bytes", limits::NAME_MAX)
+    } else {
+        return Ok(());
+    };
+    Err(NameError {
+        name: name.escape_debug().to_string(),
+        fault,
+    })
+}
+
 /// Kind of guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -313,31 +340,17 @@ impl<'a> Reader<'a> {
             }
             return None;
         };
-        let fault = if name.is_empty() {
-            "is empty".to_string()
-        } else if name.contains('/') {
-            "contains a `/'".to_string()
-        } else if name.chars().any(char::is_control) {
-            "contains control characters".to_string()
-        } else if name.len() > limits::NAME_MAX {
-            format!("is longer than {} bytes", limits::NAME_MAX)
-        } else {
-            if name.bytes().all(|b| b.is_ascii_digit()) {
-                let message = format!(
-                    "commands will take the name \"{name}\" for a domain id: use a name with a letter"
-                );
-                self.report(Severity::Warning, location, message);
-            }
-            return Some(name.to_string());
-        };
-        self.error(
-            location,
-            format!(
-                "the name \"{}\" {fault}: choose another",
-                name.escape_debug()
-            ),
-        );
-        None
+        if let Err(fault) = check_name(name) {
+            self.error(location, fault.to_string());
+            return None;
+        }
+        if name.bytes().all(|b| b.is_ascii_digit()) {
+            let message = format!(
+                "commands will take the name \"{name}\" for a domain id: use a name with a letter"
+            );
+            self.report(Severity::Warning, location, message);
+        }
+        Some(name.to_string())
     }
 
     fn guest_type(&mut self) -> Option<GuestType> {

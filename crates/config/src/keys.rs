@@ -42,6 +42,8 @@ pub struct Key {
     pub name: &'static str,
     pub shape: Shape,
     pub support: Support,
+    /// What a key with an effect does, in sentences; empty for the others.
+    pub about: &'static str,
 }
 
 const ACTIONS: Shape = Shape::Word(&[
@@ -66,6 +68,14 @@ const fn key(name: &'static str, shape: Shape, support: Support) -> Key {
         name,
         shape,
         support,
+        about: "",
+    }
+}
+
+const fn full(name: &'static str, shape: Shape, about: &'static str) -> Key {
+    Key {
+        about,
+        ..key(name, shape, Support::Full)
     }
 }
 
@@ -76,30 +86,110 @@ macro_rules! ignored {
 }
 
 const FULL: &[Key] = &[
-    key("name", Shape::Text, Support::Full),
-    key("type", Shape::Word(&["pv", "pvh", "hvm"]), Support::Full),
-    key("builder", Shape::Word(&["generic", "hvm"]), Support::Full),
-    key("uuid", Shape::Text, Support::Full),
-    key("kernel", Shape::Text, Support::Full),
-    key("ramdisk", Shape::Text, Support::Full),
-    key("cmdline", Shape::Text, Support::Full),
-    key("root", Shape::Text, Support::Full),
-    key("extra", Shape::Text, Support::Full),
-    key("memory", Shape::Number, Support::Full),
-    key("maxmem", Shape::Number, Support::Full),
-    key("vcpus", Shape::Number, Support::Full),
-    key("maxvcpus", Shape::Number, Support::Full),
-    key("cpus", Shape::TextOrList, Support::Full),
-    key("cpus_soft", Shape::TextOrList, Support::Full),
-    key("cpu_weight", Shape::Number, Support::Full),
-    key("cap", Shape::Number, Support::Full),
-    key("on_poweroff", ACTIONS, Support::Full),
-    key("on_reboot", ACTIONS, Support::Full),
-    key("on_watchdog", ACTIONS, Support::Full),
-    key("on_crash", ACTIONS, Support::Full),
-    key("on_soft_reset", ACTIONS, Support::Full),
-    key("disk", Shape::List, Support::Full),
-    key("vif", Shape::List, Support::Full),
+    full(
+        "name",
+        Shape::Text,
+        "Name of the domain; no other domain may have it. It has to be given.",
+    ),
+    full(
+        "type",
+        Shape::Word(&["pv", "pvh", "hvm"]),
+        "Kind of guest. Only pvh is supported, and assumed where nothing is said.",
+    ),
+    full(
+        "builder",
+        Shape::Word(&["generic", "hvm"]),
+        "Deprecated; use type.",
+    ),
+    full(
+        "uuid",
+        Shape::Text,
+        "Identifier of the domain; drawn where it is not given.",
+    ),
+    full(
+        "kernel",
+        Shape::Text,
+        "The kernel: a Linux bzImage or an ELF file with a PVH entry. It has to be given.",
+    ),
+    full(
+        "ramdisk",
+        Shape::Text,
+        "The kernel's initial root file system.",
+    ),
+    full(
+        "cmdline",
+        Shape::Text,
+        "The whole kernel command line. root and extra are then ignored.",
+    ),
+    full(
+        "root",
+        Shape::Text,
+        "Put on the kernel command line as root=.",
+    ),
+    full("extra", Shape::Text, "The rest of the kernel command line."),
+    full("memory", Shape::Number, "Memory at the start, in MiB."),
+    full(
+        "maxmem",
+        Shape::Number,
+        "Memory the guest may have at most, in MiB; that of memory where it is not given.",
+    ),
+    full(
+        "vcpus",
+        Shape::Number,
+        "Virtual CPUs at the start; 1 where it is not given.",
+    ),
+    full(
+        "maxvcpus",
+        Shape::Number,
+        "Virtual CPUs the guest may have at most; that of vcpus where it is not given.",
+    ),
+    full(
+        "cpus",
+        Shape::TextOrList,
+        "Host CPUs that the virtual CPUs may run on: all, 0-3,5,^1, node:0, or a list with one such text for each virtual CPU.",
+    ),
+    full(
+        "cpus_soft",
+        Shape::TextOrList,
+        "Host CPUs that the virtual CPUs prefer, in the same form.",
+    ),
+    full(
+        "cpu_weight",
+        Shape::Number,
+        "Share of the host's CPUs where they are scarce, 1 to 65535; 256 is the usual one.",
+    ),
+    full(
+        "cap",
+        Shape::Number,
+        "Most time of a host CPU that the domain may have, in percent of one; 0 is no limit.",
+    ),
+    full(
+        "on_poweroff",
+        ACTIONS,
+        "What becomes of the domain when the guest powers off; destroy where it is not given.",
+    ),
+    full(
+        "on_reboot",
+        ACTIONS,
+        "What becomes of it when the guest reboots; restart where it is not given.",
+    ),
+    full(
+        "on_watchdog",
+        ACTIONS,
+        "What becomes of it when its watchdog strikes; destroy where it is not given.",
+    ),
+    full(
+        "on_crash",
+        ACTIONS,
+        "What becomes of it when the guest crashes; destroy where it is not given.",
+    ),
+    full(
+        "on_soft_reset",
+        ACTIONS,
+        "What becomes of it when the guest asks for a soft reset; soft-reset where it is not given.",
+    ),
+    full("disk", Shape::List, "The disks; see below."),
+    full("vif", Shape::List, "The network interfaces; see below."),
 ];
 
 const TEXTS: &[Key] = ignored![Shape::Text;
@@ -244,6 +334,20 @@ fn edit_distance(a: &str, b: &str) -> usize {
 }
 
 impl Shape {
+    /// How the value is written, for a line of a manual page.
+    pub fn usage(self) -> String {
+        match self {
+            Shape::Text => "\"TEXT\"".into(),
+            Shape::Number => "NUMBER".into(),
+            Shape::Boolean => "0|1".into(),
+            Shape::List => "[ \"ITEM\", ... ]".into(),
+            Shape::Lists => "[ [ \"ITEM\", ... ], ... ]".into(),
+            Shape::TextOrList => "\"TEXT\" or [ \"TEXT\", ... ]".into(),
+            Shape::Word(words) | Shape::WordOrIndex(words) => format!("\"{}\"", words.join("|")),
+            Shape::BooleanOrList => "0|1 or [ \"ITEM\", ... ]".into(),
+        }
+    }
+
     /// Checks a value; the error says what it should be.
     pub(crate) fn check(self, value: &Value) -> Result<(), String> {
         match (self, &value.kind) {

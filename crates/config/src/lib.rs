@@ -29,7 +29,9 @@ mod vif;
 pub use cpulist::{CpuList, CpuListError, HostCpus, Pinning};
 pub use diagnostic::{Diagnostic, Location, Severity};
 pub use disk::{DiskConfig, DiskFormat};
-pub use domain::{DomainConfig, EventAction, EventActions, GuestType, limits};
+pub use domain::{
+    DomainConfig, EventAction, EventActions, GuestType, NameError, check_name, limits,
+};
 pub use json::mac_text;
 pub use keys::{Key, Shape, Support, known_keys};
 pub use number::{NumberError, parse_number};

@@ -9,11 +9,12 @@ use hospes_config::{
 };
 use hospes_toolstack::{CreateRequest, Host, Until};
 use hospes_units::DomId;
-use lexopt::{Arg, Parser};
 
-use crate::commands::option_value;
+use crate::args::Args;
+use crate::commands::failed;
 use crate::output::print;
-use crate::{Failure, Global, Outcome, terminal, text, unexpected};
+use crate::table::Call;
+use crate::{Failure, Global, Outcome, terminal};
 
 #[derive(Debug, Default)]
 struct Options {
@@ -29,46 +30,88 @@ struct Options {
     vnc: bool,
 }
 
-fn parse(mut parser: Parser) -> Result<Options, Failure> {
-    let mut options = Options::default();
-    while let Some(argument) = parser
-        .next()
-        .map_err(|fault| Failure::Usage(fault.to_string()))?
-    {
-        match argument {
-            Arg::Short('f') | Arg::Long("defconfig") => {
-                options.file = Some(option_value(&mut parser)?)
-            }
-            Arg::Short('c') => options.console = true,
-            Arg::Short('F') => options.foreground = true,
-            Arg::Short('p') => options.paused = true,
-            Arg::Short('n') | Arg::Long("dryrun") => options.dry_run = true,
-            Arg::Short('q') | Arg::Long("quiet") => options.quiet = true,
-            Arg::Short('d') => options.debug = true,
-            Arg::Short('e') => options.unattended = true,
-            Arg::Short('V') | Arg::Long("vncviewer") => options.vnc = true,
-            Arg::Short('A') | Arg::Long("vncviewer-autopass") => options.vnc = true,
-            Arg::Value(value) => {
-                let value = text(value)?;
-                if value.contains('=') {
-                    options.assignments.push(value);
-                } else if options.file.is_none() {
-                    options.file = Some(value);
-                } else {
-                    return Err(Failure::Usage(format!(
-                        "`{value}' is a second file and no KEY=VALUE"
-                    )));
-                }
-            }
-            argument => return Err(unexpected(argument)),
+/// Reads file and settings; `first` is where they begin among the values.
+fn parse(args: &Args, first: usize) -> Result<Options, Failure> {
+    let mut options = Options {
+        file: args.value("defconfig").map(String::from),
+        console: args.has("c"),
+        foreground: args.has("F"),
+        paused: args.has("p"),
+        dry_run: args.has("dryrun"),
+        quiet: args.has("quiet"),
+        debug: args.has("d"),
+        unattended: args.has("e"),
+        vnc: args.has("V") || args.has("A"),
+        ..Options::default()
+    };
+    for value in args.values.iter().skip(first) {
+        if value.contains('=') {
+            options.assignments.push(value.clone());
+        } else if options.file.is_none() {
+            options.file = Some(value.clone());
+        } else {
+            return Err(Failure::Usage(format!(
+                "`{value}' is a second file and no KEY=VALUE"
+            )));
         }
     }
     Ok(options)
 }
 
-pub(crate) fn create(global: Global, parser: Parser) -> Outcome {
-    let options = parse(parser)?;
-    Ok(create_with(global, options)?)
+pub(crate) fn create(call: &Call) -> Outcome {
+    let options = parse(&call.args, 0)?;
+    Ok(create_with(call.global, options)?)
+}
+
+pub(crate) fn config_update(call: &Call) -> Outcome {
+    let options = parse(&call.args, 1)?;
+    if options.file.is_none() {
+        return failed("Config file not specified");
+    }
+    eprintln!(
+        "WARNING: what is attached to a running domain stays through its reboots by itself: this command is for the rest"
+    );
+    let host = Host::from_environment()?;
+    let entry = host.find(call.args.at(0))?;
+    let config = configure(call.global, &options)?;
+    if options.debug || call.global.dry_run {
+        print(format_args!("{:#}\n", config.to_json()))?;
+    }
+    if call.global.dry_run {
+        return Ok(());
+    }
+    eprintln!("setting dom{} configuration", entry.domid);
+    Ok(host.update_config(&entry.domid.to_string(), config)?)
+}
+
+/// The name of the domain that a file describes.
+pub(crate) fn name_in(file: &str) -> anyhow::Result<String> {
+    let text = read(file)?;
+    let (config, diagnostics) = load(&[Source {
+        name: file,
+        text: &text,
+    }]);
+    match config {
+        Some(config) => Ok(config.name),
+        None => {
+            let errors: Vec<String> = diagnostics
+                .iter()
+                .filter(|diagnostic| diagnostic.is_error())
+                .map(ToString::to_string)
+                .collect();
+            bail!("{}", errors.join("; "))
+        }
+    }
+}
+
+/// Creates the domain of a file and leaves it running.
+pub(crate) fn create_from(file: &str) -> anyhow::Result<()> {
+    let options = Options {
+        file: Some(file.into()),
+        quiet: true,
+        ..Options::default()
+    };
+    create_with(Global::default(), options)
 }
 
 fn create_with(global: Global, options: Options) -> anyhow::Result<()> {

@@ -4,39 +4,30 @@ use std::io::{IsTerminal, Write};
 use std::time::Instant;
 
 use hospes_debian::{Made, Progress, Recipe, build, parse_size};
-use lexopt::{Arg, Parser};
 
-use crate::commands::option_value;
+use crate::args::Args;
 use crate::output::print;
-use crate::{Failure, Global, Outcome, text, unexpected};
+use crate::table::Call;
+use crate::{Failure, Outcome};
 
 /// Columns of a line of progress that is written over.
 const DETAIL_COLUMNS: usize = 78;
 
-pub(crate) fn image(program: &str, global: Global, mut parser: Parser) -> Outcome {
-    match next(&mut parser)? {
-        Some(Arg::Value(kind)) if kind == "debian" => debian(program, global, parser),
-        Some(Arg::Value(kind)) => Err(Failure::Usage(format!(
-            "there is no image `{}' to be made: say debian",
-            kind.to_string_lossy()
+pub(crate) fn image(call: &Call) -> Outcome {
+    match call.args.at(0) {
+        "debian" => debian(call),
+        kind => Err(Failure::Usage(format!(
+            "there is no image `{kind}' to be made: say debian"
         ))),
-        Some(argument) => Err(unexpected(argument)),
-        None => Err(Failure::Usage("say what is to be made: debian".into())),
     }
 }
 
-fn next(parser: &mut Parser) -> Result<Option<Arg<'_>>, Failure> {
-    parser
-        .next()
-        .map_err(|fault| Failure::Usage(fault.to_string()))
-}
-
-fn debian(program: &str, global: Global, parser: Parser) -> Outcome {
-    let recipe = recipe(parser)?;
+fn debian(call: &Call) -> Outcome {
+    let recipe = recipe(&call.args)?;
     recipe
         .check()
         .map_err(|fault| Failure::Usage(fault.to_string()))?;
-    if global.dry_run {
+    if call.global.dry_run {
         return Ok(());
     }
     let mut screen = Screen::new();
@@ -44,7 +35,7 @@ fn debian(program: &str, global: Global, parser: Parser) -> Outcome {
     screen.clear();
     let made = made?;
     screen.show(Progress::Step("done"));
-    Ok(print(format_args!("{}", summary(program, &made)))?)
+    Ok(print(format_args!("{}", summary(&call.program, &made)))?)
 }
 
 fn summary(program: &str, made: &Made) -> String {
@@ -64,54 +55,53 @@ fn summary(program: &str, made: &Made) -> String {
     text
 }
 
-fn recipe(mut parser: Parser) -> Result<Recipe, Failure> {
+fn recipe(args: &Args) -> Result<Recipe, Failure> {
+    let usage = |fault: hospes_debian::RecipeError| Failure::Usage(fault.to_string());
     let mut recipe = Recipe::new("");
-    let mut output = None;
-    while let Some(argument) = next(&mut parser)? {
-        let usage = |fault: hospes_debian::RecipeError| Failure::Usage(fault.to_string());
-        match argument {
-            Arg::Long("suite") => recipe.suite = option_value(&mut parser)?,
-            Arg::Long("mirror") => recipe.mirror = Some(option_value(&mut parser)?),
-            Arg::Long("kernel") => {
-                recipe.kernel = option_value(&mut parser)?.parse().map_err(usage)?;
-            }
-            Arg::Long("packages") => recipe.packages.extend(
-                option_value(&mut parser)?
-                    .split([',', ' '])
-                    .filter(|name| !name.is_empty())
-                    .map(str::to_string),
-            ),
-            Arg::Long("size") => {
-                recipe.bytes = parse_size(&option_value(&mut parser)?).map_err(usage)?;
-            }
-            Arg::Long("format") => {
-                recipe.format = option_value(&mut parser)?.parse().map_err(usage)?;
-            }
-            Arg::Long("hostname") => recipe.hostname = option_value(&mut parser)?,
-            Arg::Long("no-autologin") => recipe.autologin = false,
-            Arg::Long("ssh-key") => recipe.ssh_keys.push(option_value(&mut parser)?.into()),
-            Arg::Long("root-password-file") => {
-                recipe.password_file = Some(option_value(&mut parser)?.into());
-            }
-            Arg::Long("cloud-init") => recipe.cloud_init = true,
-            Arg::Long("user-data") => recipe.user_data = Some(option_value(&mut parser)?.into()),
-            Arg::Long("run") => recipe.run = Some(option_value(&mut parser)?.into()),
-            Arg::Long("docs") => recipe.docs = true,
-            Arg::Long("memory") => recipe.memory_mb = number("--memory", &mut parser)?,
-            Arg::Long("vcpus") => recipe.vcpus = number("--vcpus", &mut parser)?,
-            Arg::Short('f') | Arg::Long("force") => recipe.force = true,
-            Arg::Value(value) if output.is_none() => output = Some(text(value)?),
-            argument => return Err(unexpected(argument)),
-        }
+    if let Some(suite) = args.value("suite") {
+        recipe.suite = suite.into();
     }
-    recipe.output = output
-        .ok_or_else(|| Failure::Usage("the name of the image is missing".into()))?
-        .into();
+    recipe.mirror = args.value("mirror").map(String::from);
+    if let Some(kernel) = args.value("kernel") {
+        recipe.kernel = kernel.parse().map_err(usage)?;
+    }
+    recipe.packages.extend(
+        args.values_of("packages")
+            .flat_map(|list| list.split([',', ' ']))
+            .filter(|name| !name.is_empty())
+            .map(str::to_string),
+    );
+    if let Some(size) = args.value("size") {
+        recipe.bytes = parse_size(size).map_err(usage)?;
+    }
+    if let Some(format) = args.value("format") {
+        recipe.format = format.parse().map_err(usage)?;
+    }
+    if let Some(hostname) = args.value("hostname") {
+        recipe.hostname = hostname.into();
+    }
+    recipe.autologin = !args.has("no-autologin");
+    recipe
+        .ssh_keys
+        .extend(args.values_of("ssh-key").map(Into::into));
+    recipe.password_file = args.value("root-password-file").map(Into::into);
+    recipe.cloud_init = args.has("cloud-init");
+    recipe.user_data = args.value("user-data").map(Into::into);
+    recipe.run = args.value("run").map(Into::into);
+    recipe.docs = args.has("docs");
+    if let Some(memory) = args.value("memory") {
+        recipe.memory_mb = number("--memory", memory)?;
+    }
+    if let Some(vcpus) = args.value("vcpus") {
+        recipe.vcpus = number("--vcpus", vcpus)?;
+    }
+    recipe.force = args.has("force");
+    recipe.output = args.at(1).into();
     Ok(recipe)
 }
 
-fn number(option: &str, parser: &mut Parser) -> Result<u32, Failure> {
-    match option_value(parser)?.parse() {
+fn number(option: &str, text: &str) -> Result<u32, Failure> {
+    match text.parse() {
         Ok(number) if number > 0 => Ok(number),
         _ => Err(Failure::Usage(format!("{option} wants a number above 0"))),
     }
@@ -163,10 +153,19 @@ mod tests {
     use super::*;
 
     fn parsed(arguments: &[&str]) -> Result<Recipe, String> {
-        recipe(Parser::from_args(arguments)).map_err(|failure| match failure {
+        let command = crate::table::find("image").expect("a command");
+        let arguments = ["debian"].iter().chain(arguments);
+        let parser = lexopt::Parser::from_args(arguments);
+        let args = Args::read(command, parser).map_err(sentence)?;
+        recipe(&args).map_err(sentence)
+    }
+
+    fn sentence(failure: Failure) -> String {
+        match failure {
             Failure::Usage(sentence) => sentence,
+            Failure::TooFew => "too few arguments".into(),
             Failure::Failed(fault) => format!("failed: {fault}"),
-        })
+        }
     }
 
     #[test]
@@ -216,7 +215,7 @@ mod tests {
 
     #[test]
     fn recipe_wrong_arguments_are_sentences() {
-        assert!(parsed(&[]).unwrap_err().contains("name of the image"));
+        assert!(parsed(&[]).unwrap_err().contains("too few"));
         assert!(parsed(&["a.img", "b.img"]).unwrap_err().contains("b.img"));
         assert!(
             parsed(&["--size", "big", "a.img"])

@@ -6,12 +6,17 @@
 //! Exit statuses are those of docs/commands.md: 0 done, 1 failed, 2 not understood.
 #![forbid(unsafe_code)]
 
+mod args;
 mod commands;
+mod completions;
 mod create;
+mod domains;
 mod help;
 mod image;
 mod list;
+mod manual;
 mod output;
+mod table;
 mod terminal;
 
 use std::ffi::{OsStr, OsString};
@@ -23,7 +28,7 @@ use hospes_toolstack::{
 };
 use lexopt::Arg;
 
-use crate::help::Command;
+use crate::table::Command;
 
 /// Options in front of the subcommand.
 #[derive(Clone, Copy, Debug, Default)]
@@ -38,6 +43,8 @@ pub(crate) struct Global {
 pub(crate) enum Failure {
     /// The arguments make no sense: status 2, with a hint at the help.
     Usage(String),
+    /// Arguments are missing: status 2, with the help.
+    TooFew,
     /// Status 1.
     Failed(anyhow::Error),
 }
@@ -49,18 +56,6 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 }
 
 pub(crate) type Outcome = Result<(), Failure>;
-
-/// An argument that the command does not know.
-pub(crate) fn unexpected(argument: Arg<'_>) -> Failure {
-    Failure::Usage(argument.unexpected().to_string())
-}
-
-/// The value of an option or argument, which has to be UTF-8.
-pub(crate) fn text(value: OsString) -> Result<String, Failure> {
-    value
-        .into_string()
-        .map_err(|value| Failure::Usage(format!("{value:?} is not valid UTF-8")))
-}
 
 /// The program: `arguments` begin with its own name, by which it calls itself in messages.
 pub fn run(
@@ -111,10 +106,12 @@ pub fn run(
         STORE_SUBCOMMAND => return store_process(),
         _ => {}
     }
-    let Some(command) = help::find(&command) else {
-        eprintln!(
-            "{program}: there is no command `{command}'; `{program} help' lists the commands"
-        );
+    let Some(command) = table::find(&command) else {
+        let reason = match table::why_not(&command) {
+            Some(reason) => reason.to_string(),
+            None => format!("`{program} help' lists the commands"),
+        };
+        eprintln!("{program}: command not implemented: {command}: {reason}");
         return ExitCode::FAILURE;
     };
     match commands::execute(command, &program, global, parser) {
@@ -129,6 +126,16 @@ fn report(program: &str, command: &Command, failure: Failure) -> ExitCode {
             eprintln!("{program} {}: {fault}", command.name);
             eprintln!("{}", help::usage(program, command));
             eprintln!("`{program} {} --help' tells more.", command.name);
+            ExitCode::from(2)
+        }
+        Failure::TooFew => {
+            let plural = if command.min == 1 { "" } else { "s" };
+            eprintln!(
+                "'{program} {}' requires at least {} argument{plural}.\n\n{}",
+                command.name,
+                command.min,
+                help::page(program, command)
+            );
             ExitCode::from(2)
         }
         Failure::Failed(error) => {

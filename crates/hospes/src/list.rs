@@ -5,11 +5,11 @@ use std::fs;
 use anyhow::Context;
 use hospes_config::Uuid;
 use hospes_toolstack::{DomainInfo, EndReason, Entry, Error, HOST_NAME, Host};
-use lexopt::{Arg, Parser};
 use serde_json::{Value, json};
 
+use crate::Outcome;
 use crate::output::print;
-use crate::{Failure, Outcome, text, unexpected};
+use crate::table::Call;
 
 #[derive(Debug, Default)]
 struct Options {
@@ -21,23 +21,16 @@ struct Options {
     domains: Vec<String>,
 }
 
-pub(crate) fn list(mut parser: Parser) -> Outcome {
-    let mut options = Options::default();
-    while let Some(argument) = parser
-        .next()
-        .map_err(|fault| Failure::Usage(fault.to_string()))?
-    {
-        match argument {
-            Arg::Short('l') | Arg::Long("long") => options.long = true,
-            Arg::Short('v') | Arg::Long("verbose") => options.verbose = true,
-            Arg::Short('Z') | Arg::Long("context") => options.context = true,
-            Arg::Short('c') | Arg::Long("cpupool") => options.cpupool = true,
-            Arg::Short('n') | Arg::Long("numa") => options.numa = true,
-            Arg::Value(value) => options.domains.push(text(value)?),
-            argument => return Err(unexpected(argument)),
-        }
-    }
-    Ok(list_with(&options)?)
+pub(crate) fn list(call: &Call) -> Outcome {
+    let args = &call.args;
+    Ok(list_with(&Options {
+        long: args.has("long"),
+        verbose: args.has("verbose"),
+        context: args.has("context"),
+        cpupool: args.has("cpupool"),
+        numa: args.has("numa"),
+        domains: args.values.clone(),
+    })?)
 }
 
 /// What xl prints where there is nothing to print, as for the label without a security module.
@@ -176,11 +169,10 @@ fn long((info, entry): &Row) -> Value {
 }
 
 /// The host as Domain-0: what the domains do not have, and the time of everything that runs on it.
-fn host_info(used_kib: u64) -> anyhow::Result<DomainInfo> {
+pub(crate) fn host_info(used_kib: u64) -> anyhow::Result<DomainInfo> {
     let read = |path: &str| fs::read_to_string(path).with_context(|| format!("cannot read {path}"));
-    let total_kib =
-        memory_total_kib(&read("/proc/meminfo")?).context("/proc/meminfo has no MemTotal")?;
-    let ticks = busy_ticks(&read("/proc/stat")?).context("/proc/stat has no line cpu")?;
+    let total_kib = memory_total()?;
+    let ticks = busy_ticks(&read("/proc/stat")?, "cpu ").context("/proc/stat has no line cpu")?;
     let ticks_per_s = rustix::param::clock_ticks_per_second().max(1);
     Ok(DomainInfo {
         domid: 0,
@@ -197,16 +189,21 @@ fn host_info(used_kib: u64) -> anyhow::Result<DomainInfo> {
     })
 }
 
-fn memory_total_kib(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+/// Memory of the host, in KiB.
+pub(crate) fn memory_total() -> anyhow::Result<u64> {
+    let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    memory_kib(&meminfo, "MemTotal:").context("/proc/meminfo has no MemTotal")
+}
+
+/// One of the values of /proc/meminfo, in KiB.
+pub(crate) fn memory_kib(meminfo: &str, name: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().next()?.parse().ok()
 }
 
-/// The time of all CPUs but idle and waiting for I/O, in clock ticks (proc(5), /proc/stat).
-fn busy_ticks(stat: &str) -> Option<u64> {
-    let line = stat.lines().find_map(|line| line.strip_prefix("cpu "))?;
+/// The time of a CPU, or of all (`cpu `), but idle and waiting for I/O, in clock ticks (proc(5), /proc/stat).
+pub(crate) fn busy_ticks(stat: &str, cpu: &str) -> Option<u64> {
+    let line = stat.lines().find_map(|line| line.strip_prefix(cpu))?;
     let columns: Vec<u64> = line
         .split_whitespace()
         .map_while(|column| column.parse().ok())
@@ -288,17 +285,17 @@ mod tests {
     #[test]
     fn busy_ticks_leaves_out_idle_time() {
         let stat = "cpu  10 1 5 1000 50 2 3 4 7 0\ncpu0 1 2 3 4\n";
-        assert_eq!(busy_ticks(stat), Some(25));
-        assert_eq!(busy_ticks("cpu  x"), None);
-        assert_eq!(busy_ticks(""), None);
+        assert_eq!(busy_ticks(stat, "cpu "), Some(25));
+        assert_eq!(busy_ticks("cpu  x", "cpu "), None);
+        assert_eq!(busy_ticks("", "cpu "), None);
     }
 
     #[test]
-    fn memory_total_kib_finds_its_line() {
+    fn memory_kib_finds_its_line() {
         assert_eq!(
-            memory_total_kib("MemTotal:       24593692 kB\nMemFree: 1 kB\n"),
+            memory_kib("MemTotal:       24593692 kB\nMemFree: 1 kB\n", "MemTotal:"),
             Some(24_593_692)
         );
-        assert_eq!(memory_total_kib("MemFree: 1 kB\n"), None);
+        assert_eq!(memory_kib("MemFree: 1 kB\n", "MemTotal:"), None);
     }
 }

@@ -12,12 +12,12 @@ use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 const ESCAPE: u8 = 0x1d;
 
 /// A terminal that passes every key on; it is set back when this is dropped.
-struct Raw {
+pub(crate) struct Raw {
     saved: Option<Termios>,
 }
 
 impl Raw {
-    fn enter() -> io::Result<Raw> {
+    pub(crate) fn enter() -> io::Result<Raw> {
         let input = stdin();
         if !isatty(&input) {
             return Ok(Raw { saved: None });

@@ -50,22 +50,47 @@ impl Watch {
 
     /// Blocks until it has come.
     pub fn wait(self) -> Result<Ended> {
-        let lost = Ended {
-            reason: None,
-            dead: true,
-            next: None,
-        };
-        let Some(stream) = self.stream else {
-            return Ok(lost);
-        };
-        match receive(self.domid, &stream, None) {
-            Ok(Reply::Ended(ended)) => Ok(ended),
-            Ok(reply) => Err(unexpected(&reply)),
-            Err(Error::Gone { .. }) => Ok(lost),
+        match self.receive(None) {
+            Ok(ended) => Ok(ended),
+            Err(Error::Gone { .. }) => Ok(LOST),
             Err(fault) => Err(fault),
         }
     }
+
+    /// Blocks until it has come, or until then; `None` where it has not come.
+    pub fn wait_until(self, deadline: Instant) -> Result<Option<Ended>> {
+        // No time at all would mean to wait for ever.
+        let left = deadline
+            .saturating_duration_since(Instant::now())
+            .max(Duration::from_millis(1));
+        match self.receive(Some(left)) {
+            Ok(ended) => Ok(Some(ended)),
+            Err(Error::Gone { .. }) => Ok(Some(LOST)),
+            Err(Error::Unreachable { source, .. })
+                if matches!(source.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) =>
+            {
+                Ok(None)
+            }
+            Err(fault) => Err(fault),
+        }
+    }
+
+    fn receive(self, patience: Option<Duration>) -> Result<Ended> {
+        let domid = self.domid;
+        let stream = self.stream.ok_or(Error::Gone { domid })?;
+        match receive(domid, &stream, patience)? {
+            Reply::Ended(ended) => Ok(ended),
+            reply => Err(unexpected(&reply)),
+        }
+    }
 }
+
+/// The end of a domain process that died before it could say why.
+const LOST: Ended = Ended {
+    reason: None,
+    dead: true,
+    next: None,
+};
 
 impl Host {
     /// The host with the directories of the calling user.
@@ -97,6 +122,11 @@ impl Host {
     /// All domains by id, without the host.
     pub fn entries(&self) -> Result<Vec<Entry>> {
         self.registry.entries()
+    }
+
+    /// Memory that the domains have not used yet and still may, in bytes.
+    pub fn promised_bytes(&self) -> Result<u64> {
+        self.registry.promised_bytes(DomId::HOST)
     }
 
     /// The domain with this id (a number) or name.

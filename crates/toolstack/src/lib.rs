@@ -39,7 +39,9 @@ pub use launch::{CreateRequest, Created};
 pub use machine::{Machine, MachineError, MachineFactory, MachineInfo, MachineSpec};
 pub use paths::Paths;
 pub use process::domain_process;
-pub use protocol::{DeviceKind, DomainInfo, EndReason, Ended, ShutdownKind, Trigger, Until};
+pub use protocol::{
+    DeviceKind, DomainInfo, EndReason, Ended, Request, ShutdownKind, Trigger, Until,
+};
 pub use registry::{Entry, HOST_NAME, Record};
 pub use scheduling::{Affinity, VcpuInfo, host_cpus, resolve};
 pub use store::store_process;
@@ -52,4 +54,9 @@ pub const STORE_SUBCOMMAND: &str = "__store";
 /// A line in the log of a domain, which is the standard error of its process.
 pub fn log_line(text: &str) {
     supervisor::log!("{text}");
+}
+
+/// The present time as it stands before the lines of the logs.
+pub fn utc_now() -> String {
+    clock::Utc::now().to_string()
 }

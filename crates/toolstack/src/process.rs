@@ -65,6 +65,10 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    // Before the answer: whoever hears of the domain finds it running.
+    if !launch.paused {
+        current.unpause();
+    }
     let told = answer(&Launched::Domain {
         domid: current.domid().0,
     });
@@ -74,9 +78,6 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
         return ExitCode::FAILURE;
     }
     drop_streams();
-    if !launch.paused {
-        current.unpause();
-    }
     supervisor.run(current);
     ExitCode::SUCCESS
 }

@@ -3,4 +3,6 @@
 mod command_line;
 mod common;
 mod console;
+mod devices;
+mod host;
 mod life_cycle;

@@ -1,0 +1,108 @@
+//! Pausing, ending, and the console.
+
+use hospes_toolstack::{Ended, Host, ShutdownKind, Until};
+use hospes_units::DomId;
+
+use crate::commands::failed;
+use crate::table::Call;
+use crate::{Failure, Outcome, terminal};
+
+pub(crate) fn pause(call: &Call) -> Outcome {
+    Ok(Host::from_environment()?.pause(call.args.at(0))?)
+}
+
+pub(crate) fn unpause(call: &Call) -> Outcome {
+    Ok(Host::from_environment()?.unpause(call.args.at(0))?)
+}
+
+pub(crate) fn destroy(call: &Call) -> Outcome {
+    Ok(Host::from_environment()?.destroy(call.args.at(0))?)
+}
+
+pub(crate) fn console(call: &Call) -> Outcome {
+    match call.args.value("t") {
+        None | Some("pv") => {}
+        Some("serial") => return failed("a PVH domain has no serial console: use -t pv"),
+        Some(other) => {
+            return Err(Failure::Usage(format!(
+                "`{other}' is no kind of console: use pv"
+            )));
+        }
+    }
+    match call.args.value("n").map(str::parse::<u32>) {
+        None | Some(Ok(0)) => {}
+        Some(Ok(number)) => {
+            return failed(&format!(
+                "there is no console {number}: a domain has console 0 only"
+            ));
+        }
+        Some(Err(_)) => return Err(Failure::Usage("-n wants a number".into())),
+    }
+    let stream = Host::from_environment()?.console(call.args.at(0))?;
+    terminal::attach(&stream)?;
+    Ok(())
+}
+
+pub(crate) fn shutdown(call: &Call) -> Outcome {
+    shut_down(ShutdownKind::Poweroff, call)
+}
+
+pub(crate) fn reboot(call: &Call) -> Outcome {
+    shut_down(ShutdownKind::Reboot, call)
+}
+
+fn shut_down(kind: ShutdownKind, call: &Call) -> Outcome {
+    let all = call.args.has("all");
+    let waits = call.args.count("wait");
+    let host = Host::from_environment()?;
+    let entries = match (call.args.values.first(), all) {
+        (None, false) => return failed("You must specify -a or a domain id."),
+        (Some(_), true) => return Err(Failure::Usage("give -a or a domain, not both".into())),
+        (Some(who), false) => vec![host.find(who)?],
+        (None, true) => host.entries()?,
+    };
+    let until = if waits > 1 {
+        Until::Death
+    } else {
+        Until::Shutdown
+    };
+    let mut watches = Vec::new();
+    let mut failure = None;
+    for entry in entries {
+        let doing = match kind {
+            ShutdownKind::Poweroff => "Shutting down",
+            ShutdownKind::Reboot => "Rebooting",
+        };
+        eprintln!("{doing} domain {}", entry.domid);
+        // Before the request: an end that comes at once is not missed.
+        let watch = if waits > 0 {
+            Some(host.watch(entry.domid, until)?)
+        } else {
+            None
+        };
+        match host.shutdown(&entry.domid.to_string(), kind) {
+            Ok(()) => watches.extend(watch),
+            // With -a the others are still to be asked.
+            Err(fault) if all => {
+                eprintln!("{fault}");
+                failure = Some(fault);
+            }
+            Err(fault) => return Err(fault.into()),
+        }
+    }
+    if waits > 0 {
+        eprintln!("Waiting for {} domains", watches.len());
+        for watch in watches {
+            let domid = watch.domid();
+            eprintln!("{}", describe_end(domid, &watch.wait()?));
+        }
+    }
+    failure.map_or(Ok(()), |fault| Err(fault.into()))
+}
+
+pub(crate) fn describe_end(domid: DomId, ended: &Ended) -> String {
+    match ended.reason.as_ref().and_then(|reason| reason.code()) {
+        Some(code) => format!("Domain {domid} has been shut down, reason code {code}"),
+        None => format!("Domain {domid} has been destroyed"),
+    }
+}

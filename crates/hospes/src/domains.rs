@@ -1,0 +1,146 @@
+//! `domains`: what the host starts and stops with itself.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use hospes_toolstack::{Entry, Host, ShutdownKind, Until};
+
+use crate::commands::life::describe_end;
+use crate::table::Call;
+use crate::{Failure, Outcome, create};
+
+/// Configuration files of the domains that are started with the host, as /etc/xen/auto.
+const AUTO: &str = "/etc/hospes/auto";
+/// How long domains may take to shut down, in seconds: less than systemd gives the service.
+const TIMEOUT_S: u64 = 120;
+
+pub(crate) fn domains(call: &Call) -> Outcome {
+    let directory = call.args.value("dir").unwrap_or(AUTO);
+    let timeout = match call.args.value("timeout").map(str::parse) {
+        None => TIMEOUT_S,
+        Some(Ok(seconds)) => seconds,
+        Some(Err(_)) => return Err(Failure::Usage("--timeout wants a number of seconds".into())),
+    };
+    match call.args.at(0) {
+        "start" => start(Path::new(directory))?,
+        "stop" => stop(Duration::from_secs(timeout))?,
+        other => {
+            return Err(Failure::Usage(format!(
+                "`{other}' is neither start nor stop"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Every file is tried, whatever becomes of the others.
+fn start(directory: &Path) -> anyhow::Result<()> {
+    let files = files(directory)?;
+    let mut failed = 0;
+    for file in &files {
+        let shown = file.display();
+        match start_one(&file.to_string_lossy()) {
+            Ok(Some(name)) => eprintln!("{shown}: domain {name} runs already"),
+            Ok(None) => eprintln!("{shown}: started"),
+            Err(fault) => {
+                failed += 1;
+                eprintln!("{shown}: {fault:#}");
+            }
+        }
+    }
+    if failed > 0 {
+        bail!("{failed} of {} domains could not be started", files.len());
+    }
+    Ok(())
+}
+
+fn files(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let listing = match fs::read_dir(directory) {
+        Ok(listing) => listing,
+        // Nothing is to be started.
+        Err(fault) if fault.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(fault) => {
+            return Err(fault).with_context(|| format!("cannot list {}", directory.display()));
+        }
+    };
+    let mut files: Vec<PathBuf> = listing
+        .flatten()
+        .map(|item| item.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "cfg"))
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+/// The name where the domain is there already.
+fn start_one(file: &str) -> anyhow::Result<Option<String>> {
+    let name = create::name_in(file)?;
+    let there = Host::from_environment()?
+        .entries()?
+        .iter()
+        .any(|entry| entry.record.name == name);
+    if there {
+        return Ok(Some(name));
+    }
+    create::create_from(file)?;
+    Ok(None)
+}
+
+/// Asks all at once, waits for them together, and destroys those that are left.
+fn stop(timeout: Duration) -> anyhow::Result<()> {
+    let host = Host::from_environment()?;
+    let deadline = Instant::now() + timeout;
+    let mut asked = Vec::new();
+    for entry in host.entries()? {
+        let who = entry.domid.to_string();
+        eprintln!("Shutting down domain {who} ({})", entry.record.name);
+        let watch = host.watch(entry.domid, Until::Shutdown)?;
+        // A paused guest cannot follow.
+        let asked_it = host
+            .unpause(&who)
+            .and_then(|()| host.shutdown(&who, ShutdownKind::Poweroff));
+        match asked_it {
+            Ok(()) => asked.push((entry, Some(watch))),
+            Err(fault) => {
+                eprintln!("{fault}");
+                asked.push((entry, None));
+            }
+        }
+    }
+    let mut failed = 0;
+    for (entry, watch) in asked {
+        let ended = match watch {
+            Some(watch) => watch.wait_until(deadline)?,
+            None => None,
+        };
+        match ended {
+            Some(ended) => eprintln!("{}", describe_end(entry.domid, &ended)),
+            None => eprintln!("Domain {} has not shut down: it is destroyed", entry.domid),
+        }
+        // Whatever its configuration says about restarts and about being kept.
+        if !destroy(&host, &entry) {
+            failed += 1;
+        }
+    }
+    if failed > 0 {
+        bail!("{failed} domains could not be ended");
+    }
+    Ok(())
+}
+
+/// Ends the domain by its name, which a restart has not changed; true where it is gone.
+fn destroy(host: &Host, entry: &Entry) -> bool {
+    match host.destroy(&entry.record.name) {
+        Ok(())
+        | Err(
+            hospes_toolstack::Error::NoSuchDomain { .. } | hospes_toolstack::Error::Gone { .. },
+        ) => true,
+        Err(fault) => {
+            eprintln!("{fault}");
+            false
+        }
+    }
+}

@@ -1,0 +1,687 @@
+//! The table of commands: what they are called, take and say about themselves. Arguments are read by it, and help,
+//! completions and the manual page are made of it.
+
+use crate::args::{Args, Opt};
+use crate::commands::{devices, host, keys, life, logs, meta, names, top, vcpus};
+use crate::{Global, Outcome, create, domains, image, list};
+
+/// A command that was called.
+pub(crate) struct Call {
+    /// The name by which the program was called.
+    pub program: String,
+    pub global: Global,
+    pub args: Args,
+}
+
+/// A subcommand.
+pub(crate) struct Command {
+    pub name: &'static str,
+    pub arguments: &'static str,
+    /// One line.
+    pub summary: &'static str,
+    pub options: &'static [Opt],
+    /// What else is to be known; a blank line begins a paragraph.
+    pub details: &'static str,
+    /// How many values there are at least and at most.
+    pub min: usize,
+    pub max: usize,
+    /// Knows the global option -N.
+    pub dry_run: bool,
+    /// Does the work.
+    pub run: fn(&Call) -> Outcome,
+}
+
+const MANY: usize = usize::MAX;
+
+/// What an entry need not say.
+const PLAIN: Command = Command {
+    name: "",
+    arguments: "",
+    summary: "",
+    options: &[],
+    details: "",
+    min: 0,
+    max: 0,
+    dry_run: false,
+    run: meta::help,
+};
+
+const DOMAIN: &str = "A domain is given by its name or its id.";
+const KEY_VALUE: &str = "KEY=VALUE is read behind FILE, as if it were its last line; several may stand in one argument, separated by semicolons. Texts need \
+                         quotes that the shell leaves alone: 'extra=\"console=hvc0\"'.";
+
+const CREATE: &[Opt] = &[
+    Opt::both('f', "defconfig", "the configuration file").with("FILE"),
+    Opt::short(
+        'c',
+        "attach to the console as soon as it is there; Ctrl-] leaves it",
+    ),
+    Opt::short('F', "stay in the foreground until the domain has ended"),
+    Opt::short('p', "leave the domain paused"),
+    Opt::both(
+        'n',
+        "dryrun",
+        "print the configuration as JSON and create nothing",
+    ),
+    Opt::both('q', "quiet", "no messages but warnings and errors"),
+    Opt::short('d', "print the configuration as JSON to standard error"),
+    Opt::short(
+        'e',
+        "do nothing when the guest ends: every on_... action is preserve",
+    ),
+    Opt::both('V', "vncviewer", "accepted; there is no VNC server yet"),
+    Opt::both(
+        'A',
+        "vncviewer-autopass",
+        "accepted; there is no VNC server yet",
+    ),
+    Opt::long(
+        "ignore-global-affinity-masks",
+        "accepted; there are no global masks",
+    ),
+];
+
+const SHUTDOWN: &[Opt] = &[
+    Opt::both('a', "all", "all domains"),
+    Opt::both(
+        'w',
+        "wait",
+        "wait until the domain has shut down; given twice, until it is gone",
+    ),
+    Opt::short(
+        'F',
+        "accepted; every PVH guest that can be asked at all is asked this way",
+    ),
+];
+const SHUTDOWN_DETAILS: &str = "The guest decides whether and when it follows. What happens then is set by on_poweroff and on_reboot of its configuration.";
+
+const IMAGE: &[Opt] = &[
+    Opt::long("size", "size of the disk with K, M, G or T; 4G").with("SIZE"),
+    Opt::long("format", "format of the image; raw").with("raw|qcow2"),
+    Opt::long("hostname", "name of the guest; debian").with("NAME"),
+    Opt::long("packages", "more packages; may be repeated").with("A,B"),
+    Opt::long(
+        "ssh-key",
+        "public key that may log in as root by SSH; may be repeated",
+    )
+    .with("FILE"),
+    Opt::long(
+        "root-password-file",
+        "file whose first line becomes root's password",
+    )
+    .with("FILE"),
+    Opt::long(
+        "no-autologin",
+        "the console asks who logs in; without it root is logged in there",
+    ),
+    Opt::long("cloud-init", "with cloud-init and a seed disk for it"),
+    Opt::long(
+        "user-data",
+        "cloud-init's user-data, instead of host name and keys",
+    )
+    .with("FILE"),
+    Opt::long(
+        "run",
+        "program to run in the new root once all is installed",
+    )
+    .with("FILE"),
+    Opt::long("suite", "release of Debian; bookworm").with("NAME"),
+    Opt::long(
+        "mirror",
+        "archive to take it from; the one that this machine uses",
+    )
+    .with("URL"),
+    Opt::long("kernel", "which of Debian's kernels; cloud").with("cloud|generic"),
+    Opt::long("docs", "with manual pages, documentation and translations"),
+    Opt::long("memory", "memory in the configuration; 512").with("MB"),
+    Opt::long("vcpus", "virtual CPUs in the configuration; 1").with("N"),
+    Opt::both('f', "force", "write over files that exist"),
+];
+
+/// All commands, in the order of the help.
+pub(crate) const COMMANDS: &[Command] = &[
+    Command {
+        name: "create",
+        arguments: "[OPTIONS] FILE [KEY=VALUE...]",
+        summary: "Create a domain from a configuration file",
+        options: CREATE,
+        details: "KEY=VALUE is read behind FILE, as if it were its last line; several may stand in one argument, separated by semicolons. FILE may be \
+                  /dev/null. Texts need quotes that the shell leaves alone: 'extra=\"console=hvc0\"'.\n\nWithout -c and -F the command returns when the \
+                  domain is there. Its log and what it prints are in /var/log/hospes, for users other than root in ~/.local/state/hospes.",
+        max: MANY,
+        dry_run: true,
+        run: create::create,
+        ..PLAIN
+    },
+    Command {
+        name: "config-update",
+        arguments: "[OPTIONS] DOMAIN FILE [KEY=VALUE...]",
+        summary: "Change the configuration that a running domain is restarted with",
+        options: &[
+            Opt::both('f', "defconfig", "the configuration file").with("FILE"),
+            Opt::both('q', "quiet", "no messages but warnings and errors"),
+            Opt::short('d', "print the configuration as JSON"),
+        ],
+        details: KEY_VALUE,
+        min: 1,
+        max: MANY,
+        dry_run: true,
+        run: create::config_update,
+    },
+    Command {
+        name: "list",
+        arguments: "[OPTIONS] [DOMAIN...]",
+        summary: "List domains",
+        options: &[
+            Opt::both('l', "long", "print everything as JSON"),
+            Opt::both(
+                'v',
+                "verbose",
+                "also UUID, reason of the shutdown and security label",
+            ),
+            Opt::both('Z', "context", "also security labels"),
+            Opt::both('c', "cpupool", "also the CPU pool"),
+            Opt::both('n', "numa", "also the NUMA nodes"),
+        ],
+        details: "State: r running, b blocked, p paused, s shut down, c crashed (w: by its watchdog, r: to reboot, s: suspended), d dying. Domain-0 is the \
+                  host; its time is that of all its programs.",
+        max: MANY,
+        run: list::list,
+        ..PLAIN
+    },
+    Command {
+        name: "console",
+        arguments: "[OPTIONS] DOMAIN",
+        summary: "Attach to a domain's console",
+        options: &[
+            Opt::short('t', "kind of console; a PVH domain has a pv console only")
+                .with("pv|serial"),
+            Opt::short('n', "number of the console; there is number 0 only").with("NUM"),
+        ],
+        details: "Ctrl-] leaves the console. The last 64 KiB of output are shown first. The end of the input does not end the command, the end of the \
+                  domain does; a reboot does not.",
+        min: 1,
+        max: 1,
+        run: life::console,
+        ..PLAIN
+    },
+    Command {
+        name: "destroy",
+        arguments: "[OPTIONS] DOMAIN",
+        summary: "End a domain at once, as by pulling the plug",
+        options: &[Opt::short(
+            'f',
+            "accepted; Domain-0, which it is for in xl, cannot be destroyed here",
+        )],
+        details: "A domain process that does not answer is killed.",
+        min: 1,
+        max: 1,
+        run: life::destroy,
+        ..PLAIN
+    },
+    Command {
+        name: "shutdown",
+        arguments: "[OPTIONS] -a|DOMAIN",
+        summary: "Ask a domain to shut down",
+        options: SHUTDOWN,
+        details: SHUTDOWN_DETAILS,
+        max: 1,
+        run: life::shutdown,
+        ..PLAIN
+    },
+    Command {
+        name: "reboot",
+        arguments: "[OPTIONS] -a|DOMAIN",
+        summary: "Ask a domain to reboot",
+        options: SHUTDOWN,
+        details: SHUTDOWN_DETAILS,
+        max: 1,
+        run: life::reboot,
+        ..PLAIN
+    },
+    Command {
+        name: "pause",
+        arguments: "DOMAIN",
+        summary: "Stop a domain's virtual CPUs; its memory stays",
+        details: DOMAIN,
+        min: 1,
+        max: 1,
+        run: life::pause,
+        ..PLAIN
+    },
+    Command {
+        name: "unpause",
+        arguments: "DOMAIN",
+        summary: "Let a paused domain go on",
+        details: DOMAIN,
+        min: 1,
+        max: 1,
+        run: life::unpause,
+        ..PLAIN
+    },
+    Command {
+        name: "domid",
+        arguments: "NAME",
+        summary: "Print the id of the domain with this name",
+        min: 1,
+        max: 1,
+        run: names::domid,
+        ..PLAIN
+    },
+    Command {
+        name: "domname",
+        arguments: "ID",
+        summary: "Print the name of the domain with this id",
+        min: 1,
+        max: 1,
+        run: names::domname,
+        ..PLAIN
+    },
+    Command {
+        name: "rename",
+        arguments: "DOMAIN NEWNAME",
+        summary: "Give a domain another name",
+        details: "The name stays through reboots. The domain's logs keep the old name.",
+        min: 2,
+        max: 2,
+        run: names::rename,
+        ..PLAIN
+    },
+    Command {
+        name: "sysrq",
+        arguments: "DOMAIN LETTER",
+        summary: "Send a magic SysRq key to a domain",
+        details: "What the letter does is up to the guest's kernel: s syncs its disks, b reboots it, h lists the others.",
+        min: 2,
+        max: 2,
+        run: keys::sysrq,
+        ..PLAIN
+    },
+    Command {
+        name: "trigger",
+        arguments: "DOMAIN nmi|reset|init|power|sleep|s3resume [VCPU]",
+        summary: "Raise an event at a virtual CPU",
+        details: "A PVH domain can be sent nmi, as Xen's own; the others belong to machines with firmware. VCPU is 0 where it is not given.",
+        min: 2,
+        max: 3,
+        run: keys::trigger,
+        ..PLAIN
+    },
+    Command {
+        name: "button-press",
+        arguments: "DOMAIN power|sleep",
+        summary: "Press an ACPI button of a domain (deprecated: use trigger)",
+        min: 2,
+        max: 2,
+        run: keys::button_press,
+        ..PLAIN
+    },
+    Command {
+        name: "debug-keys",
+        arguments: "KEYS",
+        summary: "Have the state of all domains written into their logs",
+        details: "The key there is is q. `dmesg' shows the result.",
+        min: 1,
+        max: 1,
+        run: keys::debug_keys,
+        ..PLAIN
+    },
+    Command {
+        name: "block-attach",
+        arguments: "DOMAIN DISKSPEC...",
+        summary: "Give a running domain another disk",
+        details: "DISKSPEC is that of disk= in the configuration file, whole or in parts: disk.img,qcow2,xvdb,r or vdev=xvdb target=disk.img. The disk \
+                  stays through reboots of the domain.",
+        min: 2,
+        max: MANY,
+        dry_run: true,
+        run: devices::block_attach,
+        ..PLAIN
+    },
+    Command {
+        name: "block-detach",
+        arguments: "[OPTIONS] DOMAIN DEVID",
+        summary: "Take a disk away from a running domain",
+        options: &[Opt::both(
+            'f',
+            "force",
+            "do not wait for the guest to let go of it",
+        )],
+        details: "DEVID is the name of the disk in the guest (xvdb) or its number in block-list.",
+        min: 2,
+        max: 2,
+        run: devices::block_detach,
+        ..PLAIN
+    },
+    Command {
+        name: "block-resize",
+        arguments: "DOMAIN DEVID SIZE",
+        summary: "Change the size of a running domain's disk",
+        details: "SIZE is in bytes, or with k, m, g or t behind it in KiB, MiB, GiB or TiB. The guest sees the new size at once. xl has no such command.",
+        min: 3,
+        max: 3,
+        run: devices::block_resize,
+        ..PLAIN
+    },
+    Command {
+        name: "cd-insert",
+        arguments: "DOMAIN DEVID FILE",
+        summary: "Insert a medium into a CD-ROM drive",
+        min: 3,
+        max: 3,
+        dry_run: true,
+        run: devices::cd_insert,
+        ..PLAIN
+    },
+    Command {
+        name: "cd-eject",
+        arguments: "DOMAIN DEVID",
+        summary: "Eject the medium from a CD-ROM drive",
+        min: 2,
+        max: 2,
+        dry_run: true,
+        run: devices::cd_eject,
+        ..PLAIN
+    },
+    Command {
+        name: "network-attach",
+        arguments: "DOMAIN [KEY=VALUE...]",
+        summary: "Give a running domain another network interface",
+        details: "The keys are those of vif= in the configuration file: mac, bridge, ip, script, vifname, rate, mtu, gatewaydev, backend, type, devid, \
+                  trusted. The interface stays through reboots of the domain.",
+        min: 1,
+        max: MANY,
+        dry_run: true,
+        run: devices::network_attach,
+        ..PLAIN
+    },
+    Command {
+        name: "network-detach",
+        arguments: "DOMAIN DEVID|MAC",
+        summary: "Take a network interface away from a running domain",
+        min: 2,
+        max: 2,
+        run: devices::network_detach,
+        ..PLAIN
+    },
+    Command {
+        name: "vm-list",
+        summary: "List the UUIDs, ids and names of domains",
+        run: host::vm_list,
+        ..PLAIN
+    },
+    Command {
+        name: "info",
+        arguments: "[OPTIONS] [NAME]",
+        summary: "Describe the host",
+        options: &[Opt::both('n', "numa", "also CPUs and NUMA nodes")],
+        details: "With NAME only the value of the line that begins so.",
+        max: 1,
+        run: host::info,
+        ..PLAIN
+    },
+    Command {
+        name: "uptime",
+        arguments: "[OPTIONS] [DOMAIN...]",
+        summary: "Print how long domains have been running",
+        options: &[Opt::short(
+            's',
+            "the short form, with the time of day in UTC",
+        )],
+        max: MANY,
+        run: host::uptime,
+        ..PLAIN
+    },
+    Command {
+        name: "top",
+        arguments: "[OPTIONS]",
+        summary: "Watch the domains and what they use",
+        options: &[
+            Opt::both('d', "delay", "seconds between two looks; 3").with("SECONDS"),
+            Opt::both(
+                'b',
+                "batch",
+                "print one table after another, as without a terminal",
+            ),
+            Opt::both(
+                'i',
+                "iterations",
+                "end after so many tables; without a terminal 1",
+            )
+            .with("NUM"),
+        ],
+        details: "q ends it.",
+        run: top::top,
+        ..PLAIN
+    },
+    Command {
+        name: "dmesg",
+        arguments: "[OPTIONS]",
+        summary: "Print the messages of all domain processes",
+        options: &[Opt::both('c', "clear", "and do not show them again")],
+        details: "They are the last lines of the logs, in the order of their time. Clearing leaves the logs as they are.",
+        run: logs::dmesg,
+        ..PLAIN
+    },
+    Command {
+        name: "vcpu-list",
+        arguments: "[DOMAIN...]",
+        summary: "List virtual CPUs",
+        details: "State: r running, b blocked, p not used by the guest. CPU is the host CPU it runs on or last ran on.",
+        max: MANY,
+        run: vcpus::list,
+        ..PLAIN
+    },
+    Command {
+        name: "vcpu-pin",
+        arguments: "[OPTIONS] DOMAIN VCPU|all CPUS|- [CPUS|-]",
+        summary: "Set which host CPUs virtual CPUs may run on, and prefer",
+        options: &[
+            Opt::both(
+                'f',
+                "force",
+                "accepted; there is no pinning by the guest's kernel to undo",
+            ),
+            Opt::long(
+                "ignore-global-affinity-masks",
+                "accepted; there are no global masks",
+            ),
+        ],
+        details: "CPUS is all, a list such as 0-3,5,^1, or nodes: node:0. - leaves it as it is. The first is hard (no other CPU), the second soft (these \
+                  where possible).",
+        min: 3,
+        max: 4,
+        dry_run: true,
+        run: vcpus::pin,
+    },
+    Command {
+        name: "vcpu-set",
+        arguments: "[OPTIONS] DOMAIN NUM",
+        summary: "Set how many virtual CPUs a guest uses",
+        options: &[Opt::both(
+            'i',
+            "ignore-host",
+            "also more than the host has CPUs",
+        )],
+        details: "At most maxvcpus of the configuration. The guest takes them on and off line by itself.",
+        min: 2,
+        max: 2,
+        run: vcpus::set,
+        ..PLAIN
+    },
+    Command {
+        name: "image",
+        arguments: "[OPTIONS] debian FILE",
+        summary: "Make a disk image with Debian from the archive",
+        options: IMAGE,
+        details: "Beside FILE appear its kernel (.vmlinuz), its initial root file system (.initrd) and a configuration (.cfg) that `create' takes as it is; \
+                  with --cloud-init also the seed disk (.seed.iso). The same options on the same state of the archive give the same bytes. It takes a minute \
+                  or two and needs the packages mmdebstrap and e2fsprogs, for users other than root uidmap, for qcow2 qemu-utils.",
+        min: 2,
+        max: 2,
+        dry_run: true,
+        run: image::image,
+    },
+    Command {
+        name: "domains",
+        arguments: "[OPTIONS] start|stop",
+        summary: "Start the domains in /etc/hospes/auto, or shut down all",
+        options: &[
+            Opt::long("dir", "take the configuration files of this directory").with("DIR"),
+            Opt::long(
+                "timeout",
+                "destroy what has not shut down after so long; 120",
+            )
+            .with("SECONDS"),
+        ],
+        details: "start creates a domain of each file in the directory whose name ends in .cfg, in the order of the names; a domain that runs already is \
+                  left alone. stop asks all domains of the user to shut down and waits for them. hospes-domains.service does both with the host.",
+        min: 1,
+        max: 1,
+        run: domains::domains,
+        ..PLAIN
+    },
+    Command {
+        name: "completions",
+        arguments: "bash|zsh|fish",
+        summary: "Print a completion script for a shell",
+        details: "For bash: source <(hospes completions bash).",
+        min: 1,
+        max: 1,
+        run: meta::completions,
+        ..PLAIN
+    },
+    Command {
+        name: "manual",
+        arguments: "hospes.1|hospes.cfg.5",
+        summary: "Print a manual page",
+        details: "In the form that man(1) reads: hospes manual hospes.1 | man -l -.",
+        min: 1,
+        max: 1,
+        run: meta::manual,
+        ..PLAIN
+    },
+    Command {
+        name: "help",
+        arguments: "[OPTIONS] [COMMAND]",
+        summary: "Say what the commands do",
+        options: &[Opt::long("long", "everything about all commands")],
+        max: 1,
+        run: meta::help,
+        ..PLAIN
+    },
+];
+
+/// Options in front of the command.
+pub(crate) const GLOBAL_OPTIONS: &[Opt] = &[
+    Opt::short('v', "say more"),
+    Opt::short(
+        'N',
+        "dry run: look, but change nothing; for the commands that say so",
+    ),
+    Opt::short('f', "accepted, as in xl"),
+    Opt::short('t', "accepted, as in xl"),
+    Opt::short('T', "accepted, as in xl"),
+    Opt::both('h', "help", "print the list of commands"),
+    Opt::both('V', "version", "print the version"),
+];
+
+/// Commands of xl that are not here, by the reason.
+const NOT_HERE: &[(&str, &[&str])] = &[
+    (
+        "domains cannot be saved and moved yet",
+        &["save", "restore", "migrate", "migrate-receive", "remus"],
+    ),
+    ("core dumps cannot be written yet", &["dump-core"]),
+    (
+        "the memory of a running domain cannot be changed yet",
+        &["mem-set", "mem-max", "claims", "sharing"],
+    ),
+    ("there is no VNC server yet", &["vncviewer"]),
+    (
+        "devices of the host cannot be passed through",
+        &[
+            "pci-attach",
+            "pci-detach",
+            "pci-list",
+            "pci-assignable-add",
+            "pci-assignable-remove",
+            "pci-assignable-list",
+            "usbctrl-attach",
+            "usbctrl-detach",
+            "usbdev-attach",
+            "usbdev-detach",
+            "usb-list",
+        ],
+    ),
+    (
+        "there are no such devices",
+        &[
+            "vtpm-attach",
+            "vtpm-list",
+            "vtpm-detach",
+            "vkb-attach",
+            "vkb-list",
+            "vkb-detach",
+            "vdispl-attach",
+            "vdispl-list",
+            "vdispl-detach",
+            "vsnd-attach",
+            "vsnd-list",
+            "vsnd-detach",
+            "channel-list",
+            "qemu-monitor-command",
+        ],
+    ),
+    (
+        "Linux schedules the virtual CPUs",
+        &[
+            "sched-credit",
+            "sched-rtds",
+            "cpupool-create",
+            "cpupool-list",
+            "cpupool-destroy",
+            "cpupool-rename",
+            "cpupool-cpu-add",
+            "cpupool-cpu-remove",
+            "cpupool-migrate",
+            "cpupool-numa-split",
+            "psr-hwinfo",
+            "psr-cmt-attach",
+            "psr-cmt-detach",
+            "psr-cmt-show",
+            "psr-cat-set",
+            "psr-cat-show",
+            "psr-mba-set",
+            "psr-mba-show",
+        ],
+    ),
+    (
+        "there is no hypervisor below the kernel",
+        &["set-parameters", "getenforce", "setenforce", "loadpolicy"],
+    ),
+    ("back ends are in the domain processes", &["devd"]),
+];
+
+/// A command by its name or, as in xl, by the beginning of its name where no other begins so.
+pub(crate) fn find(name: &str) -> Option<&'static Command> {
+    if let Some(command) = COMMANDS.iter().find(|command| command.name == name) {
+        return Some(command);
+    }
+    let mut candidates = COMMANDS
+        .iter()
+        .filter(|command| command.name.starts_with(name));
+    let unknown = !name.is_empty() && why_not(name).is_none();
+    match (candidates.next(), candidates.next()) {
+        (Some(command), None) if unknown => Some(command),
+        _ => None,
+    }
+}
+
+/// Why a command of xl is not here; `None` for what xl does not have either.
+pub(crate) fn why_not(name: &str) -> Option<&'static str> {
+    NOT_HERE
+        .iter()
+        .find(|(_, names)| names.contains(&name))
+        .map(|(reason, _)| *reason)
+}

@@ -1,0 +1,269 @@
+//! Commands for running domains: devices, names, keys, configurations.
+
+use crate::common::Bench;
+
+/// The configuration in the long list.
+fn config(bench: &Bench, name: &str) -> serde_json::Value {
+    let json: serde_json::Value =
+        serde_json::from_str(&bench.ok(&["list", "-l", name])).expect("JSON");
+    json[0]["config"].clone()
+}
+
+/// Waits until the guest was seen to get something.
+fn heard(bench: &Bench, name: &str, text: &str) {
+    crate::common::until(text, || {
+        bench.log(&format!("{name}.console.log")).contains(text)
+    });
+}
+
+#[test]
+fn block_attach_and_detach_change_domain_and_record() {
+    let bench = Bench::new();
+    bench.create("one", &["disk=['/img/a,,xvda']"]);
+    bench.ok(&["block-attach", "one", "/img/b,qcow2,xvdb,r"]);
+    heard(&bench, "one", "attached disk xvdb");
+    bench.ok(&["block-attach", "one", "target=/img/c", "vdev=xvdc"]);
+    let disks = config(&bench, "one")["disks"].clone();
+    assert_eq!(disks[1]["vdev"], "xvdb");
+    assert_eq!(disks[1]["format"], "qcow2");
+    assert_eq!(disks[1]["readwrite"], 0);
+    assert_eq!(disks[2]["pdev_path"], "/img/c");
+
+    let cases: &[(&[&str], &str)] = &[
+        (
+            &["block-attach", "one", "/img/d,,xvdb"],
+            "xvdb is in use already",
+        ),
+        (
+            &["block-attach", "one", "/img/d,,51728"],
+            "51728 is in use already",
+        ),
+        (
+            &["block-attach", "one", "/img/d"],
+            "disk \"/img/d\": `vdev' is missing",
+        ),
+        (
+            &["block-attach", "one", "/img/bad,,xvdd"],
+            "the image is bad",
+        ),
+        (
+            &["block-attach", "two", "/img/d,,xvdd"],
+            "two is an invalid domain identifier",
+        ),
+        (
+            &["block-detach", "one", "xvde"],
+            "Error: Device xvde not connected.",
+        ),
+        (
+            &["block-detach", "one", "nonsense"],
+            "Error: Device nonsense not connected.",
+        ),
+        (
+            &["cd-insert", "one", "xvdb", "/dev/null"],
+            "no CD-ROM drive",
+        ),
+        (
+            &["cd-insert", "one", "xvdx", "/dev/null"],
+            "there is no drive xvdx",
+        ),
+    ];
+    for (arguments, part) in cases {
+        let said = bench.fails(1, arguments);
+        assert!(said.contains(part), "{arguments:?}: {said}");
+    }
+
+    bench.ok(&["block-detach", "one", "51728"]);
+    heard(&bench, "one", "detached Disk 51728");
+    bench.ok(&["block-detach", "one", "xvda"]);
+    let disks = config(&bench, "one")["disks"].clone();
+    assert_eq!(disks.as_array().map(Vec::len), Some(1));
+    assert_eq!(disks[0]["vdev"], "xvdc");
+}
+
+#[test]
+fn block_detach_forced_takes_what_the_guest_keeps() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    bench.ok(&["block-attach", "one", "/img/stuck,,xvdb"]);
+    let said = bench.fails(1, &["block-detach", "one", "xvdb"]);
+    assert!(said.contains("does not let go"), "{said}");
+    assert_eq!(config(&bench, "one")["disks"][0]["vdev"], "xvdb");
+    bench.ok(&["block-detach", "--force", "one", "xvdb"]);
+    assert!(config(&bench, "one")["disks"].is_null());
+}
+
+#[test]
+fn block_resize_and_media_reach_the_domain() {
+    let bench = Bench::new();
+    std::fs::write(bench.path("cd.iso"), "medium").expect("writable");
+    let iso = bench.path("cd.iso").display().to_string();
+    bench.create("one", &["disk=['/img/a,,xvda', 'vdev=xvdc,cdrom']"]);
+    bench.ok(&["block-resize", "one", "xvda", "64m"]);
+    heard(&bench, "one", "resized 51712 to 67108864");
+    let said = bench.fails(2, &["block-resize", "one", "xvda", "large"]);
+    assert!(said.contains("`large' is no size"), "{said}");
+    bench.ok(&["cd-insert", "one", "xvdc", &iso]);
+    heard(&bench, "one", &format!("medium {iso}"));
+    assert_eq!(config(&bench, "one")["disks"][1]["pdev_path"], *iso);
+    bench.ok(&["cd-eject", "one", "51744"]);
+    heard(&bench, "one", "no medium");
+    assert_eq!(config(&bench, "one")["disks"][1]["format"], "empty");
+    assert_eq!(config(&bench, "one")["disks"][1]["vdev"], "xvdc");
+    let said = bench.fails(1, &["cd-insert", "one", "xvdc", "/nonexistent"]);
+    assert!(said.contains("Cannot stat file: /nonexistent"), "{said}");
+}
+
+#[test]
+fn network_attach_and_detach_change_domain_and_record() {
+    let bench = Bench::new();
+    bench.create("one", &["vif=['mac=00:16:3e:00:00:01', '']"]);
+    let nics = config(&bench, "one")["nics"].clone();
+    assert_eq!(nics[0]["mac"], "00:16:3e:00:00:01");
+    let drawn = nics[1]["mac"].as_str().expect("an address").to_string();
+    assert!(drawn.starts_with("00:16:3e:"), "{drawn}");
+
+    bench.ok(&["network-attach", "one", "bridge=br0", "rate=10Mb/s"]);
+    heard(&bench, "one", "attached vif 2");
+    assert_eq!(config(&bench, "one")["nics"][2]["bridge"], "br0");
+    bench.ok(&["network-detach", "one", &drawn.to_uppercase()]);
+    heard(&bench, "one", "detached Vif 1");
+    bench.ok(&["network-detach", "one", "0"]);
+    // The lowest free number is used again.
+    bench.ok(&["network-attach", "one"]);
+    let nics = config(&bench, "one")["nics"].clone();
+    assert_eq!(
+        (&nics[0]["devid"], &nics[1]["devid"]),
+        (&2.into(), &0.into())
+    );
+
+    let cases: &[(&[&str], &str)] = &[
+        (&["network-detach", "one", "7"], "Unknown device 7."),
+        (&["network-detach", "one", "x"], "Unknown device x."),
+        (
+            &["network-detach", "one", "00:16:3e:ff:ff:ff"],
+            "Unknown device 00:16:3e:ff:ff:ff.",
+        ),
+        (
+            &["network-attach", "one", "devid=2"],
+            "network interface 2 is in use already",
+        ),
+        (
+            &["network-attach", "one", "brigde=a"],
+            "vif \"brigde=a\": `brigde' is no parameter",
+        ),
+    ];
+    for (arguments, part) in cases {
+        let said = bench.fails(1, arguments);
+        assert!(said.contains(part), "{arguments:?}: {said}");
+    }
+}
+
+#[test]
+fn devices_stay_through_a_reboot() {
+    let bench = Bench::new();
+    bench.create("one", &["vif=['']"]);
+    bench.ok(&["block-attach", "one", "/img/b,,xvdb"]);
+    bench.ok(&["rename", "one", "two"]);
+    let before = config(&bench, "two");
+    bench.ok(&["reboot", "two"]);
+    crate::common::until("it runs again", || {
+        bench.row("two").is_some_and(|row| row[1] == "2")
+    });
+    let after = config(&bench, "two");
+    assert_eq!(after["disks"], before["disks"]);
+    assert_eq!(after["nics"], before["nics"]);
+}
+
+#[test]
+fn dry_run_shows_the_device_and_attaches_nothing() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    let disk = bench.ok(&["-N", "block-attach", "one", "/a,,xvdb,r"]);
+    assert!(
+        disk.starts_with("disk: {") && disk.contains("\"vdev\": \"xvdb\""),
+        "{disk}"
+    );
+    let vif = bench.ok(&["-N", "network-attach", "one", "bridge=br0"]);
+    assert!(
+        vif.starts_with("vif: {") && vif.contains("\"bridge\": \"br0\""),
+        "{vif}"
+    );
+    let medium = bench.ok(&["-N", "cd-insert", "one", "xvdc", "/a.iso"]);
+    assert!(medium.contains("\"is_cdrom\": 1"), "{medium}");
+    assert!(config(&bench, "one")["disks"].is_null());
+}
+
+#[test]
+fn rename_is_written_down_and_keeps_names_unique() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    bench.create("two", &[]);
+    bench.ok(&["rename", "1", "uno"]);
+    assert_eq!(bench.ok(&["domname", "1"]), "uno\n");
+    assert_eq!(bench.ok(&["domid", "uno"]), "1\n");
+    assert_eq!(
+        bench.row("uno").map(|row| row[1].clone()).as_deref(),
+        Some("1")
+    );
+    for (name, part) in [
+        ("two", "a domain named \"two\" exists already"),
+        ("Domain-0", "exists already"),
+        ("", "the name \"\" is empty"),
+        ("a/b", "contains a `/'"),
+    ] {
+        let said = bench.fails(1, &["rename", "uno", name]);
+        assert!(said.contains(part), "{said}");
+    }
+    // Its own name is no conflict.
+    bench.ok(&["rename", "uno", "uno"]);
+}
+
+#[test]
+fn sysrq_and_trigger_reach_the_domain() {
+    let bench = Bench::new();
+    bench.create("one", &["vcpus=2"]);
+    bench.ok(&["sysrq", "one", "h"]);
+    heard(&bench, "one", "sysrq h");
+    bench.ok(&["trigger", "one", "nmi", "1"]);
+    heard(&bench, "one", "nmi at vCPU 1");
+    bench.ok(&["trigger", "one", "nmi"]);
+    heard(&bench, "one", "nmi at vCPU 0");
+    let cases: &[(&[&str], &str)] = &[
+        (&["sysrq", "one", "help"], "Invalid sysrq"),
+        (&["sysrq", "one", ""], "Invalid sysrq"),
+        (&["sysrq", "0", "h"], "Domain-0 is the host itself"),
+        (&["trigger", "one", "fire"], "Invalid trigger \"fire\""),
+        (&["trigger", "one", "power"], "no power here"),
+        (&["button-press", "one", "power"], "no power here"),
+        (
+            &["button-press", "one", "red"],
+            "red is an invalid button identifier",
+        ),
+    ];
+    for (arguments, part) in cases {
+        let said = bench.fails(1, arguments);
+        assert!(said.contains(part), "{arguments:?}: {said}");
+    }
+}
+
+#[test]
+fn config_update_counts_from_the_next_start() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    let file = bench.path("new.cfg");
+    let text = format!(
+        "name='other'\ntype='pvh'\nkernel='{}'\nmemory=128\n",
+        bench.path("kernel").display()
+    );
+    std::fs::write(&file, text).expect("writable");
+    let file = file.display().to_string();
+    let shown = bench.ok(&["-N", "config-update", "one", &file, "vcpus=2"]);
+    assert!(shown.contains("\"max_vcpus\": 2"), "{shown}");
+    bench.ok(&["config-update", "one", &file, "vcpus=3"]);
+    bench.ok(&["reboot", "one"]);
+    crate::common::until("it runs again", || {
+        bench.row("one").is_some_and(|row| row[1] == "2")
+    });
+    let row = bench.row("one").expect("it runs");
+    assert_eq!((row[2].as_str(), row[3].as_str()), ("128", "3"));
+}

@@ -1,0 +1,243 @@
+//! What commands say about the host and about all domains; starting and stopping domains with the host.
+
+use std::process::Command;
+
+use crate::common::{Bench, until};
+
+#[test]
+fn vm_list_uptime_and_info_know_the_domains() {
+    let bench = Bench::new();
+    bench.create("one", &["uuid='59e1cf6c-6ab9-4879-90e7-adc8d1c63bf5'"]);
+    let list = bench.ok(&["vm-list"]);
+    let row: Vec<&str> = list
+        .lines()
+        .nth(1)
+        .expect("a row")
+        .split_whitespace()
+        .collect();
+    assert_eq!(row, ["59e1cf6c-6ab9-4879-90e7-adc8d1c63bf5", "1", "one"]);
+
+    let uptime = bench.ok(&["uptime"]);
+    assert!(
+        uptime.starts_with("Name                                ID Uptime\nDomain-0 "),
+        "{uptime}"
+    );
+    assert!(
+        uptime.lines().nth(2).expect("a row").starts_with("one "),
+        "{uptime}"
+    );
+    assert!(bench.ok(&["uptime", "-s", "one"]).contains(" up "));
+    let said = bench.fails(1, &["uptime", "two"]);
+    assert!(
+        said.contains("two is an invalid domain identifier"),
+        "{said}"
+    );
+
+    let info = bench.ok(&["info"]);
+    for name in [
+        "host",
+        "release",
+        "nr_cpus",
+        "max_cpu_id",
+        "cpu_mhz",
+        "total_memory",
+        "free_memory",
+        "xen_major",
+        "xen_version",
+        "xen_caps",
+    ] {
+        assert!(
+            info.lines()
+                .any(|line| line.starts_with(&format!("{name:<22} : "))),
+            "{name} in {info}"
+        );
+    }
+    assert_eq!(bench.ok(&["info", "xen_major"]), "4\n");
+    assert!(bench.ok(&["info", "-n"]).contains("cpu_topology"));
+}
+
+#[test]
+fn top_without_a_terminal_prints_one_table() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    let text = bench.ok(&["top"]);
+    let names: Vec<Option<&str>> = text
+        .lines()
+        .map(|line| line.split_whitespace().next())
+        .collect();
+    assert_eq!(names, [Some("NAME"), Some("Domain-0"), Some("one")]);
+    let twice = bench.ok(&["top", "-b", "-d", "0.01", "-i", "2"]);
+    assert_eq!(twice.lines().count(), 6);
+}
+
+#[test]
+fn dmesg_merges_the_logs_and_forgets_what_was_cleared() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    bench.create("two", &[]);
+    let text = bench.ok(&["dmesg", "-c"]);
+    for name in ["one", "two"] {
+        assert!(
+            text.lines()
+                .any(|line| line.starts_with(&format!("({name}) ")) && line.contains("to die")),
+            "{text}"
+        );
+    }
+    assert!(!text.contains("mock guest ready"), "{text}");
+    assert_eq!(bench.ok(&["dmesg"]), "");
+    // Times are of a second: what is of the second that was cleared is gone.
+    until("something new is there", || {
+        bench.ok(&["debug-keys", "q"]);
+        bench.ok(&["dmesg"]).contains("(two) ")
+    });
+}
+
+#[test]
+fn vcpu_list_and_pin_and_set_reach_the_domain() {
+    let bench = Bench::new();
+    bench.create("one", &["vcpus=2"]);
+    let table = bench.ok(&["vcpu-list"]);
+    let rows: Vec<&str> = table.lines().collect();
+    assert_eq!(
+        rows[0],
+        "Name                                ID  VCPU   CPU State   Time(s) Affinity (Hard / Soft)"
+    );
+    assert!(rows.iter().any(|row| row.starts_with("Domain-0 ")));
+    assert_eq!(rows.iter().filter(|row| row.starts_with("one ")).count(), 2);
+    assert_eq!(bench.ok(&["vcpu-list", "one"]).lines().count(), 3);
+    assert_eq!(
+        bench
+            .ok(&["-N", "vcpu-pin", "one", "0", "0"])
+            .trim_end()
+            .split(' ')
+            .next(),
+        Some("cpumap:")
+    );
+    assert_eq!(
+        bench.ok(&["-N", "vcpu-pin", "one", "all", "-", "all"]),
+        "cpumap: - all\n"
+    );
+    let cases: &[(&[&str], &str)] = &[
+        (
+            &["vcpu-pin", "one", "first", "0"],
+            "Error: Invalid argument first as VCPU.",
+        ),
+        (
+            &["vcpu-pin", "-f", "one", "all", "0"],
+            "--force and 'all' as VCPU not allowed",
+        ),
+        (&["vcpu-set", "one", "many"], "Error: Invalid argument."),
+        (&["vcpu-set", "one", "100"], "--ignore-host"),
+    ];
+    for (arguments, part) in cases {
+        let said = bench.fails(1, arguments);
+        assert!(said.contains(part), "{arguments:?}: {said}");
+    }
+}
+
+#[test]
+fn commands_may_be_shortened() {
+    let bench = Bench::new();
+    assert_eq!(bench.ok(&["li"]), bench.ok(&["list"]));
+    assert_eq!(bench.ok(&["help", "unp"]), bench.ok(&["help", "unpause"]));
+}
+
+#[test]
+fn domains_start_and_stop_what_the_directory_says() {
+    let bench = Bench::new();
+    let auto = bench.path("auto");
+    std::fs::create_dir(&auto).expect("writable");
+    let kernel = bench.path("kernel").display().to_string();
+    let config = |name: &str, more: &str| {
+        format!("name='{name}'\ntype='pvh'\nkernel='{kernel}'\nmemory=64\n{more}\n")
+    };
+    for (file, text) in [
+        ("b.cfg", config("second", "extra='deaf'")),
+        ("a.cfg", config("first", "on_poweroff='preserve'")),
+        ("c.cfg", "memory=".to_string()),
+        ("README", "not read".to_string()),
+    ] {
+        std::fs::write(auto.join(file), text).expect("writable");
+    }
+    let dir = auto.display().to_string();
+    // One that is wrong does not keep the others from being started.
+    let said = bench.fails(1, &["domains", "start", "--dir", &dir]);
+    assert!(
+        said.contains("c.cfg: ") && said.contains("1 of 3 domains"),
+        "{said}"
+    );
+    assert_eq!(bench.row("first").expect("it runs")[1], "1");
+    assert_eq!(bench.row("second").expect("it runs")[1], "2");
+    std::fs::remove_file(auto.join("c.cfg")).expect("there");
+    bench.ok(&["domains", "start", "--dir", &dir]);
+    assert_eq!(bench.row("first").expect("it still runs")[1], "1");
+
+    let output = bench.run(&["domains", "stop", "--timeout", "1"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert!(
+        said.contains("Domain 1 has been shut down, reason code 0"),
+        "{said}"
+    );
+    assert!(
+        said.contains("Domain 2 has not shut down: it is destroyed"),
+        "{said}"
+    );
+    assert_eq!(bench.ok(&["vm-list"]).lines().count(), 1);
+    bench.ok(&["domains", "stop"]);
+    bench.ok(&["domains", "start", "--dir", "/nonexistent"]);
+}
+
+#[test]
+fn completions_are_scripts_that_the_shell_takes() {
+    let bench = Bench::new();
+    let script = bench.path("completions.bash");
+    std::fs::write(&script, bench.ok(&["completions", "bash"])).expect("writable");
+    let reply = |line: &str| {
+        let words: Vec<&str> = line.split(' ').collect();
+        let text = format!(
+            "source '{}'; COMP_WORDS=({}); COMP_CWORD={}; _hospes; echo \"${{COMPREPLY[*]}}\"",
+            script.display(),
+            words
+                .iter()
+                .map(|word| format!("'{word}'"))
+                .collect::<Vec<_>>()
+                .join(" "),
+            words.len() - 1
+        );
+        let output = Command::new("bash")
+            .args(["-c", &text])
+            .output()
+            .expect("bash");
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).expect("text")
+    };
+    assert_eq!(reply("hospes vcpu-"), "vcpu-list vcpu-pin vcpu-set\n");
+    assert_eq!(reply("hospes -v shutdown --"), "--all --wait --help\n");
+    assert_eq!(reply("hospes domains st"), "start stop\n");
+    assert!(
+        bench
+            .ok(&["completions", "zsh"])
+            .starts_with("#compdef hospes xl\n")
+    );
+    assert!(
+        bench
+            .ok(&["completions", "fish"])
+            .contains("complete -c xl -n __fish_use_subcommand -a list")
+    );
+}
+
+#[test]
+fn manual_pages_are_made_of_the_tables() {
+    let bench = Bench::new();
+    let commands = bench.ok(&["manual", "hospes.1"]);
+    assert!(
+        commands.contains(".SS block\\-attach DOMAIN DISKSPEC..."),
+        "{commands}"
+    );
+    let keys = bench.ok(&["manual", "hospes.cfg.5"]);
+    assert!(
+        keys.contains(".TH hospes.cfg 5") && keys.contains("cpu_weight="),
+        "{keys}"
+    );
+}
