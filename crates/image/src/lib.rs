@@ -31,4 +31,6 @@ mod testing;
 pub use error::{ImageError, IoError};
 pub use make::{Info, create_overlay, create_qcow2, create_raw, info};
 pub use open::{Format, OpenSpec, open};
+#[doc(hidden)]
+pub use qcow2::fuzz_qcow2;
 pub use types::{Buffer, Completion, Geometry, Image, Op, Queue, Request, Status};

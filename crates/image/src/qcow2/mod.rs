@@ -12,6 +12,7 @@ mod compress;
 mod create;
 mod entry;
 mod flush;
+mod fuzz;
 mod header;
 mod meta;
 mod open;
@@ -29,6 +30,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 pub(crate) use create::{create, create_overlay, write_new};
+pub use fuzz::fuzz_qcow2;
 pub(crate) use header::{Header, MAGIC};
 pub(crate) use open::{Options, backing_path, read_header};
 pub(crate) use queue::Qcow2Image;
@@ -318,7 +320,7 @@ impl Qcow2 {
         let mut meta = self.meta();
         for same in clusters.chunk_by(|a, b| a == b) {
             let cluster = same[0];
-            if meta.refcounts.get(cluster)? > same.len() as u64 {
+            if !meta.refcounts.becomes_free(cluster, same.len() as u64)? {
                 continue;
             }
             match runs.last_mut() {

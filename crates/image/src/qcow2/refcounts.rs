@@ -185,15 +185,19 @@ impl Refcounts {
         self.put(cluster, count)
     }
 
+    /// Whether a cluster that loses `references` becomes free. Metadata does not: the entry that named it lies.
+    pub(crate) fn becomes_free(&mut self, cluster: u64, references: u64) -> Result<bool, IoError> {
+        Ok(!self.protected.contains(&cluster) && (1..=references).contains(&self.get(cluster)?))
+    }
+
     /// One reference less.
     pub(crate) fn release(&mut self, cluster: u64) -> Result<(), IoError> {
         let count = self.get(cluster)?;
-        if count == 0 {
+        if count == 0 || (count == 1 && self.protected.contains(&cluster)) {
             return Ok(());
         }
         self.put(cluster, count - 1)?;
         if count == 1 {
-            self.protected.remove(&cluster);
             self.hint = self.hint.min(cluster);
         }
         Ok(())
@@ -252,8 +256,16 @@ impl Refcounts {
         self.protected.extend(place..place + self.table_clusters());
         self.table_offset = place << self.cluster_bits;
         self.table_moved = true;
-        self.retired.extend(old..old + old_clusters);
+        self.retire(old..old + old_clusters);
         Ok(())
+    }
+
+    /// Gives up the place of a table, which nothing will refer to after the next flush.
+    pub(crate) fn retire(&mut self, clusters: Range<u64>) {
+        for cluster in clusters {
+            self.protected.remove(&cluster);
+            self.retired.push(cluster);
+        }
     }
 
     /// Allocates up to `wanted` clusters in a row, at least one.

@@ -67,7 +67,7 @@ impl Qcow2 {
             let clusters = |entries: u32| (u64::from(entries) * 8).div_ceil(self.cluster_bytes());
             let place = meta.refcounts.alloc_exact(clusters(entries))?;
             let start = meta.header.l1_offset >> self.cluster_bits;
-            meta.frees.extend(start..start + clusters(old));
+            meta.refcounts.retire(start..start + clusters(old));
             meta.refcounts
                 .protected
                 .extend(place..place + clusters(entries));
