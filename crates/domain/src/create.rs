@@ -18,6 +18,7 @@ use crate::devices::Devices;
 use crate::placement::Placement;
 use crate::run::Run;
 use crate::services::{GuestConnection, serve_console, serve_store};
+use crate::share::Sharing;
 use crate::signal::Signal;
 use crate::vcpu::VcpuThread;
 use crate::{CreateError, Domain, DomainSpec, EngineFactory, Identity, host_memory};
@@ -152,6 +153,7 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
         run,
         devices,
         placement,
+        sharing: Sharing::new(),
         console,
         threads: Vec::new(),
         clock: None,

@@ -49,6 +49,10 @@ pub enum RequestError {
     NoVcpu { id: VcpuId, last: u32 },
     #[error("the domain has {max} vCPUs, of which 1 to {max} can be online, not {online}")]
     Vcpus { online: u32, max: u32 },
+    #[error("the weight of a domain is 1 to 65535")]
+    Weight,
+    #[error("the host does not let the domain's share of its CPUs be changed: {0}")]
+    Share(std::io::Error),
     #[error("the host does not let vCPU {id} run on these CPUs: {source}")]
     Affinity { id: VcpuId, source: std::io::Error },
     #[error("cannot write the request into the domain's store: {0}")]

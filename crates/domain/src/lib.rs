@@ -11,6 +11,7 @@
 //! Limits: 128 vCPUs.
 #![forbid(unsafe_code)]
 
+mod cgroup;
 mod console;
 mod create;
 mod devices;
@@ -19,6 +20,7 @@ mod host_memory;
 mod placement;
 mod run;
 mod services;
+mod share;
 mod signal;
 mod vcpu;
 
@@ -50,8 +52,11 @@ pub use placement::Affinity;
 pub use run::EndReason;
 
 use devices::Devices;
+pub use share::Share;
+
 use placement::Placement;
 use run::{Activity, Run};
+use share::Sharing;
 
 /// Makes the engine's virtual machine for a new domain: its memory, its CPUID and the number of its vCPUs.
 pub type EngineFactory<'a> =
@@ -163,6 +168,7 @@ pub struct Domain {
     run: Arc<Run>,
     devices: Devices,
     placement: Arc<Placement>,
+    sharing: Sharing,
     console: Arc<Console>,
     threads: Vec<JoinHandle<()>>,
     clock: Option<ClockThread>,
@@ -272,7 +278,8 @@ impl Domain {
         let crashed = matches!(end, Some(EndReason::Crash(_) | EndReason::Watchdog));
         let alive = end.is_none();
         let paused = alive && self.run.is_paused();
-        let running = alive && !paused && activities.contains(&Activity::Running);
+        let runs = |a: &Activity| matches!(a, Activity::Running | Activity::Limited);
+        let running = alive && !paused && activities.iter().any(runs);
         DomainInfo {
             domid: self.spec.domid,
             uuid: self.spec.uuid,
@@ -347,6 +354,25 @@ impl Domain {
         Ok(())
     }
 
+    /// The domain's share of the host's CPUs.
+    pub fn share(&self) -> Share {
+        self.sharing.get()
+    }
+
+    /// Changes the domain's share of the host's CPUs.
+    pub fn set_share(&self, share: Share) -> Result<(), RequestError> {
+        if let Some(reason) = self.run.end_reason() {
+            return Err(RequestError::Ended(reason));
+        }
+        if share.weight == 0 {
+            return Err(RequestError::Weight);
+        }
+        let threads = self.placement.threads();
+        self.sharing
+            .set(share, &threads, &self.xen, &self.run)
+            .map_err(RequestError::Share)
+    }
+
     /// Asks the guest to use its first `online` vCPUs, 1 to all. A guest takes vCPUs away by itself; one that is to come back may have to be
     /// brought online inside the guest too.
     pub fn set_vcpus(&self, online: u32) -> Result<(), RequestError> {
@@ -418,6 +444,7 @@ impl Domain {
 impl Drop for Domain {
     fn drop(&mut self) {
         self.destroy();
+        self.sharing.end();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }

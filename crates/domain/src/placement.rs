@@ -1,6 +1,6 @@
 //! Where on the host a domain's vCPU threads may run, and where they last ran.
 
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use hospes_units::{CpuSet, HOST_CPUS_MAX, VcpuId};
 use rustix::process::Pid;
@@ -21,19 +21,35 @@ struct Place {
 
 /// The places of all vCPUs of a domain.
 #[derive(Debug)]
-pub struct Placement(Vec<Mutex<Place>>);
+pub struct Placement(Vec<(Mutex<Place>, Condvar)>);
 
 impl Placement {
     pub fn new(vcpus: u32) -> Placement {
-        Placement((0..vcpus).map(|_| Mutex::default()).collect())
+        Placement((0..vcpus).map(|_| Default::default()).collect())
     }
 
     /// To be called by a vCPU's thread when it starts: what was set before holds from now on.
     pub fn thread_starts(&self, id: VcpuId) {
-        let mut place = lock(&self.0[id.0 as usize]);
+        let mut place = lock(&self.0[id.0 as usize].0);
         place.thread = Some(thread::gettid());
         // What the host's kernel refuses was refused, or would have been, to whoever set it.
         let _ = place.apply();
+        drop(place);
+        self.0[id.0 as usize].1.notify_all();
+    }
+
+    /// The threads of all vCPUs. Waits for those that are just being started.
+    pub fn threads(&self) -> Vec<Pid> {
+        let thread = |(place, started): &(Mutex<Place>, Condvar)| {
+            let mut place = lock(place);
+            loop {
+                if let Some(thread) = place.thread {
+                    return thread;
+                }
+                place = started.wait(place).unwrap_or_else(PoisonError::into_inner);
+            }
+        };
+        self.0.iter().map(thread).collect()
     }
 
     /// Changes one vCPU's affinities; what is `None` stays. On an error nothing is changed.
@@ -43,7 +59,7 @@ impl Placement {
         hard: Option<&Affinity>,
         soft: Option<&Affinity>,
     ) -> Result<(), std::io::Error> {
-        let mut place = lock(&self.0[id.0 as usize]);
+        let mut place = lock(&self.0[id.0 as usize].0);
         let before = (place.hard.clone(), place.soft.clone());
         if let Some(hard) = hard {
             place.hard.clone_from(hard);
@@ -61,13 +77,13 @@ impl Placement {
 
     /// Hard and soft affinity.
     pub fn affinity(&self, id: VcpuId) -> (Affinity, Affinity) {
-        let place = lock(&self.0[id.0 as usize]);
+        let place = lock(&self.0[id.0 as usize].0);
         (place.hard.clone(), place.soft.clone())
     }
 
     /// The host CPU that a vCPU's thread runs on, or last ran on.
     pub fn host_cpu(&self, id: VcpuId) -> Option<u32> {
-        let thread = lock(&self.0[id.0 as usize]).thread?;
+        let thread = lock(&self.0[id.0 as usize].0).thread?;
         let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).ok()?;
         processor_of(&stat)
     }

@@ -49,6 +49,8 @@ pub enum Activity {
     Down,
     /// Held because the domain is paused.
     Held,
+    /// Held because the domain has used up its limit.
+    Limited,
 }
 
 impl Activity {
@@ -57,7 +59,8 @@ impl Activity {
             0 => Activity::Running,
             1 => Activity::Blocked,
             2 => Activity::Down,
-            _ => Activity::Held,
+            3 => Activity::Held,
+            _ => Activity::Limited,
         }
     }
 }
@@ -76,6 +79,8 @@ pub struct Run {
     paused: AtomicBool,
     has_run: AtomicBool,
     ended: AtomicBool,
+    /// The vCPUs have used up what the domain's limit gives them.
+    limited: AtomicBool,
     /// vCPU threads that have not returned.
     threads: AtomicUsize,
     life: Mutex<Life>,
@@ -105,6 +110,7 @@ impl Run {
             paused: AtomicBool::new(true),
             has_run: AtomicBool::new(false),
             ended: AtomicBool::new(false),
+            limited: AtomicBool::new(false),
             threads: AtomicUsize::new(0),
             life: Mutex::new(Life::default()),
             changed: Condvar::new(),
@@ -142,6 +148,23 @@ impl Run {
 
     pub fn has_ended(&self) -> bool {
         self.ended.load(SeqCst)
+    }
+
+    /// Whether the vCPUs are held for the domain's limit.
+    pub fn is_limited(&self) -> bool {
+        self.limited.load(SeqCst)
+    }
+
+    /// Holds the vCPUs for the domain's limit, or lets them go.
+    pub fn set_limited(&self, limited: bool) {
+        if self.limited.swap(limited, SeqCst) == limited {
+            return;
+        }
+        if limited {
+            self.kick_running();
+        } else {
+            self.wake_all();
+        }
     }
 
     /// Whether it was ever unpaused.
@@ -222,6 +245,17 @@ impl Run {
     pub fn thread_ends(&self) {
         if self.threads.fetch_sub(1, SeqCst) == 1 && self.has_ended() {
             self.console.close();
+        }
+    }
+
+    /// Has those vCPUs that execute guest code look at what they may do.
+    fn kick_running(&self) {
+        for slot in &self.slots {
+            if Activity::from_u8(slot.activity.load(SeqCst)) == Activity::Running
+                && let Some(control) = slot.control.get()
+            {
+                control.kick();
+            }
         }
     }
 

@@ -85,10 +85,17 @@ impl Loop {
                 self.sleep(Activity::Held, |s| !s.run.is_paused());
             } else if !self.xen.is_up(self.id) {
                 self.go_down(|s| s.xen.is_up(s.id));
+            } else if self.run.is_limited() {
+                // To the guest as if others had the host's CPUs.
+                self.note(Runstate::Runnable);
+                self.run.set_activity(self.id, Activity::Limited);
+                while self.run.is_limited() && !self.run.is_paused() && !self.run.has_ended() {
+                    self.run.signal(self.id).wait();
+                }
             } else {
                 self.run.set_activity(self.id, Activity::Running);
-                // Who pauses or ends the domain sees this activity, or is seen here.
-                if !self.run.is_paused() && !self.run.has_ended() {
+                // Who pauses or ends the domain sees this activity, or is seen here; so does who limits it.
+                if !self.run.is_paused() && !self.run.has_ended() && !self.run.is_limited() {
                     self.note(Runstate::Running);
                     return true;
                 }

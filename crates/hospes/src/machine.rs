@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use hospes_config::{DiskConfig, DomainConfig, Pinning, VifConfig};
 use hospes_domain::frame::Kind;
-use hospes_domain::{Domain, DomainSpec, EndReason, ShutdownKind};
+use hospes_domain::{Domain, DomainSpec, EndReason, Share, ShutdownKind};
 use hospes_toolstack::{
     self as toolstack, Affinity, DeviceKind, Machine, MachineError, MachineInfo, MachineSpec,
     VcpuInfo,
@@ -55,6 +55,11 @@ impl toolstack::MachineFactory for Domains {
             domain.set_vcpus(config.vcpus)?;
         }
         place(&domain, config)?;
+        let scheduling = &config.scheduling;
+        domain.set_share(Share {
+            weight: scheduling.weight.unwrap_or(Share::default().weight),
+            cap: scheduling.cap.unwrap_or(Share::default().cap),
+        })?;
         vifs::bring_online(&scripts)?;
         Ok(Arc::new(Running(domain, plug)))
     }
@@ -188,6 +193,16 @@ impl Machine for Running {
         soft: Option<&Affinity>,
     ) -> Result<(), MachineError> {
         Ok(self.0.pin(vcpu.map(VcpuId), hard, soft)?)
+    }
+
+    fn share(&self) -> toolstack::Share {
+        let Share { weight, cap } = self.0.share();
+        toolstack::Share { weight, cap }
+    }
+
+    fn set_share(&self, share: toolstack::Share) -> Result<(), MachineError> {
+        let toolstack::Share { weight, cap } = share;
+        Ok(self.0.set_share(Share { weight, cap })?)
     }
 
     fn set_vcpus(&self, online: u32) -> Result<(), MachineError> {

@@ -14,7 +14,7 @@ use hospes_config::{DiskConfig, VifConfig};
 use hospes_store::{DomainEntry, DomainStore, GuestLink, Membership, StoreAccess};
 use hospes_toolstack::{
     Affinity, DeviceKind, EndReason, Machine, MachineError, MachineFactory, MachineInfo,
-    MachineSpec, ShutdownKind, Trigger, VcpuInfo,
+    MachineSpec, Share, ShutdownKind, Trigger, VcpuInfo,
 };
 
 struct State {
@@ -26,6 +26,7 @@ struct State {
     /// A disk that is not given back.
     stuck: Option<u32>,
     online: u32,
+    share: Share,
     affinities: Vec<(Affinity, Affinity)>,
 }
 
@@ -222,6 +223,15 @@ impl Machine for Mock {
         Ok(())
     }
 
+    fn share(&self) -> Share {
+        self.lock().share
+    }
+
+    fn set_share(&self, share: Share) -> Result<(), MachineError> {
+        self.lock().share = share;
+        Ok(())
+    }
+
     fn set_vcpus(&self, online: u32) -> Result<(), MachineError> {
         self.lock().online = online;
         Ok(())
@@ -262,6 +272,14 @@ impl MachineFactory for Factory {
                 end: None,
                 stuck: None,
                 online: spec.config.vcpus,
+                share: Share {
+                    weight: spec
+                        .config
+                        .scheduling
+                        .weight
+                        .unwrap_or(Share::DEFAULT.weight),
+                    cap: spec.config.scheduling.cap.unwrap_or(Share::DEFAULT.cap),
+                },
                 affinities: vec![(None, None); spec.config.maxvcpus as usize],
             }),
             changed: Condvar::new(),

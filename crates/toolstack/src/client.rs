@@ -14,7 +14,7 @@ use crate::launch::{self, CreateRequest, Created};
 use crate::paths::Paths;
 use crate::protocol::{self, DomainInfo, Ended, Reply, Request, ShutdownKind, Until};
 use crate::registry::{Entry, HOST_NAME, Registry, is_locked};
-use crate::scheduling::VcpuInfo;
+use crate::scheduling::{Share, VcpuInfo};
 use crate::store;
 
 /// How long a domain that is being built may take to open its sockets.
@@ -226,6 +226,20 @@ impl Host {
         soft: Option<CpuList>,
     ) -> Result<()> {
         self.request(who, &Request::Pin { vcpu, hard, soft })
+            .and_then(done)
+    }
+
+    /// A domain's share of the host's CPUs.
+    pub fn share(&self, who: &str) -> Result<Share> {
+        match self.request(who, &Request::Share)? {
+            Reply::Share(share) => Ok(share),
+            reply => Err(unexpected(&reply)),
+        }
+    }
+
+    /// Changes a domain's share of the host's CPUs; what is `None` stays.
+    pub fn set_share(&self, who: &str, weight: Option<u16>, cap: Option<u16>) -> Result<()> {
+        self.request(who, &Request::SetShare { weight, cap })
             .and_then(done)
     }
 

@@ -43,7 +43,7 @@ pub use protocol::{
     DeviceKind, DomainInfo, EndReason, Ended, Request, ShutdownKind, Trigger, Until,
 };
 pub use registry::{Entry, HOST_NAME, Record};
-pub use scheduling::{Affinity, VcpuInfo, host_cpus, resolve};
+pub use scheduling::{Affinity, Share, VcpuInfo, host_cpus, resolve};
 pub use store::store_process;
 
 /// The hidden subcommand with which the program starts itself as a domain process.

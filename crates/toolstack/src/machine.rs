@@ -10,7 +10,7 @@ use hospes_store_server::StoreClient;
 use hospes_units::DomId;
 
 use crate::protocol::{DeviceKind, EndReason, ShutdownKind, Trigger};
-use crate::scheduling::{Affinity, VcpuInfo};
+use crate::scheduling::{Affinity, Share, VcpuInfo};
 
 pub type MachineError = Box<dyn Error + Send + Sync>;
 
@@ -126,6 +126,11 @@ pub trait Machine: Send + Sync {
         hard: Option<&Affinity>,
         soft: Option<&Affinity>,
     ) -> Result<(), MachineError>;
+
+    /// The share of the host's CPUs.
+    fn share(&self) -> Share;
+
+    fn set_share(&self, share: Share) -> Result<(), MachineError>;
 
     /// Asks the guest to use its first `online` vCPUs.
     fn set_vcpus(&self, online: u32) -> Result<(), MachineError>;

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::scheduling::VcpuInfo;
+use crate::scheduling::{Share, VcpuInfo};
 
 /// Version of all messages here.
 pub const VERSION: u32 = 1;
@@ -128,6 +128,13 @@ pub enum Request {
         hard: Option<CpuList>,
         soft: Option<CpuList>,
     },
+    /// The domain's share of the host's CPUs.
+    Share,
+    /// Changes the share; what is `None` stays.
+    SetShare {
+        weight: Option<u16>,
+        cap: Option<u16>,
+    },
     /// How many vCPUs the guest is to use.
     SetVcpus {
         online: u32,
@@ -213,6 +220,7 @@ pub enum Reply {
     Info(DomainInfo),
     Ended(Ended),
     Vcpus { vcpus: Vec<VcpuInfo> },
+    Share(Share),
     Error { message: String },
 }
 

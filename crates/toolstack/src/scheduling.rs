@@ -26,6 +26,23 @@ pub struct VcpuInfo {
     pub soft: Option<String>,
 }
 
+/// A domain's share of the host's CPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// 1 to 65535.
+    pub weight: u16,
+    /// Most time in percent of one CPU; 0 for no limit.
+    pub cap: u16,
+}
+
+impl Share {
+    /// What a domain has of which nothing is said, as in Xen.
+    pub const DEFAULT: Share = Share {
+        weight: 256,
+        cap: 0,
+    };
+}
+
 /// Host CPUs of a vCPU; `None` means all.
 pub type Affinity = Option<CpuSet>;
 

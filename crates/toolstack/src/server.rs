@@ -19,7 +19,7 @@ use crate::hub::{ConsoleHub, Watcher};
 use crate::instance::Instance;
 use crate::machine::{Machine, MachineError};
 use crate::protocol::{self, Reply, Request, Until};
-use crate::scheduling::{host_cpus, resolve};
+use crate::scheduling::{Share, host_cpus, resolve};
 use crate::supervisor::log;
 
 /// Most connections at a time, per socket.
@@ -162,6 +162,7 @@ fn answer(stream: &UnixStream, instance: &Instance, request: Request) -> Option<
         request,
         Request::Info
             | Request::Vcpus
+            | Request::Share
             | Request::Pause
             | Request::Unpause
             | Request::Destroy
@@ -210,6 +211,14 @@ fn answer(stream: &UnixStream, instance: &Instance, request: Request) -> Option<
             vcpus: machine.vcpus(),
         },
         Request::Pin { vcpu, hard, soft } => done(pin(machine, vcpu, hard.as_ref(), soft.as_ref())),
+        Request::Share => Reply::Share(machine.share()),
+        Request::SetShare { weight, cap } => {
+            let now = machine.share();
+            done(machine.set_share(Share {
+                weight: weight.unwrap_or(now.weight),
+                cap: cap.unwrap_or(now.cap),
+            }))
+        }
         Request::SetVcpus { online } => done(machine.set_vcpus(online)),
     })
 }

@@ -1,0 +1,255 @@
+//! A control group of the host's `cpu` controller for the vCPUs of one domain: version 1 where it is mounted, else version 2.
+//!
+//! The group is made beside the others of the process's own group (version 1) or at the top (version 2, which allows groups only where no processes are),
+//! named after the domain's process, and removed when dropped. One whose process was killed is removed by the next that makes a group.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Beginning of the groups' names.
+const PREFIX: &str = "hospes-";
+/// Weight of a group that says nothing: in Xen, in version 1 for each thread, in version 2.
+const XEN_WEIGHT: u64 = 256;
+const V1_SHARES: u64 = 1024;
+const V2_WEIGHT: u64 = 100;
+/// Least time in microseconds that the host's kernel takes for a quota, and the shortest period used here.
+const QUOTA_MIN_US: u64 = 1_000;
+const PERIOD_MIN_US: u64 = 10_000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    V1,
+    V2,
+}
+
+/// Where groups can be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Place {
+    version: Version,
+    parent: PathBuf,
+}
+
+/// A group with a domain's vCPU threads in it (version 2: with its whole process).
+#[derive(Debug)]
+pub struct Group {
+    version: Version,
+    path: PathBuf,
+}
+
+impl Group {
+    /// Makes a group and moves the given threads of this process into it.
+    pub fn new(threads: &[i32]) -> io::Result<Group> {
+        let read = |path: &str| fs::read_to_string(path);
+        let place = find(&read("/proc/self/mounts")?, &read("/proc/self/cgroup")?)
+            .ok_or(io::ErrorKind::NotFound)?;
+        Group::make(&place, std::process::id(), threads)
+    }
+
+    fn make(place: &Place, process: u32, threads: &[i32]) -> io::Result<Group> {
+        remove_abandoned(&place.parent);
+        if place.version == Version::V2 {
+            fs::write(place.parent.join("cgroup.subtree_control"), "+cpu")?;
+        }
+        let path = place.parent.join(format!("{PREFIX}{process}"));
+        match fs::create_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        let group = Group {
+            version: place.version,
+            path,
+        };
+        match group.version {
+            Version::V1 => {
+                for thread in threads {
+                    fs::write(group.path.join("tasks"), thread.to_string())?;
+                }
+            }
+            Version::V2 => fs::write(group.path.join("cgroup.procs"), process.to_string())?,
+        }
+        Ok(group)
+    }
+
+    /// Sets the weight as Xen has it and the limit in percent of one CPU, 0 for none.
+    pub fn set(&self, weight: u16, cap: u16, vcpus: u32) -> io::Result<()> {
+        let put = |name: &str, value: String| fs::write(self.path.join(name), value);
+        let (period, quota) = period_and_quota(cap);
+        let weight = u64::from(weight);
+        match self.version {
+            Version::V1 => {
+                // Threads of other domains count each for itself, so this group has to count for as many as it has.
+                let shares = weight * V1_SHARES * u64::from(vcpus) / XEN_WEIGHT;
+                put("cpu.shares", shares.clamp(2, 262_144).to_string())?;
+                // The old quota may not fit into the new period.
+                put("cpu.cfs_quota_us", "-1".to_owned())?;
+                put("cpu.cfs_period_us", period.to_string())?;
+                if let Some(quota) = quota {
+                    put("cpu.cfs_quota_us", quota.to_string())?;
+                }
+                Ok(())
+            }
+            Version::V2 => {
+                let weight = (weight * V2_WEIGHT / XEN_WEIGHT).clamp(1, 10_000);
+                put("cpu.weight", weight.to_string())?;
+                let quota = quota.map_or("max".to_owned(), |us| us.to_string());
+                put("cpu.max", format!("{quota} {period}"))
+            }
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // In version 1 the threads have ended; in version 2 the process is still in it, and the next to make a group removes this one.
+        let _ = fs::remove_dir(&self.path);
+    }
+}
+
+/// Period and, where there is a limit, quota in microseconds.
+fn period_and_quota(cap: u16) -> (u64, Option<u64>) {
+    if cap == 0 {
+        return (PERIOD_MIN_US, None);
+    }
+    let cap = u64::from(cap);
+    let period = (QUOTA_MIN_US * 100).div_ceil(cap).max(PERIOD_MIN_US);
+    (period, Some(period * cap / 100))
+}
+
+/// Removes groups whose process is gone.
+fn remove_abandoned(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let process = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+        if let Some(process) = process.and_then(|process| process.parse::<u32>().ok())
+            && !Path::new(&format!("/proc/{process}")).exists()
+        {
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
+}
+
+/// Where groups can be made, from the texts of /proc/self/mounts and /proc/self/cgroup.
+fn find(mounts: &str, groups: &str) -> Option<Place> {
+    let mut second = None;
+    for mount in mounts.lines() {
+        let mut fields = mount.split(' ').skip(1);
+        let (Some(directory), Some(kind), Some(options)) =
+            (fields.next(), fields.next(), fields.next())
+        else {
+            continue;
+        };
+        let directory = PathBuf::from(directory);
+        if kind == "cgroup" && options.split(',').any(|option| option == "cpu") {
+            let own = groups.lines().find_map(|line| {
+                let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+                controllers.split(',').any(|c| c == "cpu").then_some(path)
+            });
+            let own = directory.join(own.unwrap_or("/").trim_start_matches('/'));
+            return Some(Place {
+                version: Version::V1,
+                // In a container the path may be one of the host's.
+                parent: if own.is_dir() { own } else { directory },
+            });
+        }
+        if kind == "cgroup2" {
+            second = Some(Place {
+                version: Version::V2,
+                parent: directory,
+            });
+        }
+    }
+    second.filter(|place| {
+        fs::read_to_string(place.parent.join("cgroup.controllers"))
+            .is_ok_and(|all| all.split_whitespace().any(|c| c == "cpu"))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Directory(PathBuf);
+
+    impl Directory {
+        fn new(name: &str) -> Directory {
+            let path =
+                std::env::temp_dir().join(format!("hospes-cgroup-{name}-{}", std::process::id()));
+            fs::create_dir_all(&path).unwrap();
+            Directory(path)
+        }
+    }
+
+    impl Drop for Directory {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn find_prefers_version_1_and_takes_version_2_with_the_controller() {
+        let d = Directory::new("find");
+        let dir = d.0.display();
+        let v1 = format!(
+            "none /proc proc rw 0 0\ncgroup2 {dir}/u cgroup2 rw 0 0\ncgroup {dir} cgroup rw,cpu,cpuacct 0 0\n"
+        );
+        let place = find(&v1, "4:memory:/x\n3:cpu,cpuacct:/\n0::/y\n").unwrap();
+        assert_eq!((place.version, &place.parent), (Version::V1, &d.0.join("")));
+        let gone = find(&v1, "3:cpu:/not/there\n").unwrap();
+        assert_eq!(gone.parent, d.0);
+        let v2 = format!("cgroup2 {dir} cgroup2 rw 0 0\n");
+        assert_eq!(find(&v2, "0::/\n"), None, "no controllers");
+        fs::write(d.0.join("cgroup.controllers"), "memory cpu io\n").unwrap();
+        assert_eq!(find(&v2, "0::/\n").unwrap().version, Version::V2);
+        assert_eq!(find("", ""), None);
+    }
+
+    #[test]
+    fn group_of_version_1_gets_its_threads_and_values() {
+        let d = Directory::new("v1");
+        fs::create_dir(d.0.join("hospes-4294967295")).unwrap();
+        let place = Place {
+            version: Version::V1,
+            parent: d.0.clone(),
+        };
+        let group = Group::make(&place, 77, &[5]).unwrap();
+        assert!(
+            !d.0.join("hospes-4294967295").exists(),
+            "its process is gone"
+        );
+        group.set(512, 150, 2).unwrap();
+        let read = |name: &str| fs::read_to_string(d.0.join("hospes-77").join(name)).unwrap();
+        assert_eq!(read("tasks"), "5");
+        assert_eq!(read("cpu.shares"), "4096");
+        assert_eq!(read("cpu.cfs_period_us"), "10000");
+        assert_eq!(read("cpu.cfs_quota_us"), "15000");
+    }
+
+    #[test]
+    fn group_of_version_2_gets_the_process_and_values() {
+        let d = Directory::new("v2");
+        let place = Place {
+            version: Version::V2,
+            parent: d.0.clone(),
+        };
+        let group = Group::make(&place, 78, &[5]).unwrap();
+        group.set(128, 5, 4).unwrap();
+        let read = |name: &str| fs::read_to_string(d.0.join("hospes-78").join(name)).unwrap();
+        assert_eq!(read("cgroup.procs"), "78");
+        assert_eq!(read("cpu.weight"), "50");
+        assert_eq!(read("cpu.max"), "1000 20000");
+        group.set(256, 0, 4).unwrap();
+        assert_eq!(read("cpu.max"), "max 10000");
+    }
+
+    #[test]
+    fn quota_is_never_below_what_the_kernel_takes() {
+        for cap in 1..=u16::MAX {
+            let (period, quota) = period_and_quota(cap);
+            let quota = quota.unwrap();
+            assert!(quota >= QUOTA_MIN_US && (PERIOD_MIN_US..=100_000).contains(&period));
+            let wanted = period * u64::from(cap) / 100;
+            assert_eq!(quota, wanted, "{cap}");
+        }
+    }
+}
