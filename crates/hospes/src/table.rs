@@ -2,7 +2,7 @@
 //! completions and the manual page are made of it.
 
 use crate::args::{Args, Opt};
-use crate::commands::{devices, host, keys, life, logs, meta, names, top, vcpus};
+use crate::commands::{device_lists, devices, host, keys, life, logs, meta, names, top, vcpus};
 use crate::{Global, Outcome, create, domains, image, list};
 
 /// A command that was called.
@@ -339,6 +339,16 @@ pub(crate) const COMMANDS: &[Command] = &[
         ..PLAIN
     },
     Command {
+        name: "block-list",
+        arguments: "DOMAIN...",
+        summary: "List the disks of domains",
+        details: "State: 1 initialising, 2 waiting for the guest, 3 initialised, 4 connected, 5 closing, 6 closed.",
+        min: 1,
+        max: MANY,
+        run: device_lists::block_list,
+        ..PLAIN
+    },
+    Command {
         name: "block-detach",
         arguments: "[OPTIONS] DOMAIN DEVID",
         summary: "Take a disk away from a running domain",
@@ -393,6 +403,16 @@ pub(crate) const COMMANDS: &[Command] = &[
         max: MANY,
         dry_run: true,
         run: devices::network_attach,
+        ..PLAIN
+    },
+    Command {
+        name: "network-list",
+        arguments: "DOMAIN...",
+        summary: "List the network interfaces of domains",
+        details: "State: 1 initialising, 2 waiting for the guest, 3 initialised, 4 connected, 5 closing, 6 closed.",
+        min: 1,
+        max: MANY,
+        run: device_lists::network_list,
         ..PLAIN
     },
     Command {

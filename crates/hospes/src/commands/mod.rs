@@ -1,5 +1,6 @@
 //! The commands, by what they are about.
 
+pub(crate) mod device_lists;
 pub(crate) mod devices;
 pub(crate) mod host;
 pub(crate) mod keys;

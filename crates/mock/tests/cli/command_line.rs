@@ -25,6 +25,8 @@ const COMMANDS: &[&str] = &[
     "button-press",
     "debug-keys",
     "block-attach",
+    "block-list",
+    "network-list",
     "block-detach",
     "block-resize",
     "cd-insert",

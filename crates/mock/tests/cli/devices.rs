@@ -159,6 +159,28 @@ fn network_attach_and_detach_change_domain_and_record() {
 }
 
 #[test]
+fn device_lists_have_a_header_and_go_on_behind_a_fault() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    let output = bench.run(&["block-list", "nobody", "one", "0"]);
+    assert_eq!(output.status.code(), Some(0));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.contains("nobody is an invalid domain identifier"),
+        "{said}"
+    );
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout).trim_end(),
+        "Vdev  BE  handle state evt-ch ring-ref BE-path"
+    );
+    assert_eq!(
+        bench.ok(&["network-list", "one"]).trim_end(),
+        "Idx BE Mac Addr.         handle state evt-ch   tx-/rx-ring-ref BE-path"
+    );
+    bench.fails(1, &["network-list", "nobody"]);
+}
+
+#[test]
 fn devices_stay_through_a_reboot() {
     let bench = Bench::new();
     bench.create("one", &["vif=['']"]);
