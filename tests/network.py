@@ -276,6 +276,20 @@ def reboot_keeps_the_address(run):
     expect_clean(run)
 
 
+def driver_starts_over(run):
+    with Shell(run, "driver", vcpus=2) as guest:
+        first = guest.dhcp()
+        for _ in range(3):
+            guest.run("cd /sys/bus/xen/drivers/vif && echo vif-0 >unbind && echo vif-0 >bind; cd /")
+            deadline = time.monotonic() + ANSWER_S
+            while "eth0" not in guest.run("ip link"):
+                expect(time.monotonic() < deadline, "the interface does not come back")
+            expect(guest.dhcp() == first, "the address is another after the driver started over")
+            guest.run(f"ping -c 1 {gateway()}")
+        guest.off()
+    expect_clean(run)
+
+
 # ---- other networks -------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +306,24 @@ def bridge_is_used_as_it_is(run):
     expect_clean(run)
 
 
+def script_is_called_as_xen_calls_it(run):
+    log, script = os.path.join(run.path, "log"), os.path.join(run.path, "vif-test")
+    with open(script, "w", encoding="utf-8") as handle:
+        handle.write(f'#!/bin/sh\necho "$1 $2 $vif $XENBUS_PATH $XENBUS_TYPE" >>{log}\n'
+                     '[ $1 = online ] && ip address add 192.168.78.1/24 dev $vif\nexit 0\n')
+    os.chmod(script, 0o755)
+    with Shell(run, "scripted", f"'script={script}'") as guest:
+        guest.run("ip address add 192.168.78.2/24 dev eth0 && ip link set eth0 up && ping -c 2 192.168.78.1")
+        guest.off()
+    lines = pathlib.Path(log).read_text(encoding="utf-8").splitlines()
+    path = "/local/domain/0/backend/vif/1/0 vif"
+    expect(lines == [f"{what} type_if=vif vif1.0 {path}" for what in ("online", "offline")], f"the script saw {lines}")
+    broken = run.hospes("create", "/dev/null", 'name="broken"', f'kernel="{vm.GUESTS}/vmlinuz-cloud"', "memory=256",
+                        "vif=['script=/nonexistent']")
+    expect(broken.returncode != 0 and "/nonexistent" in broken.stderr, f"a missing script is no error: {broken.stderr}")
+    expect_clean(run)
+
+
 def user_mode_needs_no_interface(run):
     with outside(), web("127.0.0.1", "of-the-loop-back" * 10000):
         with Shell(run, "user", "'type=user'") as guest:
@@ -303,10 +335,29 @@ def user_mode_needs_no_interface(run):
             guest.off()
 
 
+def comes_and_goes_while_the_guest_runs(run):
+    with Shell(run, "plug", None, vcpus=2) as guest:
+        expect("eth0" not in guest.run("ip link"), "there is an interface")
+        for _ in range(2):
+            done = run.hospes("network-attach", "plug", "mac=00:16:3e:00:00:07")
+            expect(done.returncode == 0, f"network-attach failed: {done.stderr}")
+            deadline = time.monotonic() + ANSWER_S
+            while "eth0" not in guest.run("ip link"):
+                expect(time.monotonic() < deadline, "the guest has no interface")
+            guest.dhcp()
+            guest.run(f"ping -c 2 {gateway()}")
+            done = run.hospes("network-detach", "plug", "0")
+            expect(done.returncode == 0, f"network-detach failed: {done.stderr}")
+            expect("eth0" not in guest.run("ip link"), "the guest has an interface still")
+            expect_clean(run)
+        guest.off()
+
+
 TESTS = (
     guests_find_host_and_each_other, carries_much_and_unharmed, outside_is_reached_but_does_not_reach,
     guest_speaks_for_itself_only, killed_leave_nothing_for_good, reboot_keeps_the_address, bridge_is_used_as_it_is,
-    user_mode_needs_no_interface,
+    script_is_called_as_xen_calls_it, user_mode_needs_no_interface, driver_starts_over,
+    comes_and_goes_while_the_guest_runs,
 )
 
 

@@ -1,11 +1,12 @@
 //! One virtual machine: the state its vCPUs share.
 
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex, RwLock};
 
 use hospes_engine::{CpuState, EngineError, Vcpu, VcpuControl, Vm};
 use hospes_memory::GuestMemory;
 use hospes_translate::{Stubs, Translator};
-use hospes_units::{Gpa, VcpuId};
+use hospes_units::{Gfn, Gpa, VcpuId};
 
 use crate::blocks::{Blocks, CodePages};
 use crate::cache::{CodeMemory, SNIPPET_BYTES, STUB_BYTES};
@@ -156,6 +157,13 @@ impl Vm for BtVm {
 
     fn mark_written(&self, gpa: Gpa, len: u64) {
         let s = &self.shared;
+        // A page is marked before its bytes are read for translation: what is not marked now will be read as it was written. Back ends come here for
+        // each page, and must not wait for vCPUs that translate.
+        fence(Ordering::SeqCst);
+        let end = Gpa(gpa.0 + len.max(1) - 1).gfn();
+        if !(gpa.gfn().0..=end.0).any(|gfn| s.pages.contains(Gfn(gfn))) {
+            return;
+        }
         let mut t = s.translations.lock().expect("translations");
         t.blocks.invalidate_range(&s.code, &s.pages, gpa, len);
     }

@@ -41,11 +41,14 @@ impl Drop for Unplug {
 
 impl Plug {
     pub fn new(domid: DomId, config: &DomainConfig) -> Result<Plug, MachineError> {
+        let run_directory = Paths::from_environment()?.run;
+        // What killed domains left goes also where this one has no interface.
+        hostnet::sweep(&run_directory)?;
         Ok(Plug {
             domid,
             domain: config.name.clone(),
-            vcpus: config.vcpus,
-            run_directory: Paths::from_environment()?.run,
+            vcpus: config.maxvcpus,
+            run_directory,
         })
     }
 
@@ -95,7 +98,7 @@ impl Plug {
                 let bridge = vif.bridge.as_deref();
                 Script::new(program, &path, interface, bridge, vif.netdev.as_deref())
             });
-        let guard = guard(&network, vif, mac, port.ip)?;
+        let guard = guard(&network, vif, mac, port.ip);
         let scripts: Vec<Script> = script.clone().into_iter().collect();
         let spec = VifSpec {
             devid,
@@ -142,13 +145,9 @@ fn network(vif: &VifConfig) -> Network {
     }
 }
 
-/// What the guest may send: on networks of ours it speaks for itself only; elsewhere only `ip` limits it, as Xen's scripts do.
-fn guard(
-    network: &Network,
-    vif: &VifConfig,
-    mac: [u8; 6],
-    own: Option<Ipv4Addr>,
-) -> Result<Option<Guard>, MachineError> {
+/// What the guest may send: on networks of ours it speaks for itself only; elsewhere only `ip` limits it, as Xen's scripts do. `ip=0.0.0.0/0` lets
+/// everything pass everywhere.
+fn guard(network: &Network, vif: &VifConfig, mac: [u8; 6], own: Option<Ipv4Addr>) -> Option<Guard> {
     let mut networks = Vec::new();
     for text in &vif.ip {
         let (address, prefix) = text.split_once('/').unwrap_or((text, "32"));
@@ -156,7 +155,10 @@ fn guard(
             networks.push((address, prefix));
         }
     }
-    Ok(match network {
+    if networks.iter().any(|(_, prefix)| *prefix == 0) {
+        return None;
+    }
+    match network {
         Network::Nat => {
             networks.extend(own.map(|ip| (ip, 32)));
             Some(Guard {
@@ -170,7 +172,7 @@ fn guard(
             ip: Some(networks),
         }),
         Network::Bridge(_) | Network::Script => None,
-    })
+    }
 }
 
 /// Runs the scripts of interfaces that the domain has now.

@@ -12,6 +12,7 @@
 //! Limits: [`MAX_QUEUES`] queues, rings of one page, 18 slots and 64 KiB for a packet.
 
 mod connect;
+mod fuzz;
 pub mod guard;
 pub mod headers;
 mod link;
@@ -37,6 +38,7 @@ use link::Link;
 use queue::QueueThread;
 use stats::Stats;
 
+pub use fuzz::fuzz_packets;
 pub use guard::Guard;
 pub use link::Wire;
 pub use rate::Rate;
