@@ -2,6 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Instant;
 
 use hospes_builder::{POWER_OFF_REQUEST, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
 use hospes_engine::{Exit, Vcpu, VcpuControl, reg, rflags};
@@ -10,6 +11,7 @@ use hospes_xen::{Outcome, ShutdownReason, Xen};
 use hospes_xen_abi::hypercall::PAGE_MSR;
 use hospes_xen_abi::shared::Runstate;
 
+use crate::halt_poll::HaltPoll;
 use crate::placement::Placement;
 use crate::run::{Activity, EndReason, Run};
 
@@ -42,6 +44,7 @@ impl VcpuThread {
             xen: self.xen,
             run: self.run,
             runstate: Runstate::Offline,
+            halt_poll: HaltPoll::default(),
         };
         let outcome = catch_unwind(AssertUnwindSafe(move || looping.run()));
         if outcome.is_err() {
@@ -61,6 +64,7 @@ struct Loop {
     xen: Arc<Xen>,
     run: Arc<Run>,
     runstate: Runstate,
+    halt_poll: HaltPoll,
 }
 
 impl Loop {
@@ -172,8 +176,20 @@ impl Loop {
         }
     }
 
+    /// Waits for an interrupt: awake for as long as the last waits lasted, where they were short, else asleep.
     fn block(&mut self) {
-        self.sleep(Activity::Blocked, |s| s.control.has_wakeup(true));
+        self.xen.set_idle(self.id, true);
+        let start = Instant::now();
+        let awake = self.halt_poll.window();
+        while !self.control.has_wakeup(true) {
+            if start.elapsed() >= awake || self.run.has_ended() || self.run.is_paused() {
+                self.sleep(Activity::Blocked, |s| s.control.has_wakeup(true));
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        self.halt_poll.waited(start.elapsed());
+        self.xen.set_idle(self.id, false);
     }
 
     fn after_hypercall(&mut self, outcome: Outcome) {

@@ -61,6 +61,11 @@ where
         self.consumed.wrapping_sub(self.answered)
     }
 
+    /// Responses that the peer does not see yet.
+    pub fn unpublished(&self) -> u32 {
+        self.answered.wrapping_sub(self.published)
+    }
+
     /// Requests that wait to be taken.
     pub fn waiting(&self) -> Result<u32, Broken> {
         let produced = self.memory.word(at::REQ_PROD).load(Acquire);

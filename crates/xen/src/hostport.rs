@@ -1,9 +1,10 @@
 //! The monitor's end of an event channel.
 
 use std::fmt;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Weak};
 
-use hospes_units::Port;
+use hospes_units::{Port, VcpuId};
 
 use crate::events::EventError;
 use crate::{Xen, lock};
@@ -35,6 +36,14 @@ impl HostPort {
         }
     }
 
+    /// Whether the vCPU that gets the events has nothing to do: one that works is interrupted at a cost, one that waits is kept waiting.
+    pub fn target_is_idle(&self) -> bool {
+        self.xen.upgrade().is_none_or(|xen| {
+            let target = lock(&xen.ports).target(self.port, self.connection);
+            target.is_none_or(|vcpu| xen.vcpus[vcpu].idle.load(SeqCst))
+        })
+    }
+
     /// Whether the guest still has the port open.
     pub fn is_connected(&self) -> bool {
         self.xen.upgrade().is_some_and(|xen| {
@@ -60,6 +69,13 @@ impl fmt::Debug for HostPort {
 }
 
 impl Xen {
+    /// Notes whether a vCPU waits for an interrupt.
+    pub fn set_idle(&self, vcpu: VcpuId, idle: bool) {
+        if let Some(slot) = self.vcpus.get(vcpu.0 as usize) {
+            slot.idle.store(idle, SeqCst);
+        }
+    }
+
     /// Connects a back end to a port that the guest allocated for it (`event-channel` in a device's xenstore directory).
     pub fn connect_port(
         self: &Arc<Self>,

@@ -26,6 +26,8 @@ pub(crate) struct VcpuSlot {
     pub upcall_lost: AtomicBool,
     /// `VCPUOP_up` and `VCPUOP_down`: whether it may run at all.
     pub up: AtomicBool,
+    /// It waits for an interrupt.
+    pub idle: AtomicBool,
     pub polling: Mutex<Option<PollWait>>,
     pub run: Mutex<RunstateAccount>,
 }
@@ -59,6 +61,7 @@ pub(crate) fn make_slots(
             upcall_vector: AtomicU8::new(0),
             upcall_lost: AtomicBool::new(false),
             up: AtomicBool::new(true),
+            idle: AtomicBool::new(false),
             polling: Mutex::new(None),
             run: Mutex::new(RunstateAccount::default()),
         });

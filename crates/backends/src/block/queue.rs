@@ -1,10 +1,11 @@
 //! The thread of one queue: takes requests, has the image carry them out, answers.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hospes_image::{Completion, Geometry, Image, Op, Queue, Request, Status};
 use hospes_ring::{BackRing, Broken};
@@ -18,6 +19,11 @@ use crate::frame::{Alarm, ConnectError, Log, RingPages, Wake};
 
 /// How often a queue that waits for the image looks whether the image makes progress at all.
 const LOOK_AT_STATUS: Duration = Duration::from_secs(2);
+
+/// How long responses wait for others while the guest works: an interrupt costs it more than the data of a small request.
+const GATHER: Duration = Duration::from_micros(50);
+/// How often it is asked meanwhile whether it still does.
+const GATHER_LOOK: Duration = Duration::from_micros(15);
 
 type Ring = BackRing<RingPages, blkif::Request, blkif::Response>;
 
@@ -90,6 +96,8 @@ pub struct Serve {
     /// A barrier is being carried out: nothing behind it starts.
     fenced: bool,
     held: bool,
+    /// Since when responses wait for others.
+    gathering: Option<Instant>,
 }
 
 impl Serve {
@@ -125,11 +133,14 @@ impl Serve {
             parked: None,
             fenced: false,
             held: false,
+            gathering: None,
         }
     }
 
     /// Serves the queue until it is stopped and nothing is in flight, or the guest breaks the ring.
     fn run(&mut self) {
+        // Sleeps would else last up to 50 us longer than asked for.
+        let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1000));
         let broken = self.serve();
         // Requests that the image cannot carry out now are given up with its queue.
         while self.in_flight() > 0 && self.image.status() == Status::Good {
@@ -155,7 +166,9 @@ impl Serve {
             let taken = self.take_requests()?;
             self.queue.flush_submissions();
             let completed = self.complete_with(&mut completions);
-            self.publish();
+            if self.publish_is_due() {
+                self.publish();
+            }
             if taken || completed {
                 continue;
             }
@@ -171,6 +184,18 @@ impl Serve {
         self.open.len() - self.free.len()
     }
 
+    /// Whether the guest is to see the responses written so far. While it works they wait for others; one that has nothing else to do gets
+    /// them as soon as they are a quarter of what it has open, so at once where it waits for each. None waits longer than [`GATHER`].
+    fn publish_is_due(&mut self) -> bool {
+        let ready = self.ring.unpublished();
+        if ready == 0 || ready * 2 >= self.ring.slots() {
+            return ready > 0;
+        }
+        let quarter = ready * 4 >= self.ring.open() + ready;
+        quarter && self.port.target_is_idle()
+            || self.gathering.get_or_insert_with(Instant::now).elapsed() >= GATHER
+    }
+
     /// A barrier keeps requests in the ring.
     fn blocked(&self) -> bool {
         self.fenced || self.parked.is_some()
@@ -178,8 +203,11 @@ impl Serve {
 
     fn sleep(&mut self) {
         let waiting = self.in_flight() > 0;
-        self.wake
-            .sleep(&[self.queue.event_fd()], waiting.then_some(LOOK_AT_STATUS));
+        let most = match self.gathering {
+            Some(since) => Some(GATHER.saturating_sub(since.elapsed()).min(GATHER_LOOK)),
+            None => waiting.then_some(LOOK_AT_STATUS),
+        };
+        self.wake.sleep(&[self.queue.event_fd()], most);
         if waiting {
             self.look_at_status();
         }
@@ -335,6 +363,7 @@ impl Serve {
     }
 
     fn publish(&mut self) {
+        self.gathering = None;
         if self.ring.publish() {
             self.stats.event();
             self.port.notify();
