@@ -8,7 +8,7 @@ use hospes_engine::{
     CpuState, EngineError, Exit, Segment, Vcpu, VcpuControl, VirtFault, Vm, cr, reg, seg,
 };
 use hospes_memory::{GuestMemory, Range};
-use hospes_ring::{FrontRing, SharedMemory};
+use hospes_ring::FrontRing;
 use hospes_store::{LocalStore, StoreAccess};
 use hospes_units::{DomId, Gfn, Gpa, GrantRef, Gva, VcpuId};
 use hospes_xen::{Config, E820, Host, Page, TrapInstruction, TscRate, Xen};
@@ -334,9 +334,4 @@ pub fn wait(what: &str, mut done: impl FnMut() -> bool) {
         );
         std::thread::sleep(Duration::from_micros(200));
     }
-}
-
-/// Overwrites an index of a ring's header.
-pub fn scribble(pages: &RingPages, offset: usize, value: u32) {
-    pages.word(offset).store(value, SeqCst);
 }

@@ -141,6 +141,7 @@ impl Bus {
             phase: Phase::Waiting,
             leaving: false,
             unshown: false,
+            failures: 0,
         };
         let thread = std::thread::Builder::new()
             .name(format!("{}-{}", id.kind.name(), id.devid))

@@ -145,6 +145,8 @@ pub(crate) struct Device {
     pub leaving: bool,
     /// The store could not take the last state; it is written again at the next occasion.
     pub unshown: bool,
+    /// How often the guest broke the rules.
+    pub failures: u64,
 }
 
 /// Says that the device is gone even where its thread panics.
@@ -231,10 +233,14 @@ impl Device {
 
     /// The guest broke the rules: it is told to close.
     fn fail(&mut self, reason: &str) {
-        (self.log)(&format!(
-            "Device {} of domain {} is closed: {reason}",
-            self.id, self.domid
-        ));
+        self.failures += 1;
+        // A guest that does it again and again does not fill the log.
+        if self.failures.is_power_of_two() {
+            (self.log)(&format!(
+                "Device {} of domain {} is closed (so far {} times): {reason}",
+                self.id, self.domid, self.failures
+            ));
+        }
         let _ = self.store.write(&self.paths.error, reason.as_bytes());
         self.go(Phase::Closing);
     }

@@ -1,5 +1,6 @@
 //! Requests of random bytes, alone and through a running disk.
 
+use hospes_store::StoreAccess;
 use hospes_xen_abi::blkif;
 use proptest::prelude::*;
 use zerocopy::FromBytes;
@@ -54,6 +55,37 @@ proptest! {
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
+
+    /// Whatever the guest writes into its directory and whenever, the device goes when it is told to, and a new one works.
+    #[test]
+    fn any_nodes_and_states_leave_a_device_that_can_go(
+        steps in proptest::collection::vec((0usize..6, 0u32..9, any::<bool>()), 1..40),
+    ) {
+        let mut m = Machine::new(MemoryImage::new(1 << 20));
+        m.offer(1, 0);
+        for (node, value, wait) in steps {
+            match node {
+                0 => m.guest.write(ID, "ring-ref", value),
+                1 => m.guest.write(ID, "event-channel", value),
+                2 => m.guest.write(ID, "multi-queue-num-queues", value),
+                3 => drop(m.guest.store.remove(&Guest::front(ID))),
+                _ => m.guest.write(ID, "state", value),
+            }
+            if wait {
+                std::thread::yield_now();
+            }
+        }
+        m.bus.detach(ID, true).unwrap();
+        prop_assert_eq!(Arc::strong_count(&m.image), 1);
+        // Log lines grow with the logarithm of what went wrong.
+        prop_assert!(m.guest.lines().len() < 8, "{:?}", m.guest.lines());
+        let _ = m.guest.store.remove(&Guest::front(ID));
+        m.attach();
+        m.connect(1, 0);
+        let (_, gref) = m.page(1);
+        let good = m.ask(request(blkif::OP_WRITE, 0, &[segment(gref, 0, 7)]));
+        prop_assert_eq!(good.status, blkif::STATUS_OKAY);
+    }
 
     /// Whatever the guest sends, each request gets one answer, and a good one behind it works.
     #[test]
