@@ -63,6 +63,8 @@ for purpose; do
         lints
         # The oracle of the tests of disk images.
         have qemu-img || install_packages qemu-utils
+        # The clients of the tests of the store.
+        have xenstore-ls || install_packages xenstore-utils
         ;;
     run) image_tools ;;
     debian)

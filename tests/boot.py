@@ -215,6 +215,51 @@ def is_quiet_after_a_stop(bench, seconds):
         expect(guest.wait(END_S) == 0, f"the guest does not power off\n{guest.tail()}")
 
 
+def store_process(bench):
+    """The store process of this run, started where there is none."""
+    bench.run.hospes("list")
+    for pid in bench.run.processes():
+        if b"__store" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            return pid
+    return None
+
+
+def kill_store(bench):
+    """Kills the store process; a domain whose connection broke starts another."""
+    found = []
+    wait_until(lambda: found.append(store_process(bench)) or found[-1], "there is no store process")
+    os.kill(found[-1], signal.SIGKILL)
+
+
+# The guest's own connection: READ of "domid", a header of 16 bytes and the path; the answer ends with the value.
+ASK = (
+    r"exec 3<>/dev/xen/xenbus; ask() { printf '\2\0\0\0\0\0\0\0\0\0\0\0\6\0\0\0domid\0' >&3; "
+    r"dd bs=16 count=1 <&3 >/dev/null 2>&1; dd bs=16 count=1 <&3 2>/dev/null; }"
+)
+
+
+def survives_a_killed_store(bench):
+    with bench.boot(command_line="quiet hospes.do=shell", name="reader") as guest:
+        guest.wait_for("guest# ", BOOT_S)
+        domid = listed(bench, "reader")[1]
+        guest.send(ASK + "\n")
+        for number in range(5):
+            kill_store(bench)
+            guest.send(f"echo answer-$((40 + {number})) $(ask)\n")
+            guest.wait_for(rf"\nanswer-{40 + number} {domid}\n", END_S)
+        said = dmesg.complaints(guest.console)
+        expect(not said, "the kernel complains:\n" + "\n".join(said))
+        guest.send("poweroff -f\n")
+        expect(guest.wait(END_S) == 0, f"the guest does not power off\n{guest.tail()}")
+    # The guest's watches were set before the process was killed.
+    with bench.boot(command_line="quiet hospes.do=idle", name="watcher") as guest:
+        guest.wait_for("HOSPES-GUEST ready", BOOT_S)
+        kill_store(bench)
+        obey(bench, "shutdown", "-w", "watcher")
+        expect(guest.wait(END_S) == 0, f"the guest does not shut down\n{guest.tail()}")
+    bench.expect_no_domain("watcher")
+
+
 def leaves_nothing_when_killed(bench):
     for attempt in range(2):
         with bench.boot(command_line="quiet hospes.do=idle", name="killed") as guest:
@@ -313,6 +358,7 @@ def tests(boots):
         yield f"is_preserved_after_{way}", False, part(is_preserved, way=way)
     yield "obeys_commands", False, obeys_commands
     yield "is_quiet_after_a_stop", False, part(is_quiet_after_a_stop, seconds=10)
+    yield "survives_a_killed_store", False, survives_a_killed_store
     yield "leaves_nothing_when_killed", False, leaves_nothing_when_killed
     for case in BAD_KERNELS:
         yield f"refuses_kernel_{case}", False, part(refuses_kernel, case=case)

@@ -256,6 +256,10 @@ impl Domain {
     pub fn leave(&self) {
         self.destroy();
         self.run.wait_finished();
+        self.let_go();
+    }
+
+    fn let_go(&self) {
         // What serves the domain's devices ends first.
         self.devices.close();
         drop(lock(&self.membership).take());
@@ -449,7 +453,8 @@ impl Drop for Domain {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        self.leave();
+        // One that was not made to its end has no console that could finish.
+        self.let_go();
         self.clock = None;
     }
 }

@@ -1,0 +1,252 @@
+//! A run-time directory of its own for every test, the store process in it, and guests' ends of connections.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use hospes_store::wire::{self, kind};
+use hospes_store::{DomainStore, GuestLink, Membership};
+use hospes_store_server::{Place, StoreClient};
+use hospes_units::DomId;
+use rustix::fs::{FlockOperation, flock};
+
+/// After so long a test gives up: no measure of anything.
+pub const GIVE_UP: Duration = Duration::from_secs(120);
+
+pub struct Bench {
+    dir: PathBuf,
+}
+
+impl Bench {
+    pub fn new() -> Bench {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("hospes-store-{}-{number}", std::process::id());
+        let dir = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(dir.join("run/domains")).expect("temporary directory");
+        std::fs::write(dir.join("kernel"), "no kernel").expect("writable");
+        Bench { dir }
+    }
+
+    /// The program.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hospes-mock"));
+        command
+            .env("HOSPES_RUN_DIR", self.dir.join("run"))
+            .env("HOSPES_LOG_DIR", self.dir.join("log"));
+        command
+    }
+
+    pub fn hospes(&self, arguments: &[&str]) {
+        let output = self.command().args(arguments).output().expect("starts");
+        assert!(output.status.success(), "{output:?}");
+    }
+
+    pub fn create(&self, name: &str) {
+        let kernel = format!("kernel='{}'", self.dir.join("kernel").display());
+        let name = format!("name='{name}'; type='pvh'; memory=64");
+        self.hospes(&["create", "-q", "/dev/null", &name, &kernel]);
+    }
+
+    /// The process of a domain.
+    pub fn pid(&self, domid: u16) -> rustix::process::Pid {
+        let path = self.dir.join(format!("run/domains/{domid}/domain.json"));
+        let text = std::fs::read(path).expect("a record");
+        let record: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+        let pid = record["pid"]
+            .as_i64()
+            .and_then(|pid| i32::try_from(pid).ok());
+        rustix::process::Pid::from_raw(pid.expect("a pid")).expect("a pid")
+    }
+
+    pub fn place(&self) -> Place {
+        let mut template = self.command();
+        template.arg("__store").stderr(Stdio::inherit());
+        let template = Mutex::new(template);
+        Place::new(
+            &self.dir.join("run"),
+            Arc::new(move || {
+                let mut command = template.lock().expect("no panics");
+                let mut child = command
+                    .stdin(Stdio::null())
+                    .stdout(Stdio::piped())
+                    .spawn()?;
+                if let Some(mut stdout) = child.stdout.take() {
+                    let _ = std::io::Read::read(&mut stdout, &mut [0; 16])?;
+                }
+                std::thread::spawn(move || child.wait());
+                Ok(())
+            }),
+        )
+    }
+
+    pub fn client(&self) -> StoreClient {
+        StoreClient::new(self.place()).expect("a client")
+    }
+
+    /// The store process, if there is one.
+    pub fn store_pid(&self) -> Option<rustix::process::Pid> {
+        let stream = UnixStream::connect(self.place().socket()).ok()?;
+        let peer = rustix::net::sockopt::socket_peercred(&stream).ok()?;
+        Some(peer.pid)
+    }
+
+    /// Kills the store process; whether there was one.
+    pub fn kill_store(&self) -> bool {
+        self.store_pid().is_some_and(|pid| {
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).is_ok()
+        })
+    }
+
+    pub fn journal_bytes(&self) -> u64 {
+        let path = self.dir.join("run/xenstored/journal");
+        std::fs::metadata(path).expect("there").len()
+    }
+
+    /// One of Debian's tools, `xenstore-NAME`.
+    pub fn tool(&self, name: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(format!("xenstore-{name}"));
+        command
+            .args(arguments)
+            .env("XENSTORED_PATH", self.place().socket());
+        command
+    }
+
+    pub fn run_tool(&self, name: &str, arguments: &[&str]) -> Output {
+        self.tool(name, arguments)
+            .output()
+            .expect("xenstore-utils is installed: guests/install.sh test")
+    }
+
+    /// A tool that has to succeed; what it prints.
+    pub fn told(&self, name: &str, arguments: &[&str]) -> String {
+        let output = self.run_tool(name, arguments);
+        assert!(output.status.success(), "{name} {arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).expect("text")
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.kill_store();
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// Waits until something holds.
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + GIVE_UP;
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what} has not come true");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A guest with a ring of its own, and the lock by which its process is known to live.
+pub struct Guest {
+    link: Box<dyn GuestLink>,
+    woken: Receiver<()>,
+    input: Vec<u8>,
+    next_id: u32,
+    pub events: Vec<String>,
+    _membership: Membership,
+    _lock: File,
+}
+
+pub type Reply = Result<String, String>;
+
+impl Guest {
+    pub fn new(bench: &Bench, client: &StoreClient, domid: u16) -> Guest {
+        let dir = bench.dir.join(format!("run/domains/{domid}"));
+        std::fs::create_dir_all(&dir).expect("writable");
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(dir.join("lock"))
+            .expect("writable");
+        flock(&lock, FlockOperation::LockExclusive).expect("a lock");
+        let (waker, woken) = channel();
+        let waker = Mutex::new(waker);
+        let uuid = format!("00000000-0000-0000-0000-0000000000{domid:02}");
+        let wake = move || {
+            let _ = waker.lock().expect("no panics").send(());
+        };
+        let (link, membership) = client
+            .add_domain(DomId(domid), &uuid, Arc::new(wake))
+            .expect("a domain");
+        Guest {
+            link,
+            woken,
+            input: Vec::new(),
+            next_id: 7,
+            events: Vec::new(),
+            _membership: membership,
+            _lock: lock,
+        }
+    }
+
+    /// Sends a request without waiting.
+    pub fn send(&mut self, kind: u32, transaction: u32, payload: &str) {
+        self.next_id += 1;
+        let bytes = wire::encode(kind, self.next_id, transaction, payload.as_bytes());
+        let (a, b) = bytes.split_at(bytes.len() / 2);
+        self.link.input(a).expect("a good message");
+        self.link.input(b).expect("a good message");
+    }
+
+    /// Fetches what has come: the reply to request `next_id`, if it is among it.
+    pub fn fetch(&mut self) -> Option<Reply> {
+        let mut reply = None;
+        let mut buf = [0; 100];
+        loop {
+            match self.link.output(&mut buf) {
+                0 => break,
+                count => self.input.extend(&buf[..count]),
+            }
+        }
+        while let Some(message) = wire::decode(&mut self.input).expect("good messages") {
+            let text = String::from_utf8(message.payload).expect("text");
+            if message.kind == kind::WATCH_EVENT {
+                assert_eq!((message.id, message.transaction), (0, 0));
+                self.events.push(text);
+                continue;
+            }
+            assert_eq!(message.id, self.next_id, "replies are to the last request");
+            assert!(reply.is_none(), "one reply to each request");
+            reply = Some(match message.kind {
+                kind::ERROR => Err(text.trim_end_matches('\0').to_owned()),
+                _ => Ok(text),
+            });
+        }
+        reply
+    }
+
+    pub fn ask_in(&mut self, kind: u32, transaction: u32, payload: &str) -> Reply {
+        self.send(kind, transaction, payload);
+        let deadline = Instant::now() + GIVE_UP;
+        loop {
+            if let Some(reply) = self.fetch() {
+                return reply;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "no reply to request {kind}");
+            let _ = self
+                .woken
+                .recv_timeout(left.min(Duration::from_millis(200)));
+        }
+    }
+
+    pub fn ask(&mut self, kind: u32, payload: &str) -> Reply {
+        self.ask_in(kind, 0, payload)
+    }
+
+    pub fn link(&mut self) -> &mut dyn GuestLink {
+        &mut *self.link
+    }
+}
