@@ -299,11 +299,13 @@ impl Storage for HostFile {
         if bytes == 0 {
             return Ok(());
         }
-        if self.block {
-            return discard_block(self.cached.as_fd(), offset, bytes);
-        }
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&self.cached, flags, offset, bytes).map_err(io::Error::from)
+        let result = if self.block {
+            discard_block(self.cached.as_fd(), offset, bytes)
+        } else {
+            rustix::fs::fallocate(&self.cached, flags, offset, bytes).map_err(io::Error::from)
+        };
+        discarded(result)
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -321,6 +323,14 @@ impl Storage for HostFile {
 
     fn host_file(self: Arc<Self>) -> Option<Arc<HostFile>> {
         Some(self)
+    }
+}
+
+/// A host that cannot discard has done what a discard promises: nothing.
+pub(crate) fn discarded(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
+        other => other,
     }
 }
 

@@ -8,7 +8,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use crate::error::{IoError, is_full};
 use crate::hold::{Hold, RETRY_AFTER};
-use crate::host::{HostFile, fits};
+use crate::host::{HostFile, discarded, fits};
 use crate::storage::{Aligned, Storage, copy_from, copy_to, part};
 use crate::threads::Event;
 use crate::types::{Buffer, Completion, Op, Queue, Request};
@@ -177,7 +177,8 @@ impl Ring {
         };
         let result = match flight.request.op {
             Op::Flush => self.file.note_sync(result),
-            _ => result,
+            Op::Discard => discarded(result),
+            Op::Read | Op::Write => result,
         };
         match result {
             Err(error)
