@@ -1,5 +1,5 @@
 # Everything a user or a CI run needs. `make help` lists the targets.
-.PHONY: help run build guests test lint deny unit-test boot-test soak-test net-test debian-test bench soak clean-guests
+.PHONY: help run build guests test lint deny unit-test boot-test soak-test net-test debian-test cut-test bench soak clean-guests
 
 # rustup puts cargo where a shell may not look.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -7,11 +7,12 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO ?= cargo
 BOOTS ?= 5
 SOAK_MINUTES ?= 3
+CUTS ?= 12
 DENY_TOOL := target/tools/bin/cargo-deny
 
 help:
 	@echo 'make run                build, make a Debian disk, boot it: a shell in the guest; without a terminal, a scripted visit'
-	@echo 'make test               formatting, lints, dependencies, unit tests, guest boots, a soak (BOOTS=5, SOAK_MINUTES=3)'
+	@echo 'make test               formatting, lints, dependencies, unit tests, guest boots, a soak (BOOTS=5, CUTS=12, SOAK_MINUTES=3)'
 	@echo 'make bench              Hospes against this machine, QEMU TCG and User-Mode Linux (BENCH=quick, ROWS=a,b, SYSTEMS=a,b)'
 	@echo 'make soak MINUTES=n     self-checking programs in a Debian guest for n minutes'
 	@echo 'make guests             fetch the kernels and make the small guests under target/guests'
@@ -31,7 +32,7 @@ guests:
 	guests/kernels.sh
 	guests/initramfs.sh
 
-test: lint deny unit-test boot-test net-test debian-test soak-test
+test: lint deny unit-test boot-test net-test debian-test cut-test soak-test
 	@echo 'make test: everything passed'
 
 lint:
@@ -65,6 +66,15 @@ debian-test: build
 	guests/install.sh debian
 	guests/debian.sh test
 	python3 tests/debian_guests.py
+
+# A monitor whose disks lose what was not flushed is built beside the ordinary one, which then stands where it was.
+cut-test: guests
+	guests/install.sh test
+	$(CARGO) build --release -p hospes --features power-cut
+	cp "$${CARGO_TARGET_DIR:-target}/release/hospes" "$${CARGO_TARGET_DIR:-target}/hospes-power-cut"
+	$(CARGO) build --release -p hospes
+	HOSPES="$${CARGO_TARGET_DIR:-target}/hospes-power-cut" python3 tests/powercut.py --cuts $(CUTS)
+	python3 tests/powercut.py --kill --cuts $(CUTS)
 
 soak-test:
 	@$(MAKE) --no-print-directory soak MINUTES=$(SOAK_MINUTES)

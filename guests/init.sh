@@ -4,6 +4,7 @@
 #   visit      print what this machine looks like from inside, compute something, power off
 #   poweroff, reboot, halt, panic    print the mark, then end in this way
 #   dmesg      print the kernel's log with its levels between two marks, then power off
+#   records    check the files of an earlier run on the disk, then write files until the power is cut
 #   idle       print the mark, then sleep until told otherwise
 /bin/busybox mkdir -p /bin /sbin /proc /sys /dev /tmp /run
 /bin/busybox mount -t proc proc /proc
@@ -26,9 +27,11 @@ for module in /lib/modules/*.ko; do
 done
 
 do=shell
+earlier=0:0
 for word in $(cat /proc/cmdline); do
     case $word in
     hospes.do=*) do=${word#hospes.do=} ;;
+    hospes.earlier=*) earlier=${word#hospes.earlier=} ;;
     esac
 done
 
@@ -42,7 +45,37 @@ finish() {
     sleep 60
 }
 
+# What the file number $2 of run $1 contains.
+record() {
+    yes "run $1 file $2" | head -c $(($2 % 17 * 3000 + 1))
+}
+
 case $do in
+records)
+    # hospes.earlier=RUN:COUNT: that many files of that run were synced before the power was cut.
+    while [ ! -b /dev/xvda ]; do sleep 0.1; done
+    mount -t ext4 -o discard /dev/xvda /mnt || { echo "records: the file system does not mount"; finish; }
+    run=${earlier%:*}
+    number=0
+    while [ $number -lt ${earlier#*:} ]; do
+        number=$((number + 1))
+        record $run $number | cmp -s - /mnt/$number || echo "records: file $number of run $run is not what was synced"
+    done
+    echo "records: $number checked"
+    # Until the host has seen that, what was checked has to stay.
+    sleep 0.5
+    # What is rewritten in place has no journal to fall back on.
+    rm -f /mnt/[0-9]*
+    run=$((run + 1))
+    number=0
+    while :; do
+        number=$((number + 1))
+        record $run $number | dd of=/mnt/$number bs=16k conv=fsync 2>/dev/null && echo "records: synced $number"
+        dd if=/dev/zero of=/mnt/place bs=4k seek=$((number % 64)) count=4 conv=notrunc 2>/dev/null
+        [ $((number % 40)) = 0 ] && rm -f /mnt/place
+        [ $number = 150 ] && finish
+    done
+    ;;
 visit)
     echo "HOSPES-BEGIN visit"
     echo "== kernel"
