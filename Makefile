@@ -1,5 +1,5 @@
 # Everything a user or a CI run needs. `make help` lists the targets.
-.PHONY: help run build guests test lint deny unit-test boot-test soak-test net-test debian-test cut-test bench soak clean-guests
+.PHONY: help run build man install uninstall guests test lint deny unit-test boot-test soak-test net-test debian-test cut-test bench soak clean-guests
 
 # rustup puts cargo where a shell may not look.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -8,11 +8,16 @@ CARGO ?= cargo
 BOOTS ?= 5
 SOAK_MINUTES ?= 3
 CUTS ?= 12
+PREFIX ?= /usr/local
+DESTDIR ?=
+UNITS ?= $(if $(filter /usr,$(PREFIX)),/lib,$(PREFIX)/lib)/systemd/system
 DENY_TOOL := target/tools/bin/cargo-deny
 
 help:
 	@echo 'make run                build, make a Debian disk, boot it: a shell in the guest; without a terminal, a scripted visit'
 	@echo 'make test               formatting, lints, dependencies, unit tests, guest boots, a soak (BOOTS=5, CUTS=12, SOAK_MINUTES=3)'
+	@echo 'make install            into PREFIX=/usr/local, with manual pages, completions and a unit for systemd; XL=1: as xl, too'
+	@echo 'make uninstall          remove that again'
 	@echo 'make bench              Hospes against this machine, QEMU TCG and User-Mode Linux (BENCH=quick, ROWS=a,b, SYSTEMS=a,b)'
 	@echo 'make soak MINUTES=n     self-checking programs in a Debian guest for n minutes'
 	@echo 'make guests             fetch the kernels and make the small guests under target/guests'
@@ -26,6 +31,41 @@ run: build
 build:
 	guests/install.sh build
 	$(CARGO) build --release -p hospes
+
+# Made by the program itself, of the tables that it reads arguments and configurations by.
+man: build
+	@mkdir -p target/install
+	target/release/hospes manual hospes.1 > target/install/hospes.1
+	target/release/hospes manual hospes.cfg.5 > target/install/hospes.cfg.5
+
+install: man
+	install -D -m 755 target/release/hospes $(DESTDIR)$(PREFIX)/bin/hospes
+	install -D -m 644 target/install/hospes.1 $(DESTDIR)$(PREFIX)/share/man/man1/hospes.1
+	install -D -m 644 target/install/hospes.cfg.5 $(DESTDIR)$(PREFIX)/share/man/man5/hospes.cfg.5
+	target/release/hospes completions bash > target/install/hospes.bash
+	target/release/hospes completions zsh > target/install/_hospes
+	target/release/hospes completions fish > target/install/hospes.fish
+	install -D -m 644 target/install/hospes.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/hospes
+	install -D -m 644 target/install/_hospes $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_hospes
+	install -D -m 644 target/install/hospes.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/hospes.fish
+	sed 's|@PREFIX@|$(PREFIX)|' systemd/hospes-domains.service.in > target/install/hospes-domains.service
+	install -D -m 644 target/install/hospes-domains.service $(DESTDIR)$(UNITS)/hospes-domains.service
+	install -d -m 755 $(DESTDIR)/etc/hospes/auto
+	@if [ -n "$(XL)" ]; then \
+	    ln -sf hospes $(DESTDIR)$(PREFIX)/bin/xl && \
+	    ln -sf hospes.1 $(DESTDIR)$(PREFIX)/share/man/man1/xl.1 && \
+	    ln -sf hospes $(DESTDIR)$(PREFIX)/share/bash-completion/completions/xl; \
+	fi
+
+# What is in /etc/hospes stays; xl goes where it is ours.
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/hospes $(DESTDIR)$(PREFIX)/share/man/man1/hospes.1 \
+	    $(DESTDIR)$(PREFIX)/share/man/man5/hospes.cfg.5 $(DESTDIR)$(PREFIX)/share/bash-completion/completions/hospes \
+	    $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_hospes $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/hospes.fish \
+	    $(DESTDIR)$(UNITS)/hospes-domains.service
+	@for link in bin/xl share/man/man1/xl.1 share/bash-completion/completions/xl; do \
+	    case $$(readlink $(DESTDIR)$(PREFIX)/$$link) in hospes|hospes.1) rm -f $(DESTDIR)$(PREFIX)/$$link ;; esac; \
+	done
 
 guests:
 	guests/install.sh build

@@ -138,7 +138,7 @@ fn vcpu_list_and_pin_and_set_reach_the_domain() {
 #[test]
 fn commands_may_be_shortened() {
     let bench = Bench::new();
-    assert_eq!(bench.ok(&["li"]), bench.ok(&["list"]));
+    assert_eq!(bench.ok(&["vm-l"]), bench.ok(&["vm-list"]));
     assert_eq!(bench.ok(&["help", "unp"]), bench.ok(&["help", "unpause"]));
 }
 

@@ -6,3 +6,4 @@ mod console;
 mod devices;
 mod host;
 mod life_cycle;
+mod unprivileged;
