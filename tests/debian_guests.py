@@ -181,12 +181,16 @@ def has_several_disks(bench):
 def takes_and_gives_devices(bench):
     shell = bench.boot([bench.system()], name="plug")
     wait = "for i in $(seq 100); do [ {} -e {} ] && exit 0; sleep 0.1; done; exit 1"
-    extra = blank(bench.path("extra.img"), 32)
+    megabytes = 32
+    extra = blank(bench.path("extra.img"), megabytes)
     for _ in range(2):
         bench.hospes("block-attach", "plug", f"format=raw,vdev=xvdf,access=rw,target={extra}")
         shell.run(f"( {wait.format('', '/dev/xvdf')} )")
         expect("xvdf" in bench.hospes("block-list", "plug") or "51792" in bench.hospes("block-list", "plug"), "block-list has no xvdf")
         shell.run("dd if=/dev/urandom of=/dev/xvdf bs=1M count=8 oflag=direct status=none")
+        megabytes *= 2
+        bench.hospes("block-resize", "plug", "xvdf", f"{megabytes}M")
+        shell.run(f"( for i in $(seq 100); do [ $(cat /sys/block/xvdf/size) = {megabytes * 2048} ] && exit 0; sleep 0.1; done; exit 1 )")
         bench.hospes("block-detach", "plug", "xvdf")
         shell.run(f"( {wait.format('!', '/dev/xvdf')} )")
     bench.hospes("network-attach", "plug", "mac=00:16:3e:11:22:33")

@@ -9,6 +9,8 @@ root=$1
 step() { printf 'STEP %s\n' "$*" >&2; }
 
 step "setting up the guest"
+# Files that the bootstrap took over from this machine, with this machine's modes.
+rm -f "$root/etc/hostname" "$root/etc/hosts" "$root/etc/resolv.conf"
 printf '%s\n' "$HOSTNAME_OF_GUEST" >"$root/etc/hostname"
 printf '127.0.0.1 localhost\n127.0.1.1 %s\n::1 localhost ip6-localhost ip6-loopback\n' "$HOSTNAME_OF_GUEST" >"$root/etc/hosts"
 printf 'UUID=%s / ext4 errors=remount-ro 0 1\n' "$FS_UUID" >"$root/etc/fstab"
@@ -144,3 +146,14 @@ unshare --mount --propagation private sh -euc '
         -E "hash_seed=$FS_UUID,root_owner=0:0" "$IMAGE" "$((FS_BYTES / 1024))k"
 ' sh "$root" "$tree" >&2
 rmdir "$tree"
+
+# mke2fs takes the times of last access and of last change from this machine. Its inodes are numbered without a gap from the
+# first that is not reserved.
+field() { dumpe2fs -h "$IMAGE" 2>/dev/null | sed -n "s/^$1: *//p"; }
+inode=$(field 'First inode')
+last=$(($(field 'Inode count') - $(field 'Free inodes')))
+while [ "$inode" -le "$last" ]; do
+    printf 'set_inode_field <%d> ctime @%d\nset_inode_field <%d> atime @%d\n' \
+        "$inode" "$SOURCE_DATE_EPOCH" "$inode" "$SOURCE_DATE_EPOCH"
+    inode=$((inode + 1))
+done | E2FSPROGS_FAKE_TIME=$SOURCE_DATE_EPOCH debugfs -w -f - "$IMAGE" >/dev/null

@@ -223,9 +223,10 @@ impl Recipe {
 }
 
 /// What makes Debian's essential packages a system that boots, has a network and can be worked in.
-const BASE: [&str; 12] = [
+const BASE: [&str; 13] = [
     "tiny-initramfs",
     "systemd-sysv",
+    "dbus",
     "udev",
     "kmod",
     "e2fsprogs",
