@@ -24,6 +24,7 @@ mod frame;
 mod host;
 mod jumps;
 mod lookup;
+mod miss;
 mod signal;
 mod stubs;
 mod vcpu;

@@ -1,0 +1,110 @@
+//! What translated code leaves for and soon comes back from: an access that missed the TLB, a jump that is not connected yet.
+
+use hospes_engine::Exit;
+use hospes_translate::Mode;
+use hospes_translate::layout::{MISS_ANY_WRITE, MISS_GROUP, MISS_SIZE, MISS_WRITE, tlb_index};
+use hospes_units::{Gva, PAGE_SIZE};
+
+use crate::blocks::Chain;
+use crate::exec::{Access, Exception, Step};
+use crate::vcpu::{BtVcpu, Found, canonical};
+
+impl BtVcpu {
+    pub(crate) fn chain(&mut self, site: u32) -> Option<Exit> {
+        let shared = self.host.shared.clone();
+        let found = shared
+            .translations
+            .lock()
+            .expect("translations")
+            .blocks
+            .chain(site);
+        let Some(Chain { target, mode, gfn }) = found else {
+            return self.lost_chain(site);
+        };
+        self.host.frame.cpu.rip = target;
+        let generation = self.host.generation;
+        if self.mode() != Some(Mode(mode.0 & !Mode::SINGLE)) {
+            return None;
+        }
+        match self.find_code(mode) {
+            Found::Code(direct) => {
+                let guard = shared.translations.lock().expect("translations");
+                let target_ok = guard
+                    .blocks
+                    .at(direct)
+                    .is_some_and(|b| b.alive && b.key.gpa.gfn() == gfn && b.second_gfn().is_none());
+                let source_ok = guard.blocks.at(site).is_some_and(|b| b.alive);
+                if target_ok && source_ok && generation == self.host.generation {
+                    shared.code.patch_jump(site as usize, direct as usize);
+                }
+                if mode.has(Mode::SINGLE) {
+                    self.host.resume_at = Some(direct);
+                }
+                None
+            }
+            Found::Stepped(step) => self.after(|_| step),
+        }
+    }
+
+    /// A jump of a dropped block was taken: its target is where the side table says the jump instruction is, executed once more by the engine.
+    fn lost_chain(&mut self, site: u32) -> Option<Exit> {
+        self.locate(site, None);
+        None
+    }
+
+    pub(crate) fn missed_access(&mut self) -> Option<Exit> {
+        let frame = &self.host.frame;
+        let (ea, info, site) = (frame.exit_ea, frame.exit_info, frame.exit_arg);
+        let (size, write) = (u64::from(info & MISS_SIZE), info & MISS_WRITE != 0);
+        let group = info & MISS_GROUP != 0;
+        let user = frame.cpu.cpl() == 3;
+        let in_page = (ea & (PAGE_SIZE - 1)) + size <= PAGE_SIZE;
+        // Two operands of one instruction that need the same TLB entry would evict each other for ever.
+        let miss = (site, Gva(ea).page());
+        let (last_site, last_page) = std::mem::replace(&mut self.last_miss, miss);
+        let conflict =
+            site == last_site && miss.1 != last_page && tlb_index(ea) == tlb_index(last_page.0);
+        if in_page && canonical(ea) && !conflict {
+            let access = if write {
+                Access::write(user)
+            } else {
+                Access::read(user)
+            };
+            match self.host.fill(Gva(ea), access) {
+                Ok(true) if !group || self.host.cached(ea, user, info & MISS_ANY_WRITE != 0) => {
+                    self.host.resume_at = Some(site);
+                    return None;
+                }
+                Ok(_) => {}
+                // Which access of the group faults, and with what done before, shows when they are made one by one.
+                Err(_) if group => {}
+                // An operand that must be aligned faults for that before its page does; the instruction semantics know which must.
+                Err(_) if size >= 16 && ea % size != 0 => {}
+                Err(fault) => {
+                    self.locate(site, None);
+                    return self.after(|s| s.raise(Exception::page(ea, fault)));
+                }
+            }
+        }
+        self.locate(site, None);
+        if group {
+            let chain = self.host.frame.exit_chain;
+            return self.chain(chain);
+        }
+        let generation = self.host.generation;
+        let before = self.host.dropped_blocks;
+        let step = self.step();
+        if step == Step::Continue
+            && before == self.host.dropped_blocks
+            && generation == self.host.generation
+        {
+            // Go on inside the same block if that is where the next instruction is.
+            let rip = self.host.frame.cpu.rip;
+            let guard = self.host.shared.translations.lock().expect("translations");
+            let next = guard.blocks.reentry(site, rip);
+            drop(guard);
+            self.host.resume_at = next;
+        }
+        self.after(|_| step)
+    }
+}
