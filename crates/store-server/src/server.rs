@@ -114,7 +114,15 @@ impl<'a> Server<'a> {
         };
         let path = place.journal();
         let (steps, whole) = Journal::load(&path).map_err(fault)?;
-        if !whole {
+        if !whole && steps.is_empty() {
+            // It begins with a whole step: this one was written by another version, or is damaged.
+            let kept = path.with_extension("unreadable");
+            fs::rename(&path, &kept).map_err(fault)?;
+            (around.log)(&format!(
+                "the journal is none that this version reads: it is kept as {}, and the store begins empty; restart the domains that run",
+                kept.display()
+            ));
+        } else if !whole {
             (around.log)("the journal ends in the middle of a step, which nobody was told of");
         }
         let mut core = Core::new();

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -55,13 +55,8 @@ impl Bench {
 
     /// The process of a domain.
     pub fn pid(&self, domid: u16) -> rustix::process::Pid {
-        let path = self.dir.join(format!("run/domains/{domid}/domain.json"));
-        let text = std::fs::read(path).expect("a record");
-        let record: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
-        let pid = record["pid"]
-            .as_i64()
-            .and_then(|pid| i32::try_from(pid).ok());
-        rustix::process::Pid::from_raw(pid.expect("a pid")).expect("a pid")
+        let dir = self.dir.join(format!("run/domains/{domid}"));
+        pid_in(&dir).expect("a record with a pid")
     }
 
     pub fn place(&self) -> Place {
@@ -103,9 +98,30 @@ impl Bench {
         })
     }
 
+    fn journal(&self) -> PathBuf {
+        self.dir.join("run/xenstored/journal")
+    }
+
     pub fn journal_bytes(&self) -> u64 {
-        let path = self.dir.join("run/xenstored/journal");
-        std::fs::metadata(path).expect("there").len()
+        std::fs::metadata(self.journal()).expect("there").len()
+    }
+
+    pub fn put_journal(&self, bytes: &[u8]) {
+        let path = self.journal();
+        std::fs::create_dir_all(path.parent().expect("a directory")).expect("writable");
+        std::fs::write(path, bytes).expect("writable");
+    }
+
+    pub fn append_to_journal(&self, bytes: &[u8]) {
+        let mut file = OpenOptions::new()
+            .append(true)
+            .open(self.journal())
+            .expect("there");
+        std::io::Write::write_all(&mut file, bytes).expect("writable");
+    }
+
+    pub fn unreadable_journal(&self) -> Vec<u8> {
+        std::fs::read(self.journal().with_extension("unreadable")).expect("there")
     }
 
     /// One of Debian's tools, `xenstore-NAME`.
@@ -131,8 +147,23 @@ impl Bench {
     }
 }
 
+/// The process of the domain with this directory.
+fn pid_in(dir: &Path) -> Option<rustix::process::Pid> {
+    let text = std::fs::read(dir.join("domain.json")).ok()?;
+    let record: serde_json::Value = serde_json::from_slice(&text).ok()?;
+    let pid = i32::try_from(record["pid"].as_i64()?).ok()?;
+    rustix::process::Pid::from_raw(pid)
+}
+
 impl Drop for Bench {
     fn drop(&mut self) {
+        // Domain processes first: they would start another store process.
+        let domains = std::fs::read_dir(self.dir.join("run/domains"));
+        for domain in domains.into_iter().flatten().flatten() {
+            if let Some(pid) = pid_in(&domain.path()) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
         self.kill_store();
         let _ = std::fs::remove_dir_all(&self.dir);
     }

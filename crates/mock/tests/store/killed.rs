@@ -190,6 +190,21 @@ fn watch_of_a_guest_outlives_the_process() {
 }
 
 #[test]
+fn journal_that_cannot_be_read_is_kept() {
+    let bench = Bench::new();
+    bench.put_journal(b"of another version");
+    let client = bench.client();
+    client.write("/tool/x", b"v").expect("written");
+    assert!(bench.kill_store());
+    assert_eq!(client.read_text("/tool/x").as_deref(), Some("v"));
+    // What follows the last whole step is dropped.
+    bench.append_to_journal(b"half a step");
+    assert!(bench.kill_store());
+    assert_eq!(client.read_text("/tool/x").as_deref(), Some("v"));
+    assert_eq!(bench.unreadable_journal(), b"of another version");
+}
+
+#[test]
 fn journal_is_compacted_and_complete() {
     let bench = Bench::new();
     let client = bench.client();
