@@ -83,6 +83,14 @@ pub fn fuzz(data: &[u8]) {
         diagnostics.iter().any(Diagnostic::is_error)
     );
 
+    if let Ok(disk) = DiskConfig::parse(text) {
+        assert!(disk.target.is_some() || disk.cdrom, "{text:?}");
+    }
+    if let Ok(vif) = VifConfig::parse(text) {
+        let sends = |rate: Rate| rate.bytes_per_interval() > 0;
+        assert!(vif.rate.is_none_or(sends), "{text:?}");
+    }
+
     let mut complaints = Vec::new();
     let mut document = Document::default();
     document.read(source, &mut complaints);
