@@ -125,10 +125,15 @@ fi
 cat "$kernel" >"$KERNEL"
 cat "$initrd" >"$INITRD"
 
+# mmdebstrap's own apt configuration lies in the root until it is done. Without it mmdebstrap's apt-get would work on this
+# machine's package lists: it is set aside, and comes back.
+aside=$(mktemp -d)
+find "$root/tmp" -mindepth 1 -maxdepth 1 -name 'mmdebstrap.*' -exec mv -t "$aside" {} +
+
 # What differs from one run to the next, and what each guest has to find out for itself.
 rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/* "$root"/var/log/apt "$root"/tmp/* "$root"/var/tmp/* \
     "$root"/var/cache/ldconfig/aux-cache "$root"/var/lib/systemd/random-seed "$root"/var/lib/dbus/machine-id \
-    "$root"/etc/apt/apt.conf.d/99mmdebstrap
+    "$root"/etc/apt/apt.conf.d/??mmdebstrap
 find "$root/var/log" -type f -delete
 find "$root/var/lib/dpkg" "$root/var/cache/debconf" "$root/etc" -xdev -name '*-old' -delete
 find "$root/etc" -xdev \( -name 'passwd-' -o -name 'group-' -o -name 'shadow-' -o -name 'gshadow-' -o -name 'subuid-' -o -name 'subgid-' \) -delete
@@ -146,6 +151,8 @@ unshare --mount --propagation private sh -euc '
         -E "hash_seed=$FS_UUID,root_owner=0:0" "$IMAGE" "$((FS_BYTES / 1024))k"
 ' sh "$root" "$tree" >&2
 rmdir "$tree"
+find "$aside" -mindepth 1 -exec mv -t "$root/tmp" {} +
+rmdir "$aside"
 
 # mke2fs takes the times of last access and of last change from this machine. Its inodes are numbered without a gap from the
 # first that is not reserved.
