@@ -73,7 +73,7 @@ records)
         record $run $number | dd of=/mnt/$number bs=16k conv=fsync 2>/dev/null && echo "records: synced $number"
         dd if=/dev/zero of=/mnt/place bs=4k seek=$((number % 64)) count=4 conv=notrunc 2>/dev/null
         [ $((number % 40)) = 0 ] && rm -f /mnt/place
-        [ $number = 150 ] && finish
+        [ $number = 1000 ] && finish
     done
     ;;
 visit)

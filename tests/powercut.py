@@ -108,7 +108,7 @@ def main():
                 state[kind] = (0, 0)
             earlier, count = state[kind]
             # Some cuts meet the repair of the file system itself.
-            writes = chance.choice((chance.randint(1, 25), chance.randint(26, 120), chance.randint(121, 900)))
+            writes = chance.choice((chance.randint(1, 25), chance.randint(26, 120), chance.randint(121, 500)))
             cuts += 1
             try:
                 synced = one_life(bench, disks[kind], number, f"{earlier}:{count}", writes, chosen.kill)

@@ -11,8 +11,6 @@ use crate::host::HostFile;
 use crate::storage::{Storage, copy_from, copy_to};
 use crate::types::Buffer;
 
-const SECTOR: u64 = 512;
-
 /// Random numbers that a seed decides (splitmix64).
 pub(crate) struct Random(pub(crate) u64);
 
@@ -30,11 +28,9 @@ impl Random {
     }
 }
 
-type Sector = [u8; SECTOR as usize];
-
 struct State {
     /// By sector: what was written since the last sync, oldest first.
-    waiting: BTreeMap<u64, Vec<Sector>>,
+    waiting: BTreeMap<u64, Vec<Box<[u8]>>>,
     bytes: u64,
     random: Random,
     /// Writes until the cut.
@@ -47,14 +43,17 @@ struct State {
 pub(crate) struct PowerCut {
     below: Arc<dyn Storage>,
     state: Mutex<State>,
+    /// Bytes that are written wholly or not at all.
+    sector: u64,
     /// Called after the cut.
     then: fn(),
 }
 
 impl PowerCut {
-    /// Cuts the power at the write number `writes` (from 1), then calls `then`.
+    /// A disk with sectors of `sector` bytes. Cuts the power at the write number `writes` (from 1), then calls `then`.
     pub(crate) fn new(
         below: Arc<dyn Storage>,
+        sector: u64,
         seed: u64,
         writes: u64,
         then: fn(),
@@ -70,6 +69,7 @@ impl PowerCut {
                 syncs: 0,
                 cut: false,
             }),
+            sector,
             then,
         })
     }
@@ -94,7 +94,7 @@ impl PowerCut {
         for (sector, versions) in std::mem::take(&mut state.waiting) {
             let kept = state.random.below(versions.len() as u64 + 1) as usize;
             if let Some(bytes) = kept.checked_sub(1).and_then(|index| versions.get(index)) {
-                self.below.write_bytes(bytes, sector * SECTOR)?;
+                self.below.write_bytes(bytes, sector * self.sector)?;
             }
         }
         (self.then)();
@@ -105,14 +105,14 @@ impl PowerCut {
         let mut at = offset;
         let mut rest = bytes;
         while !rest.is_empty() {
-            let (sector, within) = (at / SECTOR, (at % SECTOR) as usize);
-            let count = rest.len().min(SECTOR as usize - within);
+            let (sector, within) = (at / self.sector, (at % self.sector) as usize);
+            let count = rest.len().min(self.sector as usize - within);
             let versions = state.waiting.entry(sector).or_default();
-            let mut content = [0; SECTOR as usize];
+            let mut content = vec![0; self.sector as usize].into_boxed_slice();
             if count < content.len() {
                 match versions.last() {
-                    Some(last) => content = *last,
-                    None => self.below.read_bytes(&mut content, sector * SECTOR)?,
+                    Some(last) => content.clone_from(last),
+                    None => self.below.read_bytes(&mut content, sector * self.sector)?,
                 }
             }
             content[within..within + count].copy_from_slice(&rest[..count]);
@@ -131,13 +131,16 @@ impl Storage for PowerCut {
         let mut bytes = vec![0; buffers.iter().map(|b| b.len).sum()];
         self.below.read_bytes(&mut bytes, offset)?;
         let end = offset + bytes.len() as u64;
-        for (sector, versions) in state.waiting.range(offset / SECTOR..end.div_ceil(SECTOR)) {
+        for (sector, versions) in state
+            .waiting
+            .range(offset / self.sector..end.div_ceil(self.sector))
+        {
             let Some(last) = versions.last() else {
                 continue;
             };
-            let start = (sector * SECTOR).max(offset);
-            let stop = ((sector + 1) * SECTOR).min(end);
-            let source = &last[(start % SECTOR) as usize..][..(stop - start) as usize];
+            let start = (sector * self.sector).max(offset);
+            let stop = ((sector + 1) * self.sector).min(end);
+            let source = &last[(start % self.sector) as usize..][..(stop - start) as usize];
             bytes[(start - offset) as usize..(stop - offset) as usize].copy_from_slice(source);
         }
         copy_to(buffers, &bytes);
@@ -160,7 +163,7 @@ impl Storage for PowerCut {
         let mut state = self.powered()?;
         for (sector, versions) in std::mem::take(&mut state.waiting) {
             if let Some(bytes) = versions.last() {
-                self.below.write_bytes(bytes, sector * SECTOR)?;
+                self.below.write_bytes(bytes, sector * self.sector)?;
             }
         }
         state.syncs += 1;
@@ -192,6 +195,11 @@ impl Storage for PowerCut {
     }
 }
 
+/// Guests get a disk that never tears what usual ones do not tear: ext4 has checksums but no second copy in use for its superblock of 1 KiB,
+/// which it counts on being written as a whole.
+#[cfg(feature = "power-cut")]
+const GUEST_SECTOR: u64 = 4096;
+
 /// Puts a disk that loses power under an image that is written, if the user wants that.
 #[cfg(feature = "power-cut")]
 pub(crate) fn from_environment(storage: Arc<dyn Storage>) -> io::Result<Arc<dyn Storage>> {
@@ -205,11 +213,19 @@ pub(crate) fn from_environment(storage: Arc<dyn Storage>) -> io::Result<Arc<dyn 
     let (seed, writes) = numbers.ok_or_else(|| {
         io::Error::other("HOSPES_POWER_CUT is SEED:WRITES, the power goes at that write")
     })?;
-    Ok(Arc::new(PowerCut::new(storage, seed, writes, || {
-        eprintln!("hospes: the power is cut");
-        let _ =
-            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
-    })?))
+    Ok(Arc::new(PowerCut::new(
+        storage,
+        GUEST_SECTOR,
+        seed,
+        writes,
+        || {
+            eprintln!("hospes: the power is cut");
+            let _ = rustix::process::kill_process(
+                rustix::process::getpid(),
+                rustix::process::Signal::KILL,
+            );
+        },
+    )?))
 }
 
 #[cfg(test)]

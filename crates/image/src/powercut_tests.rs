@@ -168,7 +168,7 @@ fn cut_runs(runs: u64, format: Format, make: impl Fn(&Directory, u64) -> (PathBu
         let writes = 1 + random.below(if run % 2 == 0 { 30 } else { 200 });
         let name = format!("run {run}, cut at write {writes}");
         let image = open_on(&spec(&path, format), |storage| {
-            Ok(Arc::new(PowerCut::new(storage, run, writes, || {})?))
+            Ok(Arc::new(PowerCut::new(storage, 512, run, writes, || {})?))
         })
         .unwrap();
         let mut queue = image.queue().unwrap();
@@ -234,7 +234,7 @@ fn flush_completes_after_a_sync_each_time() {
     for (path, format) in [(raw, Format::Raw), (qcow2, Format::Qcow2)] {
         let mut layer = None;
         let image = open_on(&spec(&path, format), |storage| {
-            let cut = Arc::new(PowerCut::new(storage, 1, u64::MAX, || {})?);
+            let cut = Arc::new(PowerCut::new(storage, 512, 1, u64::MAX, || {})?);
             layer = Some(cut.clone());
             Ok(cut)
         })
