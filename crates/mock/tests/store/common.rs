@@ -147,6 +147,14 @@ impl Bench {
     }
 }
 
+/// Whether a living process holds the lock of a domain's directory.
+fn is_locked(dir: &Path) -> bool {
+    let Ok(lock) = OpenOptions::new().write(true).open(dir.join("lock")) else {
+        return false;
+    };
+    flock(&lock, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
+}
+
 /// The process of the domain with this directory.
 fn pid_in(dir: &Path) -> Option<rustix::process::Pid> {
     let text = std::fs::read(dir.join("domain.json")).ok()?;
@@ -160,7 +168,10 @@ impl Drop for Bench {
         // Domain processes first: they would start another store process.
         let domains = std::fs::read_dir(self.dir.join("run/domains"));
         for domain in domains.into_iter().flatten().flatten() {
-            if let Some(pid) = pid_in(&domain.path()) {
+            // One that has ended may have left its number to another.
+            if let Some(pid) = pid_in(&domain.path())
+                && is_locked(&domain.path())
+            {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
             }
         }
