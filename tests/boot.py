@@ -88,9 +88,24 @@ def boots_with_memory(bench, memory_mb):
         expect(guest.wait(END_S) == 0, f"the exit status is {guest.process.returncode}\n{guest.tail()}")
 
 
-def boots_every_time(bench, count):
+def starts_all_vcpus(bench, vcpus):
+    """Also with more than the machine has CPUs: no lock-up, no stall, all of one speed."""
+    memory_mb = 512 if vcpus <= 16 else 1024
+    with bench.boot(command_line="quiet hospes.do=dmesg", name="many", vcpus=vcpus, memory_mb=memory_mb) as guest:
+        guest.wait_for("HOSPES-END dmesg", 3 * BOOT_S)
+        status = guest.wait(END_S)
+        expect(status == 0, f"the exit status is {status}\n{guest.tail()}")
+    log = vm.between(guest.console, "dmesg")
+    expect(f"smp: Brought up 1 node, {vcpus} CPUs" in log, f"the kernel has not brought up {vcpus} processors")
+    complaints = dmesg.complaints(log)
+    expect(not complaints, "the kernel says what it must not say:\n" + "\n".join(complaints))
+    expect("PV spinlocks enabled" in log, "the kernel does not use Xen's spin locks")
+
+
+def boots_every_time(bench, count, vcpus=1):
     for number in range(1, count + 1):
-        with bench.boot(ramdisk="initramfs-init.cpio", command_line="quiet", name=f"again{number}") as guest:
+        spec = {"ramdisk": "initramfs-init.cpio", "command_line": "quiet", "name": f"again{number}", "vcpus": vcpus}
+        with bench.boot(**spec) as guest:
             try:
                 guest.wait_for("HOSPES-MARK", BOOT_S)
                 status = guest.wait(END_S)
@@ -364,7 +379,10 @@ def tests(boots):
         yield f"refuses_kernel_{case}", False, part(refuses_kernel, case=case)
     for case, settings in BAD_SETTINGS.items():
         yield f"refuses_{case}", False, part(refuses, settings=settings)
+    for vcpus in (2, 16, 128):
+        yield f"starts_{vcpus}_vcpus", False, part(starts_all_vcpus, vcpus=vcpus)
     yield f"boots_{boots}_times_in_a_row", True, part(boots_every_time, count=boots)
+    yield f"boots_{boots}_times_with_2_vcpus", True, part(boots_every_time, count=boots, vcpus=2)
 
 
 def main():

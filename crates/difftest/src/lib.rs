@@ -8,7 +8,9 @@
 //! `HOSPES_DIFF_SECONDS=n` runs each for n seconds in place of a fixed number of cases, `HOSPES_DIFF_SEED=s` takes other seeds, `HOSPES_DIFF_TRACE=1` prints every
 //! case before it runs.
 //!
-//! Not tested here: what needs privilege, devices or several vCPUs, and instructions whose answer is the machine's own (CPUID, RDTSC, RDRAND).
+//! [`smp`] runs programs on several vCPUs at once, without the oracle.
+//!
+//! Not tested here: what needs privilege or devices, and instructions whose answer is the machine's own (CPUID, RDTSC, RDRAND).
 
 pub mod blocks;
 pub mod compare;
@@ -26,4 +28,5 @@ pub mod runner;
 pub mod saved;
 pub mod selfmod;
 pub mod single;
+pub mod smp;
 pub mod state;

@@ -2,7 +2,9 @@
 
 use std::fmt;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{
+    AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering,
+};
 
 use hospes_engine::{VcpuControl, Waker};
 
@@ -41,6 +43,8 @@ pub struct Control {
     /// Set while the vCPU may execute translated code.
     in_code: AtomicBool,
     tid: AtomicI32,
+    /// The frame's `busy`: while it is set, a kick waits for the end of what the guest is doing, perhaps a copy in memory.
+    busy: AtomicPtr<u8>,
     irr: [AtomicU64; 4],
     callback: AtomicU32,
     nmi: AtomicBool,
@@ -49,8 +53,17 @@ pub struct Control {
 }
 
 impl Control {
-    pub fn attach(&self, tid: i32) {
+    /// Names the vCPU's thread and its `busy`, which stays where it is for as long as the vCPU is in the machine's list.
+    pub fn attach(&self, tid: i32, busy: *mut u8) {
+        self.busy.store(busy, Ordering::SeqCst);
         self.tid.store(tid, Ordering::SeqCst);
+    }
+
+    fn is_busy(&self) -> bool {
+        let busy = self.busy.load(Ordering::SeqCst);
+        // SAFETY: null or the byte given to `attach`, which lives while callers hold the machine's list of vCPUs; it is read as the atomic that
+        // other threads may change.
+        !busy.is_null() && unsafe { AtomicU8::from_ptr(busy) }.load(Ordering::SeqCst) != 0
     }
 
     /// Declares that `run` has begun. Who posts a request from now on sees that, or the request is seen by `run`.
@@ -62,6 +75,34 @@ impl Control {
     /// Declares that `run` ends. Whoever sleeps after that asks [`VcpuControl::has_wakeup`] first.
     pub fn leave_run(&self) {
         self.running.store(false, Ordering::SeqCst);
+    }
+
+    /// Posts a request that only concerns what translated code does, and makes sure of that for all of these vCPUs: when this returns, none of
+    /// them executes another instruction of guest code before it has seen the request. They may still be inside translated code, without a host
+    /// CPU for as long as the host likes. The caller holds the machine's list of vCPUs.
+    pub fn post_to_all<'a>(controls: impl Iterator<Item = &'a Control> + Clone, bits: u32) {
+        for control in controls.clone() {
+            control.requests.fetch_or(bits, Ordering::SeqCst);
+        }
+        let running = controls.filter(|c| c.running.load(Ordering::SeqCst));
+        if running.clone().next().is_none() {
+            return;
+        }
+        membarrier();
+        let inside = running.filter(|c| c.in_code.load(Ordering::SeqCst));
+        let mut kicked = false;
+        for control in inside.clone() {
+            signal::kick_thread(control.tid.load(Ordering::SeqCst));
+            kicked = true;
+        }
+        // A thread that does not run now takes the signal before anything else; one that runs passes through the host's kernel, and takes
+        // it there, before this barrier is complete.
+        let taken = kicked && membarrier();
+        for control in inside {
+            while (control.is_busy() || !taken) && control.has_not_seen(bits) {
+                std::thread::yield_now();
+            }
+        }
     }
 
     /// Posts requests and makes the vCPU look at them.
@@ -82,11 +123,13 @@ impl Control {
         }
     }
 
+    fn has_not_seen(&self, bits: u32) -> bool {
+        self.in_code.load(Ordering::SeqCst) && self.requests.load(Ordering::SeqCst) & bits != 0
+    }
+
     /// Waits until the vCPU has seen what was posted, or is sure to see it before it executes translated code again.
     pub fn wait_seen(&self, bits: u32) {
-        while self.in_code.load(Ordering::SeqCst)
-            && self.requests.load(Ordering::SeqCst) & bits != 0
-        {
+        while self.has_not_seen(bits) {
             std::hint::spin_loop();
             std::thread::yield_now();
         }
@@ -201,8 +244,9 @@ impl VcpuControl for Control {
     }
 }
 
-/// A full memory barrier on every running thread of the process, so that the vCPU's own side needs none.
-fn membarrier() {
+/// A full memory barrier on every running thread of the process, so that the vCPU's own side needs none. False where the host's kernel has no
+/// such thing.
+fn membarrier() -> bool {
     const PRIVATE_EXPEDITED: i32 = 1 << 3;
     const REGISTER_PRIVATE_EXPEDITED: i32 = 1 << 4;
     static REGISTERED: std::sync::Once = std::sync::Once::new();
@@ -211,7 +255,8 @@ fn membarrier() {
         REGISTERED.call_once(|| {
             libc::syscall(libc::SYS_membarrier, REGISTER_PRIVATE_EXPEDITED, 0, 0);
         });
-        libc::syscall(libc::SYS_membarrier, PRIVATE_EXPEDITED, 0, 0);
+        let done = libc::syscall(libc::SYS_membarrier, PRIVATE_EXPEDITED, 0, 0) == 0;
+        std::sync::atomic::fence(Ordering::SeqCst);
+        done
     }
-    std::sync::atomic::fence(Ordering::SeqCst);
 }

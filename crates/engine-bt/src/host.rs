@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use hospes_engine::{CpuState, Segment, VcpuControl, VirtFault, rflags};
 use hospes_memory::GuestMemory;
@@ -24,6 +24,7 @@ use crate::signal::kick_signal;
 use crate::stubs::ExitKind;
 use crate::vcpu::{call, canonical, pack_flags};
 use crate::vm::Shared;
+use crate::window::Window;
 
 /// Marks of a TLB entry beside its frame number.
 const GLOBAL: u64 = 1 << 63;
@@ -55,6 +56,8 @@ pub(crate) struct BtHost {
     filled: [Vec<u16>; 4],
     /// Gigabytes of address space in which large pages stand behind some entries.
     large: [Vec<u64>; 3],
+    /// Made when the first atomic access crosses pages.
+    window: Option<Window>,
     snippets: HashMap<Instruction, usize>,
     snippet_next: usize,
 }
@@ -82,6 +85,7 @@ impl BtHost {
             star: None,
             filled: Default::default(),
             large: Default::default(),
+            window: None,
             snippets: HashMap::new(),
             snippet_next,
         }
@@ -321,11 +325,11 @@ impl BtHost {
             let at = Gva(gva.0.wrapping_add(done as u64));
             let n = ((PAGE_SIZE - at.page_offset()) as usize).min(len - done);
             let gpa = self.translate_as_kernel(at, access)?;
-            if access.write {
-                self.before_write(gpa, n);
-            }
             if !f(&self.shared.memory, gpa, done..done + n) {
                 return Err(VirtFault { gva: at });
+            }
+            if access.write {
+                self.written(gpa, n);
             }
             done += n;
         }
@@ -363,7 +367,9 @@ impl Host for BtHost {
         self.shared.processor.vendor()
     }
 
-    fn before_write(&mut self, gpa: Gpa, len: usize) {
+    fn written(&mut self, gpa: Gpa, len: usize) {
+        // The other side marks the page, then reads it.
+        fence(Ordering::SeqCst);
         if !self.shared.pages.contains(gpa.gfn()) {
             return;
         }
@@ -372,6 +378,20 @@ impl Host for BtHost {
         if t.blocks.invalidate(&s.code, &s.pages, gpa, len as u64) {
             self.dropped_blocks += 1;
         }
+    }
+
+    fn neighbours(&mut self, first: Gpa, second: Gpa) -> Option<*mut u8> {
+        let memory = &self.shared.memory;
+        let (a, b) = (memory.page(first.gfn())?, memory.page(second.gfn())?);
+        let offset = first.page_offset() as usize;
+        if a.wrapping_add(PAGE_SIZE as usize) == b {
+            return Some(a.wrapping_add(offset));
+        }
+        if self.window.is_none() {
+            self.window = Window::new().ok();
+        }
+        let window = self.window.as_mut()?.show(a, b).ok()?;
+        Some(window.wrapping_add(offset))
     }
 
     fn tlb_flush(&mut self, _cpu: &CpuState, what: TlbFlush) {

@@ -29,5 +29,6 @@ mod signal;
 mod stubs;
 mod vcpu;
 mod vm;
+mod window;
 
 pub use vm::{BtVm, Options, Processor};

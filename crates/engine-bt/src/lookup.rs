@@ -4,7 +4,6 @@ use hospes_translate::{Mode, Request};
 use hospes_units::{Gpa, Gva, PAGE_SIZE};
 
 use crate::blocks::Key;
-use crate::control::request;
 use crate::exec::{self, Access, Exception};
 use crate::jumps::Mapping;
 use crate::vcpu::{BtVcpu, Found, canonical};
@@ -108,7 +107,7 @@ impl BtVcpu {
         let shared = self.host.shared.clone();
         if t.blocks.mark(&shared.pages, gpa.gfn()) {
             self.host.drop_write_tags(gpa.gfn());
-            shared.rendezvous(Some(self.host.id), request::WRITE_TAGS);
+            shared.forget_writable(self.host.id);
         }
     }
 

@@ -95,7 +95,9 @@ impl BtVcpu {
             snippets: range(s.snippets(self.host.id)),
         };
         let attachment = Attachment::new(info).map_err(|e| host_error("signal set-up", e))?;
-        self.host.control.attach(attachment.tid);
+        // SAFETY: the frame is mapped; only an address is formed.
+        let busy = unsafe { &raw mut (*self.host.frame.as_ptr()).busy };
+        self.host.control.attach(attachment.tid, busy);
         self.attachment = Some(SendAttachment(attachment));
         self.host.attached = true;
         fpu::load(&mut self.host.frame);

@@ -65,6 +65,13 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// Has every vCPU but `except` forget which pages it may write: from now on none of them writes through what it remembers.
+    pub fn forget_writable(&self, except: VcpuId) {
+        let controls = self.controls.read().expect("vCPU list");
+        let others = controls.iter().filter(|(id, _)| *id != except);
+        Control::post_to_all(others.map(|(_, c)| &**c), request::WRITE_TAGS);
+    }
+
     /// Posts a request to every vCPU but `except` and waits until each has seen it or is outside translated code.
     pub fn rendezvous(&self, except: Option<VcpuId>, bits: u32) {
         let controls = self.controls.read().expect("vCPU list");

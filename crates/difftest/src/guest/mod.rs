@@ -37,7 +37,7 @@ pub enum GuestError {
     Engine(#[from] EngineError),
 }
 
-struct HostProcessor(Vendor);
+pub(crate) struct HostProcessor(pub(crate) Vendor);
 
 impl Processor for HostProcessor {
     fn cpuid(&self, _vcpu: VcpuId, _cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
@@ -54,7 +54,7 @@ impl Processor for HostProcessor {
     }
 }
 
-fn host_vendor() -> Vendor {
+pub(crate) fn host_vendor() -> Vendor {
     let r = std::arch::x86_64::__cpuid(0);
     if r.ebx.to_le_bytes() == *b"Genu" {
         Vendor::Intel

@@ -355,9 +355,9 @@ impl<H: Host> Cx<'_, H> {
         let Some(p) = self.host.memory().page(gpa.gfn()) else {
             return;
         };
-        self.host.before_write(gpa, buf.len());
         // SAFETY: the page is backed, and the caller's piece does not leave it.
         unsafe { copy_sized(buf.as_ptr(), p.add(gpa.page_offset() as usize), buf.len()) };
+        self.host.written(gpa, buf.len());
     }
 
     #[inline]

@@ -97,9 +97,16 @@ pub trait Host {
 
     fn vendor(&self) -> Vendor;
 
-    /// The CPU is about to write this physical range: whatever was translated from it is dropped before this returns.
+    /// The CPU has written this physical range: whatever was translated from it is dropped before this returns. Called after the write, so that
+    /// who translates the range at the same time either reads the new bytes or is found here.
     /// The range lies in one page. Called for every write, so it must be cheap for pages without code.
-    fn before_write(&mut self, gpa: Gpa, len: usize);
+    fn written(&mut self, gpa: Gpa, len: usize);
+
+    /// Memory in which the pages of both addresses are neighbours, at the first address: for atomic accesses to both. `None` where that
+    /// cannot be had.
+    fn neighbours(&mut self, _first: Gpa, _second: Gpa) -> Option<*mut u8> {
+        None
+    }
 
     /// Drops cached translations. `cpu` already holds the new control registers.
     fn tlb_flush(&mut self, cpu: &CpuState, what: TlbFlush);

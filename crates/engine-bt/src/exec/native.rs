@@ -1,7 +1,7 @@
 //! Instructions that the host CPU runs itself: everything here is about their memory operand and about whether they may run at all.
 //!
-//! An operand inside one page of guest memory is used where it lies, so LOCK forms stay atomic; one that crosses pages or is not memory goes
-//! through a copy at the same address modulo 64. Write permission is checked before anything runs.
+//! An operand inside one page of guest memory is used where it lies, so LOCK forms stay atomic; for those that cross pages both are shown side by
+//! side. Others that cross pages, or are not memory, go through a copy at the same address modulo 64. Write permission is checked before anything runs.
 
 use hospes_engine::{cr, rflags};
 use iced_x86::{Code, EncodingKind, Instruction, Mnemonic, OpKind, Register};
@@ -33,6 +33,11 @@ fn hidden_pointers(i: &Instruction) -> std::ops::Range<usize> {
         Code::Fnstenv_m28byte | Code::Fnsave_m108byte => 12..28,
         _ => 0..0,
     }
+}
+
+/// Whether the access to memory is atomic: by the prefix, or because XCHG always is.
+fn is_locked(i: &Instruction) -> bool {
+    i.has_lock_prefix() || i.mnemonic() == Mnemonic::Xchg
 }
 
 impl<H: Host> Cx<'_, H> {
@@ -140,13 +145,14 @@ impl<H: Host> Cx<'_, H> {
             let gpa = self.translate(lin, access)?;
             match self.host.memory().page(gpa.gfn()) {
                 Some(page) => {
-                    if write {
-                        self.host.before_write(gpa, size);
-                    }
                     // SAFETY: the page is backed and the operand lies inside it.
                     let ptr = unsafe { page.add(gpa.page_offset() as usize) };
-                    self.host
-                        .run_native(self.cpu, i, Some(Operand { ptr, len: size }))
+                    let operand = Operand { ptr, len: size };
+                    let result = self.host.run_native(self.cpu, i, Some(operand));
+                    if write {
+                        self.host.written(gpa, size);
+                    }
+                    result
                 }
                 None => self.native_bounced(i, lin, size, write)?,
             }
@@ -204,6 +210,16 @@ impl<H: Host> Cx<'_, H> {
     ) -> Exec<Result<(), NativeFault>> {
         let access = self.access(write);
         let span = self.span(lin, size, access)?;
+        if write && span.second_len != 0 && is_locked(i) {
+            // Two pages that are neighbours in the host's memory: the processor sees to it that other vCPUs find all or nothing.
+            if let Some(ptr) = self.host.neighbours(span.first, span.second) {
+                let operand = Operand { ptr, len: size };
+                let result = self.host.run_native(self.cpu, i, Some(operand));
+                self.host.written(span.first, span.first_len);
+                self.host.written(span.second, span.second_len);
+                return Ok(result);
+            }
+        }
         let mut bounce = Bounce([0; MAX_OPERAND + 64]);
         let copy = &mut bounce.0[(lin & 63) as usize..][..size];
         self.read_span(&span, copy);
@@ -371,7 +387,6 @@ impl<H: Host> Cx<'_, H> {
         use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering::SeqCst};
         let page = self.host.memory().page(span.first.gfn());
         if let (true, Some(page)) = (lin.is_multiple_of(size as u64), page) {
-            self.host.before_write(span.first, size);
             macro_rules! update {
                 ($atomic:ty, $value:ty, $ptr:expr) => {{
                     // SAFETY: the page is backed, the value lies inside it and is naturally aligned.
@@ -383,11 +398,13 @@ impl<H: Host> Cx<'_, H> {
             }
             // SAFETY: the offset lies inside the backed page.
             let ptr = unsafe { page.add(span.first.page_offset() as usize) };
-            return match size {
+            let old = match size {
                 2 => update!(AtomicU16, u16, ptr),
                 4 => update!(AtomicU32, u32, ptr),
                 _ => update!(AtomicU64, u64, ptr),
             };
+            self.host.written(span.first, size);
+            return old;
         }
         let mut b = [0; 8];
         self.read_span(span, &mut b[..size]);

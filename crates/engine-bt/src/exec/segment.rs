@@ -135,7 +135,6 @@ impl<H: Host> Cx<'_, H> {
         let Some(page) = self.host.memory().page(gpa.gfn()) else {
             return Ok(());
         };
-        self.host.before_write(gpa, 1);
         // SAFETY: the page is backed and the offset lies inside it; a byte has no alignment.
         let byte = unsafe {
             &*page
@@ -143,6 +142,7 @@ impl<H: Host> Cx<'_, H> {
                 .cast::<std::sync::atomic::AtomicU8>()
         };
         byte.fetch_or(bits, std::sync::atomic::Ordering::SeqCst);
+        self.host.written(gpa, 1);
         Ok(())
     }
 

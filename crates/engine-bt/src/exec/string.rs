@@ -308,10 +308,10 @@ impl<H: Host> Cx<'_, H> {
         let gpa = self.translate(lin, access)?;
         let len = n as usize * s.size;
         if let Some(page) = self.host.memory().page(gpa.gfn()) {
-            self.host.before_write(gpa, len);
             let v = self.cpu.gpr[reg::RAX].to_le_bytes();
             // SAFETY: the page is backed and the run lies inside it.
             unsafe { fill(page.add(gpa.page_offset() as usize), len, &v[..s.size]) };
+            self.host.written(gpa, len);
         }
         self.advance_both(s, n);
         Ok(n)
@@ -337,7 +337,6 @@ impl<H: Host> Cx<'_, H> {
         let memory = self.host.memory();
         let (source, target) = (memory.page(from.gfn()), memory.page(to.gfn()));
         if let Some(target) = target {
-            self.host.before_write(to, len);
             // SAFETY: both pages are backed and both runs lie inside their pages.
             unsafe {
                 let target = target.add(to.page_offset() as usize);
@@ -354,6 +353,7 @@ impl<H: Host> Cx<'_, H> {
                     None => fill(target, len, &[0xff]),
                 }
             }
+            self.host.written(to, len);
         }
         self.advance_both(s, n);
         Ok(n)

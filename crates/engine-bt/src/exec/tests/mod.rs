@@ -75,7 +75,7 @@ impl Host for TestHost {
         self.vendor
     }
 
-    fn before_write(&mut self, gpa: Gpa, len: usize) {
+    fn written(&mut self, gpa: Gpa, len: usize) {
         assert!(gpa.page_offset() + len as u64 <= 4096);
         self.writes.push((gpa.0, len));
     }
