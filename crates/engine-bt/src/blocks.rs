@@ -104,20 +104,20 @@ impl Block {
     }
 }
 
-/// One bit for each guest frame that has translations. Read by every vCPU without a lock.
+/// One bit for each guest frame. Read by every vCPU without a lock.
 #[derive(Debug)]
-pub struct CodePages(Vec<AtomicU64>);
+struct Bits(Vec<AtomicU64>);
 
-impl CodePages {
-    pub fn new(frames: u64) -> CodePages {
-        CodePages(
+impl Bits {
+    fn new(frames: u64) -> Bits {
+        Bits(
             (0..frames.div_ceil(64))
                 .map(|_| AtomicU64::new(0))
                 .collect(),
         )
     }
 
-    pub fn contains(&self, gfn: Gfn) -> bool {
+    fn contains(&self, gfn: Gfn) -> bool {
         self.0
             .get((gfn.0 / 64) as usize)
             .is_some_and(|w| w.load(Ordering::Acquire) & 1 << (gfn.0 % 64) != 0)
@@ -129,14 +129,65 @@ impl CodePages {
         self.0[(gfn.0 / 64) as usize].fetch_or(bit, Ordering::SeqCst) & bit == 0
     }
 
-    fn remove(&self, gfn: Gfn) {
-        self.0[(gfn.0 / 64) as usize].fetch_and(!(1 << (gfn.0 % 64)), Ordering::SeqCst);
+    /// True if the bit was set.
+    fn remove(&self, gfn: Gfn) -> bool {
+        let bit = 1 << (gfn.0 % 64);
+        self.0[(gfn.0 / 64) as usize].fetch_and(!bit, Ordering::SeqCst) & bit != 0
     }
 
     fn clear(&self) {
         for w in &self.0 {
             w.store(0, Ordering::SeqCst);
         }
+    }
+}
+
+/// The guest frames whose bytes are executed: those that have translations, and among them those that address-space processes execute.
+#[derive(Debug)]
+pub struct CodePages {
+    code: Bits,
+    direct: Bits,
+    /// Counts frames that address-space processes may no longer execute without another look at them.
+    changes: AtomicU64,
+}
+
+impl CodePages {
+    pub fn new(frames: u64) -> CodePages {
+        CodePages {
+            code: Bits::new(frames),
+            direct: Bits::new(frames),
+            changes: AtomicU64::new(0),
+        }
+    }
+
+    pub fn contains(&self, gfn: Gfn) -> bool {
+        self.code.contains(gfn)
+    }
+
+    /// Notes that address-space processes execute the frame. It must be marked as code, and its bytes be read after this.
+    pub fn mark_direct(&self, gfn: Gfn) {
+        self.direct.insert(gfn);
+    }
+
+    /// Whether the frame has not been written since [`CodePages::mark_direct`].
+    pub fn is_direct(&self, gfn: Gfn) -> bool {
+        self.direct.contains(gfn)
+    }
+
+    pub fn direct_changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    fn drop_direct(&self, gfn: Gfn) {
+        if self.direct.remove(gfn) {
+            self.changes.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    fn clear(&self) {
+        self.direct.clear();
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        self.code.clear();
     }
 }
 
@@ -243,7 +294,7 @@ impl Blocks {
 
     /// Marks the page as one with code. True if it was not: then stores to it must be stopped on every vCPU before its bytes are read.
     pub fn mark(&mut self, pages: &CodePages, gfn: Gfn) -> bool {
-        pages.insert(gfn)
+        pages.code.insert(gfn)
     }
 
     /// Adds a translation that was made for the position [`Blocks::place`] gave. `second` is the physical address of the page behind, for an
@@ -292,8 +343,9 @@ impl Blocks {
     /// Drops the blocks that depend on any of these bytes, which lie in one page. True if there were any.
     pub fn invalidate(&mut self, code: &CodeMemory, pages: &CodePages, gpa: Gpa, len: u64) -> bool {
         let gfn = gpa.gfn();
+        pages.drop_direct(gfn);
         let Some(page) = self.pages.get_mut(&gfn.0) else {
-            pages.remove(gfn);
+            pages.code.remove(gfn);
             return false;
         };
         let (start, end) = (gpa.0, gpa.0 + len);
@@ -324,7 +376,7 @@ impl Blocks {
         let dropped = page.blocks.len() != before;
         if page.blocks.is_empty() {
             self.pages.remove(&gfn.0);
-            pages.remove(gfn);
+            pages.code.remove(gfn);
         }
         dropped
     }

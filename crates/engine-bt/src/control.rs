@@ -1,6 +1,7 @@
 //! What other threads may ask of a vCPU.
 
 use std::fmt;
+use std::os::fd::RawFd;
 use std::sync::OnceLock;
 use std::sync::atomic::{
     AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering,
@@ -8,6 +9,7 @@ use std::sync::atomic::{
 
 use hospes_engine::{VcpuControl, Waker};
 
+use crate::direct::process;
 use crate::signal;
 
 /// Requests to a vCPU; it looks at them before it goes back to translated code.
@@ -42,6 +44,8 @@ pub struct Control {
     waker: OnceLock<Waker>,
     /// Set while the vCPU may execute translated code.
     in_code: AtomicBool,
+    /// 1 more than the descriptor that stops the address-space process which runs for this vCPU; 0 without one.
+    direct: AtomicI32,
     tid: AtomicI32,
     /// The frame's `busy`: while it is set, a kick waits for the end of what the guest is doing, perhaps a copy in memory.
     busy: AtomicPtr<u8>,
@@ -90,14 +94,14 @@ impl Control {
         }
         membarrier();
         let inside = running.filter(|c| c.in_code.load(Ordering::SeqCst));
-        let mut kicked = false;
+        let (mut kicked, mut all_threads) = (false, true);
         for control in inside.clone() {
-            signal::kick_thread(control.tid.load(Ordering::SeqCst));
+            all_threads &= control.stop_code();
             kicked = true;
         }
         // A thread that does not run now takes the signal before anything else; one that runs passes through the host's kernel, and takes
         // it there, before this barrier is complete.
-        let taken = kicked && membarrier();
+        let taken = kicked && membarrier() && all_threads;
         for control in inside {
             while (control.is_busy() || !taken) && control.has_not_seen(bits) {
                 std::thread::yield_now();
@@ -119,12 +123,34 @@ impl Control {
         }
         membarrier();
         if self.in_code.load(Ordering::SeqCst) {
-            signal::kick_thread(self.tid.load(Ordering::SeqCst));
+            self.stop_code();
         }
+    }
+
+    /// Makes a vCPU that is inside leave; false where it runs in an address-space process, of which membarrier knows nothing.
+    fn stop_code(&self) -> bool {
+        let n = self.direct.load(Ordering::SeqCst);
+        if n == 0 {
+            signal::kick_thread(self.tid.load(Ordering::SeqCst));
+        } else {
+            process::kick(n - 1);
+        }
+        n == 0
     }
 
     fn has_not_seen(&self, bits: u32) -> bool {
         self.in_code.load(Ordering::SeqCst) && self.requests.load(Ordering::SeqCst) & bits != 0
+    }
+
+    /// Declares that the vCPU is about to run in the address-space process with this kick descriptor.
+    pub fn enter_direct(&self, kick_fd: RawFd) {
+        self.direct.store(kick_fd + 1, Ordering::SeqCst);
+        self.enter_code();
+    }
+
+    pub fn leave_direct(&self) {
+        self.leave_code();
+        self.direct.store(0, Ordering::SeqCst);
     }
 
     /// Waits until the vCPU has seen what was posted, or is sure to see it before it executes translated code again.

@@ -13,6 +13,7 @@ use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE, VcpuId};
 use iced_x86::{Instruction, Mnemonic};
 
 use crate::control::{Control, request};
+use crate::direct::Direct;
 use crate::exec::{
     Access, Delivery, Host, Ipi, NativeFault, Operand, PageFault, Shorthand, TlbFlush, Vendor,
     lapic, vector, walk,
@@ -40,6 +41,7 @@ pub(crate) struct BtHost {
     pub control: Arc<Control>,
     pub frame: FrameBox,
     pub jumps: Jumps,
+    pub direct: Direct,
     /// x87 state is in the processor, vector state in the frame, and not in the XSAVE image.
     pub attached: bool,
     /// Position in the code cache to go on at, instead of looking RIP up.
@@ -71,12 +73,14 @@ impl BtHost {
         miss: u64,
     ) -> BtHost {
         let snippet_next = shared.snippets(id).start;
+        let direct = Direct::new(shared.options.direct);
         BtHost {
             shared,
             id,
             control,
             frame,
             jumps: Jumps::new(miss),
+            direct,
             attached: false,
             resume_at: None,
             generation: 0,
@@ -161,7 +165,7 @@ impl BtHost {
 
     /// Makes a block known to jumps to its address; code that does without groups is not for those.
     pub fn add_jump(&mut self, mode: Mode, pc: u64, direct: u32, indirect: u32, mapping: Mapping) {
-        if mode.has(Mode::SINGLE) {
+        if mode.has(Mode::SINGLE) || mode.has(Mode::USER) && self.direct.hold_jumps {
             return;
         }
         let address = self.shared.code.address(indirect as usize) as u64;
@@ -178,6 +182,7 @@ impl BtHost {
         for table in &mut self.frame.tlb {
             table.fill(TlbEntry::INVALID);
         }
+        self.direct.flush_all();
         for list in &mut self.filled {
             list.clear();
         }
@@ -230,6 +235,7 @@ impl BtHost {
 
     /// Makes stores to a frame take the slow path.
     pub fn drop_write_tags(&mut self, gfn: Gfn) {
+        self.direct.flush_rights();
         for table in &mut self.frame.tlb {
             for e in table.iter_mut() {
                 if e.gfn & !MARKS == gfn.0 {
@@ -240,6 +246,7 @@ impl BtHost {
     }
 
     pub fn drop_all_write_tags(&mut self) {
+        self.direct.flush_rights();
         for table in &mut self.frame.tlb {
             for e in table.iter_mut() {
                 e.write = TLB_INVALID;
@@ -395,6 +402,13 @@ impl Host for BtHost {
     }
 
     fn tlb_flush(&mut self, _cpu: &CpuState, what: TlbFlush) {
+        match what {
+            // Processes belong to one address space each.
+            TlbFlush::Switch => {}
+            TlbFlush::Page(gva) | TlbFlush::PageOfPcid { gva, .. } => self.direct.flush_page(gva),
+            TlbFlush::Pcid(pcid) => self.direct.flush_pcid(pcid),
+            TlbFlush::All | TlbFlush::NonGlobal => self.direct.flush_all(),
+        }
         match what {
             TlbFlush::All => self.flush_all(),
             // Entries carry no PCID: only those of the present one exist.

@@ -17,6 +17,7 @@
 mod blocks;
 mod cache;
 mod control;
+mod direct;
 pub mod exec;
 mod flat;
 mod fpu;

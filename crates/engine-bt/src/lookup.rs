@@ -103,7 +103,7 @@ impl BtVcpu {
     }
 
     /// Marks a page as one with code, on all vCPUs, before its bytes are read.
-    fn mark_code(&mut self, t: &mut Translations, gpa: Gpa) {
+    pub(crate) fn mark_code(&mut self, t: &mut Translations, gpa: Gpa) {
         let shared = self.host.shared.clone();
         if t.blocks.mark(&shared.pages, gpa.gfn()) {
             self.host.drop_write_tags(gpa.gfn());

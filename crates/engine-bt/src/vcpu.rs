@@ -368,6 +368,7 @@ impl BtVcpu {
     }
 
     fn interrupt(&mut self, vector: u8, nmi: bool) -> Step {
+        self.direct_tick();
         self.host.frame.cpu.activity = Activity::Running;
         self.host.resume_at = None;
         let cpu = self.host.cpu_ptr();
@@ -409,6 +410,12 @@ impl BtVcpu {
                         interrupts_enabled: on,
                     });
                 }
+            }
+            if self.direct_ready() {
+                if let Some(exit) = self.run_direct() {
+                    return Ok(exit);
+                }
+                continue;
             }
             let cpu = &self.host.frame.cpu;
             let mode = if self.host.shared.options.interpret

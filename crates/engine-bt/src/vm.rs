@@ -34,6 +34,8 @@ pub struct Options {
     pub code_bytes: usize,
     /// Executes every instruction one at a time through the instruction semantics, without translation: slow, for comparison.
     pub interpret: bool,
+    /// Runs long bursts of user code natively in processes of their own.
+    pub direct: bool,
 }
 
 impl Default for Options {
@@ -41,6 +43,7 @@ impl Default for Options {
         Options {
             code_bytes: 128 << 20,
             interpret: false,
+            direct: true,
         }
     }
 }

@@ -221,7 +221,8 @@ impl GuestMemory {
         .map_err(host("discard", PAGE_SIZE))
     }
 
-    fn fd_offset(&self, gfn: Gfn) -> Option<u64> {
+    /// Where a frame of RAM lies in the memory file, in bytes; `None` for special pages.
+    pub fn fd_offset(&self, gfn: Gfn) -> Option<u64> {
         let a = gfn.gpa().0;
         let mut before = 0;
         for r in &self.ram {

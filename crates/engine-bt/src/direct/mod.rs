@@ -1,0 +1,123 @@
+//! Direct execution: long bursts of guest user code run natively, each guest address space in a process of its own that holds nothing else.
+//!
+//! The translator stays in charge: it decides every fault. A burst ends with whatever the process stops for; the instruction that stopped it is executed once more by
+//! the engine, with the guest's own tables. Memory is the guest's: the process maps pages of the same memory file, as far as the guest's tables allow.
+//!
+//! Invariants
+//! * Nothing of the monitor and no page that guest user code may not reach is mapped in such a process, but for a page of mapping calls and their table.
+//! * No system call of guest code is carried out by the host.
+//! * A page is mapped writable only where the guest's entry is dirty and the frame has no translations, and executable only where it has been scanned since it was
+//!   last written.
+//! * Each vCPU has its own processes: they are flushed when its TLB is.
+//!
+//! Limits: 64-bit code with flat selectors and 4-level paging; without debug registers, single stepping or a shifted TSC. Instructions that the host has and the guest's CPUID does
+//! not show are executed.
+
+mod mirror;
+mod policy;
+pub mod process;
+mod run;
+mod scan;
+mod stub;
+
+use std::collections::{HashMap, HashSet};
+
+use hospes_units::Gva;
+
+use mirror::Mirror;
+use policy::Policy;
+use process::Process;
+
+/// Address spaces of one vCPU that have a process at a time.
+const SPACES: usize = 12;
+/// Mappings of a process before it is emptied: the host's default limit is 65,530.
+const MOST_RANGES: usize = 40_000;
+
+/// What a scan of a frame came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Suspects {
+    /// At these offsets, few enough for breakpoints.
+    At(Vec<u16>),
+    Many,
+}
+
+/// An address space with its process.
+#[derive(Debug)]
+struct Space {
+    root: u64,
+    /// The PCID it was last run with.
+    pcid: u16,
+    process: Process,
+    mirror: Mirror,
+    /// Pages whose code must stay in the translator.
+    excluded: HashSet<u64>,
+    /// Addresses that the process stops before.
+    breakpoints: Vec<u64>,
+}
+
+/// A vCPU's side of direct execution.
+#[derive(Debug)]
+pub(crate) struct Direct {
+    enabled: bool,
+    policy: Policy,
+    /// The most recently used is the last.
+    spaces: Vec<Space>,
+    /// The translator takes what comes next, whatever it is.
+    pass: bool,
+    /// User code runs in an address space that is run natively: jumps are not remembered, so that each comes back here.
+    pub hold_jumps: bool,
+    /// Frames that were scanned, at this count of changes.
+    suspects: HashMap<u64, Suspects>,
+    suspects_at: u64,
+    scratch: Vec<u8>,
+}
+
+impl Direct {
+    pub fn new(wanted: bool) -> Direct {
+        Direct {
+            enabled: wanted && host_suits(),
+            policy: Policy::default(),
+            spaces: Vec::new(),
+            pass: false,
+            hold_jumps: false,
+            suspects: HashMap::new(),
+            suspects_at: 0,
+            scratch: Vec::new(),
+        }
+    }
+
+    /// The TLB was flushed for one PCID. An address space that was run with another is flushed when it changes to this one.
+    pub fn flush_pcid(&mut self, pcid: u16) {
+        for space in self.spaces.iter_mut().filter(|s| s.pcid == pcid) {
+            space.mirror.flush_all();
+        }
+    }
+
+    /// The TLB was flushed: as a whole, or for all that is not global, which user pages need not be.
+    pub fn flush_all(&mut self) {
+        for space in &mut self.spaces {
+            space.mirror.flush_all();
+        }
+    }
+
+    pub fn flush_page(&mut self, gva: Gva) {
+        for space in &mut self.spaces {
+            space.mirror.flush_page(gva.0 >> 12);
+        }
+    }
+
+    /// Some frame has become one with code, which nobody may write unseen.
+    pub fn flush_rights(&mut self) {
+        for space in &mut self.spaces {
+            space.mirror.flush_rights();
+        }
+    }
+}
+
+/// Whether the host gives user code what guests are told: FS and GS base instructions, and addresses of the same width.
+fn host_suits() -> bool {
+    const HWCAP2_FSGSBASE: u64 = 1 << 1;
+    // SAFETY: reads a word the kernel passed to the process.
+    let capabilities = unsafe { libc::getauxval(libc::AT_HWCAP2) };
+    capabilities & HWCAP2_FSGSBASE != 0
+}

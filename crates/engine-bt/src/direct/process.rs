@@ -1,0 +1,771 @@
+//! An address-space process: an otherwise empty process in which guest user code runs natively, traced by one vCPU's thread.
+//!
+//! It holds nothing but what is mapped into it from the guest's memory file, and one small area of ours at a random address: a page of code that
+//! makes mapping calls, and the table of those calls. It runs guest code under `PTRACE_SYSEMU` only, so no system call of the guest is ever
+//! carried out by the host; a filter allows mapping calls alone should one get through. It dies with the tracing thread.
+
+use std::ffi::{CStr, c_int, c_void};
+use std::io::{Error, Result};
+use std::mem;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+
+use super::stub::{self, Call};
+
+const PAGE: usize = 4096;
+/// Pages of the table of calls.
+const TABLE_PAGES: usize = 16;
+const AREA_BYTES: usize = (1 + TABLE_PAGES) * PAGE;
+/// Most calls of one batch.
+pub const BATCH_CALLS: usize = TABLE_PAGES * PAGE / size_of::<Call>();
+
+/// The end of what a process may map, with 4-level paging.
+pub const USER_END: u64 = 0x7fff_ffff_f000;
+
+/// Breakpoints a process may have: those of the processor.
+pub const BREAKPOINTS: usize = 4;
+/// `si_code` of a stop at one of them.
+pub const AT_BREAKPOINT: i32 = 4;
+
+/// Makes a running process stop; nothing else sends it.
+const KICK: i32 = libc::SIGUSR1;
+
+/// Room for the largest XSAVE image of any processor so far.
+const XSTATE_ROOM: usize = 16 * 1024;
+const NT_X86_XSTATE: usize = 0x202;
+
+const ALL_CHILDREN: c_int = libc::__WALL;
+
+pub type Registers = libc::user_regs_struct;
+
+/// Why guest code stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// About to make a system call, by whichever instruction.
+    Syscall,
+    /// A signal other than a kick: with the address of the fault where it has one.
+    Fault {
+        signal: i32,
+        code: i32,
+        address: u64,
+    },
+    /// Execution of the host's vsyscall page; the process must not go on.
+    Vsyscall,
+    Kick,
+    /// The process is gone.
+    Dead,
+}
+
+/// An address-space process, stopped unless inside [`Process::run`].
+#[derive(Debug)]
+pub struct Process {
+    pid: i32,
+    pidfd: OwnedFd,
+    /// Address of the area inside the process.
+    base: u64,
+    area_fd: OwnedFd,
+    /// The area as this process sees it.
+    area: *mut u8,
+    memory_fd: RawFd,
+    template: Registers,
+    xstate_bytes: usize,
+}
+
+// SAFETY: the mapping behind `area` is owned by this value alone. Only the thread that made the process can trace it; in another all calls fail, and dropping it there
+// kills and reaps it as well.
+unsafe impl Send for Process {}
+
+fn check(result: i64) -> Result<i64> {
+    if result < 0 {
+        Err(Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+fn memfd(name: &CStr, bytes: &[u8]) -> Result<OwnedFd> {
+    const MFD_EXEC: u32 = 0x10;
+    // SAFETY: plain system calls; the name is terminated, and each descriptor is owned by what wraps it.
+    unsafe {
+        let mut fd = libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | MFD_EXEC);
+        if fd < 0 {
+            // Kernels before 6.3 do not know the flag and need none.
+            fd = libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC);
+        }
+        check(i64::from(fd))?;
+        let fd = OwnedFd::from_raw_fd(fd);
+        let written = libc::write(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len());
+        if check(written as i64)? as usize != bytes.len() {
+            return Err(Error::from(std::io::ErrorKind::WriteZero));
+        }
+        Ok(fd)
+    }
+}
+
+struct Setup {
+    elf: RawFd,
+    area: RawFd,
+    memory: RawFd,
+}
+
+/// The child's side, in the parent's memory until it executes the ELF file: system calls only.
+extern "C" fn child(arg: *mut c_void) -> c_int {
+    // SAFETY: the parent passes a `Setup` that lives until it goes on, which it does after the exec; all else are system calls on plain values.
+    unsafe {
+        let setup = &*arg.cast::<Setup>();
+        libc::syscall(
+            libc::SYS_close_range,
+            0,
+            u32::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        );
+        libc::fcntl(setup.area, libc::F_SETFD, 0);
+        libc::fcntl(setup.memory, libc::F_SETFD, 0);
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        let none = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        libc::setrlimit(libc::RLIMIT_CORE, &none);
+        let mut mask: libc::sigset_t = mem::zeroed();
+        libc::sigemptyset(&mut mask);
+        libc::sigprocmask(libc::SIG_SETMASK, &mask, ptr::null_mut());
+        libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
+        let argv = [c"hospes-direct".as_ptr(), ptr::null()];
+        let envp: [*const libc::c_char; 1] = [ptr::null()];
+        libc::syscall(
+            libc::SYS_execveat,
+            setup.elf,
+            c"".as_ptr(),
+            argv.as_ptr(),
+            envp.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        );
+        libc::_exit(127)
+    }
+}
+
+/// Starts the child, stopped at the first instruction of the ELF file.
+fn spawn(setup: &Setup) -> Result<i32> {
+    const STACK: usize = 64 * 1024;
+    let mut stack = vec![0u8; STACK];
+    // SAFETY: the stack and the argument live until the child has left this memory: with CLONE_VFORK `clone` returns only then. Signals are blocked
+    // meanwhile, so that no handler runs in the child.
+    let pid = unsafe {
+        let mut all: libc::sigset_t = mem::zeroed();
+        let mut old: libc::sigset_t = mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut old);
+        let top = stack.as_mut_ptr().add(STACK);
+        let top = top.sub(top as usize % 16);
+        let pid = libc::clone(
+            child,
+            top.cast(),
+            libc::CLONE_VM | libc::CLONE_VFORK,
+            (&raw const *setup).cast_mut().cast(),
+        );
+        let fault = Error::last_os_error();
+        libc::pthread_sigmask(libc::SIG_SETMASK, &old, ptr::null_mut());
+        if pid < 0 {
+            return Err(fault);
+        }
+        pid
+    };
+    match wait(pid)? {
+        status if libc::WIFSTOPPED(status) && libc::WSTOPSIG(status) == libc::SIGTRAP => Ok(pid),
+        status => {
+            kill_and_reap(pid, status);
+            Err(Error::other(
+                "an address-space process did not start: is ptrace allowed?",
+            ))
+        }
+    }
+}
+
+fn wait(pid: i32) -> Result<c_int> {
+    let mut status = 0;
+    loop {
+        // SAFETY: `status` is writable for the call.
+        match unsafe { libc::waitpid(pid, &mut status, ALL_CHILDREN) } {
+            -1 => {
+                let fault = Error::last_os_error();
+                if fault.raw_os_error() != Some(libc::EINTR) {
+                    return Err(fault);
+                }
+            }
+            _ => return Ok(status),
+        }
+    }
+}
+
+fn kill_and_reap(pid: i32, status: c_int) {
+    if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
+        return;
+    }
+    // SAFETY: the child has not been reaped, so the number is still its own.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
+    while let Ok(status) = wait(pid) {
+        if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
+            return;
+        }
+    }
+}
+
+fn ptrace(request: libc::c_uint, pid: i32, addr: usize, data: *mut c_void) -> Result<()> {
+    // SAFETY: callers pass addresses of live buffers of the size that the request asks for.
+    check(unsafe { libc::ptrace(request, pid, addr, data) })?;
+    Ok(())
+}
+
+impl Process {
+    /// Starts an empty process traced by the calling thread, into which pages of the memory file can be mapped.
+    pub fn new(memory_fd: RawFd) -> Result<Process> {
+        let elf = memfd(c"hospes-direct", &stub::elf())?;
+        let mut content = stub::code_page();
+        content.resize(AREA_BYTES, 0);
+        let area_fd = memfd(c"hospes-direct-area", &content)?;
+        // SAFETY: a new shared mapping of a file of this size, at an address the kernel chooses.
+        let area = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                AREA_BYTES,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                area_fd.as_raw_fd(),
+                0,
+            )
+        };
+        if area == libc::MAP_FAILED {
+            return Err(Error::last_os_error());
+        }
+        let unmap = || {
+            // SAFETY: the mapping was made above and nobody else has it.
+            unsafe { libc::munmap(area, AREA_BYTES) };
+        };
+        let setup = Setup {
+            elf: elf.as_raw_fd(),
+            area: area_fd.as_raw_fd(),
+            memory: memory_fd,
+        };
+        let pid = spawn(&setup).inspect_err(|_| unmap())?;
+        // SAFETY: a plain system call; the result is checked before it is owned.
+        let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+        let pidfd = check(pidfd).inspect_err(|_| {
+            kill_and_reap(pid, 0x137f);
+            unmap();
+        })?;
+        // SAFETY: the descriptor was just made for us.
+        let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd as RawFd) };
+        // SAFETY: an all-zero register structure is valid; it is overwritten at once.
+        let template = unsafe { mem::zeroed() };
+        let mut process = Process {
+            pid,
+            pidfd,
+            base: 0,
+            area_fd,
+            area: area.cast(),
+            memory_fd,
+            template,
+            xstate_bytes: 0,
+        };
+        process.prepare()?;
+        Ok(process)
+    }
+
+    fn prepare(&mut self) -> Result<()> {
+        let options =
+            libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACESECCOMP;
+        ptrace(
+            libc::PTRACE_SETOPTIONS,
+            self.pid,
+            0,
+            ptr::without_provenance_mut(options as usize),
+        )?;
+        self.template = self.registers()?;
+        self.xstate_bytes = self.read_xstate(&mut vec![0; XSTATE_ROOM])?;
+        self.map_area(stub::FIRST_CALL)?;
+        for range in self.foreign_ranges()? {
+            self.call_checked(
+                self.base + stub::ONE,
+                [
+                    libc::SYS_munmap as u64,
+                    range.start,
+                    range.end - range.start,
+                    0,
+                    0,
+                    0,
+                    0,
+                ],
+            )?;
+        }
+        self.install_filter()
+    }
+
+    /// Maps the area at a new random address, by a system-call instruction at `via`.
+    fn map_area(&mut self, via: u64) -> Result<()> {
+        let prot = [libc::PROT_READ | libc::PROT_EXEC, libc::PROT_READ];
+        for _ in 0..16 {
+            let mut random = [0u8; 8];
+            // SAFETY: the buffer has the given size.
+            check(unsafe { libc::getrandom(random.as_mut_ptr().cast(), 8, 0) } as i64)?;
+            // Between 4 GiB and 64 TiB.
+            let base = (u64::from_le_bytes(random) & 0x3fff_ffff_f000) | 1 << 32;
+            let flags = libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE;
+            let map = |at: u64, bytes: usize, prot: i32, offset: usize| {
+                [
+                    libc::SYS_mmap as u64,
+                    at,
+                    bytes as u64,
+                    prot as u64,
+                    flags as u64,
+                    self.area_fd.as_raw_fd() as u64,
+                    offset as u64,
+                ]
+            };
+            if self.call(via, map(base, PAGE, prot[0], 0))? as u64 != base {
+                continue;
+            }
+            let table = map(base + PAGE as u64, AREA_BYTES - PAGE, prot[1], PAGE);
+            if self.call(base + stub::ONE, table)? as u64 != base + PAGE as u64 {
+                self.call(
+                    base + stub::ONE,
+                    [libc::SYS_munmap as u64, base, PAGE as u64, 0, 0, 0, 0],
+                )?;
+                continue;
+            }
+            self.base = base;
+            return Ok(());
+        }
+        Err(Error::other("no free address in an empty address space"))
+    }
+
+    /// What is mapped and is not the area.
+    fn foreign_ranges(&self) -> Result<Vec<std::ops::Range<u64>>> {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid))?;
+        let parse = |s: &str| u64::from_str_radix(s, 16).ok();
+        let ranges = maps.lines().filter_map(|line| {
+            let (start, rest) = line.split_once('-')?;
+            let range = parse(start)?..parse(rest.split(' ').next()?)?;
+            Some(range)
+        });
+        Ok(ranges
+            .filter(|r| r.end <= USER_END && !self.in_area(r.start))
+            .collect())
+    }
+
+    /// From here on the process can make mapping calls and no others.
+    fn install_filter(&self) -> Result<()> {
+        const LOAD: u64 = 0x20;
+        const JUMP_EQUAL: u64 = 0x15;
+        const RETURN: u64 = 0x06;
+        const X86_64: u64 = 0xc000_003e;
+        const ALLOW: u64 = 0x7fff_0000;
+        const TRACE: u64 = 0x7ff0_0000;
+        let op = |code: u64, yes: u64, no: u64, k: u64| code | yes << 16 | no << 24 | k << 32;
+        let filter = [
+            op(LOAD, 0, 0, 4),
+            op(JUMP_EQUAL, 0, 4, X86_64),
+            op(LOAD, 0, 0, 0),
+            op(JUMP_EQUAL, 3, 0, libc::SYS_mmap as u64),
+            op(JUMP_EQUAL, 2, 0, libc::SYS_munmap as u64),
+            op(JUMP_EQUAL, 1, 0, libc::SYS_mprotect as u64),
+            op(RETURN, 0, 0, TRACE),
+            op(RETURN, 0, 0, ALLOW),
+        ];
+        let table = self.base + PAGE as u64;
+        self.put(0, &[filter.len() as u64, table + 16]);
+        self.put(2, &filter);
+        let one = self.base + stub::ONE;
+        let no_new = libc::PR_SET_NO_NEW_PRIVS as u64;
+        self.call_checked(one, [libc::SYS_prctl as u64, no_new, 1, 0, 0, 0, 0])?;
+        let mode = u64::from(libc::SECCOMP_SET_MODE_FILTER);
+        self.call_checked(one, [libc::SYS_seccomp as u64, mode, 0, table, 0, 0, 0])?;
+        self.put(0, &[0; 10]);
+        Ok(())
+    }
+
+    /// Writes words into the table of calls.
+    fn put(&self, at: usize, words: &[u64]) {
+        assert!((at + words.len()) * 8 <= TABLE_PAGES * PAGE);
+        // SAFETY: the range lies in the mapped table, which is aligned; the process that shares it is stopped.
+        unsafe {
+            let table = self.area.add(PAGE).cast::<u64>();
+            ptr::copy_nonoverlapping(words.as_ptr(), table.add(at), words.len());
+        }
+    }
+
+    /// Whether an address of the process lies in the area.
+    pub fn in_area(&self, address: u64) -> bool {
+        (self.base..self.base + AREA_BYTES as u64).contains(&address)
+    }
+
+    /// Moves the area because the guest uses its address.
+    pub fn move_area(&mut self) -> Result<()> {
+        let old = self.base;
+        self.map_area(old + stub::ONE)?;
+        let bytes = AREA_BYTES as u64;
+        self.call_checked(
+            self.base + stub::ONE,
+            [libc::SYS_munmap as u64, old, bytes, 0, 0, 0, 0],
+        )
+    }
+
+    /// A call that maps `bytes` at `offset` of the memory file to `address`, in place of what is there.
+    pub fn map_call(&self, address: u64, bytes: u64, prot: i32, offset: u64) -> Call {
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE;
+        [
+            libc::SYS_mmap as u64,
+            address,
+            bytes,
+            prot as u64,
+            flags as u64,
+            self.memory_fd as u64,
+            offset,
+        ]
+    }
+
+    pub fn unmap_call(address: u64, bytes: u64) -> Call {
+        [libc::SYS_munmap as u64, address, bytes, 0, 0, 0, 0]
+    }
+
+    /// Unmaps everything but the area.
+    pub fn unmap_all(&self) -> Result<()> {
+        let end = self.base + AREA_BYTES as u64;
+        let start = PAGE as u64;
+        self.batch(&[
+            Self::unmap_call(start, self.base - start),
+            Self::unmap_call(end, USER_END - end),
+        ])
+    }
+
+    fn call_checked(&self, via: u64, call: Call) -> Result<()> {
+        let result = self.call(via, call)?;
+        if result < 0 {
+            return Err(Error::from_raw_os_error(-result as i32));
+        }
+        Ok(())
+    }
+
+    /// Makes one system call through the instruction at `via`.
+    fn call(&self, via: u64, call: Call) -> Result<i64> {
+        let mut regs = self.template;
+        regs.rip = via;
+        [
+            regs.rax, regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9,
+        ] = call;
+        Ok(self.run_stub(&mut regs)?.rax as i64)
+    }
+
+    /// Makes all these calls in the process, in order; fails with the first that does.
+    pub fn batch(&self, calls: &[Call]) -> Result<()> {
+        for part in calls.chunks(BATCH_CALLS) {
+            self.put(0, part.as_flattened());
+            let mut regs = self.template;
+            regs.rip = self.base + stub::BATCH;
+            regs.r12 = self.base + PAGE as u64;
+            regs.r13 = part.len() as u64;
+            let after = self.run_stub(&mut regs)?;
+            // What the table says of guest memory is none of the guest program's business.
+            self.put(0, &vec![0; part.as_flattened().len()]);
+            if after.r13 != 0 {
+                return Err(Error::from_raw_os_error(-(after.rax as i64) as i32));
+            }
+        }
+        Ok(())
+    }
+
+    fn run_stub(&self, regs: &mut Registers) -> Result<Registers> {
+        regs.orig_rax = u64::MAX;
+        self.set_registers(regs)?;
+        loop {
+            ptrace(libc::PTRACE_CONT, self.pid, 0, ptr::null_mut())?;
+            let status = wait(self.pid)?;
+            if !libc::WIFSTOPPED(status) {
+                return Err(Error::other("an address-space process has died"));
+            }
+            match libc::WSTOPSIG(status) {
+                libc::SIGTRAP if status >> 16 == 0 => return self.registers(),
+                KICK => {}
+                signal => {
+                    return Err(Error::other(format!(
+                        "an address-space process stopped with signal {signal} while it was prepared"
+                    )));
+                }
+            }
+        }
+    }
+
+    /// Registers to begin with: selectors and flags as the host starts programs.
+    pub fn template(&self) -> Registers {
+        self.template
+    }
+
+    /// What a kick is sent through, see [`kick`].
+    pub fn kick_fd(&self) -> RawFd {
+        self.pidfd.as_raw_fd()
+    }
+
+    pub fn registers(&self) -> Result<Registers> {
+        let mut regs = self.template;
+        ptrace(libc::PTRACE_GETREGS, self.pid, 0, (&raw mut regs).cast())?;
+        Ok(regs)
+    }
+
+    pub fn set_registers(&self, regs: &Registers) -> Result<()> {
+        let p = (&raw const *regs).cast_mut();
+        ptrace(libc::PTRACE_SETREGS, self.pid, 0, p.cast())
+    }
+
+    /// Fills `buf` from the start of the XSAVE image, which is in the standard format; returns the bytes there are.
+    pub fn read_xstate(&self, buf: &mut [u8]) -> Result<usize> {
+        let mut vector = libc::iovec {
+            iov_base: buf.as_mut_ptr().cast(),
+            iov_len: buf.len(),
+        };
+        let p = (&raw mut vector).cast();
+        ptrace(libc::PTRACE_GETREGSET, self.pid, NT_X86_XSTATE, p)?;
+        Ok(vector.iov_len)
+    }
+
+    /// Sets x87, SSE and AVX state from an image in the standard format; all other components are in their initial state afterwards.
+    pub fn write_xstate(&self, image: &[u8], scratch: &mut Vec<u8>) -> Result<()> {
+        scratch.clear();
+        scratch.extend_from_slice(image);
+        scratch.resize(self.xstate_bytes, 0);
+        let mut vector = libc::iovec {
+            iov_base: scratch.as_mut_ptr().cast(),
+            iov_len: scratch.len(),
+        };
+        let p = (&raw mut vector).cast();
+        ptrace(libc::PTRACE_SETREGSET, self.pid, NT_X86_XSTATE, p)
+    }
+
+    /// Lets guest code run until it stops.
+    pub fn run(&self) -> Result<Stop> {
+        ptrace(libc::PTRACE_SYSEMU, self.pid, 0, ptr::null_mut())?;
+        let status = wait(self.pid)?;
+        if !libc::WIFSTOPPED(status) {
+            return Ok(Stop::Dead);
+        }
+        Ok(match libc::WSTOPSIG(status) {
+            signal if signal == libc::SIGTRAP | 0x80 => Stop::Syscall,
+            libc::SIGTRAP if status >> 16 != 0 => Stop::Vsyscall,
+            KICK => Stop::Kick,
+            signal => {
+                let (code, address) = self.fault()?;
+                Stop::Fault {
+                    signal,
+                    code,
+                    address,
+                }
+            }
+        })
+    }
+
+    /// Stops before the instructions at these addresses, at most [`BREAKPOINTS`], and at no others.
+    pub fn set_breakpoints(&self, addresses: &[u64]) -> Result<()> {
+        let register = |n: usize| mem::offset_of!(libc::user, u_debugreg) + 8 * n;
+        let poke = |n: usize, value: u64| {
+            let value = ptr::without_provenance_mut(value as usize);
+            ptrace(libc::PTRACE_POKEUSER, self.pid, register(n), value)
+        };
+        // While they are off any address may be set.
+        poke(7, 0)?;
+        let mut enable = 0;
+        for (n, &address) in addresses.iter().take(BREAKPOINTS).enumerate() {
+            poke(n, address)?;
+            enable |= 1 << (2 * n);
+        }
+        poke(7, enable)
+    }
+
+    /// Code and address of the signal the process stopped with.
+    fn fault(&self) -> Result<(i32, u64)> {
+        // SAFETY: an all-zero siginfo is valid, and the request writes one of this size; the address is read as plain bytes.
+        unsafe {
+            let mut info: libc::siginfo_t = mem::zeroed();
+            ptrace(libc::PTRACE_GETSIGINFO, self.pid, 0, (&raw mut info).cast())?;
+            Ok((info.si_code, info.si_addr() as u64))
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        kill_and_reap(self.pid, 0x137f);
+        // SAFETY: the mapping is ours, and the process that shared it is gone.
+        unsafe { libc::munmap(self.area.cast(), AREA_BYTES) };
+    }
+}
+
+/// Stops a process that runs guest code, or will stop it as soon as it does. From any thread; a descriptor that is closed or another's does no harm.
+pub fn kick(fd: RawFd) {
+    // SAFETY: a plain system call.
+    unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            fd,
+            KICK,
+            ptr::null::<c_void>(),
+            0,
+        )
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CODE: u64 = 0x40_0000;
+
+    /// A process with these bytes at `CODE`, readable and executable, and a writable page behind.
+    fn with_code(code: &[u8]) -> (Process, OwnedFd) {
+        let mut content = code.to_vec();
+        content.resize(2 * PAGE, 0);
+        let memory = memfd(c"test", &content).unwrap();
+        let process = Process::new(memory.as_raw_fd()).unwrap();
+        let (rx, rw) = (
+            libc::PROT_READ | libc::PROT_EXEC,
+            libc::PROT_READ | libc::PROT_WRITE,
+        );
+        let calls = [
+            process.map_call(CODE, PAGE as u64, rx, 0),
+            process.map_call(CODE + PAGE as u64, PAGE as u64, rw, PAGE as u64),
+        ];
+        process.batch(&calls).unwrap();
+        (process, memory)
+    }
+
+    fn start(process: &Process, rip: u64) -> Registers {
+        let mut regs = process.template;
+        regs.rip = rip;
+        regs.orig_rax = u64::MAX;
+        process.set_registers(&regs).unwrap();
+        regs
+    }
+
+    #[test]
+    fn process_is_empty_but_for_the_area() {
+        let (process, _memory) = with_code(&[0x90]);
+        let foreign = process.foreign_ranges().unwrap();
+        assert_eq!(
+            foreign,
+            [
+                CODE..CODE + PAGE as u64,
+                CODE + PAGE as u64..CODE + 2 * PAGE as u64
+            ]
+        );
+    }
+
+    #[test]
+    fn syscall_of_the_guest_stops_and_is_not_made() {
+        // mov eax, SYS_exit_group; syscall; int3
+        let (process, _memory) = with_code(&[0xb8, 231, 0, 0, 0, 0x0f, 0x05, 0xcc]);
+        start(&process, CODE);
+        assert_eq!(process.run().unwrap(), Stop::Syscall);
+        let regs = process.registers().unwrap();
+        assert_eq!((regs.orig_rax, regs.rip), (231, CODE + 7));
+        assert_eq!(
+            process.run().unwrap(),
+            Stop::Fault {
+                signal: libc::SIGTRAP,
+                code: 0x80,
+                address: 0
+            }
+        );
+        assert_eq!(process.registers().unwrap().rip, CODE + 8);
+    }
+
+    #[test]
+    fn fault_tells_the_address() {
+        // mov al, [0x12345678]
+        let (process, _memory) = with_code(&[0x8a, 0x04, 0x25, 0x78, 0x56, 0x34, 0x12]);
+        start(&process, CODE);
+        assert_eq!(
+            process.run().unwrap(),
+            Stop::Fault {
+                signal: libc::SIGSEGV,
+                code: 1,
+                address: 0x1234_5678
+            }
+        );
+    }
+
+    #[test]
+    fn kick_before_and_during_a_run_stops_it() {
+        // jmp $
+        let (process, _memory) = with_code(&[0xeb, 0xfe]);
+        start(&process, CODE);
+        kick(process.kick_fd());
+        assert_eq!(process.run().unwrap(), Stop::Kick);
+        let fd = process.kick_fd();
+        std::thread::scope(|s| {
+            s.spawn(move || kick(fd));
+            assert_eq!(process.run().unwrap(), Stop::Kick);
+        });
+        assert_eq!(process.registers().unwrap().rip, CODE);
+    }
+
+    #[test]
+    fn area_moves_and_still_serves() {
+        let (mut process, _memory) = with_code(&[0xeb, 0xfe]);
+        let old = process.base;
+        process.move_area().unwrap();
+        assert!(!process.in_area(old));
+        process.unmap_all().unwrap();
+        assert!(process.foreign_ranges().unwrap().is_empty());
+    }
+
+    #[test]
+    fn mapping_calls_are_the_only_ones_left() {
+        let (process, _memory) = with_code(&[0x90]);
+        let getpid = [libc::SYS_getpid as u64, 0, 0, 0, 0, 0, 0];
+        assert!(process.call(process.base + stub::ONE, getpid).is_err());
+    }
+
+    #[test]
+    fn breakpoint_stops_before_its_instruction() {
+        // nop; cpuid; nop; int3
+        let (process, _memory) = with_code(&[0x90, 0x0f, 0xa2, 0x90, 0xcc]);
+        process.set_breakpoints(&[CODE + 0x100, CODE + 1]).unwrap();
+        start(&process, CODE);
+        let stop = process.run().unwrap();
+        assert!(
+            matches!(
+                stop,
+                Stop::Fault {
+                    signal: libc::SIGTRAP,
+                    code: AT_BREAKPOINT,
+                    ..
+                }
+            ),
+            "{stop:?}"
+        );
+        assert_eq!(process.registers().unwrap().rip, CODE + 1);
+        process.set_breakpoints(&[]).unwrap();
+        start(&process, CODE);
+        process.run().unwrap();
+        assert_eq!(process.registers().unwrap().rip, CODE + 5);
+    }
+
+    #[test]
+    fn vector_state_goes_in_and_out() {
+        // vaddps ymm1, ymm0, ymm0; int3
+        let (process, _memory) = with_code(&[0xc5, 0xfc, 0x58, 0xc8, 0xcc]);
+        start(&process, CODE);
+        let mut image = vec![0u8; 832];
+        image[..2].copy_from_slice(&0x37fu16.to_le_bytes());
+        image[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
+        image[512] = 7;
+        for lane in 0..4 {
+            image[160 + 4 * lane..][..4].copy_from_slice(&1.5f32.to_le_bytes());
+            image[576 + 4 * lane..][..4].copy_from_slice(&2.5f32.to_le_bytes());
+        }
+        process.write_xstate(&image, &mut Vec::new()).unwrap();
+        assert!(matches!(process.run().unwrap(), Stop::Fault { .. }));
+        let mut after = vec![0u8; 832];
+        process.read_xstate(&mut after).unwrap();
+        assert_eq!(after[176..180], 3.0f32.to_le_bytes());
+        assert_eq!(after[592..596], 5.0f32.to_le_bytes());
+    }
+}

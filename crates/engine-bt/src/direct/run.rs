@@ -1,0 +1,520 @@
+//! A burst of native execution, from the guest's state to the guest's state.
+
+use std::collections::HashSet;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use hospes_engine::{CpuState, Exit, cr, reg, rflags, seg};
+use hospes_units::{Gfn, Gva, PAGE_SIZE};
+
+use super::mirror::{EXEC, Mapping, Mirror, Page, READ, WRITE, look_up};
+use super::process::{AT_BREAKPOINT, BREAKPOINTS, Process, Registers, Stop, USER_END};
+use super::{MOST_RANGES, SPACES, Space, Suspects, scan};
+use crate::exec::{self, Access, Step, debug_active};
+use crate::fpu;
+use crate::vcpu::BtVcpu;
+
+/// Selectors of 64-bit Linux programs, the only ones that native code may be started with.
+const USER_CS: u16 = 0x33;
+const USER_SS: u16 = 0x2b;
+/// Flags that native code changes by itself.
+const OWN_FLAGS: u64 = rflags::STATUS | rflags::DF | rflags::NT | rflags::AC | rflags::ID;
+/// Flags that must be clear at the start.
+const FORBIDDEN_FLAGS: u64 =
+    rflags::TF | rflags::RF | rflags::AC | rflags::NT | rflags::IOPL | rflags::VM;
+/// Pages looked at around one that is missing: a power of 2.
+const WINDOW: u64 = 64;
+/// Addresses below are the host's to refuse (vm.mmap_min_addr).
+const LOWEST_PAGE: u64 = 16;
+/// Instructions that the engine executes within one burst before the translator takes over.
+const STEPS: u32 = 64;
+/// x87, SSE and AVX state at the beginning of the standard XSAVE format.
+const XSTATE_BYTES: usize = 832;
+const PCID: u64 = 0xfff;
+const ROOT: u64 = ((1 << 46) - 1) & !0xfff;
+
+/// Why a burst ended.
+enum End {
+    /// What the guest's code did: the loop goes on with the state as it is.
+    Done,
+    /// The translator has to execute what comes next.
+    Pass,
+    Interrupted,
+    Exit(Exit),
+    /// The process is of no more use.
+    Broken,
+}
+
+/// What became of a fault.
+enum Filled {
+    /// The mapping has changed: try again.
+    Mapped,
+    /// The engine executes the instruction.
+    Step,
+    /// Code that must not be executed natively.
+    Excluded,
+}
+
+fn suits(cpu: &CpuState) -> bool {
+    const CR4_MUST: u64 = cr::CR4_PAE | cr::CR4_OSFXSR | cr::CR4_OSXSAVE | cr::CR4_FSGSBASE;
+    cpu.cpl() == 3
+        && cpu.code_bits() == 64
+        && cpu.seg[seg::CS].selector == USER_CS
+        && cpu.seg[seg::SS].selector == USER_SS
+        && [seg::DS, seg::ES, seg::FS, seg::GS]
+            .iter()
+            .all(|&s| cpu.seg[s].selector == 0)
+        && cpu.rflags & FORBIDDEN_FLAGS == 0
+        && !cpu.interrupt_shadow
+        && !debug_active(cpu)
+        && cpu.cr0 & (cr::CR0_TS | cr::CR0_EM | cr::CR0_PG) == cr::CR0_PG
+        && cpu.cr4 & (CR4_MUST | cr::CR4_TSD | cr::CR4_LA57) == CR4_MUST
+        && cpu.msr.efer & cr::EFER_NXE != 0
+        && cpu.xcr0 == 7
+        && cpu.msr.tsc_offset == 0
+        && cpu.rip < USER_END
+}
+
+impl BtVcpu {
+    /// An interrupt is about to be delivered: if it comes to user code, that may be worth running natively.
+    pub(crate) fn direct_tick(&mut self) {
+        let cpu = &self.host.frame.cpu;
+        if !self.host.direct.enabled || !suits(cpu) {
+            return;
+        }
+        let root = cpu.cr3 & ROOT;
+        if self.host.direct.policy.tick(root) {
+            // From now on every return to user code is to be seen.
+            self.host.flush_jumps_all();
+        }
+    }
+
+    /// Whether the code at RIP is to run natively now.
+    pub(crate) fn direct_ready(&mut self) -> bool {
+        let host = &mut self.host;
+        let direct = &mut host.direct;
+        direct.hold_jumps = false;
+        if !direct.enabled {
+            return false;
+        }
+        let cpu = &host.frame.cpu;
+        let root = cpu.cr3 & ROOT;
+        if cpu.cpl() != 3 || !direct.policy.is_hot(root) {
+            return false;
+        }
+        direct.hold_jumps = true;
+        if std::mem::take(&mut direct.pass) || !suits(cpu) {
+            return false;
+        }
+        let page = cpu.rip >> 12;
+        !direct
+            .spaces
+            .iter()
+            .any(|s| s.root == root && s.excluded.contains(&page))
+    }
+
+    /// Runs the guest's user code natively until something stops it.
+    pub(crate) fn run_direct(&mut self) -> Option<Exit> {
+        let root = self.host.frame.cpu.cr3 & ROOT;
+        let Some(mut space) = self.take_space(root) else {
+            self.host.direct.policy.give_up(root);
+            return None;
+        };
+        let mut time = Duration::ZERO;
+        let end = self.run_space(&mut space, &mut time).unwrap_or(End::Broken);
+        let direct = &mut self.host.direct;
+        match end {
+            End::Broken => {
+                drop(space);
+                direct.policy.give_up(root);
+                return None;
+            }
+            End::Pass => direct.pass = true,
+            _ => {}
+        }
+        direct.spaces.push(space);
+        let interrupted = matches!(end, End::Interrupted);
+        direct.policy.burst(root, time, interrupted);
+        match end {
+            End::Exit(exit) => Some(exit),
+            _ => None,
+        }
+    }
+
+    /// The address space's process, or one that is empty.
+    fn take_space(&mut self, root: u64) -> Option<Space> {
+        let memory = self.host.shared.memory.fd().as_raw_fd();
+        let direct = &mut self.host.direct;
+        if let Some(n) = direct.spaces.iter().position(|s| s.root == root) {
+            return Some(direct.spaces.remove(n));
+        }
+        if direct.spaces.len() < SPACES {
+            let Ok(process) = Process::new(memory) else {
+                // A host that does not allow it now hardly will later.
+                direct.enabled = !direct.spaces.is_empty();
+                return None;
+            };
+            return Some(Space {
+                root,
+                pcid: 0,
+                process,
+                mirror: Mirror::default(),
+                excluded: HashSet::new(),
+                breakpoints: Vec::new(),
+            });
+        }
+        let mut space = direct.spaces.remove(0);
+        space.process.unmap_all().ok()?;
+        space.mirror.clear();
+        space.excluded.clear();
+        space.breakpoints.clear();
+        space.process.set_breakpoints(&[]).ok()?;
+        space.root = root;
+        Some(space)
+    }
+
+    fn run_space(&mut self, space: &mut Space, time: &mut Duration) -> io::Result<End> {
+        let pcid = (self.host.frame.cpu.cr3 & PCID) as u16;
+        if space.pcid != pcid {
+            space.pcid = pcid;
+            space.mirror.flush_all();
+        }
+        let mut regs = self.load_native(space)?;
+        let mut steps = 0;
+        loop {
+            self.refresh(space)?;
+            // Mapping calls use the registers, too.
+            space.process.set_registers(&regs)?;
+            if self.host.control.has_requests() {
+                self.store_native(space, &regs)?;
+                return Ok(End::Interrupted);
+            }
+            self.host.control.enter_direct(space.process.kick_fd());
+            // Whoever posts a request now sees that we are inside; who did before is seen here.
+            let stop = if self.host.control.has_requests() {
+                Ok(Stop::Kick)
+            } else {
+                let start = Instant::now();
+                let stop = space.process.run();
+                *time += start.elapsed();
+                stop
+            };
+            self.host.control.leave_direct();
+            let stop = stop?;
+            if stop == Stop::Dead {
+                return Err(io::Error::other("the process has died"));
+            }
+            regs = space.process.registers()?;
+            match stop {
+                Stop::Fault {
+                    signal: libc::SIGSEGV,
+                    address,
+                    ..
+                } => match self.fill(space, address, regs.rip, false)? {
+                    Filled::Mapped => continue,
+                    Filled::Step => {}
+                    Filled::Excluded => {
+                        self.store_native(space, &regs)?;
+                        return Ok(End::Done);
+                    }
+                },
+                Stop::Kick => {
+                    self.store_native(space, &regs)?;
+                    return Ok(End::Interrupted);
+                }
+                Stop::Syscall => {
+                    // The processor has done its part of SYSCALL; done again it does the same.
+                    regs.rip -= 2;
+                    regs.rax = regs.orig_rax;
+                    self.store_native(space, &regs)?;
+                    return Ok(End::Pass);
+                }
+                Stop::Vsyscall => {
+                    self.store_native(space, &regs)?;
+                    self.step();
+                    return Ok(End::Broken);
+                }
+                Stop::Fault {
+                    signal: libc::SIGTRAP,
+                    code,
+                    ..
+                } if code != AT_BREAKPOINT => regs.rip = self.before_trap(regs.rip),
+                Stop::Fault { .. } | Stop::Dead => {}
+            }
+            self.store_native(space, &regs)?;
+            steps += 1;
+            if let Step::Exit(exit) = self.step() {
+                return Ok(End::Exit(exit));
+            }
+            if !suits(&self.host.frame.cpu) {
+                return Ok(End::Done);
+            }
+            if steps == STEPS {
+                return Ok(End::Pass);
+            }
+            if let Stop::Fault {
+                signal: libc::SIGSEGV,
+                address,
+                ..
+            } = stop
+            {
+                let rip = self.host.frame.cpu.rip;
+                self.fill(space, address, rip, true)?;
+            }
+            regs = self.load_native(space)?;
+        }
+    }
+
+    /// Loads the guest's vector state into the process; gives its registers for it.
+    fn load_native(&mut self, space: &Space) -> io::Result<Registers> {
+        fpu::store(&mut self.host.frame);
+        let cpu = &self.host.frame.cpu;
+        let image = &cpu.xsave.0[..XSTATE_BYTES];
+        space
+            .process
+            .write_xstate(image, &mut self.host.direct.scratch)?;
+        let mut regs = space.process.template();
+        let g = &cpu.gpr;
+        regs.rax = g[reg::RAX];
+        regs.rcx = g[reg::RCX];
+        regs.rdx = g[reg::RDX];
+        regs.rbx = g[reg::RBX];
+        regs.rsp = g[reg::RSP];
+        regs.rbp = g[reg::RBP];
+        regs.rsi = g[reg::RSI];
+        regs.rdi = g[reg::RDI];
+        [regs.r8, regs.r9, regs.r10, regs.r11] = [g[8], g[9], g[10], g[11]];
+        [regs.r12, regs.r13, regs.r14, regs.r15] = [g[12], g[13], g[14], g[15]];
+        regs.orig_rax = u64::MAX;
+        regs.rip = cpu.rip;
+        regs.eflags = cpu.rflags & OWN_FLAGS | rflags::FIXED | rflags::IF;
+        regs.fs_base = cpu.seg[seg::FS].base;
+        regs.gs_base = cpu.seg[seg::GS].base;
+        Ok(regs)
+    }
+
+    /// Takes the registers of the process as the guest's.
+    fn store_native(&mut self, space: &Space, regs: &Registers) -> io::Result<()> {
+        let cpu = &mut self.host.frame.cpu;
+        cpu.gpr = [
+            regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi,
+            regs.r8, regs.r9, regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15,
+        ];
+        cpu.rip = regs.rip;
+        cpu.rflags = cpu.rflags & !OWN_FLAGS | regs.eflags & OWN_FLAGS;
+        cpu.seg[seg::FS].base = regs.fs_base;
+        cpu.seg[seg::GS].base = regs.gs_base;
+        let image = &mut cpu.xsave.0;
+        space.process.read_xstate(&mut image[..XSTATE_BYTES])?;
+        // What the kernel says of its own format there is not the guest's.
+        image[416..512].fill(0);
+        image[512] &= 7;
+        image[513..XSTATE_BYTES.min(576)].fill(0);
+        fpu::load(&mut self.host.frame);
+        Ok(())
+    }
+
+    /// The program counter of the instruction behind which a trap came.
+    fn before_trap(&self, rip: u64) -> u64 {
+        const INT3: u8 = 0xcc;
+        const INT1: u8 = 0xf1;
+        let mut byte = [0];
+        let at = rip.wrapping_sub(1);
+        let cpu = &self.host.frame.cpu;
+        let memory = &self.host.shared.memory;
+        let read = look_up(memory, cpu.cr3, at >> 12).is_some_and(|m| {
+            let gpa = hospes_units::Gpa(m.gfn.gpa().0 + (at & (PAGE_SIZE - 1)));
+            memory.read(gpa, &mut byte).is_ok()
+        });
+        if read && matches!(byte[0], INT3 | INT1) {
+            at
+        } else {
+            rip
+        }
+    }
+
+    /// Makes the process's mappings agree with what has been flushed.
+    fn refresh(&mut self, space: &mut Space) -> io::Result<()> {
+        if space.mirror.ranges() > MOST_RANGES {
+            space.process.unmap_all()?;
+            space.mirror.clear();
+        }
+        let shared = self.host.shared.clone();
+        let cr3 = self.host.frame.cpu.cr3;
+        let changes = shared.pages.direct_changes();
+        let excluded = &mut space.excluded;
+        let calls = space.mirror.refresh(&space.process, changes, |at, old| {
+            excluded.clear();
+            let m = look_up(&shared.memory, cr3, at)?;
+            let code = shared.pages.contains(m.gfn);
+            let mut prot = READ;
+            if m.writable && m.dirty && !code {
+                prot |= WRITE;
+            }
+            if m.executable && shared.pages.is_direct(m.gfn) {
+                prot |= EXEC;
+            }
+            // An executable page that was written may be writable now: it is mapped again when it is needed.
+            (old.prot & EXEC == 0 || prot & EXEC != 0).then_some(Page {
+                gfn: m.gfn,
+                prot,
+                ..old
+            })
+        });
+        if calls.is_empty() {
+            return Ok(());
+        }
+        space.process.batch(&calls)?;
+        let mirror = &space.mirror;
+        let before = space.breakpoints.len();
+        space
+            .breakpoints
+            .retain(|at| mirror.get(at >> 12).is_some_and(|p| p.prot & EXEC != 0));
+        if space.breakpoints.len() != before {
+            space.process.set_breakpoints(&space.breakpoints)?;
+        }
+        Ok(())
+    }
+
+    /// Maps what is missing at an address, and what is like it around. `stepped`: the engine has just made the access.
+    fn fill(
+        &mut self,
+        space: &mut Space,
+        address: u64,
+        rip: u64,
+        stepped: bool,
+    ) -> io::Result<Filled> {
+        let page = address >> 12;
+        if address >= USER_END || page < LOWEST_PAGE {
+            return Ok(Filled::Step);
+        }
+        let user_read = Access::read(true);
+        let (cpu, memory) = (&self.host.frame.cpu, &self.host.shared.memory);
+        // As a page walk of the processor's own would, this marks the page as accessed.
+        if exec::walk(cpu, memory, Gva(address), user_read).is_err() {
+            return Ok(Filled::Step);
+        }
+        let Some(here) = look_up(memory, cpu.cr3, page) else {
+            return Ok(Filled::Step);
+        };
+        if space.process.in_area(address) {
+            space.process.move_area()?;
+        }
+        let old = space.mirror.get(page);
+        let fetched = page == rip >> 12 || page == (rip + 14) >> 12;
+        if old.is_none() && here.writable && !here.dirty && !stepped && !fetched {
+            return Ok(Filled::Step);
+        }
+        let Some(mut new) = self.page(here) else {
+            return Ok(Filled::Step);
+        };
+        if fetched && !stepped && here.executable {
+            if !self.may_execute(space, page, here.gfn)? {
+                space.excluded.insert(page);
+                return Ok(Filled::Excluded);
+            }
+            new.prot = READ | EXEC;
+        }
+        if old.is_some_and(|o| o.gfn == new.gfn && o.prot & new.prot == new.prot) {
+            return Ok(Filled::Step);
+        }
+        let cr3 = self.host.frame.cpu.cr3;
+        let first = page & !(WINDOW - 1);
+        let mut list = Vec::new();
+        for at in first..first + WINDOW {
+            if at == page {
+                list.push((at, new));
+                continue;
+            }
+            let around = (space.mirror.get(at).is_none()
+                && at >= LOWEST_PAGE
+                && !space.process.in_area(at << 12))
+            .then(|| look_up(&self.host.shared.memory, cr3, at))
+            .flatten()
+            .filter(|m| m.accessed)
+            .and_then(|m| self.page(m));
+            if let Some(p) = around {
+                list.push((at, p));
+            }
+        }
+        let calls = space.mirror.add(&space.process, &list);
+        space.process.batch(&calls)?;
+        // Frames that were marked as code meanwhile must not be writable.
+        space.mirror.flush_rights();
+        Ok(Filled::Mapped)
+    }
+
+    /// How a page is to be mapped; `None` where it is no memory. Executable only if that needs no breakpoint.
+    fn page(&self, m: Mapping) -> Option<Page> {
+        let pages = &self.host.shared.pages;
+        let offset = self.host.shared.memory.fd_offset(m.gfn)?;
+        let direct = &self.host.direct;
+        let clean = m.executable
+            && pages.is_direct(m.gfn)
+            && direct.suspects_at == pages.direct_changes()
+            && direct.suspects.get(&m.gfn.0) == Some(&Suspects::At(Vec::new()));
+        let mut prot = READ;
+        if clean {
+            prot |= EXEC;
+        } else if m.writable && m.dirty && !pages.contains(m.gfn) {
+            prot |= WRITE;
+        }
+        Some(Page {
+            gfn: m.gfn,
+            offset,
+            prot,
+        })
+    }
+
+    /// Sees to it that a page can be executed; false where it must not.
+    fn may_execute(&mut self, space: &mut Space, page: u64, gfn: Gfn) -> io::Result<bool> {
+        let Suspects::At(suspects) = self.suspects(gfn) else {
+            return Ok(false);
+        };
+        let at = |offset: &u16| page << 12 | u64::from(*offset);
+        let new: Vec<u64> = suspects
+            .iter()
+            .map(at)
+            .filter(|a| !space.breakpoints.contains(a))
+            .collect();
+        if space.breakpoints.len() + new.len() > BREAKPOINTS {
+            return Ok(false);
+        }
+        if !new.is_empty() {
+            space.breakpoints.extend(new);
+            space.process.set_breakpoints(&space.breakpoints)?;
+        }
+        Ok(true)
+    }
+
+    /// What a frame that is to be executed holds; writes to it are noticed from now on.
+    fn suspects(&mut self, gfn: Gfn) -> Suspects {
+        let shared = self.host.shared.clone();
+        let changes = shared.pages.direct_changes();
+        let direct = &mut self.host.direct;
+        if direct.suspects_at != changes {
+            direct.suspects_at = changes;
+            direct.suspects.clear();
+        }
+        if let Some(known) = direct.suspects.get(&gfn.0) {
+            return known.clone();
+        }
+        if !shared.pages.is_direct(gfn) {
+            let mut guard = shared.translations.lock().expect("translations");
+            self.mark_code(&mut guard, gfn.gpa());
+            shared.pages.mark_direct(gfn);
+        }
+        let mut page = [0; PAGE_SIZE as usize];
+        let found = match shared.memory.read(gfn.gpa(), &mut page) {
+            Ok(()) => scan::suspects(&page),
+            Err(_) => None,
+        };
+        let found = match found {
+            Some(list) if list.len() <= BREAKPOINTS => Suspects::At(list),
+            _ => Suspects::Many,
+        };
+        self.host.direct.suspects.insert(gfn.0, found.clone());
+        found
+    }
+}

@@ -1,0 +1,126 @@
+//! Whether a page of guest code may be executed natively.
+//!
+//! Some instructions show the host's processor instead of the guest's and do not trap at CPL 3: CPUID without faulting, RDTSCP, RDPID, XGETBV, the XSAVE family with
+//! the host's XCR0, and those that read descriptor tables. The processor's breakpoints stop before the few of a page; pages with more stay in the translator. What a jump into the middle of other instructions could still
+//! find are facts about the host's processor, never a way out: the process has nothing else in it.
+
+use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
+
+fn shows_the_host(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(
+        i.mnemonic(),
+        Cpuid
+            | Rdtscp
+            | Rdpid
+            | Xgetbv
+            | Xsave
+            | Xsave64
+            | Xsavec
+            | Xsavec64
+            | Xsaveopt
+            | Xsaveopt64
+            | Xsaves
+            | Xsaves64
+            | Xrstor
+            | Xrstor64
+            | Xrstors
+            | Xrstors64
+            | Sgdt
+            | Sidt
+            | Sldt
+            | Str
+            | Smsw
+            | Lsl
+            | Lar
+            | Verr
+            | Verw
+            | Rdpkru
+            | Wrpkru
+            | Sysenter
+            | Rdpmc
+            | Rdpru
+            | Serialize
+            | Tpause
+            | Umonitor
+            | Umwait
+            | Monitorx
+            | Mwaitx
+    )
+}
+
+/// Where in a page instructions may lie that must not be executed natively, as offsets; `None` if that cannot be said.
+pub fn suspects(page: &[u8]) -> Option<Vec<u16>> {
+    // What goes on in the next page is not seen.
+    if matches!(page, [.., 0x0f] | [.., 0x0f, 0x01 | 0xc7]) {
+        return None;
+    }
+    // Whatever the boundaries of the instructions are, these are too easily found in any code to be left to them.
+    let anywhere = |i: usize| match page[i..] {
+        [0x0f, 0xa2, ..] | [0x0f, 0x01, 0xd0 | 0xf9 | 0xee | 0xef, ..] => Some(i),
+        [0x0f, 0xc7, 0xf8..=0xff, ..] if i > 0 && page[i - 1] == 0xf3 => Some(i - 1),
+        _ => None,
+    };
+    let mut found: Vec<u16> = (0..page.len())
+        .filter(|&i| page[i] == 0x0f)
+        .filter_map(anywhere)
+        .map(|i| i as u16)
+        .collect();
+    let mut decoder = Decoder::new(64, page, DecoderOptions::NONE);
+    let mut instruction = Instruction::default();
+    while decoder.can_decode() {
+        let at = decoder.position();
+        decoder.decode_out(&mut instruction);
+        if shows_the_host(&instruction) {
+            found.push(at as u16);
+        }
+    }
+    found.sort_unstable();
+    found.dedup();
+    Some(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn page(code: &[u8]) -> Vec<u8> {
+        let mut page = vec![0x90; 4096];
+        page[100..100 + code.len()].copy_from_slice(code);
+        page
+    }
+
+    #[test]
+    fn suspects_of_ordinary_code_are_none() {
+        assert_eq!(suspects(&page(&[])), Some(vec![]));
+        // mov eax, 15; syscall; rdtsc; mfence; rdrand eax
+        let code = [
+            0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05, 0x0f, 0x31, 0x0f, 0xae, 0xf0, 0x0f, 0xc7, 0xf0,
+        ];
+        assert_eq!(suspects(&page(&code)), Some(vec![]));
+    }
+
+    #[test]
+    fn suspects_are_what_shows_the_host() {
+        for (code, at) in [
+            (&[0x0f, 0xa2][..], 100),
+            (&[0x0f, 0x01, 0xf9], 100),
+            (&[0x0f, 0x01, 0xd0], 100),
+            (&[0xf3, 0x0f, 0xc7, 0xf8], 100),
+            (&[0x0f, 0x03, 0xc0], 100),
+            (&[0x0f, 0xc7, 0x21], 100),
+            (&[0x0f, 0x01, 0x00], 100),
+            // Inside another instruction: mov eax, imm32
+            (&[0xb8, 0x90, 0x0f, 0xa2, 0x90], 102),
+        ] {
+            assert_eq!(suspects(&page(code)), Some(vec![at]), "{code:x?}");
+        }
+    }
+
+    #[test]
+    fn suspects_of_what_goes_on_in_the_next_page_are_unknown() {
+        let mut last = vec![0x90; 4096];
+        last[4095] = 0x0f;
+        assert_eq!(suspects(&last), None);
+    }
+}

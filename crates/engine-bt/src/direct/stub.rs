@@ -1,0 +1,116 @@
+//! The code that runs inside an address-space process: a minimal ELF file to start it from, and the page through which its mappings are changed.
+
+use std::arch::global_asm;
+
+/// Where the ELF file is linked: the lowest address that an unprivileged process may use by default.
+const LINK_ADDRESS: u64 = 0x10000;
+
+/// Address of the ELF file's code, which is a system call and a breakpoint.
+pub const FIRST_CALL: u64 = LINK_ADDRESS + HEADERS as u64;
+
+const HEADERS: usize = 64 + 2 * 56;
+
+/// One system call for the batch: number and six arguments.
+pub type Call = [u64; 7];
+
+/// Distances of the entry points from the start of the code page.
+pub const ONE: u64 = 0;
+pub const BATCH: u64 = 16;
+
+// `ONE`: one system call with what the tracer put into the registers, then a breakpoint.
+// `BATCH`: R13 calls of the table at R12, up to the first that fails; then a breakpoint. R13 is what was left.
+global_asm!(
+    ".pushsection .rodata",
+    ".balign 16",
+    ".globl hospes_direct_stub",
+    "hospes_direct_stub:",
+    "syscall",
+    "int3",
+    ".balign 16, 0xcc",
+    "2:",
+    "mov rax, [r12]",
+    "mov rdi, [r12 + 8]",
+    "mov rsi, [r12 + 16]",
+    "mov rdx, [r12 + 24]",
+    "mov r10, [r12 + 32]",
+    "mov r8, [r12 + 40]",
+    "mov r9, [r12 + 48]",
+    "syscall",
+    "cmp rax, -4096",
+    "ja 3f",
+    "add r12, 56",
+    "dec r13",
+    "jnz 2b",
+    "3:",
+    "int3",
+    ".globl hospes_direct_stub_end",
+    "hospes_direct_stub_end:",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static hospes_direct_stub: u8;
+    static hospes_direct_stub_end: u8;
+}
+
+/// The bytes of the code page; the rest of it is breakpoints.
+pub fn code_page() -> Vec<u8> {
+    let start = &raw const hospes_direct_stub;
+    let end = &raw const hospes_direct_stub_end;
+    // SAFETY: both labels bound the same object in read-only data, in this order.
+    let code = unsafe { std::slice::from_raw_parts(start, end.offset_from(start) as usize) };
+    let mut page = code.to_vec();
+    page.resize(4096, 0xcc);
+    page
+}
+
+/// A static ELF file of one page: no interpreter, no data, no stack of its own. Layout: System V ABI, chapter "Object Files".
+pub fn elf() -> Vec<u8> {
+    const PT_LOAD: u32 = 1;
+    const PT_GNU_STACK: u32 = 0x6474_e551;
+    let mut file = Vec::new();
+    let code = [0x0f, 0x05, 0xcc];
+    let size = (HEADERS + code.len()) as u64;
+    file.extend_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    // ET_EXEC, x86-64, version 1.
+    file.extend_from_slice(&2u16.to_le_bytes());
+    file.extend_from_slice(&62u16.to_le_bytes());
+    file.extend_from_slice(&1u32.to_le_bytes());
+    for word in [FIRST_CALL, 64, 0] {
+        file.extend_from_slice(&word.to_le_bytes());
+    }
+    file.extend_from_slice(&0u32.to_le_bytes());
+    // Sizes and numbers of headers: ELF 64, two program headers of 56, no sections.
+    for half in [64u16, 56, 2, 64, 0, 0] {
+        file.extend_from_slice(&half.to_le_bytes());
+    }
+    for (kind, flags, bytes) in [(PT_LOAD, 5u32, size), (PT_GNU_STACK, 6, 0)] {
+        file.extend_from_slice(&kind.to_le_bytes());
+        file.extend_from_slice(&flags.to_le_bytes());
+        let address = if kind == PT_LOAD { LINK_ADDRESS } else { 0 };
+        for word in [0, address, address, bytes, bytes, 4096] {
+            file.extend_from_slice(&word.to_le_bytes());
+        }
+    }
+    file.extend_from_slice(&code);
+    file
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn elf_headers_have_their_size() {
+        assert_eq!(elf().len(), HEADERS + 3);
+    }
+
+    #[test]
+    fn code_page_has_both_entries() {
+        let page = code_page();
+        assert_eq!(page.len(), 4096);
+        assert_eq!(page[ONE as usize..][..3], [0x0f, 0x05, 0xcc]);
+        // mov rax, [r12]
+        assert_eq!(page[BATCH as usize..][..4], [0x49, 0x8b, 0x04, 0x24]);
+    }
+}
