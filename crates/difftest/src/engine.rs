@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
+use hospes_engine_bt::Execution;
+
 use crate::guest::{Guest, GuestError};
 use crate::program::Case;
 use crate::state::{Ending, Outcome};
@@ -22,10 +24,10 @@ pub struct Engine {
 
 impl Engine {
     /// Starts the thread; see [`Guest::new`].
-    pub fn new(base: &[u8], interpret: bool) -> Result<Engine, GuestError> {
+    pub fn new(base: &[u8], execution: Execution) -> Result<Engine, GuestError> {
         let (cases, todo) = channel::<(Arc<Case>, bool)>();
         let (done, outcomes) = channel();
-        let mut guest = Guest::new(base, interpret)?;
+        let mut guest = Guest::new(base, execution)?;
         let base = base.to_vec();
         let thread = std::thread::spawn(move || {
             for (case, cold) in todo {

@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hospes_engine_bt::Execution;
+
 use crate::compare::{Verdict, compare};
 use crate::engine::Engine;
 use crate::guest::GuestError;
 use crate::layout::base_image;
 use crate::oracle::{BATCH, Oracle, OracleError};
-use crate::program::{Case, Program};
+use crate::program::{Case, Flavour, Program};
 use crate::rng::Rng;
 use crate::state::{Ending, Outcome};
 
@@ -92,6 +94,7 @@ pub struct Runner {
     oracle: Oracle,
     translated: Engine,
     interpreted: Engine,
+    direct: Engine,
 }
 
 /// Whether there is something to compare: a return to a stale address can lead in a circle, and POPF of something else than flags can turn on alignment
@@ -120,9 +123,29 @@ enum Way {
     Warm,
     /// One instruction at a time.
     Interpreted,
+    /// Natively, in a process of its own.
+    Direct,
 }
 
-const WAYS: [Way; 3] = [Way::Cold, Way::Warm, Way::Interpreted];
+impl Way {
+    const ALL: [Way; 4] = [Way::Cold, Way::Warm, Way::Interpreted, Way::Direct];
+
+    /// Only 64-bit user code is ever run natively.
+    fn of(flavour: Flavour) -> &'static [Way] {
+        match flavour {
+            Flavour::User64 => &Way::ALL,
+            Flavour::User32 | Flavour::Kernel64 => &Way::ALL[..3],
+        }
+    }
+
+    fn execution(self) -> Execution {
+        match self {
+            Way::Cold | Way::Warm => Execution::Translated,
+            Way::Interpreted => Execution::Single,
+            Way::Direct => Execution::Direct,
+        }
+    }
+}
 
 impl Runner {
     pub fn new() -> Result<Runner, RunError> {
@@ -137,8 +160,9 @@ impl Runner {
         let base = base_image();
         Ok(Runner {
             oracle: Oracle::new(&base)?,
-            translated: Engine::new(&base, false)?,
-            interpreted: Engine::new(&base, true)?,
+            translated: Engine::new(&base, Execution::Translated)?,
+            interpreted: Engine::new(&base, Execution::Single)?,
+            direct: Engine::new(&base, Execution::Direct)?,
             base,
         })
     }
@@ -195,18 +219,22 @@ impl Runner {
             if !matches!(want.ending, Ending::Exception { vector: 3, .. }) {
                 report.faults += 1;
             }
-            self.submit(case, Way::Interpreted);
-            let cold = self.one(case, Way::Cold)?;
-            let warm = self.one(case, Way::Warm)?;
-            let interpreted = self.collect(case, Way::Interpreted)?;
-            for (way, got) in WAYS.into_iter().zip([cold, warm, interpreted]) {
+            let ways = Way::of(case.flavour);
+            for &way in &ways[2..] {
+                self.submit(case, way);
+            }
+            let mut outcomes = vec![self.one(case, Way::Cold)?, self.one(case, Way::Warm)?];
+            for &way in &ways[2..] {
+                outcomes.push(self.collect(case, way)?);
+            }
+            for (&way, got) in ways.iter().zip(outcomes) {
                 match compare(case, want, &got) {
                     Verdict::Same => {}
                     Verdict::DeadFlags => report.dead_flags += 1,
                     Verdict::LateFault => report.late_faults += 1,
                     Verdict::OtherOrder => report.other_orders += 1,
-                    Verdict::Different(_) => {
-                        let text = self.explain(*seed, program, way)?;
+                    Verdict::Different(first) => {
+                        let text = self.explain(*seed, program, way, &first)?;
                         report.mismatches.push(text);
                         break;
                     }
@@ -217,24 +245,25 @@ impl Runner {
     }
 
     fn submit(&self, case: &Arc<Case>, way: Way) {
-        match way {
-            Way::Interpreted => self.interpreted.submit(case.clone(), false),
-            Way::Cold | Way::Warm => self.translated.submit(case.clone(), way == Way::Cold),
-        }
+        let engine = match way {
+            Way::Cold | Way::Warm => &self.translated,
+            Way::Interpreted => &self.interpreted,
+            Way::Direct => &self.direct,
+        };
+        engine.submit(case.clone(), way == Way::Cold);
     }
 
     fn collect(&mut self, case: &Arc<Case>, way: Way) -> Result<Outcome, RunError> {
-        let interpret = way == Way::Interpreted;
-        let engine = if interpret {
-            &mut self.interpreted
-        } else {
-            &mut self.translated
+        let engine = match way {
+            Way::Cold | Way::Warm => &mut self.translated,
+            Way::Interpreted => &mut self.interpreted,
+            Way::Direct => &mut self.direct,
         };
         if let Some(answer) = engine.collect() {
             return Ok(answer?);
         }
         // A panic has ended it: try once more with a new one.
-        *engine = Engine::new(&self.base, interpret)?;
+        *engine = Engine::new(&self.base, way.execution())?;
         engine.submit(case.clone(), way == Way::Cold);
         let answer = engine.collect();
         Ok(answer.expect("a new engine answers its first case")?)
@@ -278,11 +307,17 @@ impl Runner {
     }
 
     /// Drops instructions as long as the difference stays, and describes what is left.
-    fn explain(&mut self, seed: u64, program: &Program, way: Way) -> Result<String, RunError> {
+    fn explain(
+        &mut self,
+        seed: u64,
+        program: &Program,
+        way: Way,
+        first: &str,
+    ) -> Result<String, RunError> {
         let mut smallest = program.clone();
         let Some(mut text) = self.difference(&smallest, way)? else {
             return Ok(format!(
-                "seed {seed}, {way:?}: differs only after the programs before it\n{}",
+                "seed {seed}, {way:?}: differs only after the programs before it\n{}{first}",
                 program.describe()
             ));
         };
@@ -314,7 +349,7 @@ impl Runner {
 
     /// Runs one program natively and compares it in every way; gives how it ended, or what differs.
     pub fn check(&mut self, program: &Program) -> Result<Result<Ending, String>, RunError> {
-        for way in WAYS {
+        for &way in Way::of(program.flavour) {
             if let Some(text) = self.difference(program, way)? {
                 return Ok(Err(format!("{way:?}\n{}{text}", program.describe())));
             }

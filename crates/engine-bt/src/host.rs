@@ -73,7 +73,7 @@ impl BtHost {
         miss: u64,
     ) -> BtHost {
         let snippet_next = shared.snippets(id).start;
-        let direct = Direct::new(shared.options.direct);
+        let direct = Direct::new(shared.options.execution);
         BtHost {
             shared,
             id,

@@ -32,4 +32,4 @@ mod vcpu;
 mod vm;
 mod window;
 
-pub use vm::{BtVm, Options, Processor};
+pub use vm::{BtVm, Execution, Options, Processor};

@@ -17,7 +17,7 @@ use crate::host::BtHost;
 use crate::lookup::MAX_INSTRUCTION;
 use crate::signal::{Attachment, ThreadInfo, kick_signal};
 use crate::stubs::{ExitKind, enter};
-use crate::vm::{Shared, host_error};
+use crate::vm::{Execution, Shared, host_error};
 
 /// How often a guest executes PAUSE before it is taken to wait for a vCPU whose thread does not run: some microseconds, as processors that look
 /// for such loops do.
@@ -418,7 +418,7 @@ impl BtVcpu {
                 continue;
             }
             let cpu = &self.host.frame.cpu;
-            let mode = if self.host.shared.options.interpret
+            let mode = if self.host.shared.options.execution == Execution::Single
                 || cpu.interrupt_shadow
                 || debug_active(cpu)
             {

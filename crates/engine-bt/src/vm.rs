@@ -32,18 +32,27 @@ pub trait Processor: Send + Sync {
 pub struct Options {
     /// Bytes of the code cache.
     pub code_bytes: usize,
-    /// Executes every instruction one at a time through the instruction semantics, without translation: slow, for comparison.
-    pub interpret: bool,
-    /// Runs long bursts of user code natively in processes of their own.
-    pub direct: bool,
+    pub execution: Execution,
+}
+
+/// By which means guest code is executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Execution {
+    /// Every instruction alone, by the instruction semantics: slow, for comparison.
+    Single,
+    /// Translated.
+    Translated,
+    /// Translated, and long bursts of user code natively in processes of their own.
+    Adaptive,
+    /// As adaptive, but all user code natively that can be, whether it pays or not: for comparison.
+    Direct,
 }
 
 impl Default for Options {
     fn default() -> Self {
         Options {
             code_bytes: 128 << 20,
-            interpret: false,
-            direct: true,
+            execution: Execution::Adaptive,
         }
     }
 }

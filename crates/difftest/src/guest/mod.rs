@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use hospes_engine::{CpuState, EngineError, Exit, Segment, Vcpu, Vm, cr, reg, seg};
 use hospes_engine_bt::exec::Vendor;
-use hospes_engine_bt::{BtVm, Options, Processor};
+use hospes_engine_bt::{BtVm, Execution, Options, Processor};
 use hospes_memory::{GuestMemory, MemoryError, Range};
 use hospes_units::{Gpa, VcpuId};
 
@@ -106,7 +106,7 @@ impl Drop for Watchdog {
     }
 }
 
-/// A guest on one of the engine's two ways of executing.
+/// A guest on one of the engine's ways of executing.
 pub struct Guest {
     memory: Arc<GuestMemory>,
     vm: BtVm,
@@ -117,8 +117,8 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Makes a guest whose memory begins as `base`; `interpret` selects execution one instruction at a time.
-    pub fn new(base: &[u8], interpret: bool) -> Result<Guest, GuestError> {
+    /// Makes a guest whose memory begins as `base`.
+    pub fn new(base: &[u8], execution: Execution) -> Result<Guest, GuestError> {
         let memory = Arc::new(GuestMemory::new(&[Range {
             start: 0,
             end: RAM_BYTES,
@@ -127,7 +127,7 @@ impl Guest {
         memory.write(Gpa(STUB), &stub::assemble())?;
         let options = Options {
             code_bytes: 8 << 20,
-            interpret,
+            execution,
         };
         let processor = Arc::new(HostProcessor(host_vendor()));
         let vm = BtVm::new(memory.clone(), processor, 1, options)?;

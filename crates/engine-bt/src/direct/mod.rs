@@ -28,6 +28,8 @@ use mirror::Mirror;
 use policy::Policy;
 use process::Process;
 
+use crate::vm::Execution;
+
 /// Address spaces of one vCPU that have a process at a time.
 const SPACES: usize = 12;
 /// Mappings of a process before it is emptied: the host's default limit is 65,530.
@@ -53,6 +55,8 @@ struct Space {
     excluded: HashSet<u64>,
     /// Addresses that the process stops before.
     breakpoints: Vec<u64>,
+    /// The process is in a state that it cannot be brought out of.
+    tainted: bool,
 }
 
 /// A vCPU's side of direct execution.
@@ -73,10 +77,11 @@ pub(crate) struct Direct {
 }
 
 impl Direct {
-    pub fn new(wanted: bool) -> Direct {
+    pub fn new(execution: Execution) -> Direct {
+        let wanted = matches!(execution, Execution::Adaptive | Execution::Direct);
         Direct {
             enabled: wanted && host_suits(),
-            policy: Policy::default(),
+            policy: Policy::new(execution == Execution::Direct),
             spaces: Vec::new(),
             pass: false,
             hold_jumps: false,

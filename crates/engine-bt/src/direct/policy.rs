@@ -36,21 +36,32 @@ impl Default for Heat {
     }
 }
 
-/// By root of the address space's tables.
-#[derive(Debug, Default)]
-pub struct Policy(HashMap<u64, Heat>);
+#[derive(Debug)]
+pub struct Policy {
+    /// By root of the address space's tables.
+    heats: HashMap<u64, Heat>,
+    always: bool,
+}
 
 impl Policy {
+    /// `always`: every address space is hot.
+    pub fn new(always: bool) -> Policy {
+        Policy {
+            heats: HashMap::new(),
+            always,
+        }
+    }
+
     pub fn is_hot(&self, root: u64) -> bool {
-        self.0.get(&root).is_some_and(|h| h.hot)
+        self.always || self.heats.get(&root).is_some_and(|h| h.hot)
     }
 
     /// An interrupt found the vCPU in user code. True if the address space becomes one to run natively.
     pub fn tick(&mut self, root: u64) -> bool {
-        if self.0.len() >= SPACES && !self.0.contains_key(&root) {
-            self.0.clear();
+        if self.heats.len() >= SPACES && !self.heats.contains_key(&root) {
+            self.heats.clear();
         }
-        let heat = self.0.entry(root).or_default();
+        let heat = self.heats.entry(root).or_default();
         heat.ticks += 1;
         let becomes = !heat.hot && heat.ticks >= heat.wait;
         if becomes {
@@ -63,7 +74,7 @@ impl Policy {
 
     /// A burst ended after this time of native execution: by an interrupt, or by what the code did.
     pub fn burst(&mut self, root: u64, time: Duration, interrupted: bool) {
-        let Some(heat) = self.0.get_mut(&root) else {
+        let Some(heat) = self.heats.get_mut(&root) else {
             return;
         };
         if interrupted && time < heat.burst {
@@ -81,7 +92,7 @@ impl Policy {
 
     /// The address space cannot be run natively for now.
     pub fn give_up(&mut self, root: u64) {
-        let heat = self.0.entry(root).or_default();
+        let heat = self.heats.entry(root).or_default();
         heat.hot = false;
         heat.ticks = 0;
         heat.wait = MOST_TICKS;
@@ -98,7 +109,7 @@ mod tests {
 
     #[test]
     fn tick_makes_hot_after_some() {
-        let mut policy = Policy::default();
+        let mut policy = Policy::new(false);
         assert!(!policy.tick(1));
         assert!(policy.tick(1));
         assert!(policy.is_hot(1) && !policy.is_hot(2));
@@ -106,7 +117,7 @@ mod tests {
 
     #[test]
     fn short_bursts_cool_and_are_tried_ever_more_rarely() {
-        let mut policy = Policy::default();
+        let mut policy = Policy::new(false);
         let mut attempts = Vec::new();
         for _ in 0..3 {
             let mut ticks = 1;
@@ -123,7 +134,7 @@ mod tests {
 
     #[test]
     fn interrupts_do_not_make_bursts_short() {
-        let mut policy = Policy::default();
+        let mut policy = Policy::new(false);
         hot(&mut policy, 1);
         for _ in 0..1000 {
             policy.burst(1, Duration::from_micros(1), true);

@@ -26,6 +26,8 @@ pub const USER_END: u64 = 0x7fff_ffff_f000;
 pub const BREAKPOINTS: usize = 4;
 /// `si_code` of a stop at one of them.
 pub const AT_BREAKPOINT: i32 = 4;
+/// `si_code` of a stop behind an instruction that was executed with TF set.
+pub const AFTER_STEP: i32 = 2;
 
 /// Makes a running process stop; nothing else sends it.
 const KICK: i32 = libc::SIGUSR1;

@@ -5,11 +5,11 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use hospes_engine::{CpuState, Exit, cr, reg, rflags, seg};
-use hospes_units::{Gfn, Gva, PAGE_SIZE};
+use hospes_engine::{CpuState, Exit, Segment, cr, reg, rflags, seg};
+use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE};
 
 use super::mirror::{EXEC, Mapping, Mirror, Page, READ, WRITE, look_up};
-use super::process::{AT_BREAKPOINT, BREAKPOINTS, Process, Registers, Stop, USER_END};
+use super::process::{AFTER_STEP, AT_BREAKPOINT, BREAKPOINTS, Process, Registers, Stop, USER_END};
 use super::{MOST_RANGES, SPACES, Space, Suspects, scan};
 use crate::exec::{self, Access, Step, debug_active};
 use crate::fpu;
@@ -18,11 +18,12 @@ use crate::vcpu::BtVcpu;
 /// Selectors of 64-bit Linux programs, the only ones that native code may be started with.
 const USER_CS: u16 = 0x33;
 const USER_SS: u16 = 0x2b;
-/// Flags that native code changes by itself.
-const OWN_FLAGS: u64 = rflags::STATUS | rflags::DF | rflags::NT | rflags::AC | rflags::ID;
+/// Flags that native code changes.
+const OWN_FLAGS: u64 =
+    rflags::STATUS | rflags::DF | rflags::TF | rflags::NT | rflags::AC | rflags::ID;
 /// Flags that must be clear at the start.
 const FORBIDDEN_FLAGS: u64 =
-    rflags::TF | rflags::RF | rflags::AC | rflags::NT | rflags::IOPL | rflags::VM;
+    rflags::TF | rflags::RF | rflags::AC | rflags::NT | rflags::ID | rflags::IOPL | rflags::VM;
 /// Pages looked at around one that is missing: a power of 2.
 const WINDOW: u64 = 64;
 /// Addresses below are the host's to refuse (vm.mmap_min_addr).
@@ -58,13 +59,18 @@ enum Filled {
 
 fn suits(cpu: &CpuState) -> bool {
     const CR4_MUST: u64 = cr::CR4_PAE | cr::CR4_OSFXSR | cr::CR4_OSXSAVE | cr::CR4_FSGSBASE;
+    let selector = |s: usize| cpu.seg[s].selector;
     cpu.cpl() == 3
         && cpu.code_bits() == 64
-        && cpu.seg[seg::CS].selector == USER_CS
-        && cpu.seg[seg::SS].selector == USER_SS
-        && [seg::DS, seg::ES, seg::FS, seg::GS]
+        && selector(seg::CS) == USER_CS
+        && selector(seg::SS) == USER_SS
+        && [seg::DS, seg::ES]
             .iter()
-            .all(|&s| cpu.seg[s].selector == 0)
+            .all(|&s| matches!(selector(s), 0 | USER_SS))
+        && selector(seg::FS) == 0
+        && selector(seg::GS) == 0
+        // The host lets a tracer set no others.
+        && [seg::FS, seg::GS].iter().all(|&s| cpu.seg[s].base < USER_END)
         && cpu.rflags & FORBIDDEN_FLAGS == 0
         && !cpu.interrupt_shadow
         && !debug_active(cpu)
@@ -74,6 +80,22 @@ fn suits(cpu: &CpuState) -> bool {
         && cpu.xcr0 == 7
         && cpu.msr.tsc_offset == 0
         && cpu.rip < USER_END
+}
+
+/// A data segment that native code has loaded: the flat ones are alike on host and guest, and the host has no others for an empty process.
+fn loaded(selector: u16) -> Segment {
+    if selector & !3 == 0 {
+        return Segment {
+            selector,
+            ..Segment::default()
+        };
+    }
+    Segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        attr: 0xc0f3,
+    }
 }
 
 impl BtVcpu {
@@ -133,7 +155,9 @@ impl BtVcpu {
             End::Pass => direct.pass = true,
             _ => {}
         }
-        direct.spaces.push(space);
+        if !space.tainted {
+            direct.spaces.push(space);
+        }
         let interrupted = matches!(end, End::Interrupted);
         direct.policy.burst(root, time, interrupted);
         match end {
@@ -162,6 +186,7 @@ impl BtVcpu {
                 mirror: Mirror::default(),
                 excluded: HashSet::new(),
                 breakpoints: Vec::new(),
+                tainted: false,
             });
         }
         let mut space = direct.spaces.remove(0);
@@ -237,6 +262,17 @@ impl BtVcpu {
                 }
                 Stop::Fault {
                     signal: libc::SIGTRAP,
+                    code: AFTER_STEP,
+                    ..
+                } => {
+                    self.store_native(space, &regs)?;
+                    return Ok(match self.single_stepped() {
+                        Step::Exit(exit) => End::Exit(exit),
+                        Step::Continue => End::Done,
+                    });
+                }
+                Stop::Fault {
+                    signal: libc::SIGTRAP,
                     code,
                     ..
                 } if code != AT_BREAKPOINT => regs.rip = self.before_trap(regs.rip),
@@ -289,13 +325,15 @@ impl BtVcpu {
         regs.orig_rax = u64::MAX;
         regs.rip = cpu.rip;
         regs.eflags = cpu.rflags & OWN_FLAGS | rflags::FIXED | rflags::IF;
+        regs.ds = cpu.seg[seg::DS].selector.into();
+        regs.es = cpu.seg[seg::ES].selector.into();
         regs.fs_base = cpu.seg[seg::FS].base;
         regs.gs_base = cpu.seg[seg::GS].base;
         Ok(regs)
     }
 
     /// Takes the registers of the process as the guest's.
-    fn store_native(&mut self, space: &Space, regs: &Registers) -> io::Result<()> {
+    fn store_native(&mut self, space: &mut Space, regs: &Registers) -> io::Result<()> {
         let cpu = &mut self.host.frame.cpu;
         cpu.gpr = [
             regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi,
@@ -303,10 +341,29 @@ impl BtVcpu {
         ];
         cpu.rip = regs.rip;
         cpu.rflags = cpu.rflags & !OWN_FLAGS | regs.eflags & OWN_FLAGS;
+        // A tracer cannot clear this one.
+        space.tainted |= regs.eflags & rflags::ID != 0;
+        for (s, selector) in [
+            (seg::DS, regs.ds),
+            (seg::ES, regs.es),
+            (seg::FS, regs.fs),
+            (seg::GS, regs.gs),
+        ] {
+            let segment = &mut cpu.seg[s];
+            if u64::from(segment.selector) != selector {
+                *segment = loaded(selector as u16);
+            }
+        }
         cpu.seg[seg::FS].base = regs.fs_base;
         cpu.seg[seg::GS].base = regs.gs_base;
         let image = &mut cpu.xsave.0;
+        let mut mxcsr = [0; 4];
+        mxcsr.copy_from_slice(&image[24..28]);
         space.process.read_xstate(&mut image[..XSTATE_BYTES])?;
+        if image[512] & 6 == 0 {
+            // With all vector registers zero the host does not tell MXCSR: it is taken as unchanged.
+            image[24..28].copy_from_slice(&mxcsr);
+        }
         // What the kernel says of its own format there is not the guest's.
         image[416..512].fill(0);
         image[512] &= 7;
@@ -319,19 +376,31 @@ impl BtVcpu {
     fn before_trap(&self, rip: u64) -> u64 {
         const INT3: u8 = 0xcc;
         const INT1: u8 = 0xf1;
-        let mut byte = [0];
-        let at = rip.wrapping_sub(1);
-        let cpu = &self.host.frame.cpu;
-        let memory = &self.host.shared.memory;
-        let read = look_up(memory, cpu.cr3, at >> 12).is_some_and(|m| {
-            let gpa = hospes_units::Gpa(m.gfn.gpa().0 + (at & (PAGE_SIZE - 1)));
-            memory.read(gpa, &mut byte).is_ok()
-        });
-        if read && matches!(byte[0], INT3 | INT1) {
-            at
-        } else {
-            rip
+        const INT_N: u8 = 0xcd;
+        match (
+            self.code_byte(rip.wrapping_sub(2)),
+            self.code_byte(rip.wrapping_sub(1)),
+        ) {
+            (_, Some(INT3 | INT1)) => rip.wrapping_sub(1),
+            (Some(INT_N), Some(3)) => rip.wrapping_sub(2),
+            _ => rip,
         }
+    }
+
+    fn code_byte(&self, at: u64) -> Option<u8> {
+        let memory = &self.host.shared.memory;
+        let m = look_up(memory, self.host.frame.cpu.cr3, at >> 12)?;
+        let mut byte = [0];
+        let gpa = Gpa(m.gfn.gpa().0 + (at & (PAGE_SIZE - 1)));
+        memory.read(gpa, &mut byte).ok()?;
+        Some(byte[0])
+    }
+
+    /// The debug exception behind an instruction that began with TF set.
+    fn single_stepped(&mut self) -> Step {
+        let cpu = self.host.cpu_ptr();
+        // SAFETY: as in `BtVcpu::step`.
+        exec::deliver_single_step(unsafe { &mut *cpu }, &mut self.host)
     }
 
     /// Makes the process's mappings agree with what has been flushed.

@@ -1,12 +1,12 @@
 //! Whether a page of guest code may be executed natively.
 //!
 //! Some instructions show the host's processor instead of the guest's and do not trap at CPL 3: CPUID without faulting, RDTSCP, RDPID, XGETBV, the XSAVE family with
-//! the host's XCR0, and those that read descriptor tables. The processor's breakpoints stop before the few of a page; pages with more stay in the translator. What a jump into the middle of other instructions could still
+//! the host's XCR0, and those that read descriptor tables. INT traps as something else than it is. The processor's breakpoints stop before the few of a page; pages with more stay in the translator. What a jump into the middle of other instructions could still
 //! find are facts about the host's processor, never a way out: the process has nothing else in it.
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
 
-fn shows_the_host(i: &Instruction) -> bool {
+fn is_suspect(i: &Instruction) -> bool {
     use Mnemonic::*;
     matches!(
         i.mnemonic(),
@@ -38,6 +38,7 @@ fn shows_the_host(i: &Instruction) -> bool {
             | Rdpkru
             | Wrpkru
             | Sysenter
+            | Int
             | Rdpmc
             | Rdpru
             | Serialize
@@ -71,7 +72,7 @@ pub fn suspects(page: &[u8]) -> Option<Vec<u16>> {
     while decoder.can_decode() {
         let at = decoder.position();
         decoder.decode_out(&mut instruction);
-        if shows_the_host(&instruction) {
+        if is_suspect(&instruction) {
             found.push(at as u16);
         }
     }
@@ -101,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn suspects_are_what_shows_the_host() {
+    fn suspects_are_what_is_suspect() {
         for (code, at) in [
             (&[0x0f, 0xa2][..], 100),
             (&[0x0f, 0x01, 0xf9], 100),

@@ -75,6 +75,12 @@ pub fn deliver_exception<H: Host>(cpu: &mut CpuState, host: &mut H, e: Exception
     Cx::new(cpu, host).raise(e)
 }
 
+/// Delivers the debug exception behind an instruction that was executed elsewhere with TF set.
+pub fn deliver_single_step<H: Host>(cpu: &mut CpuState, host: &mut H) -> Step {
+    cpu.dr[6] |= debug::DR6_BS;
+    deliver_exception(cpu, host, Exception::plain(vector::DB))
+}
+
 /// Delivers an external interrupt, or with `is_nmi` (vector 2) an NMI. The caller has seen to IF, shadows and the local APIC.
 pub fn deliver_interrupt<H: Host>(
     cpu: &mut CpuState,
