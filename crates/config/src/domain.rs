@@ -160,6 +160,9 @@ pub struct DomainConfig {
     /// Virtual CPUs in all; at least `vcpus`.
     pub maxvcpus: u32,
     pub scheduling: Scheduling,
+    /// Long-running user code is executed natively where that pays.
+    #[serde(default = "yes")]
+    pub engine_direct: bool,
     pub on: EventActions,
     /// In the order of the configuration; each device once.
     pub disks: Vec<DiskConfig>,
@@ -183,6 +186,10 @@ impl DomainConfig {
         let failed = diagnostics[before..].iter().any(Diagnostic::is_error);
         config.filter(|_| !failed)
     }
+}
+
+fn yes() -> bool {
+    true
 }
 
 pub(crate) struct Reader<'a> {
@@ -309,6 +316,7 @@ impl<'a> Reader<'a> {
         let (memory_mib, maxmem_mib) = self.memory();
         let (vcpus, maxvcpus) = self.vcpus();
         let scheduling = self.scheduling();
+        let engine_direct = self.number("engine_direct", 0, 1, "") != Some(0);
         let on = self.actions();
         let disks = self.disks();
         let vifs = self.vifs();
@@ -324,6 +332,7 @@ impl<'a> Reader<'a> {
             vcpus,
             maxvcpus,
             scheduling,
+            engine_direct,
             on,
             disks,
             vifs,

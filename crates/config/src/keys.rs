@@ -188,6 +188,11 @@ const FULL: &[Key] = &[
         ACTIONS,
         "What becomes of it when the guest asks for a soft reset; soft-reset where it is not given.",
     ),
+    full(
+        "engine_direct",
+        Shape::Boolean,
+        "Whether long-running user code of the guest is executed natively where that pays; 1 where it is not given. Not a key of xl.",
+    ),
     full("disk", Shape::List, "The disks; see below."),
     full("vif", Shape::List, "The network interfaces; see below."),
 ];

@@ -356,6 +356,7 @@ impl Domain {
                 .set(id, hard, soft)
                 .map_err(|source| RequestError::Affinity { id, source })?;
         }
+        self.run.place_changed();
         Ok(())
     }
 
@@ -375,7 +376,9 @@ impl Domain {
         let threads = self.placement.threads();
         self.sharing
             .set(share, &threads, &self.xen, &self.run)
-            .map_err(RequestError::Share)
+            .map_err(RequestError::Share)?;
+        self.run.place_changed();
+        Ok(())
     }
 
     /// Asks the guest to use its first `online` vCPUs, 1 to all. A guest takes vCPUs away by itself; one that is to come back may have to be

@@ -131,6 +131,15 @@ impl Run {
         let _ = slot.control.set(control);
     }
 
+    /// The vCPUs' threads have other host CPUs, priorities or groups.
+    pub fn place_changed(&self) {
+        for slot in &self.slots {
+            if let Some(control) = slot.control.get() {
+                control.place_changed();
+            }
+        }
+    }
+
     /// Raises an NMI at a vCPU; false where there is no such vCPU.
     pub fn raise_nmi(&self, id: VcpuId) -> bool {
         let slot = self.slots.get(id.0 as usize);

@@ -44,6 +44,8 @@ pub struct Control {
     waker: OnceLock<Waker>,
     /// Set while the vCPU may execute translated code.
     in_code: AtomicBool,
+    direct_ns: AtomicU64,
+    place_changed: AtomicBool,
     /// 1 more than the descriptor that stops the address-space process which runs for this vCPU; 0 without one.
     direct: AtomicI32,
     tid: AtomicI32,
@@ -146,6 +148,17 @@ impl Control {
     pub fn enter_direct(&self, kick_fd: RawFd) {
         self.direct.store(kick_fd + 1, Ordering::SeqCst);
         self.enter_code();
+    }
+
+    /// Adds host CPU time of an address-space process.
+    pub fn add_direct_ns(&self, ns: u64) {
+        self.direct_ns.fetch_add(ns, Ordering::Relaxed);
+    }
+
+    /// Whether the thread's place on the host has changed since the last call.
+    pub fn take_place_changed(&self) -> bool {
+        self.place_changed.load(Ordering::Relaxed)
+            && self.place_changed.swap(false, Ordering::SeqCst)
     }
 
     pub fn leave_direct(&self) {
@@ -259,6 +272,14 @@ impl VcpuControl for Control {
     fn raise_nmi(&self) {
         self.nmi.store(true, Ordering::SeqCst);
         self.post(request::INTERRUPT);
+    }
+
+    fn time_elsewhere_ns(&self) -> u64 {
+        self.direct_ns.load(Ordering::Relaxed)
+    }
+
+    fn place_changed(&self) {
+        self.place_changed.store(true, Ordering::SeqCst);
     }
 
     fn has_wakeup(&self, interrupts_enabled: bool) -> bool {

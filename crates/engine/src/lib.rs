@@ -133,4 +133,12 @@ pub trait VcpuControl: Send + Sync {
     /// True where something waits that would end a HLT now: an interrupt where they are enabled, an NMI, an INIT or start-up interrupt, a kick.
     /// May be true without cause once, never again and again without [`Vcpu::run`] between.
     fn has_wakeup(&self, interrupts_enabled: bool) -> bool;
+
+    /// Host CPU time, ns, that the vCPU has used outside of its thread.
+    fn time_elsewhere_ns(&self) -> u64 {
+        0
+    }
+
+    /// The vCPU's thread has been given other host CPUs, another priority or another group: what the engine runs for it elsewhere follows.
+    fn place_changed(&self) {}
 }

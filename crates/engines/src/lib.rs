@@ -8,22 +8,30 @@ use std::sync::Arc;
 
 use hospes_cpuid::{CpuidTable, Dynamic, Vendor};
 use hospes_engine::{CpuState, EngineError, Vm, cr};
-use hospes_engine_bt::{BtVm, Options, Processor, exec};
+use hospes_engine_bt::{BtVm, Execution, Options, Processor, exec};
 use hospes_memory::GuestMemory;
 use hospes_units::VcpuId;
 
-/// A virtual machine for the given memory, what CPUID shows, and the number of vCPUs. Refuses a host that no engine runs on.
+/// A virtual machine for the given memory, what CPUID shows, the number of vCPUs, and whether long-running user code may be executed natively. Refuses a host that no engine runs on.
 pub fn create_vm(
     memory: Arc<GuestMemory>,
     cpuid: CpuidTable,
     vcpus: u32,
+    direct: bool,
 ) -> Result<Arc<dyn Vm>, EngineError> {
     let processor = Arc::new(TableProcessor(cpuid));
     Ok(Arc::new(BtVm::new(
         memory,
         processor,
         vcpus,
-        Options::default(),
+        Options {
+            execution: if direct {
+                Execution::Adaptive
+            } else {
+                Execution::Translated
+            },
+            ..Options::default()
+        },
     )?))
 }
 

@@ -31,6 +31,7 @@ impl toolstack::MachineFactory for Domains {
         }
         let plug = Plug::new(spec.domid, config)?;
         let (vifs, scripts) = plug.all(&config.vifs)?;
+        let direct = config.engine_direct;
         let spec = DomainSpec {
             domid: spec.domid,
             uuid: *spec.uuid.as_bytes(),
@@ -50,7 +51,12 @@ impl toolstack::MachineFactory for Domains {
             vifs,
             log: Arc::new(toolstack::log_line),
         };
-        let domain = Domain::create(spec, Box::new(hospes_engines::create_vm))?;
+        let domain = Domain::create(
+            spec,
+            Box::new(move |memory, cpuid, vcpus| {
+                hospes_engines::create_vm(memory, cpuid, vcpus, direct)
+            }),
+        )?;
         if config.vcpus < config.maxvcpus {
             domain.set_vcpus(config.vcpus)?;
         }

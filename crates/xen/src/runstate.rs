@@ -161,16 +161,18 @@ impl Xen {
             .map(|slot| lock(&slot.run).state)
     }
 
-    /// Host CPU time a vCPU's thread has used, ns; 0 where the host's kernel does not count it.
+    /// Host CPU time a vCPU has used, ns; 0 where the host's kernel does not count it.
     pub fn vcpu_time_ns(&self, id: VcpuId) -> u64 {
         self.vcpus.get(id.0 as usize).map_or(0, |slot| {
-            lock(&slot.run).schedstat.as_mut().map_or(0, |stat| {
+            let elsewhere = slot.control.get().map_or(0, |c| c.time_elsewhere_ns());
+            let here = lock(&slot.run).schedstat.as_mut().map_or(0, |stat| {
                 // A thread that has ended leaves what was read last.
                 if let Some((on_cpu, _)) = stat.read() {
                     stat.last.0 = on_cpu;
                 }
                 stat.last.0
-            })
+            });
+            here + elsewhere
         })
     }
 }

@@ -55,6 +55,8 @@ struct Space {
     excluded: HashSet<u64>,
     /// Addresses that the process stops before.
     breakpoints: Vec<u64>,
+    /// Host CPU time that has been accounted for, ns.
+    accounted_ns: u64,
     /// The process is in a state that it cannot be brought out of.
     tainted: bool,
 }

@@ -145,6 +145,11 @@ impl BtVcpu {
         };
         let mut time = Duration::ZERO;
         let end = self.run_space(&mut space, &mut time).unwrap_or(End::Broken);
+        let used_ns = space.process.cpu_time_ns();
+        self.host
+            .control
+            .add_direct_ns(used_ns.saturating_sub(space.accounted_ns));
+        space.accounted_ns = used_ns;
         let direct = &mut self.host.direct;
         match end {
             End::Broken => {
@@ -168,6 +173,10 @@ impl BtVcpu {
 
     /// The address space's process, or one that is empty.
     fn take_space(&mut self, root: u64) -> Option<Space> {
+        if self.host.control.take_place_changed() {
+            // New ones begin where the thread is now.
+            self.host.direct.spaces.clear();
+        }
         let memory = self.host.shared.memory.fd().as_raw_fd();
         let direct = &mut self.host.direct;
         if let Some(n) = direct.spaces.iter().position(|s| s.root == root) {
@@ -186,6 +195,7 @@ impl BtVcpu {
                 mirror: Mirror::default(),
                 excluded: HashSet::new(),
                 breakpoints: Vec::new(),
+                accounted_ns: 0,
                 tainted: false,
             });
         }
