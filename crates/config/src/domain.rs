@@ -161,7 +161,7 @@ pub struct DomainConfig {
     pub maxvcpus: u32,
     pub scheduling: Scheduling,
     /// Long-running user code is executed natively where that pays.
-    #[serde(default = "yes")]
+    #[serde(default)]
     pub engine_direct: bool,
     pub on: EventActions,
     /// In the order of the configuration; each device once.
@@ -186,10 +186,6 @@ impl DomainConfig {
         let failed = diagnostics[before..].iter().any(Diagnostic::is_error);
         config.filter(|_| !failed)
     }
-}
-
-fn yes() -> bool {
-    true
 }
 
 pub(crate) struct Reader<'a> {
@@ -316,7 +312,7 @@ impl<'a> Reader<'a> {
         let (memory_mib, maxmem_mib) = self.memory();
         let (vcpus, maxvcpus) = self.vcpus();
         let scheduling = self.scheduling();
-        let engine_direct = self.number("engine_direct", 0, 1, "") != Some(0);
+        let engine_direct = self.number("engine_direct", 0, 1, "") == Some(1);
         let on = self.actions();
         let disks = self.disks();
         let vifs = self.vifs();

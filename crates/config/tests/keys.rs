@@ -476,6 +476,12 @@ type Case = (
 
 const WITH_EFFECT: &[Case] = &[
     (
+        "engine_direct=1",
+        |c| c.engine_direct,
+        "engine_direct=2",
+        "engine_direct",
+    ),
+    (
         "name='web.example'",
         |c| c.name == "web.example",
         "name='a/b'",

@@ -8,7 +8,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use hospes_engine::{CpuState, Exit, Segment, Vcpu, Vm, cr, reg, seg};
-use hospes_engine_bt::{BtVm, Options};
+use hospes_engine_bt::{BtVm, Execution, Options};
 use hospes_memory::{GuestMemory, Range};
 use hospes_units::{Gpa, VcpuId};
 use iced_x86::IcedError;
@@ -54,7 +54,7 @@ impl Machine {
         map(&memory);
         let options = Options {
             code_bytes: 8 << 20,
-            interpret: false,
+            execution: Execution::Translated,
         };
         let processor = Arc::new(HostProcessor(host_vendor()));
         let vm = BtVm::new(memory.clone(), processor, vcpus, options).expect("the engine");

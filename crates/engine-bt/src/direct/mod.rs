@@ -10,7 +10,7 @@
 //!   last written.
 //! * Each vCPU has its own processes: they are flushed when its TLB is.
 //!
-//! Limits: 64-bit code with flat selectors and 4-level paging; without debug registers, single stepping or a shifted TSC. Instructions that the host has and the guest's CPUID does
+//! Limits: MXCSR may be lost where all XMM registers are zero. 64-bit code with flat selectors and 4-level paging; without debug registers, single stepping or a shifted TSC. Instructions that the host has and the guest's CPUID does
 //! not show are executed.
 
 mod mirror;

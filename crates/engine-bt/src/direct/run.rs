@@ -367,13 +367,7 @@ impl BtVcpu {
         cpu.seg[seg::FS].base = regs.fs_base;
         cpu.seg[seg::GS].base = regs.gs_base;
         let image = &mut cpu.xsave.0;
-        let mut mxcsr = [0; 4];
-        mxcsr.copy_from_slice(&image[24..28]);
         space.process.read_xstate(&mut image[..XSTATE_BYTES])?;
-        if image[512] & 6 == 0 {
-            // With all vector registers zero the host does not tell MXCSR: it is taken as unchanged.
-            image[24..28].copy_from_slice(&mxcsr);
-        }
         // What the kernel says of its own format there is not the guest's.
         image[416..512].fill(0);
         image[512] &= 7;
