@@ -126,14 +126,15 @@ cat "$kernel" >"$KERNEL"
 cat "$initrd" >"$INITRD"
 
 # mmdebstrap's own apt configuration lies in the root until it is done. Without it mmdebstrap's apt-get would work on this
-# machine's package lists: it is set aside, and comes back.
+# machine's package lists, and mmdebstrap ends with an error where it cannot remove it: it is set aside, and comes back.
 aside=$(mktemp -d)
+own=$(mktemp -d)
+find "$root/etc/apt/apt.conf.d" -name '??mmdebstrap' -exec mv -t "$own" {} +
 find "$root/tmp" -mindepth 1 -maxdepth 1 -name 'mmdebstrap.*' -exec mv -t "$aside" {} +
 
 # What differs from one run to the next, and what each guest has to find out for itself.
 rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/* "$root"/var/log/apt "$root"/tmp/* "$root"/var/tmp/* \
-    "$root"/var/cache/ldconfig/aux-cache "$root"/var/lib/systemd/random-seed "$root"/var/lib/dbus/machine-id \
-    "$root"/etc/apt/apt.conf.d/??mmdebstrap
+    "$root"/var/cache/ldconfig/aux-cache "$root"/var/lib/systemd/random-seed "$root"/var/lib/dbus/machine-id
 find "$root/var/log" -type f -delete
 find "$root/var/lib/dpkg" "$root/var/cache/debconf" "$root/etc" -xdev -name '*-old' -delete
 find "$root/etc" -xdev \( -name 'passwd-' -o -name 'group-' -o -name 'shadow-' -o -name 'gshadow-' -o -name 'subuid-' -o -name 'subgid-' \) -delete
@@ -152,7 +153,8 @@ unshare --mount --propagation private sh -euc '
 ' sh "$root" "$tree" >&2
 rmdir "$tree"
 find "$aside" -mindepth 1 -exec mv -t "$root/tmp" {} +
-rmdir "$aside"
+find "$own" -mindepth 1 -exec mv -t "$root/etc/apt/apt.conf.d" {} +
+rmdir "$aside" "$own"
 
 # mke2fs takes the times of last access and of last change from this machine. Its inodes are numbered without a gap from the
 # first that is not reserved.
