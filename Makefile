@@ -15,7 +15,9 @@ DENY_TOOL := target/tools/bin/cargo-deny
 
 help:
 	@echo 'make run                build, make a Debian disk, boot it: a shell in the guest; without a terminal, a scripted visit'
-	@echo 'make test               formatting, lints, dependencies, unit tests, guest boots, a soak (BOOTS=5, CUTS=12, SOAK_MINUTES=3)'
+	@echo 'make test               formatting, lints, dependencies, unit tests, guest boots, networks, a soak (BOOTS=5, SOAK_MINUTES=3)'
+	@echo 'make debian-test        full Debian guests with disks and networks'
+	@echo 'make cut-test           power cuts and kills under guests that write (CUTS=12)'
 	@echo 'make install            into PREFIX=/usr/local, with manual pages, completions and a unit for systemd; XL=1: as xl, too'
 	@echo 'make uninstall          remove that again'
 	@echo 'make bench              Hospes against this machine, QEMU TCG and User-Mode Linux (BENCH=quick, ROWS=a,b, SYSTEMS=a,b)'
