@@ -4,13 +4,12 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use hospes_engine::{
-    CpuState, EngineError, Exit, Segment, Vcpu, VcpuControl, VirtFault, Vm, cr, reg, seg,
-};
+use hospes_engine::{CpuState, Segment, cr, reg, seg};
+use hospes_engine_mock::{Control, FlatVcpu, RecordingVm};
 use hospes_memory::{GuestMemory, Range};
 use hospes_ring::FrontRing;
 use hospes_store::{LocalStore, StoreAccess};
-use hospes_units::{DomId, Gfn, Gpa, GrantRef, Gva, VcpuId};
+use hospes_units::{DomId, Gfn, Gpa, GrantRef, VcpuId};
 use hospes_xen::{Config, E820, Host, Page, TrapInstruction, TscRate, Xen};
 use hospes_xen_abi::memory::AddToPhysmap;
 use hospes_xen_abi::{event, grant, hypercall as nr, memory};
@@ -26,85 +25,6 @@ const ARG: u64 = 0x8000;
 const GRANT_FRAME: u64 = 0x1000;
 /// The first page that tests are given.
 const FIRST_PAGE: u64 = 0x100;
-
-struct Control;
-
-impl VcpuControl for Control {
-    fn kick(&self) {}
-
-    fn raise_interrupt(&self, _: u8) -> bool {
-        true
-    }
-
-    fn set_callback_line(&self, _: Option<u8>) {}
-
-    fn raise_nmi(&self) {}
-
-    fn has_wakeup(&self, _: bool) -> bool {
-        false
-    }
-
-    fn set_waker(&self, _: Arc<dyn Fn() + Send + Sync>) {}
-}
-
-struct FlatVcpu {
-    state: CpuState,
-    memory: Arc<GuestMemory>,
-}
-
-impl Vcpu for FlatVcpu {
-    fn run(&mut self) -> Result<Exit, EngineError> {
-        Ok(Exit::Kicked)
-    }
-
-    fn fetch_fpu(&mut self) {}
-
-    fn state(&mut self) -> &mut CpuState {
-        &mut self.state
-    }
-
-    fn state_changed(&mut self) {}
-
-    fn control(&self) -> Arc<dyn VcpuControl> {
-        Arc::new(Control)
-    }
-
-    fn read_virt(&mut self, gva: Gva, buf: &mut [u8]) -> Result<(), VirtFault> {
-        self.memory
-            .read(Gpa(gva.0), buf)
-            .map_err(|_| VirtFault { gva })
-    }
-
-    fn write_virt(&mut self, gva: Gva, buf: &[u8]) -> Result<(), VirtFault> {
-        self.memory
-            .write(Gpa(gva.0), buf)
-            .map_err(|_| VirtFault { gva })
-    }
-
-    fn translate(&mut self, gva: Gva) -> Option<Gpa> {
-        Some(Gpa(gva.0))
-    }
-}
-
-/// Records what it is told.
-#[derive(Default)]
-pub struct RecordingVm {
-    pub written: Mutex<Vec<(Gpa, u64)>>,
-}
-
-impl Vm for RecordingVm {
-    fn create_vcpu(&self, _: VcpuId) -> Result<Box<dyn Vcpu>, EngineError> {
-        Err(EngineError::Host {
-            engine: "recording",
-            what: "a processor".into(),
-            why: "it runs nothing".into(),
-        })
-    }
-
-    fn mark_written(&self, gpa: Gpa, len: u64) {
-        lock(&self.written).push((gpa, len));
-    }
-}
 
 struct NoHost;
 
@@ -155,7 +75,8 @@ impl Guest {
         };
         let vm = Arc::new(RecordingVm::default());
         let xen = Xen::new(config, memory.clone(), vm.clone(), Arc::new(NoHost)).unwrap();
-        xen.attach_vcpu(VcpuId(0), Arc::new(Control));
+        let control = Arc::new(Control::default());
+        xen.attach_vcpu(VcpuId(0), control.clone());
         let mut state = CpuState {
             cr0: cr::CR0_PE | cr::CR0_PG,
             ..CpuState::default()
@@ -168,7 +89,11 @@ impl Guest {
             vm,
             store: Arc::new(LocalStore::default()),
             log: Arc::default(),
-            vcpu: Mutex::new(FlatVcpu { state, memory }),
+            vcpu: Mutex::new(FlatVcpu {
+                state,
+                control,
+                memory,
+            }),
             next_page: AtomicUsize::new(FIRST_PAGE as usize),
             next_gref: AtomicUsize::new(grant::RESERVED_ENTRIES as usize),
         };

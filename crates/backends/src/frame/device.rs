@@ -1,7 +1,7 @@
 //! One device: its directories, its phase, and the thread that follows the guest's half.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hospes_store::{Error, StoreAccess, Watch};
 use hospes_units::DomId;
@@ -81,27 +81,17 @@ impl Mailbox {
 
     /// Waits until the device is gone, or for `most`; says whether it is.
     pub fn wait_gone(&self, most: Option<Duration>) -> bool {
-        let deadline = most.map(|most| Instant::now() + most);
-        let mut inbox = lock(&self.inbox);
-        while !inbox.gone {
-            inbox = match deadline {
-                None => self
-                    .changed
-                    .wait(inbox)
-                    .unwrap_or_else(PoisonError::into_inner),
-                Some(deadline) => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return false;
-                    }
-                    self.changed
-                        .wait_timeout(inbox, left)
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .0
-                }
-            };
-        }
-        true
+        let inbox = lock(&self.inbox);
+        let stays = |inbox: &mut Inbox| !inbox.gone;
+        let Some(most) = most else {
+            drop(self.changed.wait_while(inbox, stays));
+            return true;
+        };
+        let (inbox, _) = self
+            .changed
+            .wait_timeout_while(inbox, most, stays)
+            .unwrap_or_else(PoisonError::into_inner);
+        inbox.gone
     }
 
     fn alarm(self: &Arc<Self>) -> Alarm {
