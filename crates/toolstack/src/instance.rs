@@ -277,27 +277,17 @@ impl Instance {
 
     /// Waits until a command destroys the domain or, where one is given, for a time; true where it was destroyed.
     pub(crate) fn wait_destroy(&self, time: Option<Duration>) -> bool {
-        let deadline = time.map(|time| Instant::now() + time);
-        let mut progress = lock(&self.progress);
-        while !progress.destroy {
-            progress = match deadline {
-                None => self
-                    .changed
-                    .wait(progress)
-                    .unwrap_or_else(PoisonError::into_inner),
-                Some(deadline) => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return false;
-                    }
-                    self.changed
-                        .wait_timeout(progress, left)
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .0
-                }
-            };
-        }
-        true
+        let progress = lock(&self.progress);
+        let stays = |progress: &mut Progress| !progress.destroy;
+        let Some(time) = time else {
+            drop(self.changed.wait_while(progress, stays));
+            return true;
+        };
+        let (progress, _) = self
+            .changed
+            .wait_timeout_while(progress, time, stays)
+            .unwrap_or_else(PoisonError::into_inner);
+        progress.destroy
     }
 
     /// Lets those who wait for the end hear of it.
