@@ -30,6 +30,13 @@ impl DomainConfig {
         if !self.cmdline.is_empty() {
             build.insert("cmdline".into(), json!(self.cmdline));
         }
+        let share = object(vec![
+            ("weight", self.scheduling.weight.map(|weight| json!(weight))),
+            ("cap", self.scheduling.cap.map(|cap| json!(cap))),
+        ]);
+        if share != json!({}) {
+            build.insert("sched_params".into(), share);
+        }
         build.insert(format!("type.{kind}"), json!({}));
         let mut config = json!({
             "c_info": create,

@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::Context;
 use hospes_config::Uuid;
-use hospes_toolstack::{DomainInfo, EndReason, Entry, Error, HOST_NAME, Host};
+use hospes_toolstack::{DeviceKind, DomainInfo, EndReason, Entry, Error, HOST_NAME, Host};
 use serde_json::{Value, json};
 
 use crate::Outcome;
@@ -47,10 +47,32 @@ fn list_with(options: &Options) -> anyhow::Result<()> {
         return Ok(print(format_args!("{:#}\n", Value::Array(items)))?);
     }
     let mut table = header(options);
-    for (info, _) in &rows {
-        table.push_str(&row(info, options));
+    let mut notes = String::new();
+    for (info, entry) in &rows {
+        let waiting = waiting(info, entry.as_ref());
+        table.push_str(&row(info, &waiting, options));
+        for (device, why) in waiting {
+            notes.push_str(&format!("{}: {device}: {why}\n", info.name));
+        }
     }
-    Ok(print(format_args!("{table}"))?)
+    print(format_args!("{table}"))?;
+    eprint!("{notes}");
+    Ok(())
+}
+
+/// The devices whose requests wait, by their names in the configuration, with the reason.
+fn waiting<'a>(info: &'a DomainInfo, entry: Option<&Entry>) -> Vec<(String, &'a str)> {
+    let disks = entry.map_or(&[][..], |entry| &entry.record.config.disks);
+    let named = info.waiting.iter().map(|device| {
+        let disk = disks.iter().find(|disk| disk.vdev.number == device.devid);
+        let name = match (device.kind, disk) {
+            (DeviceKind::Disk, Some(disk)) => disk.vdev.name.clone(),
+            (DeviceKind::Disk, None) => format!("vbd {}", device.devid),
+            (DeviceKind::Vif, _) => format!("vif {}", device.devid),
+        };
+        (name, device.why.as_str())
+    });
+    named.collect()
 }
 
 fn all(host: &Host) -> anyhow::Result<Vec<Row>> {
@@ -115,7 +137,8 @@ fn reason_letter(reason: Option<&EndReason>) -> char {
     }
 }
 
-fn row(info: &DomainInfo, options: &Options) -> String {
+/// A row; what waits stands behind the columns of xl, so that these stay where they are.
+fn row(info: &DomainInfo, waiting: &[(String, &str)], options: &Options) -> String {
     let flag = |set: bool, letter: char| if set { letter } else { '-' };
     let state = [
         flag(info.running, 'r'),
@@ -148,6 +171,10 @@ fn row(info: &DomainInfo, options: &Options) -> String {
     if options.numa {
         line.push_str(" all");
     }
+    if !waiting.is_empty() {
+        let names: Vec<&str> = waiting.iter().map(|(name, _)| name.as_str()).collect();
+        line.push_str(&format!("  held: {}", names.join(",")));
+    }
     line.push('\n');
     line
 }
@@ -165,7 +192,14 @@ fn long((info, entry): &Row) -> Value {
             "b_info": { "max_vcpus": info.vcpus_online, "target_memkb": info.memory_kib },
         }),
     };
-    json!({ "domid": info.domid, "config": config })
+    let mut item = json!({ "domid": info.domid, "config": config });
+    if !info.waiting.is_empty() {
+        let held = waiting(info, entry.as_ref()).into_iter();
+        item["held"] = held
+            .map(|(device, why)| json!({ "device": device, "why": why }))
+            .collect();
+    }
+    item
 }
 
 /// The host as Domain-0: what the domains do not have, and the time of everything that runs on it.
@@ -186,6 +220,7 @@ pub(crate) fn host_info(used_kib: u64) -> anyhow::Result<DomainInfo> {
         paused: false,
         shutdown: None,
         dying: false,
+        waiting: Vec::new(),
     })
 }
 
@@ -220,6 +255,7 @@ pub(crate) fn busy_ticks(stat: &str, cpu: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hospes_toolstack::Waiting;
 
     fn info() -> DomainInfo {
         DomainInfo {
@@ -234,6 +270,7 @@ mod tests {
             paused: false,
             shutdown: None,
             dying: false,
+            waiting: Vec::new(),
         }
     }
 
@@ -243,9 +280,28 @@ mod tests {
         let name = "Name                                        ID   Mem VCPUs\tState\tTime(s)\n";
         assert_eq!(header(&options), name);
         assert_eq!(
-            row(&info(), &options),
+            row(&info(), &[], &options),
             "linux                                        2  2048     2     r-----    5624.2\n"
         );
+    }
+
+    #[test]
+    fn row_names_held_disks_behind_the_columns() {
+        let held = DomainInfo {
+            waiting: vec![Waiting {
+                kind: DeviceKind::Disk,
+                devid: 51712,
+                why: "the host is full".into(),
+            }],
+            ..info()
+        };
+        let waiting = waiting(&held, None);
+        assert_eq!(
+            row(&held, &waiting, &Options::default()),
+            "linux                                        2  2048     2     r-----    5624.2  held: vbd 51712\n"
+        );
+        let long = long(&(held, None));
+        assert_eq!(long["held"][0]["why"], "the host is full");
     }
 
     #[test]
@@ -263,7 +319,7 @@ mod tests {
                 shutdown: Some(reason),
                 ..info()
             };
-            let row = row(&ended, &Options::default());
+            let row = row(&ended, &[], &Options::default());
             assert_eq!(row.split_whitespace().nth(4), Some(state));
         }
     }
@@ -274,7 +330,7 @@ mod tests {
             verbose: true,
             ..Options::default()
         };
-        let row = row(&info(), &options);
+        let row = row(&info(), &[], &options);
         let columns: Vec<&str> = row.split_whitespace().collect();
         assert_eq!(
             columns[6..],

@@ -8,7 +8,7 @@ use hospes_domain::frame::Kind;
 use hospes_domain::{Domain, DomainSpec, EndReason, Share, ShutdownKind};
 use hospes_toolstack::{
     self as toolstack, Affinity, DeviceKind, Machine, MachineError, MachineInfo, MachineSpec,
-    VcpuInfo,
+    VcpuInfo, Waiting,
 };
 use hospes_units::VcpuId;
 
@@ -141,6 +141,21 @@ impl Machine for Running {
             blocked: info.state.blocked,
             paused: info.state.paused,
         }
+    }
+
+    fn waiting(&self) -> Vec<Waiting> {
+        let devices = self.0.devices().into_iter();
+        let troubled = devices.filter_map(|device| {
+            Some(Waiting {
+                kind: match device.id.kind {
+                    Kind::Vbd => DeviceKind::Disk,
+                    Kind::Vif => DeviceKind::Vif,
+                },
+                devid: device.id.devid,
+                why: device.trouble?,
+            })
+        });
+        troubled.collect()
     }
 
     fn send_sysrq(&self, key: char) -> Result<(), MachineError> {

@@ -2,7 +2,9 @@
 //! completions and the manual page are made of it.
 
 use crate::args::{Args, Opt};
-use crate::commands::{device_lists, devices, host, keys, life, logs, meta, names, top, vcpus};
+use crate::commands::{
+    device_lists, devices, host, keys, life, logs, meta, names, shares, top, vcpus,
+};
 use crate::{Global, Outcome, create, domains, image, list};
 
 /// A command that was called.
@@ -93,6 +95,30 @@ const SHUTDOWN: &[Opt] = &[
         "accepted; every PVH guest that can be asked at all is asked this way",
     ),
 ];
+const SCHED: &[Opt] = &[
+    Opt::both('d', "domain", "this domain alone").with("DOMAIN"),
+    Opt::both(
+        'w',
+        "weight",
+        "its weight, 1 to 65535: twice the weight is twice the time on a busy host",
+    )
+    .with("WEIGHT"),
+    Opt::both(
+        'c',
+        "cap",
+        "most time it gets, in percent of one CPU; 0 for no limit",
+    )
+    .with("CAP"),
+    Opt::both(
+        'p',
+        "cpupool",
+        "the domains of this pool; there is Pool-0 only",
+    )
+    .with("CPUPOOL"),
+    Opt::both('s', "schedparam", "the parameters of the pool"),
+];
+const SCHED_DETAILS: &str = "Without options all domains are listed. The weight is 256 and the cap 0 where nothing is said. They stay through reboots of the \
+                             domain. Linux schedules the virtual CPUs, so the pools of Xen's schedulers have no parameters here.";
 const SHUTDOWN_DETAILS: &str = "The guest decides whether and when it follows. What happens then is set by on_poweroff and on_reboot of its configuration.";
 
 const IMAGE: &[Opt] = &[
@@ -184,7 +210,8 @@ pub(crate) const COMMANDS: &[Command] = &[
             Opt::both('n', "numa", "also the NUMA nodes"),
         ],
         details: "State: r running, b blocked, p paused, s shut down, c crashed (w: by its watchdog, r: to reboot, s: suspended), d dying. Domain-0 is the \
-                  host; its time is that of all its programs.",
+                  host; its time is that of all its programs. Behind a row, held: names the disks whose writes wait because the host's file system is full; \
+                  standard error says which.",
         max: MANY,
         run: list::list,
         ..PLAIN
@@ -530,6 +557,24 @@ pub(crate) const COMMANDS: &[Command] = &[
         ..PLAIN
     },
     Command {
+        name: "sched-credit",
+        arguments: "[OPTIONS]",
+        summary: "Show or set the domains' shares of the host's CPUs, as sched-credit2",
+        options: SCHED,
+        details: SCHED_DETAILS,
+        run: shares::credit,
+        ..PLAIN
+    },
+    Command {
+        name: "sched-credit2",
+        arguments: "[OPTIONS]",
+        summary: "Show or set the domains' shares of the host's CPUs",
+        options: SCHED,
+        details: SCHED_DETAILS,
+        run: shares::credit2,
+        ..PLAIN
+    },
+    Command {
         name: "image",
         arguments: "[OPTIONS] debian FILE",
         summary: "Make a disk image with Debian from the archive",
@@ -656,7 +701,6 @@ const NOT_HERE: &[(&str, &[&str])] = &[
     (
         "Linux schedules the virtual CPUs",
         &[
-            "sched-credit",
             "sched-rtds",
             "cpupool-create",
             "cpupool-list",

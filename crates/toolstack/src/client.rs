@@ -162,6 +162,7 @@ impl Host {
                 paused: false,
                 shutdown: None,
                 dying: false,
+                waiting: Vec::new(),
             }),
         }
     }

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::machine::{Machine, MachineError};
 use crate::protocol::{DeviceKind, DomainInfo, EndReason, Ended, Until};
 use crate::registry::{Record, Registry};
+use crate::scheduling::Share;
 
 /// How long commands that wait for the end, and readers of the console, get to hear of it.
 pub(crate) const FAREWELL: Duration = Duration::from_secs(2);
@@ -100,6 +101,7 @@ impl Instance {
             paused: machine.paused,
             shutdown,
             dying,
+            waiting: self.machine.waiting(),
         }
     }
 
@@ -151,6 +153,27 @@ impl Instance {
             uuid: present.uuid,
             ..config
         })?)
+    }
+
+    /// Changes the share of the host's CPUs, for this domain and what it is restarted as.
+    pub(crate) fn set_share(
+        &self,
+        weight: Option<u16>,
+        cap: Option<u16>,
+    ) -> std::result::Result<(), ChangeError> {
+        let _changes = lock(&self.changes);
+        let now = self.machine.share();
+        let share = Share {
+            weight: weight.unwrap_or(now.weight),
+            cap: cap.unwrap_or(now.cap),
+        };
+        self.machine
+            .set_share(share)
+            .map_err(ChangeError::Machine)?;
+        let mut config = self.config();
+        config.scheduling.weight = Some(share.weight);
+        config.scheduling.cap = Some(share.cap);
+        Ok(self.set_config(config)?)
     }
 
     pub(crate) fn attach_disk(&self, disk: DiskConfig) -> std::result::Result<(), ChangeError> {

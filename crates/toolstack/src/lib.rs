@@ -40,7 +40,7 @@ pub use machine::{Machine, MachineError, MachineFactory, MachineInfo, MachineSpe
 pub use paths::Paths;
 pub use process::domain_process;
 pub use protocol::{
-    DeviceKind, DomainInfo, EndReason, Ended, Request, ShutdownKind, Trigger, Until,
+    DeviceKind, DomainInfo, EndReason, Ended, Request, ShutdownKind, Trigger, Until, Waiting,
 };
 pub use registry::{Entry, HOST_NAME, Record};
 pub use scheduling::{Affinity, Share, VcpuInfo, host_cpus, resolve};

@@ -9,7 +9,7 @@ use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
 use hospes_store_server::StoreClient;
 use hospes_units::DomId;
 
-use crate::protocol::{DeviceKind, EndReason, ShutdownKind, Trigger};
+use crate::protocol::{DeviceKind, EndReason, ShutdownKind, Trigger, Waiting};
 use crate::scheduling::{Affinity, Share, VcpuInfo};
 
 pub type MachineError = Box<dyn Error + Send + Sync>;
@@ -62,6 +62,11 @@ pub trait Machine: Send + Sync {
     fn wait(&self) -> EndReason;
 
     fn info(&self) -> MachineInfo;
+
+    /// Devices whose requests wait for something that the host lacks.
+    fn waiting(&self) -> Vec<Waiting> {
+        Vec::new()
+    }
 
     /// Adds a disk while the guest runs. Returns when the back end is there; the guest takes the disk when it likes.
     fn attach_disk(&self, disk: &DiskConfig) -> Result<(), MachineError> {

@@ -210,6 +210,18 @@ pub struct DomainInfo {
     /// Why the guest has ended, where it has.
     pub shutdown: Option<EndReason>,
     pub dying: bool,
+    /// Devices whose requests wait.
+    #[serde(default)]
+    pub waiting: Vec<Waiting>,
+}
+
+/// A device whose requests wait for something that the host lacks, such as room for a disk's image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    pub kind: DeviceKind,
+    pub devid: u32,
+    /// A sentence for the user: what is missing, and what to do.
+    pub why: String,
 }
 
 /// The answer to a request.

@@ -19,7 +19,7 @@ use crate::hub::{ConsoleHub, Watcher};
 use crate::instance::Instance;
 use crate::machine::{Machine, MachineError};
 use crate::protocol::{self, Reply, Request, Until};
-use crate::scheduling::{Share, host_cpus, resolve};
+use crate::scheduling::{host_cpus, resolve};
 use crate::supervisor::log;
 
 /// Most connections at a time, per socket.
@@ -47,21 +47,28 @@ impl Server {
             listeners: Vec::new(),
         };
         let for_console = hub.clone();
-        server.listen(&dir.join("console.sock"), move |stream| {
-            serve_console(&stream, &for_console)
-        })?;
+        server.listen(
+            &dir.join("console.sock"),
+            || (),
+            move |stream, ()| serve_console(&stream, &for_console),
+        )?;
         // An idle connection must not keep an ended machine's memory.
         let instance = Arc::downgrade(instance);
-        server.listen(&dir.join("control.sock"), move |stream| {
-            serve_control(&stream, &instance)
-        })?;
+        let to_announce = instance.clone();
+        server.listen(
+            &dir.join("control.sock"),
+            move || Announced::new(&to_announce),
+            move |stream, announced| serve_control(&stream, announced, &instance),
+        )?;
         Ok(server)
     }
 
-    fn listen(
+    /// Accepts connections in one thread, in their order, and serves each in a thread of its own, with what was made of it when it was accepted.
+    fn listen<T: Send + 'static>(
         &mut self,
         path: &Path,
-        serve: impl Fn(UnixStream) + Send + Sync + 'static,
+        accepted: impl Fn() -> T + Send + 'static,
+        serve: impl Fn(UnixStream, T) + Send + Sync + 'static,
     ) -> Result<()> {
         let listener = UnixListener::bind(path).map_err(at("cannot make the socket", path))?;
         fs::set_permissions(path, Permissions::from_mode(0o600))
@@ -79,8 +86,9 @@ impl Server {
                 }
                 connections.fetch_add(1, Ordering::Relaxed);
                 let (serve, connections) = (serve.clone(), connections.clone());
+                let accepted = accepted();
                 thread::spawn(move || {
-                    serve(stream);
+                    serve(stream, accepted);
                     connections.fetch_sub(1, Ordering::Relaxed);
                 });
             }
@@ -111,10 +119,32 @@ fn is_allowed(stream: &UnixStream) -> bool {
         .is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid())
 }
 
-fn serve_control(stream: &UnixStream, instance: &Weak<Instance>) {
+/// While there is one the process does not end before its connection has been answered.
+struct Announced(Weak<Instance>);
+
+impl Announced {
+    fn new(instance: &Weak<Instance>) -> Announced {
+        if let Some(instance) = instance.upgrade() {
+            instance.add_waiting();
+        }
+        Announced(instance.clone())
+    }
+}
+
+impl Drop for Announced {
+    fn drop(&mut self) {
+        if let Some(instance) = self.0.upgrade() {
+            instance.forget_waiting();
+        }
+    }
+}
+
+/// `first` is from the moment the connection was accepted: somebody who asks for the end, and then for what brings it about, is told.
+fn serve_control(stream: &UnixStream, first: Announced, instance: &Weak<Instance>) {
     if stream.set_read_timeout(Some(IDLE)).is_err() {
         return;
     }
+    let mut announced = Some(first);
     let mut reader = BufReader::new(stream);
     loop {
         let line = match protocol::read_line(&mut reader) {
@@ -129,11 +159,12 @@ fn serve_control(stream: &UnixStream, instance: &Weak<Instance>) {
         let Some(instance) = instance.upgrade() else {
             return;
         };
-        // From here on the process does not end before the answer is out.
-        instance.add_waiting();
+        let announced = announced
+            .take()
+            .unwrap_or_else(|| Announced::new(&Arc::downgrade(&instance)));
         let answered =
             answer(stream, &instance, request).is_some_and(|reply| reply_to(stream, &reply));
-        instance.forget_waiting();
+        drop(announced);
         if !answered {
             return;
         }
@@ -212,13 +243,7 @@ fn answer(stream: &UnixStream, instance: &Instance, request: Request) -> Option<
         },
         Request::Pin { vcpu, hard, soft } => done(pin(machine, vcpu, hard.as_ref(), soft.as_ref())),
         Request::Share => Reply::Share(machine.share()),
-        Request::SetShare { weight, cap } => {
-            let now = machine.share();
-            done(machine.set_share(Share {
-                weight: weight.unwrap_or(now.weight),
-                cap: cap.unwrap_or(now.cap),
-            }))
-        }
+        Request::SetShare { weight, cap } => done(instance.set_share(weight, cap)),
         Request::SetVcpus { online } => done(machine.set_vcpus(online)),
     })
 }

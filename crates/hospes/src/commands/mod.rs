@@ -8,6 +8,7 @@ pub(crate) mod life;
 pub(crate) mod logs;
 pub(crate) mod meta;
 pub(crate) mod names;
+pub(crate) mod shares;
 pub(crate) mod top;
 pub(crate) mod vcpus;
 

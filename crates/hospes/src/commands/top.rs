@@ -166,6 +166,7 @@ mod tests {
             paused: false,
             shutdown: None,
             dying: false,
+            waiting: Vec::new(),
         };
         let text = table(
             &[info(4_000_000_000)],

@@ -75,14 +75,15 @@ fn dmesg_merges_the_logs_and_forgets_what_was_cleared() {
     let bench = Bench::new();
     bench.create("one", &[]);
     bench.create("two", &[]);
-    let text = bench.ok(&["dmesg", "-c"]);
+    let says = |name: &str| {
+        let text = bench.ok(&["dmesg"]);
+        let mut lines = text.lines();
+        lines.any(|line| line.starts_with(&format!("({name}) ")) && line.contains("to die"))
+    };
     for name in ["one", "two"] {
-        assert!(
-            text.lines()
-                .any(|line| line.starts_with(&format!("({name}) ")) && line.contains("to die")),
-            "{text}"
-        );
+        until("the domain's process says that it waits", || says(name));
     }
+    let text = bench.ok(&["dmesg", "-c"]);
     assert!(!text.contains("mock guest ready"), "{text}");
     assert_eq!(bench.ok(&["dmesg"]), "");
     // Times are of a second: what is of the second that was cleared is gone.
@@ -240,4 +241,47 @@ fn manual_pages_are_made_of_the_tables() {
         keys.contains(".TH hospes.cfg 5") && keys.contains("cpu_weight="),
         "{keys}"
     );
+}
+
+#[test]
+fn shares_are_shown_and_changed_as_by_xl() {
+    let bench = Bench::new();
+    bench.create("web", &["cpu_weight=300"]);
+    let table = bench.ok(&["sched-credit2"]);
+    assert_eq!(
+        table,
+        "Cpupool Pool-0: ratelimit=0us\n\
+         Name                                ID Weight  Cap\n\
+         Domain-0                             0    256    0\n\
+         web                                  1    300    0\n"
+    );
+    assert_eq!(bench.ok(&["sched-credit2", "-d", "web", "-c", "150"]), "");
+    assert_eq!(
+        bench.ok(&["sched-credit", "-d", "web", "-w", "512"]),
+        "",
+        "both names mean the same"
+    );
+    let row = "web                                  1    512  150\n";
+    assert!(bench.ok(&["sched-credit2", "-d", "1"]).ends_with(row));
+    let long = bench.ok(&["list", "-l", "web"]);
+    assert!(long.contains("\"weight\": 512"), "{long}");
+}
+
+#[test]
+fn shares_out_of_range_are_refused() {
+    let bench = Bench::new();
+    bench.create("web", &[]);
+    let cases: [(&[&str], &str); 7] = [
+        (&["-d", "web", "-w", "0"], "out of range"),
+        (&["-d", "web", "-w", "65536"], "out of range"),
+        (&["-d", "web", "-c", "-1"], "out of range"),
+        (&["-w", "100"], "Must specify a domain."),
+        (&["-s", "-d", "web"], "not allowed with domain options"),
+        (&["-p", "Pool-7"], "there is Pool-0 only"),
+        (&["-d", "nobody"], "nobody"),
+    ];
+    for (arguments, sentence) in cases {
+        let said = bench.fails(1, &[&["sched-credit2"], arguments].concat());
+        assert!(said.contains(sentence), "{arguments:?}: {said}");
+    }
 }

@@ -1,0 +1,126 @@
+//! Shares of the host's CPUs: `sched-credit` and `sched-credit2`, with xl's columns.
+
+use std::fmt::Write;
+
+use hospes_toolstack::{Error, HOST_NAME, Host, Share};
+
+use crate::Outcome;
+use crate::commands::failed;
+use crate::output::print;
+use crate::table::Call;
+
+/// The one pool there is, as in `list -c`.
+const POOL: &str = "Pool-0";
+
+/// Nothing limits how often Linux changes between the vCPUs, nor are there slices of a set length.
+const CREDIT_PARAMETERS: &str = "tslice=0ms ratelimit=0us migration-delay=0us";
+const CREDIT2_PARAMETERS: &str = "ratelimit=0us";
+
+pub(crate) fn credit(call: &Call) -> Outcome {
+    shares(call, CREDIT_PARAMETERS)
+}
+
+pub(crate) fn credit2(call: &Call) -> Outcome {
+    shares(call, CREDIT2_PARAMETERS)
+}
+
+fn shares(call: &Call, parameters: &str) -> Outcome {
+    let args = &call.args;
+    let weight = number(args.value("weight"), "weight", 1)?;
+    let cap = number(args.value("cap"), "cap", 0)?;
+    let changes = weight.is_some() || cap.is_some();
+    let domain = args.value("domain");
+    let pool = args.value("cpupool");
+    if (pool.is_some() || args.has("schedparam")) && (domain.is_some() || changes) {
+        return failed("Specifying a cpupool or schedparam is not allowed with domain options.");
+    }
+    if let Some(pool) = pool.filter(|pool| !matches!(*pool, POOL | "0")) {
+        return failed(&format!("unknown cpupool '{pool}': there is {POOL} only"));
+    }
+    let host = Host::from_environment()?;
+    let of_pool = format!("Cpupool {POOL}: {parameters}\n");
+    if args.has("schedparam") {
+        return Ok(print(format_args!("{of_pool}"))?);
+    }
+    let Some(who) = domain else {
+        if changes {
+            return failed("Must specify a domain.");
+        }
+        return Ok(print(format_args!("{of_pool}{}", all(&host)?))?);
+    };
+    if !changes {
+        return Ok(print(format_args!("{}{}", header(), one(&host, who)?))?);
+    }
+    Ok(host.set_share(who, weight, cap)?)
+}
+
+/// A number from `least` to 65535, the range of Xen's interface.
+fn number(text: Option<&str>, what: &str, least: u16) -> Result<Option<u16>, crate::Failure> {
+    let Some(text) = text else {
+        return Ok(None);
+    };
+    match text.parse::<u16>() {
+        Ok(number) if number >= least => Ok(Some(number)),
+        _ => Err(crate::Failure::Failed(anyhow::anyhow!(
+            "{what} \"{text}\" out of range, valid values are within range from {least} to {}",
+            u16::MAX
+        ))),
+    }
+}
+
+fn header() -> String {
+    format!("{:<33} {:>4} {:>6} {:>4}\n", "Name", "ID", "Weight", "Cap")
+}
+
+fn row(name: &str, domid: u16, share: Share) -> String {
+    format!(
+        "{name:<33} {domid:>4} {:>6} {:>4}\n",
+        share.weight, share.cap
+    )
+}
+
+/// Programs of the host, which Domain-0 stands for, have the share of a domain of which nothing is said.
+fn of_host() -> String {
+    row(HOST_NAME, 0, Share::DEFAULT)
+}
+
+fn one(host: &Host, who: &str) -> Result<String, Error> {
+    match host.find(who) {
+        Ok(entry) => {
+            let share = host.share(&entry.domid.to_string())?;
+            Ok(row(&entry.record.name, entry.domid.0, share))
+        }
+        Err(Error::Host) => Ok(of_host()),
+        Err(fault) => Err(fault),
+    }
+}
+
+fn all(host: &Host) -> Result<String, Error> {
+    let mut table = header() + &of_host();
+    for entry in host.entries()? {
+        // One that ended just now has no place in the list.
+        if let Ok(share) = host.share(&entry.domid.to_string()) {
+            // Writing to a string does not fail.
+            let _ = write!(table, "{}", row(&entry.record.name, entry.domid.0, share));
+        }
+    }
+    Ok(table)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_have_the_columns_of_xl() {
+        let share = Share {
+            weight: 512,
+            cap: 50,
+        };
+        assert_eq!(
+            header() + &row("web", 3, share),
+            "Name                                ID Weight  Cap\n\
+             web                                  3    512   50\n"
+        );
+    }
+}
