@@ -1,5 +1,5 @@
 # Everything a user or a CI run needs. `make help` lists the targets.
-.PHONY: help run build man install uninstall guests test lint deny unit-test boot-test soak-test net-test debian-test cut-test bench soak clean-guests
+.PHONY: help run build man install uninstall guests test lint deny unit-test boot-test soak-test net-test debian-test cut-test bench bench-page soak clean-guests
 
 # rustup puts cargo where a shell may not look.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -20,7 +20,8 @@ help:
 	@echo 'make cut-test           power cuts and kills under guests that write (CUTS=12)'
 	@echo 'make install            into PREFIX=/usr/local, with manual pages, completions and a unit for systemd; XL=1: as xl, too'
 	@echo 'make uninstall          remove that again'
-	@echo 'make bench              Hospes against this machine, QEMU TCG and User-Mode Linux (BENCH=quick, ROWS=a,b, SYSTEMS=a,b)'
+	@echo 'make bench              Hospes against this machine, QEMU TCG and User-Mode Linux (BENCH=quick, ROWS=a,b, SYSTEMS=a,b, DIRECT=0|1)'
+	@echo 'make bench-page         docs/bench-result.md and its plot from the last results'
 	@echo 'make soak MINUTES=n     self-checking programs in a Debian guest for n minutes'
 	@echo 'make guests             fetch the kernels and make the small guests under target/guests'
 	@echo 'make clean-guests       remove them and everything downloaded for them'
@@ -91,6 +92,7 @@ deny: $(DENY_TOOL)
 	$(DENY_TOOL) --log-level error check bans licenses sources
 
 unit-test:
+	python3 -m unittest discover --quiet --start-directory bench
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
 	    $(CARGO) nextest run --release --workspace --no-fail-fast && $(CARGO) test --release --workspace --doc; \
 	else \
@@ -128,6 +130,9 @@ bench: build
 	guests/debian.sh test
 	bench/root.sh
 	@python3 bench/run.py
+
+bench-page:
+	@python3 bench/page.py
 
 soak: build
 	@[ -n "$(MINUTES)" ] || { echo 'say for how long: make soak MINUTES=10' >&2; exit 2; }

@@ -2,7 +2,7 @@
 
 Natively fio works on the same file that is the guests' disk, and the network is a pair of virtual Ethernet interfaces between
 two namespaces. Guests and their clients have a namespace of their own, so this machine's network is not touched. Programs are
-the image's own on both sides.
+the image's own on both sides. Hospes and native take turns; the peers come afterwards, one at a time.
 """
 
 import contextlib
@@ -17,23 +17,19 @@ import time
 
 import debian
 import netns
+import rows
+import suite
+import systems
 import vm
+from results import say
 
 DATA_BYTES = 1 << 30
 MEMORY_MB = 1024
-# (row, fio's --rw, block size, depth, what is counted)
-FIO = (
-    ("fio_seq_read", "read", "1M", 4, "MiB/s"),
-    ("fio_seq_write", "write", "1M", 4, "MiB/s"),
-    ("fio_rand_read_qd1", "randread", "4k", 1, "IOPS"),
-    ("fio_rand_write_qd1", "randwrite", "4k", 1, "IOPS"),
-    ("fio_rand_read_qd32", "randread", "4k", 32, "IOPS"),
-    ("fio_rand_write_qd32", "randwrite", "4k", 32, "IOPS"),
-)
-NETWORK = ("iperf_to_guest", "iperf_from_guest", "ab", "ping")
-ROWS = ("boot_to_login", *(row[0] for row in FIO), *NETWORK)
 TIMEOUT_S = 180
 TAP_HOST, TAP_GUEST = "10.77.0.1", "10.77.0.2"
+# What a measurement may end with; the row is then without a figure.
+FAILURES = (ValueError, KeyError, AttributeError, subprocess.SubprocessError, vm.GuestError)
+NO_NETWORK = "network rows need root and ip(8)"
 NGINX = """worker_processes 1; daemon off; pid nginx.pid; error_log stderr crit;
 events {{ worker_connections 512; }}
 http {{ access_log off; client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4; scgi_temp_path t5;
@@ -79,6 +75,12 @@ def program(name):
     return [str(loader), "--library-path", libraries, str(path)]
 
 
+def output_of(argv):
+    return subprocess.run(
+        argv, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S
+    ).stdout
+
+
 def fio_arguments(row, path, seconds):
     _, kind, block, depth, _ = row
     return [
@@ -97,22 +99,6 @@ def fio_value(row, output):
     return side["bw_bytes"] / (1 << 20) if row[4] == "MiB/s" else side["iops"]
 
 
-def measure_fio(plan, add, note, run, path):
-    """`run(arguments)` gives fio's output."""
-    for row in FIO:
-        if row[0] in plan.rows:
-            try:
-                add(row[0], fio_value(row, run(fio_arguments(row, path, plan.fio_s))))
-            except (ValueError, KeyError, subprocess.SubprocessError, vm.GuestError) as error:
-                note(f"{row[0]}: {error}")
-
-
-def output_of(argv):
-    return subprocess.run(
-        argv, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S
-    ).stdout
-
-
 def gigabits(text):
     """What iperf3's receiver counted, from its JSON."""
     report = json.loads(text)
@@ -121,54 +107,37 @@ def gigabits(text):
     return report["end"]["sum_received"]["bits_per_second"] / 1e9
 
 
-def measure_network(plan, add, note, clients, address):
-    """Clients in the namespace `clients` against the servers at `address`, which run already."""
-    seconds = str(plan.network_s)
-    measurements = {
-        "iperf_to_guest": (
-            [*program("iperf3"), "-c", address, "-t", seconds, "-J"],
-            gigabits,
-        ),
-        "iperf_from_guest": (
-            [*program("iperf3"), "-c", address, "-t", seconds, "-J", "-R"],
-            gigabits,
-        ),
+def network_value(row, seconds, clients, address):
+    """One figure by a client in the namespace `clients`, from the servers at `address`, which run already."""
+    iperf = [*program("iperf3"), "-c", address, "-t", str(seconds), "-J"]
+    argv, value = {
+        "iperf_to_guest": (iperf, gigabits),
+        "iperf_from_guest": ([*iperf, "-R"], gigabits),
         "ab": (
-            ["ab", "-q", "-c", "16", "-t", seconds, "-n", "10000000", f"http://{address}/page"],
+            ["ab", "-q", "-c", "16", "-t", str(seconds), "-n", "10000000", f"http://{address}/page"],
             lambda text: float(re.search(r"Requests per second:\s+([\d.]+)", text).group(1)),
         ),
         "ping": (
             ["ping", "-q", "-c", "50", "-i", "0.02", address],
             lambda text: float(re.search(r"= [\d.]+/([\d.]+)/", text).group(1)),
         ),
-    }
-    for row in NETWORK:
-        if row in plan.rows:
-            argv, value = measurements[row]
-            try:
-                add(row, value(output_of(clients.command(*argv))))
-            except (AttributeError, ValueError, KeyError, subprocess.SubprocessError) as error:
-                note(f"{row}: {getattr(error, 'stderr', None) or error}")
+    }[row]
+    return value(output_of(clients.command(*argv)))
 
 
-def wants(plan, rows):
-    return any(row in plan.rows for row in rows)
+class Native:
+    """This machine itself. Servers start with it where network rows are wanted."""
 
+    variant = systems.NATIVE
 
-def native(plan, add, note):
-    """This machine itself. It has no boot."""
-    path = data_file()
-    measure_fio(plan, add, note, lambda arguments: output_of([*program("fio"), *arguments]), path)
-    if not wants(plan, NETWORK):
-        return
-    if not netns.possible():
-        note("native: network rows need root and ip(8): left out")
-        return
-    with contextlib.ExitStack() as stack:
+    def __init__(self, plan, stack):
+        self.plan, self.path, self.clients = plan, data_file(), None
+        if not wants(plan, rows.NETWORK) or not netns.possible():
+            return
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="hospes-nginx-"))
         servers = stack.enter_context(netns.Namespace("servers"))
-        clients = stack.enter_context(netns.Namespace("clients"))
-        netns.join(clients, f"{TAP_HOST}/24", servers, f"{TAP_GUEST}/24")
+        self.clients = stack.enter_context(netns.Namespace("clients"))
+        netns.join(self.clients, f"{TAP_HOST}/24", servers, f"{TAP_GUEST}/24")
         configuration = pathlib.Path(directory) / "nginx.conf"
         configuration.write_text(NGINX.format(root=tree() / "var/www/html"))
         for argv in ([*program("iperf3"), "-s"], [*program("nginx"), "-p", directory, "-c", str(configuration)]):
@@ -179,56 +148,129 @@ def native(plan, add, note):
             stack.callback(process.wait)
             stack.callback(process.terminate)
         time.sleep(1)
-        measure_network(plan, add, note, clients, TAP_GUEST)
+
+    def fio(self, row):
+        return fio_value(row, output_of([*program("fio"), *fio_arguments(row, self.path, self.plan.fio)]))
+
+    def network(self, row):
+        return network_value(row, self.plan.network, self.clients, TAP_GUEST)
 
 
-def in_guest(plan, add, note, system, cpu, shell, space):
-    measure_fio(
-        plan, add, note, lambda arguments: shell.run(f"fio {' '.join(arguments)}", TIMEOUT_S),
-        {"hospes": "/dev/xvdb", "tcg": "/dev/vdb"}[system],
-    )
-    if not space or not wants(plan, NETWORK):
-        return
-    if system == "tcg":
-        shell.run(
-            "dev=$(ls /sys/class/net | grep -v lo | head -n 1); systemctl stop systemd-networkd.socket systemd-networkd; "
-            f"ip address add {TAP_GUEST}/24 dev $dev; ip link set $dev up"
-        )
-        address = TAP_GUEST
-    else:
-        address, _ = shell.address()
-    shell.run("iperf3 -s -D; sed -i 's/worker_processes auto/worker_processes 1/' /etc/nginx/nginx.conf; systemctl start nginx")
-    measure_network(plan, add, note, space, address)
+class Machine:
+    """A Debian that has booted under a monitor to root's shell after `login` seconds. The servers in it start where they are wanted."""
 
+    DISK = {"hospes": "/dev/xvdb", "tcg": "/dev/vdb"}
 
-def guest(plan, add, note, variant):
-    """One boot of Debian under a monitor, and in it the rows that are wanted."""
-    system, cpu = variant
-    if system not in debian.ROOT_DEVICE:
-        return
-    with contextlib.ExitStack() as stack:
+    def __init__(self, plan, stack, variant, whole=True):
+        """`whole` is with data disk and network, as the other rows need them."""
+        self.plan, self.variant, self.clients = plan, variant, None
         run = stack.enter_context(vm.RunDirectory())
         root = os.path.join(run.path, "root.img")
         subprocess.run(["cp", "--reflink=auto", "--sparse=always", debian.image("test"), root], check=True)
         disks = [vm.Disk(root), vm.Disk(data_file(), vdev="xvdb")]
-        spec = debian.spec(disks, system=system, memory_mb=MEMORY_MB, name="bench", tcg_cpu=cpu)
-        space = None
-        if wants(plan, NETWORK) and netns.possible():
-            space = stack.enter_context(netns.Namespace("bench"))
-            if system == "tcg":
+        spec = debian.spec(
+            disks, system=variant.system, memory_mb=MEMORY_MB, name="bench", tcg_cpu=variant.cpu or "max", settings=plan.settings()
+        )
+        if netns.possible() and wants(plan, rows.NETWORK):
+            self.clients = stack.enter_context(netns.Namespace("bench"))
+            if variant.system == "tcg":
                 spec.tap = "tap0"
-                space.tap(spec.tap, f"{TAP_HOST}/24")
+                self.clients.tap(spec.tap, f"{TAP_HOST}/24")
             else:
                 spec.vifs = ("",)
-        elif wants(plan, NETWORK):
-            note(f"{system}: network rows need root and ip(8): left out")
-        argv = spec.argv(system)
-        argv = space.command(*argv) if space else argv
-        machine = stack.enter_context(vm.Guest(argv, run.environment()))
+        argv = spec.argv(variant.system)
+        argv = self.clients.command(*argv) if self.clients else argv
+        self.shell = debian.Shell(stack.enter_context(vm.Guest(argv, run.environment())))
+        self.login = self.shell.login
+        self.address = self._serve() if whole and self.clients else None
+
+    def _serve(self):
+        """Starts the servers; the guest's address."""
+        if self.variant.system == "tcg":
+            self.shell.run(
+                "dev=$(ls /sys/class/net | grep -v lo | head -n 1); systemctl stop systemd-networkd.socket systemd-networkd; "
+                f"ip address add {TAP_GUEST}/24 dev $dev; ip link set $dev up"
+            )
+            address = TAP_GUEST
+        else:
+            address, _ = self.shell.address()
+        self.shell.run("iperf3 -s -D; sed -i 's/worker_processes auto/worker_processes 1/' /etc/nginx/nginx.conf; systemctl start nginx")
+        return address
+
+    def fio(self, row):
+        path = self.DISK[self.variant.system]
+        return fio_value(row, self.shell.run(f"fio {' '.join(fio_arguments(row, path, self.plan.fio))}", TIMEOUT_S))
+
+    def network(self, row):
+        return network_value(row, self.plan.network, self.clients, self.address)
+
+
+def wants(plan, names):
+    return any(row in plan.rows for row in names)
+
+
+def measure(plan, results, guests):
+    if not wants(plan, rows.DEVICES):
+        return
+    results.missing("native", ["boot_to_login"], "this machine does not boot for a benchmark")
+    results.missing("uml", rows.DEVICES, "User-Mode Linux is measured without disks and network")
+    if not netns.possible() and wants(plan, rows.NETWORK):
+        for system in rows.SYSTEMS:
+            results.missing(system, rows.NETWORK, NO_NETWORK)
+    able = [variant for variant in guests if variant.system in debian.ROOT_DEVICE]
+    if wants(plan, rows.DEVICES[1:]):
+        for variant in able or [systems.NATIVE]:
+            session(plan, results, variant)
+    if "boot_to_login" in plan.rows:
+        logins(plan, results, able)
+
+
+def session(plan, results, variant):
+    """One boot, and in it the rows that are wanted; in turn with native where it is Hospes, or alone where it is native."""
+    with contextlib.ExitStack() as stack:
+        sides = []
         try:
-            shell = debian.Shell(machine)
-            if "boot_to_login" in plan.rows:
-                add("boot_to_login", shell.login)
-            in_guest(plan, add, note, system, cpu, shell, space)
-        except vm.GuestError as error:
-            note(f"{system}: Debian: {error}")
+            if "native" in plan.systems and variant.system in ("hospes", "native"):
+                sides.append(Native(plan, stack))
+            if variant.system != "native":
+                say(f"{variant}: booting Debian")
+                sides.append(Machine(plan, stack, variant))
+        except (vm.GuestError, subprocess.SubprocessError) as error:
+            results.note(f"{variant}: Debian: {error}")
+            results.missing(variant.system, rows.DEVICES, "Debian did not come up")
+        for row in rows.FIO:
+            if row[0] in plan.rows:
+                alternate(plan, results, sides, row[0], lambda side, row=row: side.fio(row))
+        for row in rows.NETWORK:
+            if row in plan.rows and netns.possible():
+                alternate(plan, results, sides, row, lambda side, row=row: side.network(row))
+
+
+def alternate(plan, results, sides, row, value):
+    """The figures of one row, side by side; a side that fails at it is left out of the rest of the row."""
+    left = list(sides)
+    peers = all(side.variant.system == "tcg" for side in sides)
+    for number in range(plan.peer_samples if peers else plan.vcpu_pairs):
+        for side in reversed(left) if number % 2 else list(left):
+            try:
+                results.add(side.variant, row, number, value(side))
+            except FAILURES as error:
+                detail = getattr(error, "stderr", None) or getattr(error, "stdout", None) or error
+                results.note(f"{side.variant}: {row}: {str(detail)[-400:]}")
+                results.missing(side.variant.system, [row], "its measurement failed")
+                left = [other for other in left if other is not side]
+    results.save()
+    say(suite.progress(results, row))
+
+
+def logins(plan, results, able):
+    for number in range(plan.logins):
+        for variant in able:
+            with contextlib.ExitStack() as stack:
+                try:
+                    results.add(variant, "boot_to_login", number, Machine(plan, stack, variant, whole=False).login)
+                except vm.GuestError as error:
+                    results.note(f"{variant}: no login: {error}")
+                    results.missing(variant.system, ["boot_to_login"], "Debian did not come up")
+        results.save()
+        say(f"login {number + 1} of {plan.logins}: {suite.progress(results, 'boot_to_login')}")

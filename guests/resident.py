@@ -5,6 +5,7 @@ memory, which are known by their names: Hospes and QEMU use a memfd, User-Mode L
 """
 
 import ctypes
+import pathlib
 import re
 
 GUEST_MEMORY = re.compile(r"/memfd:(hospes-guest|memory-backend-memfd) |/vm_file-|/dev/shm/#\d+ \(deleted\)")
@@ -27,6 +28,22 @@ def same_memory(one, other):
     """Whether two processes share one address space (kcmp(2), KCMP_VM); False where the kernel will not say."""
     kcmp, kcmp_vm = 312, 1
     return ctypes.CDLL(None).syscall(kcmp, one, other, kcmp_vm, 0, 0) == 0
+
+
+def family(pids):
+    """The processes and all that descend from them; a process that empties its own memory can be told by its parent alone."""
+    children = {}
+    for entry in pathlib.Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit():
+                parent = int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+        except OSError:
+            continue
+    found = list(pids)
+    for pid in found:
+        found.extend(child for child in children.get(pid, ()) if child not in found)
+    return found
 
 
 def overhead_mb(pids):

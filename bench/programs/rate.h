@@ -1,8 +1,9 @@
 /*
  * What the benchmark programs share: a clock, a time-boxed rate, and the form of a result.
  *
- * A rate is measured by calling `work(n)` with n grown until one call fills the box, then taking the median of three
- * further calls. The box is BENCH_BOX_MS milliseconds (1000 when unset), so a slow machine needs no longer than a fast one.
+ * A rate is measured by calling `work(n)` with n grown until one call takes a quarter of the box, then one call that fills
+ * it; the harness takes the median of many such measurements. The box is BENCH_BOX_MS milliseconds (1000 when unset), so a
+ * slow machine needs no longer than a fast one.
  */
 #ifndef HOSPES_BENCH_RATE_H
 #define HOSPES_BENCH_RATE_H
@@ -37,32 +38,19 @@ static inline double box_seconds(void)
     return box > 0.001 ? box : 0.001;
 }
 
-static inline double median_of_three(double a, double b, double c)
-{
-    double low = a < b ? a : b, high = a < b ? b : a;
-
-    return c < low ? low : c > high ? high : c;
-}
-
 /* Units of work a second. `step` is the smallest sensible n. */
 static inline double rate_of(work_function work, unsigned long step)
 {
-    double box = box_seconds(), took, rates[3];
+    double box = box_seconds(), took;
     unsigned long n = step;
 
-    while ((took = seconds_of(work, n)) < box / 20)
+    while ((took = seconds_of(work, n)) < box / 4)
         n *= 2;
     if (took < box) {
-        double scale = box / took;
-
-        n = (unsigned long)((double)n * scale);
+        n = (unsigned long)((double)n * box / took);
         n -= n % step;
     }
-    if (n < step)
-        n = step;
-    for (int i = 0; i < 3; i++)
-        rates[i] = (double)n / seconds_of(work, n);
-    return median_of_three(rates[0], rates[1], rates[2]);
+    return (double)n / seconds_of(work, n);
 }
 
 static inline void print_row(const char *name, double value)

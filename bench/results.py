@@ -1,0 +1,134 @@
+"""What was measured, and the files that it is kept in.
+
+target/bench/results.json is a list of rows {name, unit, better, native, tcg, uml, hospes, ...}: medians, null where a system has no
+figure. `vs_native`, `vs_tcg` and `vs_uml` say how many times as fast Hospes is: {median, low, high, pairs, coverage} (stats.py).
+`reasons` says why a figure is null, `measured` when the row was. target/bench/run.json is about the run: machine, mitigations, notes.
+"""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+
+import rows
+import stats
+import vm
+
+DIRECTORY = vm.ROOT / "target" / "bench"
+
+
+def say(text):
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def ratio(row, value, base):
+    """How many times as good `value` is as `base`."""
+    return value / base if rows.ROWS[row][1] == rows.HIGHER else base / value
+
+
+def machine():
+    """What the figures depend on outside of this program."""
+    model = "unknown"
+    for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {"processor": model, "cpus": len(os.sched_getaffinity(0)), "kernel": platform.release()}
+
+
+class Results:
+    def __init__(self, plan):
+        self.plan = plan
+        self.samples = {}
+        self.reasons = {}
+        self.notes = []
+        self.mitigations = {}
+        self.measured = {}
+        self.started = datetime.datetime.now(datetime.timezone.utc)
+        self.kept, self.kept_notes = self._earlier() if plan.keep else ({}, [])
+
+    def _earlier(self):
+        """The rows of the last run that this one does not measure, and its notes."""
+        try:
+            kept = {row["name"]: row for row in json.loads((DIRECTORY / "results.json").read_text())}
+            run = json.loads((DIRECTORY / "run.json").read_text())
+        except FileNotFoundError:
+            return {}, []
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"bench: what {DIRECTORY} holds of earlier runs cannot be read ({error}): remove it, or leave KEEP out") from None
+        self.mitigations = run["mitigations"]
+        return {name: row for name, row in kept.items() if name not in self.plan.rows and name in rows.ROWS}, run["notes"]
+
+    def add(self, variant, row, number, value):
+        """The figure of one variant in round `number`."""
+        self.samples.setdefault((variant, row), {})[number] = value
+        self.measured[row] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+    def note(self, text):
+        say(text)
+        self.notes.append(text)
+
+    def missing(self, system, names, reason):
+        """Says why a system has no figure in some rows."""
+        for name in names:
+            self.reasons.setdefault((system, name), reason)
+
+    def best(self, system, row):
+        """The samples of a system, by round; for one with several variants those of the better one."""
+        if system == "native" and row.endswith(rows.LEVEL_SUFFIX):
+            system = "level"
+        row = row.removesuffix(rows.LEVEL_SUFFIX)
+        found = [samples for (variant, name), samples in self.samples.items() if name == row and variant.system == system]
+        pick = max if rows.ROWS[row][1] == rows.HIGHER else min
+        return pick(found, key=lambda samples: statistics.median(samples.values()), default={})
+
+    def value(self, system, row):
+        samples = self.best(system, row)
+        return statistics.median(samples.values()) if samples else None
+
+    def against(self, other, row):
+        """The stats.Estimate of how many times as good Hospes is as another system; None where one has no figure.
+
+        Against native it is formed of the rounds that have both. A peer has figures of a few rounds only, the first ones, in which
+        Hospes may still be cold: all of Hospes' rounds are held against the peer's median.
+        """
+        ours, theirs = self.best("hospes", row), self.best(other, row)
+        if other != "native" and theirs:
+            theirs = dict.fromkeys(ours, statistics.median(theirs.values()))
+        return stats.estimate([ratio(row, ours[number], theirs[number]) for number in ours.keys() & theirs if ours[number] and theirs[number]])
+
+    def _row(self, name):
+        unit, better = rows.ROWS[name]
+        row = {"name": name, "unit": unit, "better": better}
+        row |= {system: self.value(system, name) for system in rows.SYSTEMS}
+        for other in ("native", "tcg", "uml"):
+            found = self.against(other, name)
+            row[f"vs_{other}"] = found.as_json() if found else None
+        reasons = {system: self._reason(system, name) for system in rows.SYSTEMS if row[system] is None}
+        return row | {"reasons": reasons, "direct": self.plan.direct, "measured": self.measured.get(rows.measured_as(name))}
+
+    def _reason(self, system, name):
+        if system not in self.plan.systems:
+            return "not chosen"
+        return self.reasons.get((system, rows.measured_as(name)), "not measured")
+
+    def rows(self):
+        """All rows in their order, those of this run and those kept."""
+        return [self.kept.get(name) or self._row(name) for name in rows.ROWS if name in self.kept or name in self.plan.rows]
+
+    def run(self):
+        return {
+            "date": self.started.strftime("%Y-%m-%d %H:%M UTC"), "quick": self.plan.quick, **machine(), "mitigations": self.mitigations,
+            "notes": list(dict.fromkeys([*self.kept_notes, *self.notes])),
+        }
+
+    def save(self):
+        """Writes both files, each in one step, so that an interrupted run leaves whole ones."""
+        DIRECTORY.mkdir(parents=True, exist_ok=True)
+        for name, content in (("results.json", self.rows()), ("run.json", self.run())):
+            new = DIRECTORY / f"{name}.new"
+            new.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(new, DIRECTORY / name)
