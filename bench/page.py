@@ -12,7 +12,7 @@ import rows  # noqa: E402
 import table  # noqa: E402
 import vm  # noqa: E402
 
-DIRECT = {None: "as by default", "0": "off", "1": "on"}
+DIRECT = {None: "as by default", "0": "off", "1": "on", "both": "on, and off beside it"}
 LOW, HIGH = 0.01, 3.0
 LEFT, WIDTH, ROW, TOP = 190, 560, 17, 54
 COLOURS = {"tcg": "#c0392b", "uml": "#8e8e8e", "hospes": "#1f5fa8"}

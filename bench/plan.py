@@ -2,6 +2,9 @@
 
 import rows
 
+# Hospes with direct execution, and once more without, side by side.
+BOTH = "both"
+
 
 class Plan:
     """Times are in seconds unless the name says otherwise.
@@ -27,20 +30,22 @@ class Plan:
         self.direct = self._direct(environment.get("DIRECT"))
         self.keep = environment.get("KEEP") == "1"
         self.systems = self._chosen(environment.get("SYSTEMS"), rows.SYSTEMS, "system")
-        self.rows = self._chosen(environment.get("ROWS"), tuple(rows.ROWS), "row")
+        self.rows = self._chosen(environment.get("ROWS"), tuple(rows.ROWS), "row", rows.GROUPS)
 
     @staticmethod
-    def _chosen(text, known, what):
-        names = [name for name in (text or "").split(",") if name] or list(known)
+    def _chosen(text, known, what, groups=None):
+        groups = groups or {}
+        words = [name for name in (text or "").split(",") if name] or known
+        names = [name for word in words for name in groups.get(word, [word])]
         for name in names:
             if name not in known:
-                raise SystemExit(f"bench: no {what} is called {name!r}: choose from {', '.join(known)}")
+                raise SystemExit(f"bench: no {what} is called {name!r}: choose from {', '.join((*groups, *known))}")
         return [name for name in known if name in names]
 
     @staticmethod
     def _direct(text):
-        if text not in (None, "", "0", "1"):
-            raise SystemExit(f"bench: DIRECT={text} means nothing: say 0 or 1, or leave it out for what Hospes does by default")
+        if text not in (None, "", "0", "1", BOTH):
+            raise SystemExit(f"bench: DIRECT={text} means nothing: say 0, 1 or both, or leave it out for what Hospes does by default")
         return text or None
 
     def measures(self, row):
@@ -52,5 +57,5 @@ class Plan:
 
     def settings(self, direct=None):
         """Lines of a Hospes configuration; `direct` is for a row that has a wish of its own where the user has none."""
-        chosen = self.direct if self.direct is not None else direct
+        chosen = direct if self.direct is None else "1" if self.direct == BOTH else self.direct
         return () if chosen is None else (f"engine_direct={chosen}",)

@@ -1,7 +1,7 @@
 """What was measured, and the files that it is kept in.
 
 target/bench/results.json is a list of rows {name, unit, better, native, tcg, uml, hospes, ...}: medians, null where a system has no
-figure. `vs_native`, `vs_tcg` and `vs_uml` say how many times as fast Hospes is: {median, low, high, pairs, coverage} (stats.py).
+figure. `vs_native`, `vs_tcg`, `vs_uml` and `vs_direct_off` say how many times as fast Hospes is: {median, low, high, pairs, coverage} (stats.py).
 `reasons` says why a figure is null, `measured` when the row was. target/bench/run.json is about the run: machine, mitigations, notes.
 """
 
@@ -51,7 +51,7 @@ class Results:
         self.kept, self.kept_notes = self._earlier() if plan.keep else ({}, [])
 
     def _earlier(self):
-        """The rows of the last run that this one does not measure, and its notes."""
+        """The rows of the last run, by name, and its notes."""
         try:
             kept = {row["name"]: row for row in json.loads((DIRECTORY / "results.json").read_text())}
             run = json.loads((DIRECTORY / "run.json").read_text())
@@ -60,7 +60,7 @@ class Results:
         except (ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"bench: what {DIRECTORY} holds of earlier runs cannot be read ({error}): remove it, or leave KEEP out") from None
         self.mitigations = run["mitigations"]
-        return {name: row for name, row in kept.items() if name not in self.plan.rows and name in rows.ROWS}, run["notes"]
+        return kept, run["notes"]
 
     def add(self, variant, row, number, value):
         """The figure of one variant in round `number`."""
@@ -96,7 +96,7 @@ class Results:
         Hospes may still be cold: all of Hospes' rounds are held against the peer's median.
         """
         ours, theirs = self.best("hospes", row), self.best(other, row)
-        if other != "native" and theirs:
+        if other in ("tcg", "uml") and theirs:
             theirs = dict.fromkeys(ours, statistics.median(theirs.values()))
         return stats.estimate([ratio(row, ours[number], theirs[number]) for number in ours.keys() & theirs if ours[number] and theirs[number]])
 
@@ -104,7 +104,7 @@ class Results:
         unit, better = rows.ROWS[name]
         row = {"name": name, "unit": unit, "better": better}
         row |= {system: self.value(system, name) for system in rows.SYSTEMS}
-        for other in ("native", "tcg", "uml"):
+        for other in ("native", "tcg", "uml", "direct_off"):
             found = self.against(other, name)
             row[f"vs_{other}"] = found.as_json() if found else None
         reasons = {system: self._reason(system, name) for system in rows.SYSTEMS if row[system] is None}
@@ -116,8 +116,15 @@ class Results:
         return self.reasons.get((system, rows.measured_as(name)), "not measured")
 
     def rows(self):
-        """All rows in their order, those of this run and those kept."""
-        return [self.kept.get(name) or self._row(name) for name in rows.ROWS if name in self.kept or name in self.plan.rows]
+        """All rows in their order: those that were measured now, else those kept."""
+        found = []
+        for name in rows.ROWS:
+            now = name in self.plan.rows
+            if name in self.kept and not (now and rows.measured_as(name) in self.measured):
+                found.append(self.kept[name])
+            elif now:
+                found.append(self._row(name))
+        return found
 
     def run(self):
         return {

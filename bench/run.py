@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The benchmark: the same programs on this machine, in QEMU TCG, in User-Mode Linux and in Hospes, in turn in one run.
 
-    bench/run.py        BENCH=quick for shorter boxes, ROWS=a,b and SYSTEMS=native,tcg,uml,hospes to select,
-                        DIRECT=0|1 for Hospes' direct execution, KEEP=1 to keep the rows of the last run that are not measured
+    bench/run.py        BENCH=quick for shorter boxes, ROWS=a,b and SYSTEMS=native,tcg,uml,hospes to select rows and systems,
+                        DIRECT=0|1|both for Hospes' direct execution, KEEP=1 to keep the rows of the last run that are not measured
 
 Writes target/bench/results.json and run.json (results.py) after each row, prints the table and what stands in it against the
 bars (rows.py). An interrupted run prints and keeps what it has. docs/bench.md describes the rows.

@@ -1,7 +1,7 @@
 """The rows that one worker with one vCPU can measure by itself, and the boot to the first user instruction.
 
-All systems are up at once and wait; a row is measured in rounds: native, native at the guest's level and Hospes one after the other,
-with the peers between the first of them. Only one works at a time.
+All systems are up at once and wait; a row is measured in rounds: native, native at the guest's level and Hospes one after the other;
+peers follow in the first rounds. Only one works at a time.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import time
 import rows
 import systems
 import vm
+from plan import BOTH
 from results import say
 
 BOOT_MEMORY_MB = 512
@@ -21,7 +22,8 @@ def measure(plan, results, guests):
     if not wanted:
         return
     with contextlib.ExitStack() as stack:
-        workers = start(plan, results, guests, stack, level=any(map(plan.wants_level, wanted)))
+        off = [systems.DIRECT_OFF] * (plan.direct == BOTH and systems.HOSPES in guests)
+        workers = start(plan, results, [*guests, *off], stack, level=any(map(plan.wants_level, wanted)))
         for position, row in enumerate(wanted, 1):
             measure_row(plan, results, workers, row)
             results.save()
@@ -45,7 +47,7 @@ def start(plan, results, guests, stack, level, **more):
 def measure_row(plan, results, workers, row):
     spent = dict.fromkeys(workers, 0.0)
     for number in range(plan.pairs):
-        held = [variant for variant in workers if variant.system in ("native", "level", "hospes")]
+        held = [variant for variant in workers if variant.system not in ("tcg", "uml")]
         if not plan.wants_level(row) and systems.LEVELLED in held:
             held.remove(systems.LEVELLED)
         turn = number % max(1, len(held))

@@ -30,7 +30,8 @@ LEVEL = {
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """`system` is one of rows.SYSTEMS, or "level" for native limited to the guest's CPUID level. `cpu` matters to QEMU."""
+    """`system` is one of rows.SYSTEMS, "level" for native limited to the guest's CPUID level, or "direct_off" for Hospes without direct
+    execution where it is measured with it, too. `cpu` matters to QEMU."""
 
     system: str
     cpu: str = ""
@@ -38,12 +39,19 @@ class Variant:
     def __str__(self):
         return f"{self.system} -cpu {self.cpu}" if self.cpu else self.system
 
+    @property
+    def monitor(self):
+        """The monitor's name in vm.py."""
+        return "hospes" if self.system == "direct_off" else self.system
+
     def spec(self, plan, direct=None, **more):
         """A vm.Spec for this variant."""
-        return vm.Spec(tcg_cpu=self.cpu or "max", settings=plan.settings(direct), **more)
+        settings = ("engine_direct=0",) if self.system == "direct_off" else plan.settings(direct)
+        return vm.Spec(tcg_cpu=self.cpu or "max", settings=settings, **more)
 
 
 NATIVE, LEVELLED, HOSPES, UML = Variant("native"), Variant("level"), Variant("hospes"), Variant("uml")
+DIRECT_OFF = Variant("direct_off")
 TCG = tuple(Variant("tcg", cpu) for cpu in TCG_CPUS)
 
 
@@ -122,7 +130,7 @@ def worker(plan, results, variant, ramdisk="initramfs-bench.cpio", memory_mb=MEM
             guest = stack.enter_context(vm.Guest(_native_argv(), dict(run.environment(), **limits)))
         else:
             spec = variant.spec(plan, direct, ramdisk=ramdisk, memory_mb=memory_mb, vcpus=vcpus, name=name, command_line="quiet")
-            guest = stack.enter_context(vm.Guest(spec.argv(variant.system), run.environment()))
+            guest = stack.enter_context(vm.Guest(spec.argv(variant.monitor), run.environment()))
         made = Worker(variant, guest, results.note)
         made.run = run
         keep_mitigations(results, variant, guest)

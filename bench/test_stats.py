@@ -26,10 +26,14 @@ class Intervals(unittest.TestCase):
 
 
 class Tables(unittest.TestCase):
+    def test_groups_hold_rows(self):
+        for names in rows.GROUPS.values():
+            self.assertLessEqual(set(names), set(rows.ROWS))
+
     def test_every_bar_has_its_row(self):
         for bar in rows.BARS:
             self.assertIn(bar.row, rows.ROWS)
-            self.assertIn(bar.against, (*rows.SYSTEMS, "least", "most"))
+            self.assertIn(bar.against, (*rows.SYSTEMS, "direct_off", "least", "most"))
 
     def test_no_bar_is_there_twice(self):
         keys = [(bar.row, bar.against) for bar in rows.BARS]
