@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use hospes_engine::{CpuState, Segment, cr, reg, seg};
 use hospes_engine_mock::{Control, FlatVcpu, RecordingVm};
-use hospes_memory::{GuestMemory, Range};
+use hospes_memory::{GuestMemory, Page, Range};
 use hospes_ring::FrontRing;
 use hospes_store::{LocalStore, StoreAccess};
 use hospes_units::{DomId, Gfn, Gpa, GrantRef, VcpuId};
-use hospes_xen::{Config, E820, Host, Page, TrapInstruction, TscRate, Xen};
+use hospes_xen::{Config, E820, Host, TrapInstruction, TscRate, Xen};
 use hospes_xen_abi::memory::AddToPhysmap;
 use hospes_xen_abi::{event, grant, hypercall as nr, memory};
 use zerocopy::{FromBytes, Immutable, IntoBytes};

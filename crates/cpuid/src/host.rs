@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use hospes_sys::{cpuid, xcr0};
+
 /// Whose instruction set it is, as far as that matters to guests: AMD's makes hypercalls with VMMCALL, all others with VMCALL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Vendor {
@@ -74,11 +76,7 @@ impl HostCpu {
                 }
             }
         }
-        const OSXSAVE: u32 = 1 << 27;
-        if host.leaf(1, 0)[2] & OSXSAVE != 0 {
-            // SAFETY: CPUID has just said that the kernel enabled XGETBV.
-            host.xcr0 = unsafe { std::arch::x86_64::_xgetbv(0) };
-        }
+        host.xcr0 = xcr0();
         host.unaffected = unaffected(Path::new(VULNERABILITIES));
         host
     }
@@ -137,14 +135,6 @@ fn subleaves(leaf: u32) -> u32 {
         0xb | 0xd => 4,
         _ => 1,
     }
-}
-
-fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
-    // Older compilers do not know it as safe.
-    #[allow(unused_unsafe)]
-    // SAFETY: every x86-64 processor has CPUID, and it changes nothing but its four result registers.
-    let r = unsafe { std::arch::x86_64::__cpuid_count(leaf, subleaf) };
-    [r.eax, r.ebx, r.ecx, r.edx]
 }
 
 fn unaffected(directory: &Path) -> BTreeSet<Flaw> {

@@ -10,6 +10,7 @@
 //! Invariants: looking up is pure and fast (guests execute CPUID in loops); only [`HostCpu::capture`] looks at the machine.
 //! Limits: written for the translating engine, where guest page tables and guest branches never reach the hardware.
 //! Sources: Intel SDM volume 2 "CPUID", AMD APM volume 3 appendix E, Xen's public/arch-x86/cpuid.h.
+#![forbid(unsafe_code)]
 
 mod caches;
 mod capabilities;

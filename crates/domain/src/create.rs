@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use hospes_builder::{BuildSpec, MemmapEntry, ap_cpu_state, build, memory_layout};
 use hospes_cpuid::{CpuidTable, HostCpu, Level, Policy, Vendor};
-use hospes_memory::GuestMemory;
+use hospes_memory::{GuestMemory, Page};
 use hospes_store::DomainEntry;
 use hospes_units::{PAGE_SIZE, VcpuId};
 use hospes_xen::{
-    Calibration, Config, ConsoleRing, E820, HostPort, Page, StoreRing, TrapInstruction, Xen,
+    Calibration, Config, ConsoleRing, E820, HostPort, StoreRing, TrapInstruction, Xen,
 };
 
 use crate::console::Console;

@@ -8,6 +8,8 @@
 //! readable and writable memory; special pages replace what lay there in place (`MAP_FIXED`).
 //! Limits: the reservation ends [`RESERVE_ABOVE_RAM`] bytes above the highest RAM address.
 
+mod page;
+
 use std::os::fd::OwnedFd;
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,6 +18,8 @@ use hospes_units::{Gfn, Gpa, PAGE_SIZE};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+pub use page::{Area, Page};
 
 /// Address space kept free above the last byte of RAM; guests place grant frames there.
 pub const RESERVE_ABOVE_RAM: u64 = 16 << 30;

@@ -9,18 +9,8 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use hospes_sys::{cpuid, rdtsc};
 use rustix::time::{ClockId, clock_gettime};
-
-/// Reads the TSC, not before earlier loads have completed.
-pub fn rdtsc() -> u64 {
-    // SAFETY: LFENCE and RDTSC exist on every x86-64 processor, touch no memory and are not forbidden to user space on Linux unless
-    // the process asked for that.
-    #[allow(unused_unsafe)]
-    unsafe {
-        core::arch::x86_64::_mm_lfence();
-        core::arch::x86_64::_rdtsc()
-    }
-}
 
 /// The host's CLOCK_MONOTONIC, in ns.
 pub fn monotonic_ns() -> u64 {
@@ -117,20 +107,15 @@ impl Calibration {
 
 /// What CPUID says of the TSC's frequency: leaf 0x15, or the timing leaf that hypervisors offer.
 fn nominal_hz() -> Option<f64> {
-    use core::arch::x86_64::__cpuid;
-    // CPUID exists on every x86-64 processor; older toolchains still call it unsafe.
-    #[allow(unused_unsafe)]
-    // SAFETY: see above.
-    let leaf = |n| unsafe { __cpuid(n) };
-    if leaf(0).eax >= 0x15 {
-        let l = leaf(0x15);
-        if l.eax != 0 && l.ebx != 0 && l.ecx != 0 {
-            return Some(f64::from(l.ecx) * f64::from(l.ebx) / f64::from(l.eax));
+    if cpuid(0, 0)[0] >= 0x15 {
+        let [denominator, numerator, crystal_hz, _] = cpuid(0x15, 0);
+        if denominator != 0 && numerator != 0 && crystal_hz != 0 {
+            return Some(f64::from(crystal_hz) * f64::from(numerator) / f64::from(denominator));
         }
     }
-    let under_hypervisor = leaf(1).ecx & (1 << 31) != 0;
-    if under_hypervisor && (0x4000_0010..0x4000_1000).contains(&leaf(0x4000_0000).eax) {
-        let khz = leaf(0x4000_0010).eax;
+    let under_hypervisor = cpuid(1, 0)[2] & (1 << 31) != 0;
+    if under_hypervisor && (0x4000_0010..0x4000_1000).contains(&cpuid(0x4000_0000, 0)[0]) {
+        let khz = cpuid(0x4000_0010, 0)[0];
         if khz != 0 {
             return Some(f64::from(khz) * 1000.0);
         }

@@ -6,10 +6,10 @@
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::fence;
 
+use hospes_memory::Page;
 use hospes_xen_abi::ring;
 
 use crate::hostport::HostPort;
-use crate::page::Page;
 
 /// The ring page and its event channel.
 #[derive(Debug)]

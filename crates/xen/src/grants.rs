@@ -8,12 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
 use hospes_engine::Vcpu;
-use hospes_memory::{GuestMemory, MemoryError};
+use hospes_memory::{GuestMemory, MemoryError, Page};
 use hospes_units::{DomId, Gfn, Gpa, GrantRef};
 use hospes_xen_abi::{Errno, grant};
 
 use crate::guest::{Reply, read, write};
-use crate::page::Page;
 use crate::{Config, Xen, lock};
 
 /// Most frames a grant table may have.

@@ -9,6 +9,7 @@
 //! Invariants: every word that the guest may change at the same time is an atomic; whatever is read from the guest is copied once and
 //! checked; no guest value panics. Lock order: ports before a vCPU's own locks; no call-back runs under a lock.
 //! Limits: 128 vCPUs, 64 grant frames, 1024 different places for shared pages, 4096 ports.
+#![forbid(unsafe_code)]
 
 mod callback;
 pub mod clock;
@@ -19,7 +20,6 @@ mod guest;
 mod hostport;
 mod hvm_op;
 mod memory_op;
-mod page;
 mod runstate;
 mod sched_op;
 mod time;
@@ -39,7 +39,7 @@ use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hospes_engine::{Vcpu, VcpuControl, Vm, reg};
-use hospes_memory::{GuestMemory, MemoryError};
+use hospes_memory::{GuestMemory, MemoryError, Page};
 use hospes_units::{DomId, Gfn, Gpa, VcpuId};
 use hospes_xen_abi::{Errno, hypercall};
 
@@ -49,7 +49,6 @@ pub use events::EventError;
 pub use grants::{Access, GrantError};
 pub use hospes_xen_abi::memory::E820;
 pub use hostport::{HostPort, Listener};
-pub use page::Page;
 pub use timers::ClockThread;
 pub use xenstore::{ProtocolError, StoreConnection, StoreRing};
 

@@ -7,10 +7,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::fence;
 
+use hospes_memory::Area;
 use hospes_units::VcpuId;
 use hospes_xen_abi::shared::{RUNSTATE_UPDATE, Runstate, RunstateInfo};
 
-use crate::page::Area;
 use crate::{Xen, lock};
 
 /// `schedstat` is not read more often than this, ns.

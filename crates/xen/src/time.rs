@@ -4,12 +4,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
+use hospes_memory::{Area, Page};
+use hospes_sys::rdtsc;
 use hospes_xen_abi::shared::{
     PVCLOCK_GUEST_STOPPED, PVCLOCK_TSC_STABLE, SI_WC_VERSION, VcpuTimeInfo,
 };
 
-use crate::clock::{Line, Moment, Servo, TscRate, host_tsc_is_stable, rdtsc, realtime_ns};
-use crate::page::{Area, Page};
+use crate::clock::{Line, Moment, Servo, TscRate, host_tsc_is_stable, realtime_ns};
 
 const OFF_FLAGS: usize = core::mem::offset_of!(VcpuTimeInfo, flags);
 /// The wall clock is published again where it is off by more than this, ns.

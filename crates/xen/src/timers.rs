@@ -1,5 +1,6 @@
 //! The timers of a domain, and the one thread that runs them and steers the clock.
 
+use std::num::NonZeroU64;
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -189,9 +190,8 @@ impl Xen {
     }
 
     fn run_clock(&self) {
-        // SAFETY: PR_SET_TIMERSLACK takes one number and touches nothing but this thread's timer slack. Timers would else fire up to 50 us
-        // later than asked for.
-        unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1usize) };
+        // Timers would else fire up to 50 us later than asked for. Where that is refused they do.
+        let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1));
         let mut interval = STEER_FIRST;
         let mut steer_at = self.time.now_ns() + interval.as_nanos() as u64;
         let mut due = Vec::new();

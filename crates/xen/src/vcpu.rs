@@ -4,10 +4,9 @@ use std::sync::atomic::{AtomicBool, AtomicU8};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use hospes_engine::VcpuControl;
-use hospes_memory::{GuestMemory, MemoryError};
+use hospes_memory::{Area, GuestMemory, MemoryError, Page};
 use hospes_xen_abi::shared::{LEGACY_VCPUS, VI_TIME, VcpuInfo};
 
-use crate::page::{Area, Page};
 use crate::runstate::RunstateAccount;
 use crate::sched_op::PollWait;
 

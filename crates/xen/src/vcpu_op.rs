@@ -3,12 +3,12 @@
 use std::sync::atomic::Ordering::SeqCst;
 
 use hospes_engine::Vcpu;
+use hospes_memory::{Area, Page};
 use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE, VcpuId};
 use hospes_xen_abi::shared::{RunstateInfo, VI_TIME, VcpuInfo, VcpuTimeInfo};
 use hospes_xen_abi::{Errno, event, vcpu as abi};
 
 use crate::guest::{Reply, read, write};
-use crate::page::{Area, Page};
 use crate::timers::Timer;
 use crate::{Outcome, Xen, lock};
 

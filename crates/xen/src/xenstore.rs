@@ -6,10 +6,10 @@
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::fence;
 
+use hospes_memory::Page;
 use hospes_xen_abi::ring;
 
 use crate::hostport::HostPort;
-use crate::page::Page;
 
 /// The guest sent something that is no message; nothing after it can be understood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use hospes_memory::Page;
 use hospes_store::StoreAccess;
 use hospes_units::{GrantRef, Port};
-use hospes_xen::{Access, HostPort, Page, Xen};
+use hospes_xen::{Access, HostPort, Xen};
 
 use super::{Alarm, ConnectError, RingPages, Wake};
 

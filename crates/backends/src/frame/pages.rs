@@ -2,9 +2,9 @@
 
 use std::sync::atomic::AtomicU32;
 
+use hospes_memory::Page;
 use hospes_ring::SharedMemory;
 use hospes_units::PAGE_SIZE;
-use hospes_xen::Page;
 
 const BYTES: usize = PAGE_SIZE as usize;
 

@@ -7,8 +7,9 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
 
-use hospes_memory::{GuestMemory, MemoryError};
 use hospes_units::{Gfn, Gpa, PAGE_SIZE};
+
+use crate::{GuestMemory, MemoryError};
 
 const BYTES: usize = PAGE_SIZE as usize;
 
@@ -159,9 +160,8 @@ impl Area {
 mod tests {
     use std::sync::atomic::Ordering::Relaxed;
 
-    use hospes_memory::Range;
-
     use super::*;
+    use crate::Range;
 
     fn memory() -> Arc<GuestMemory> {
         Arc::new(
