@@ -9,7 +9,7 @@ BOTH = "both"
 class Plan:
     """Times are in seconds unless the name says otherwise.
 
-    `pairs` is how often Hospes is measured beside native, `peer_samples` how often a peer at most; a peer that is slow at a row
+    `pairs` is how often Hospes is measured beside native, `slow_pairs` the same for rows that take seconds, `peer_samples` how often a peer at most; a peer that is slow at a row
     stops earlier, once the row has taken it `peer_budget`.
     """
 
@@ -21,7 +21,7 @@ class Plan:
         self.peer_budget = 3 if quick else 15
         self.boots = 5 if quick else 9
         self.logins = 1 if quick else 3
-        self.vcpu_pairs = 9
+        self.slow_pairs = 9
         self.copies_box_ms = 500 if quick else 1000
         self.fair_box_ms = 3_000 if quick else 10_000
         self.idle = 5 if quick else 10

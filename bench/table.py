@@ -30,7 +30,7 @@ def verdict(bar, row):
             return None
         good = value >= bar.factor if bar.against == "least" else value < bar.factor
         return f"{'>=' if bar.against == 'least' else '<'} {bar.factor:g}: {'met' if good else 'MISSED'}"
-    found = row[f"vs_{bar.against}"]
+    found = row.get(f"vs_{bar.against}")
     if not found:
         return None
     word = "met" if found["median"] >= bar.factor else "met by interval" if found["high"] >= bar.factor else "MISSED"

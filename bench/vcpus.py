@@ -55,7 +55,7 @@ def smp_guests(plan, results, guests):
         able = [variant for variant in guests if variant.system != "uml"]
         workers = suite.start(plan, results, able, stack, level=False, vcpus=CPUS, **SMALL)
         for row in wanted:
-            for number in range(plan.vcpu_pairs):
+            for number in range(plan.slow_pairs):
                 for variant in in_turn(workers, number, plan.peer_samples if row != "fair_one_guest" else 1):
                     if row == "fair_one_guest":
                         jobs(results, {variant: [workers[variant]]}, row, number, plan.fair_box_ms, JOBS)
@@ -107,7 +107,7 @@ def five_guests(plan, results, guests):
                 results.note(f"{variant}: {row}: not all guests came up: {error}")
                 results.missing(variant.system, [row], "not all of its guests came up")
                 continue
-            for number in range(plan.vcpu_pairs if variant.system == "hospes" else 1):
+            for number in range(plan.slow_pairs if variant.system == "hospes" else 1):
                 for chosen in in_turn(sets, number, 1):
                     jobs(results, {chosen: sets[chosen]}, row, number, plan.fair_box_ms, JOBS if chosen.system == "native" else 1)
                 results.save()
