@@ -182,6 +182,14 @@ impl Guest {
         alloc.port
     }
 
+    /// Gives a port back.
+    pub fn close(&self, port: u32) {
+        assert_eq!(
+            self.call(nr::EVENT_CHANNEL_OP, event::CLOSE, &mut port.clone()),
+            0
+        );
+    }
+
     /// Sends an event.
     pub fn send(&self, port: u32) {
         assert_eq!(

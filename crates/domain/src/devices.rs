@@ -130,7 +130,7 @@ impl Devices {
         for device in self.bus.list() {
             if device.id.kind == Kind::Vif {
                 // One that somebody else has taken away meanwhile is gone as well.
-                let _ = self.bus.detach(device.id, true);
+                let _ = self.bus.remove(device.id);
             }
         }
     }

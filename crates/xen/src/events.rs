@@ -155,6 +155,15 @@ impl Ports {
         }
     }
 
+    pub fn is_for_host(&self, port: Port) -> bool {
+        let entry = self.entries.get(port.0 as usize);
+        entry.is_some_and(|entry| match entry.state {
+            State::Host { .. } => true,
+            State::Unbound { remote } => remote == DomId::HOST,
+            _ => false,
+        })
+    }
+
     pub fn virq_port(&self, id: usize, virq: u32) -> Option<u32> {
         match self.virqs[id][virq as usize] {
             0 => None,

@@ -20,6 +20,15 @@ pub struct HostPort {
 }
 
 impl HostPort {
+    /// A port that leads nowhere: events are lost.
+    pub(crate) fn nowhere() -> HostPort {
+        HostPort {
+            xen: Weak::new(),
+            port: Port(0),
+            connection: 0,
+        }
+    }
+
     /// The port's number as the guest knows it.
     pub fn port(&self) -> Port {
         self.port
@@ -88,6 +97,11 @@ impl Xen {
             port,
             connection,
         })
+    }
+
+    /// Whether a port of the guest is connected to a back end or waits for one; false once the guest has closed it.
+    pub fn is_for_host(&self, port: Port) -> bool {
+        lock(&self.ports).is_for_host(port)
     }
 
     /// Allocates a port of the guest for a back end and connects it: for the console and xenstore, before the guest runs.

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hospes_store::StoreAccess;
-use hospes_units::DomId;
+use hospes_units::{DomId, Port};
 use hospes_xen::Xen;
 
 use super::device::{Device, Leave, Mailbox};
@@ -17,6 +17,17 @@ use crate::lock;
 
 /// How long a guest has to let go of a device before it is taken; xl waits as long.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// And how long where it is taken by force. Linux that is told gives a disk up at once, in use or not; one that finds its disk gone may wait for ever
+/// for what it had still to write.
+const FORCED_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long a new device waits for the guest to see that an earlier one of its number has gone: where the guest had connected to that, at most so
+/// long.
+const NOTICE_MAX: Duration = Duration::from_secs(5);
+/// And where it had not, so long, because nothing tells.
+const NOTICE: Duration = Duration::from_secs(1);
+/// How often it looks.
+const NOTICE_LOOK: Duration = Duration::from_millis(5);
 
 /// Why a device cannot be attached or detached.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +70,24 @@ impl Handle {
     }
 }
 
+/// A device that has gone.
+struct Past {
+    since: Instant,
+    /// The guest's event channels; it closes them when it sees that the device has gone.
+    ports: Vec<Port>,
+}
+
+impl Past {
+    fn is_noticed(&self, xen: &Xen) -> bool {
+        let passed = self.since.elapsed();
+        let open = self.ports.iter().any(|port| xen.is_for_host(*port));
+        match self.ports.is_empty() {
+            true => passed >= NOTICE,
+            false => !open || passed >= NOTICE_MAX,
+        }
+    }
+}
+
 /// The devices of a domain. Dropping it closes it.
 pub struct Bus {
     domid: DomId,
@@ -67,6 +96,7 @@ pub struct Bus {
     log: Log,
     /// `None` once closed.
     devices: Mutex<Option<BTreeMap<DeviceId, Arc<Handle>>>>,
+    past: Mutex<BTreeMap<DeviceId, Past>>,
 }
 
 impl Bus {
@@ -77,16 +107,27 @@ impl Bus {
             xen,
             log,
             devices: Mutex::new(Some(BTreeMap::new())),
+            past: Mutex::default(),
         }
     }
 
     /// Makes a device; the guest sees it when this returns. `backend` is dropped when the device has gone.
+    ///
+    /// Linux takes a directory that was removed and made again, before it looked, for that of the device it knows, which it has closed: so a device
+    /// that had a predecessor waits until the guest has seen that one go.
     pub fn attach(
         &self,
         id: DeviceId,
         nodes: &DeviceNodes,
         backend: Box<dyn Backend>,
     ) -> Result<(), DeviceError> {
+        let past = lock(&self.past).remove(&id);
+        while past
+            .as_ref()
+            .is_some_and(|past| !past.is_noticed(&self.xen))
+        {
+            std::thread::sleep(NOTICE_LOOK);
+        }
         let mut devices = lock(&self.devices);
         let devices = devices.as_mut().ok_or(DeviceError::Closed)?;
         if devices.contains_key(&id) {
@@ -154,28 +195,44 @@ impl Bus {
         })
     }
 
-    /// Takes a device away and returns when what it stood for is free: in order, where the guest lets go of it in time, or by force.
+    /// Takes a device away and returns when what it stood for is free: when the guest has let go of it, or its time is over, which is short by `force`.
     pub fn detach(&self, id: DeviceId, force: bool) -> Result<(), DeviceError> {
         let handle = self.handle(id)?;
         let mailbox = &handle.mailbox;
-        if !force {
-            mailbox.leave(Leave::Orderly);
-            if !mailbox.wait_gone(Some(PATIENCE)) {
-                (self.log)(&format!(
-                    "Domain {} does not let go of device {id}: it is taken away",
-                    self.domid
-                ));
-            }
+        let patience = if force { FORCED_PATIENCE } else { PATIENCE };
+        mailbox.leave(Leave::Orderly);
+        if !mailbox.wait_gone(Some(patience)) && !force {
+            (self.log)(&format!(
+                "Domain {} does not let go of device {id}: it is taken away",
+                self.domid
+            ));
         }
+        self.take(id, &handle);
+        Ok(())
+    }
+
+    /// Takes a device away without asking the guest, which may have ended.
+    pub fn remove(&self, id: DeviceId) -> Result<(), DeviceError> {
+        let handle = self.handle(id)?;
+        self.take(id, &handle);
+        Ok(())
+    }
+
+    fn take(&self, id: DeviceId, handle: &Arc<Handle>) {
+        let mailbox = &handle.mailbox;
         mailbox.leave(Leave::Forced);
         mailbox.wait_gone(None);
         handle.join();
         if let Some(devices) = lock(&self.devices).as_mut()
-            && devices.get(&id).is_some_and(|h| Arc::ptr_eq(h, &handle))
+            && devices.get(&id).is_some_and(|h| Arc::ptr_eq(h, handle))
         {
             devices.remove(&id);
+            let past = Past {
+                since: Instant::now(),
+                ports: mailbox.ports(),
+            };
+            lock(&self.past).insert(id, past);
         }
-        Ok(())
     }
 
     /// The thing behind a device changed, its size for one: the guest is told.

@@ -4,7 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use hospes_store::{Error, StoreAccess, Watch};
-use hospes_units::DomId;
+use hospes_units::{DomId, Port};
 use hospes_xen::Xen;
 use hospes_xen_abi::xenbus::XenbusState;
 
@@ -35,6 +35,8 @@ struct Mail {
 struct Inbox {
     mail: Mail,
     phase: Phase,
+    /// The event channels of the last connection.
+    ports: Vec<Port>,
     gone: bool,
 }
 
@@ -51,6 +53,7 @@ impl Mailbox {
             inbox: Mutex::new(Inbox {
                 mail: Mail::default(),
                 phase: Phase::Waiting,
+                ports: Vec::new(),
                 gone: false,
             }),
             changed: Condvar::new(),
@@ -77,6 +80,11 @@ impl Mailbox {
 
     pub fn phase(&self) -> Phase {
         lock(&self.inbox).phase
+    }
+
+    /// The guest's event channels of the device's last connection.
+    pub fn ports(&self) -> Vec<Port> {
+        lock(&self.inbox).ports.clone()
     }
 
     /// Waits until the device is gone, or for `most`; says whether it is.
@@ -211,8 +219,11 @@ impl Device {
             xen: &self.xen,
             path: &self.paths.front,
             alarm: self.mailbox.alarm(),
+            ports: Mutex::default(),
         };
-        match self.backend.connect(&front) {
+        let connected = self.backend.connect(&front);
+        lock(&self.mailbox.inbox).ports = std::mem::take(&mut *lock(&front.ports));
+        match connected {
             Ok(nodes) => {
                 self.write(&nodes);
                 self.go(Phase::Connected);

@@ -1,6 +1,6 @@
 //! The guest's half of a device, as a back end sees it while it connects.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use hospes_memory::Page;
 use hospes_store::StoreAccess;
@@ -8,6 +8,7 @@ use hospes_units::{GrantRef, Port};
 use hospes_xen::{Access, HostPort, Xen};
 
 use super::{Alarm, ConnectError, RingPages, Wake};
+use crate::lock;
 
 /// Characters of a guest's value that are shown in an error.
 const SHOWN: usize = 40;
@@ -18,6 +19,8 @@ pub struct Frontend<'a> {
     pub(crate) xen: &'a Arc<Xen>,
     pub(crate) path: &'a str,
     pub(crate) alarm: Alarm,
+    /// Event channels that were connected.
+    pub(crate) ports: Mutex<Vec<Port>>,
 }
 
 impl Frontend<'_> {
@@ -82,8 +85,8 @@ impl Frontend<'_> {
     pub fn bind(&self, node: &str, wake: &Arc<Wake>) -> Result<HostPort, ConnectError> {
         let port = Port(self.number(node, 1, u32::MAX)?);
         let wake = Arc::clone(wake);
-        self.xen
-            .connect_port(port, Arc::new(move || wake.call()))
-            .map_err(|e| ConnectError::Port(port, e))
+        let connected = self.xen.connect_port(port, Arc::new(move || wake.call()));
+        lock(&self.ports).push(port);
+        connected.map_err(|e| ConnectError::Port(port, e))
     }
 }

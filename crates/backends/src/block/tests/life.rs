@@ -1,5 +1,7 @@
 //! Coming, starting over and going.
 
+use std::time::Duration;
+
 use hospes_image::Op;
 use hospes_store::{Error, StoreAccess};
 use hospes_xen_abi::blkif;
@@ -202,13 +204,29 @@ fn detach_of_a_disk_that_the_guest_never_took_needs_no_guest() {
 }
 
 #[test]
-fn forced_detach_does_not_ask() {
+fn forced_detach_does_not_wait_for_a_guest_that_does_not_let_go() {
     let mut m = Machine::connected(MemoryImage::new(MIB));
     works(&mut m, 0);
     m.bus.detach(ID, true).unwrap();
     assert!(gone(&m));
     assert_eq!(Arc::strong_count(&m.image), 1);
+    m.guest.close(m.queues[0].port);
     m.attach();
+    m.connect(1, 0);
+    works(&mut m, 0);
+}
+
+#[test]
+fn attach_waits_until_the_guest_has_seen_the_disk_before_it_go() {
+    let mut m = Machine::connected(MemoryImage::new(MIB));
+    m.bus.remove(ID).unwrap();
+    std::thread::scope(|scope| {
+        let attaching = scope.spawn(|| m.attach());
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(gone(&m));
+        m.guest.close(m.queues[0].port);
+        attaching.join().unwrap();
+    });
     m.connect(1, 0);
     works(&mut m, 0);
 }
