@@ -250,15 +250,47 @@ def guest_speaks_for_itself_only(run):
         guest.off()
 
 
+def kill(run, *subcommands):
+    """Kills the processes of a run that were started with one of these hidden subcommands."""
+    for pid in run.processes():
+        words = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if any(subcommand.encode() in words for subcommand in subcommands):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_clean(run):
+    deadline = time.monotonic() + ANSWER_S
+    while True:
+        try:
+            return expect_clean(run)
+        except Failure:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
 def killed_leave_nothing_for_good(run):
-    with Shell(run, "killed") as guest:
+    with Shell(run, "killed") as guest, Shell(run, "living") as other:
         first = guest.dhcp()
-        for pid in run.processes():
-            command = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"__domain" in command:
-                os.kill(pid, signal.SIGKILL)
+        own = other.dhcp()
+        pid = next(pid for pid in run.processes() if b"killed\0" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes() and
+                   b"__domain\0" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(pid, signal.SIGKILL)
         guest.wait(ANSWER_S)
-    expect("hospes0" in host("ip -o link"), "the network went although its user was killed")
+        # Whoever lives on keeps the network.
+        time.sleep(1)
+        host(f"ping -q -c 2 -i 0.2 {own}")
+        kill(run, "__domain")
+        other.wait(ANSWER_S)
+    # No other domain comes.
+    wait_clean(run)
+    # Neither process is left that could clean up: the next one that is started does.
+    with Shell(run, "together") as guest:
+        guest.dhcp()
+        kill(run, "__domain", "__store")
+        guest.wait(ANSWER_S)
+    run.hospes("block-list", "0")
+    wait_clean(run)
     with Shell(run, "next") as guest:
         expect(guest.dhcp() != first, "the next guest has the address of the killed one")
         guest.off()

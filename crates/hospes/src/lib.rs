@@ -103,7 +103,7 @@ pub fn run(
     };
     match command.as_str() {
         DOMAIN_SUBCOMMAND => return domain_process(factory),
-        STORE_SUBCOMMAND => return store_process(),
+        STORE_SUBCOMMAND => return store_process(factory),
         _ => {}
     }
     let Some(command) = table::find(&command) else {

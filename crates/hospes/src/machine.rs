@@ -1,6 +1,7 @@
 //! Domains as the tool stack's machines.
 
 use std::io::Write;
+use std::path::Path;
 use std::sync::Arc;
 
 use hospes_config::{DiskConfig, DomainConfig, Pinning, VifConfig};
@@ -68,6 +69,9 @@ impl toolstack::MachineFactory for Domains {
         })?;
         vifs::bring_online(&scripts)?;
         Ok(Arc::new(Running(domain, plug)))
+    }
+    fn sweep(&self, run: &Path) -> Result<(), MachineError> {
+        Ok(hospes_hostnet::sweep(run)?)
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! Under the run directory `net/` has: `lock`, held while anything is changed; `network.json`, what was made; `addresses.json`, which MAC has which
 //! address; `users/<interface>`, one file for each device, locked by the domain process that has it for as long as that process lives. A user's file
-//! that nobody has locked is a leftover. Whoever comes next removes it, and the whole network with it if no user is left: so nothing needs to
-//! run for the cleaning up, and a process that is killed takes nothing with it but its time.
+//! that nobody has locked is a leftover. Whoever comes next removes it, and the whole network with it if no user is left: another domain, or the
+//! process of the xenstore, which notices that a domain was killed.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -11,6 +11,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::net::Ipv6Addr;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -37,6 +38,9 @@ struct Network {
     mtu: u32,
     /// Forwarding of IPv4 was off and was switched on for this network.
     switched_forwarding: bool,
+    /// The network namespace it is in, by its inode.
+    #[serde(default)]
+    namespace: u64,
 }
 
 /// A device that is to join.
@@ -271,6 +275,7 @@ fn prepare(directory: &Path, netlink: &Netlink, unused: bool) -> Result<Network,
         gateway_v6: Some(subnet::choose_v6(&host_id(), index)),
         mtu: uplink_mtu.unwrap_or(MTU).clamp(576, MTU),
         switched_forwarding: !forwards(FORWARD_V4),
+        namespace: namespace(),
     };
     // Written down before it is made: what is made halfway is a leftover too.
     save(&path, &network)?;
@@ -364,13 +369,23 @@ fn remove(directory: &Path, netlink: &Netlink) {
     let _ = fs::remove_file(path);
 }
 
-/// Removes what killed processes left of the network of a run directory. Does nothing while a domain uses it.
+/// The network namespace of this process, by its inode; 0 where that cannot be seen.
+fn namespace() -> u64 {
+    fs::metadata("/proc/self/ns/net").map_or(0, |metadata| metadata.ino())
+}
+
+/// Removes what killed processes left of the network of a run directory. Does nothing while a domain uses it, or in another network namespace than
+/// that of the network.
 pub fn sweep(run_directory: &Path) -> Result<(), Error> {
     let directory = run_directory.join("net");
-    if !directory.join("network.json").exists() {
+    let path = directory.join("network.json");
+    if !path.exists() {
         return Ok(());
     }
     let _lock = take_lock(&directory)?;
+    if load::<Network>(&path).is_some_and(|network| network.namespace != namespace()) {
+        return Ok(());
+    }
     if live_users(&directory)?.is_empty()
         && let Ok(netlink) = Netlink::open()
     {

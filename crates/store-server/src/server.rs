@@ -52,6 +52,8 @@ pub struct Surroundings<'a> {
     pub is_alive: &'a dyn Fn(DomId) -> bool,
     /// Tells whoever started the process that it listens.
     pub ready: &'a dyn Fn(),
+    /// The process of a domain is gone without having taken leave. Returns at once.
+    pub orphaned: &'a dyn Fn(),
     /// A line for the log.
     pub log: &'a dyn Fn(&str),
 }
@@ -425,6 +427,9 @@ impl<'a> Server<'a> {
             .orphans()
             .filter(|(_, domid)| !(self.around.is_alive)(*domid))
             .collect();
+        if !dead.is_empty() {
+            (self.around.orphaned)();
+        }
         for (session, domid) in dead {
             self.core.remove(domid, session);
             self.journal.append(&self.core.take_step());

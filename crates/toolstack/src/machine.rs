@@ -3,6 +3,7 @@
 
 use std::error::Error;
 use std::io::Write;
+use std::path::Path;
 use std::sync::Arc;
 
 use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
@@ -157,4 +158,10 @@ pub trait MachineFactory: Send + Sync {
         spec: &MachineSpec<'_>,
         console: Box<dyn Write + Send>,
     ) -> Result<Arc<dyn Machine>, MachineError>;
+
+    /// Removes from the host what machines left whose processes were killed; those that live keep what they have.
+    fn sweep(&self, run: &Path) -> Result<(), MachineError> {
+        let _ = run;
+        Ok(())
+    }
 }

@@ -4,6 +4,8 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
+use std::thread;
+use std::time::Duration;
 
 use hospes_store_server::{Place, StoreClient, Surroundings, serve};
 use hospes_units::DomId;
@@ -12,9 +14,17 @@ use rustix::fs::Mode;
 use crate::STORE_SUBCOMMAND;
 use crate::error::{Error, Result};
 use crate::logfile::{LOG_MAX_BYTES, LogFile, open_append};
+use crate::machine::MachineFactory;
 use crate::paths::{DEFAULT_RUN, LOG_VARIABLE, Paths, RUN_VARIABLE};
 use crate::registry::is_locked;
 use crate::supervisor::log;
+
+/// After so long each it is looked for leftovers of killed domains.
+const SWEEP_PAUSES: [Duration; 3] = [
+    Duration::ZERO,
+    Duration::from_millis(300),
+    Duration::from_secs(3),
+];
 
 /// Where Xen's tools look for a store.
 const PUBLIC_SOCKET: &str = "/var/run/xenstored/socket";
@@ -52,7 +62,7 @@ pub(crate) fn client(paths: &Paths) -> Result<StoreClient> {
 }
 
 /// What the hidden subcommand [`STORE_SUBCOMMAND`] does: the store, for as long as somebody needs it.
-pub fn store_process() -> ExitCode {
+pub fn store_process(factory: &dyn MachineFactory) -> ExitCode {
     // Fails for the leader of a process group: then a shell started it, by hand.
     let _ = rustix::process::setsid();
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
@@ -71,19 +81,40 @@ pub fn store_process() -> ExitCode {
         }
     };
     let place = place(&paths);
-    let around = Surroundings {
-        is_alive: &|domid: DomId| is_locked(&paths.run.join("domains").join(domid.to_string())),
-        ready: &|| {
-            publish(&paths, &place);
-            tell_starter();
-        },
-        log: &|line| log!("{line}"),
-    };
-    match serve(&place, &around) {
+    let result = thread::scope(|scope| {
+        let sweep = || {
+            scope.spawn(|| sweep(factory, &paths));
+        };
+        let around = Surroundings {
+            is_alive: &|domid: DomId| is_locked(&paths.run.join("domains").join(domid.to_string())),
+            ready: &|| {
+                publish(&paths, &place);
+                tell_starter();
+                // Domains may have been killed while there was no store.
+                sweep();
+            },
+            orphaned: &sweep,
+            log: &|line| log!("{line}"),
+        };
+        serve(&place, &around)
+    });
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(fault) => {
             log!("{fault}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// Removes what killed domains left of the host's devices. Another process would do that with its next domain: there may be none.
+///
+/// A killed process lets go of what it had one after the other, so it is looked again.
+fn sweep(factory: &dyn MachineFactory, paths: &Paths) {
+    for pause in SWEEP_PAUSES {
+        thread::sleep(pause);
+        if let Err(fault) = factory.sweep(&paths.run) {
+            log!("cannot remove what a killed domain left: {fault}");
         }
     }
 }
