@@ -1,5 +1,5 @@
 # Everything a user or a CI run needs. `make help` lists the targets.
-.PHONY: help run build man install uninstall guests test lint deny unit-test boot-test soak-test net-test debian-test cut-test bench bench-page soak clean-guests
+.PHONY: help run build man install uninstall guests test lint deny unit-test boot-test command-test soak-test net-test debian-test cut-test fuzz bench bench-page soak clean-guests
 
 # rustup puts cargo where a shell may not look.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -8,6 +8,7 @@ CARGO ?= cargo
 BOOTS ?= 5
 SOAK_MINUTES ?= 3
 CUTS ?= 12
+FUZZ_SECONDS ?= 60
 PREFIX ?= /usr/local
 DESTDIR ?=
 UNITS ?= $(if $(filter /usr,$(PREFIX)),/lib,$(PREFIX)/lib)/systemd/system
@@ -15,7 +16,7 @@ DENY_TOOL := target/tools/bin/cargo-deny
 
 help:
 	@echo 'make run                build, make a Debian disk, boot it: a shell in the guest; without a terminal, a scripted visit'
-	@echo 'make test               formatting, lints, dependencies, unit tests, guest boots, networks, a soak (BOOTS=5, SOAK_MINUTES=3)'
+	@echo 'make test               formatting, lints, dependencies, unit tests, guests, a soak (BOOTS=5, SOAK_MINUTES=3)'
 	@echo 'make debian-test        full Debian guests with disks and networks'
 	@echo 'make cut-test           power cuts and kills under guests that write (CUTS=12)'
 	@echo 'make install            into PREFIX=/usr/local, with manual pages, completions and a unit for systemd; XL=1: as xl, too'
@@ -24,6 +25,7 @@ help:
 	@echo 'make bench-page         docs/bench-result.md and its plot from the last results'
 	@echo 'make soak MINUTES=n     self-checking programs in a Debian guest for n minutes'
 	@echo 'make guests             fetch the kernels and make the small guests under target/guests'
+	@echo 'make fuzz               all fuzz targets, FUZZ_SECONDS=60 each; needs cargo-fuzz'
 	@echo 'make clean-guests       remove them and everything downloaded for them'
 
 run: build
@@ -75,7 +77,7 @@ guests:
 	guests/kernels.sh
 	guests/initramfs.sh
 
-test: lint deny unit-test boot-test net-test soak-test
+test: lint deny unit-test boot-test command-test net-test soak-test
 	@echo 'make test: everything passed'
 
 lint:
@@ -102,6 +104,10 @@ unit-test:
 boot-test: build guests
 	python3 tests/boot.py --boots $(BOOTS)
 
+command-test: build guests
+	guests/install.sh commands
+	python3 tests/commands.py
+
 net-test: build guests
 	guests/install.sh net
 	python3 tests/network.py
@@ -119,6 +125,14 @@ cut-test: guests
 	$(CARGO) build --release -p hospes
 	HOSPES="$${CARGO_TARGET_DIR:-target}/hospes-power-cut" python3 tests/powercut.py --cuts $(CUTS)
 	python3 tests/powercut.py --kill --cuts $(CUTS)
+
+# Without a sanitizer, a stable compiler is enough once it is told to take what cargo-fuzz asks of it.
+fuzz:
+	@cargo fuzz --version >/dev/null 2>&1 || { echo 'cargo-fuzz is missing: cargo install cargo-fuzz' >&2; exit 2; }
+	@for target in $$(cargo fuzz list); do \
+	    echo "fuzzing $$target"; \
+	    RUSTC_BOOTSTRAP=1 cargo fuzz run --sanitizer none $$target -- -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+	done
 
 soak-test:
 	@$(MAKE) --no-print-directory soak MINUTES=$(SOAK_MINUTES)

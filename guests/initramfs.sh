@@ -3,6 +3,7 @@
 #   target/guests/initramfs-busybox.cpio   busybox and guests/init.sh, which does what the kernel command line asks
 #   target/guests/initramfs-net.cpio       the same with the network driver of the kernel vmlinuz-cloud and a DHCP client, where that kernel is there
 #   target/guests/initramfs-disk.cpio      the same with the disk driver of that kernel
+#   target/guests/initramfs-devices.cpio   the same with both drivers
 #   target/guests/initramfs-init.cpio      one static program that prints a mark and powers off: measures boot time
 set -eu
 . "$(dirname -- "$0")/lib.sh"
@@ -36,6 +37,13 @@ if [ -n "$blkfront" ]; then
         dir:/bin dir:/dev dir:/proc dir:/sys dir:/tmp dir:/root dir:/etc dir:/run dir:/mnt \
         "file:/bin/busybox:0755:$busybox" link:/bin/sh:busybox "file:/init:0755:$here/init.sh" \
         "file:/lib/modules/xen-blkfront.ko:0644:$blkfront"
+fi
+
+if [ -n "$netfront" ] && [ -n "$blkfront" ]; then
+    python3 "$here/newc.py" "$GUESTS/initramfs-devices.cpio" \
+        dir:/bin dir:/dev dir:/proc dir:/sys dir:/tmp dir:/root dir:/etc dir:/run dir:/mnt \
+        "file:/bin/busybox:0755:$busybox" link:/bin/sh:busybox "file:/init:0755:$here/init.sh" \
+        "file:/lib/modules/xen-netfront.ko:0644:$netfront" "file:/lib/modules/xen-blkfront.ko:0644:$blkfront"
 fi
 
 gcc -O2 -static -o "$GUESTS/init-mark" "$here/init_mark.c" ||

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs on this machine what a target of the Makefile needs and does not find.
 #
-#   guests/install.sh build|run|test|net|debian|bench|soak...
+#   guests/install.sh build|run|test|commands|net|debian|bench|soak...
 set -eu
 . "$(dirname -- "$0")/lib.sh"
 
@@ -77,6 +77,9 @@ for purpose; do
         have qemu-system-x86_64 || install_packages qemu-system-x86
         install_packages qemu-utils iperf3 apache2-utils iputils-ping
         ;;
+    commands)
+        install_packages nftables dnsmasq-base iproute2 util-linux xenstore-utils
+        ;;
     net)
         install_packages nftables dnsmasq-base iproute2 passt util-linux busybox
         ;;
@@ -86,6 +89,6 @@ for purpose; do
         [ -e /usr/include/gnu/stubs-32.h ] || [ -e /usr/include/x86_64-linux-gnu/gnu/stubs-32.h ] ||
             install_packages gcc-multilib libc6-dev-i386
         ;;
-    *) die "unknown purpose '$purpose': say build, run, test, net, debian, bench or soak." ;;
+    *) die "unknown purpose '$purpose': say build, run, test, commands, net, debian, bench or soak." ;;
     esac
 done

@@ -1,0 +1,389 @@
+#!/usr/bin/env python3
+"""Gives the commands to running guests, and looks from inside what has become of them.
+
+    tests/commands.py [--list] [WORD...]
+
+Only tests whose name contains one of the WORDs run, all without any. The guests are a Debian kernel with busybox and the drivers of
+disks and networks. As root every test has a network namespace of its own; tests that need root are left out otherwise, with a
+note. The last line is "N passed, N failed"; the exit status is 0 when nothing failed.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
+
+import netns  # noqa: E402
+import network  # noqa: E402
+import vm  # noqa: E402
+from network import Failure, expect  # noqa: E402
+
+BOOT_S = 120
+ANSWER_S = 60
+LOOK_S = 0.1
+
+
+class Bench:
+    """What every test gets: a run-time directory and, where possible, a network namespace of its own."""
+
+    def __init__(self, stack):
+        self.stack = stack
+        self.run = stack.enter_context(vm.RunDirectory())
+        self.space = stack.enter_context(netns.Namespace("commands")) if netns.possible() else None
+
+    def path(self, name):
+        return os.path.join(self.run.path, name)
+
+    def command(self, *argv):
+        return self.space.command(*argv) if self.space else list(argv)
+
+    def tried(self, *arguments):
+        """One command of the monitor, whatever becomes of it."""
+        return subprocess.run(
+            self.command(vm.hospes_binary(), *arguments), env=self.run.environment(), stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, errors="replace", timeout=ANSWER_S, check=False,
+        )
+
+    def hospes(self, *arguments):
+        """What a command of the monitor prints that has to succeed."""
+        done = self.tried(*arguments)
+        expect(done.returncode == 0, f"`hospes {' '.join(arguments)}` failed: {done.stderr}")
+        return done.stdout
+
+    def refused(self, sentence, *arguments):
+        done = self.tried(*arguments)
+        expect(done.returncode == 1 and sentence in done.stderr, f"`hospes {' '.join(arguments)}`: {done.returncode}, {done.stderr}")
+
+    def row(self, name):
+        """A domain's line in `list`; None without one."""
+        return next((line for line in self.hospes("list").splitlines() if line.split()[0] == name), None)
+
+    def states(self, command, name):
+        """Device number -> state, as `block-list` and `network-list` show it."""
+        rows = [line.split() for line in self.hospes(command, name).splitlines()[1:]]
+        column = {"block-list": 3, "network-list": 4}[command]
+        return {row[0]: row[column] for row in rows}
+
+    def boot(self, name, **more):
+        return self.stack.enter_context(Shell(self, name, **more))
+
+
+class Shell(network.Shell):
+    """A guest with a shell on its console and the drivers of all devices."""
+
+    def __init__(self, bench, name, **more):
+        more.setdefault("memory_mb", 256)
+        self.spec = vm.Spec(ramdisk="initramfs-devices.cpio", command_line="quiet", name=name, **more)
+        vm.Guest.__init__(self, bench.command(*self.spec.argv("hospes")), bench.run.environment())
+        self.name = name
+        self.count = 0
+        try:
+            self.wait_for("guest# ", BOOT_S)
+        except vm.GuestError:
+            self.kill()
+            raise
+
+    def until(self, condition):
+        """Waits in the guest until a command succeeds."""
+        self.run(f"for i in $(seq 300); do ( {condition} ) >/dev/null 2>&1 && break; sleep 0.1; done; {condition}")
+
+
+def blank(path, megabytes, content=b""):
+    """A raw image that begins with `content`."""
+    with open(path, "wb") as handle:
+        handle.write(content)
+        handle.truncate(megabytes << 20)
+    return path
+
+
+def wait_until(condition, sentence):
+    deadline = time.monotonic() + ANSWER_S
+    while not condition():
+        expect(time.monotonic() < deadline, sentence)
+        time.sleep(LOOK_S)
+
+
+# ---- devices ----------------------------------------------------------------------------------------------------------
+
+
+def disks_come_and_go(bench):
+    shell = bench.boot("plug")
+    extra = blank(bench.path("extra.img"), 16, b"first\n")
+    disk = f"format=raw,vdev=xvdf,access=rw,target={extra}"
+    # At once again: the guest has to have seen the one go before it sees the next.
+    for number in range(5):
+        bench.hospes("block-attach", "plug", disk)
+        shell.until("[ -b /dev/xvdf ]")
+        expect(bench.states("block-list", "plug") == {"51792": "4"}, f"block-list shows {bench.states('block-list', 'plug')}")
+        shell.run(f"dd if=/dev/xvdf bs=512 count=1 2>/dev/null | head -n 1 | grep -q first && echo {number} | dd of=/dev/xvdf seek=1 conv=fsync 2>/dev/null")
+        bench.refused("is in use already", "block-attach", "plug", disk)
+        bench.hospes("block-detach", "plug", "51792" if number % 2 else "xvdf")
+        expect(bench.states("block-list", "plug") == {}, "block-list shows a disk that was taken away")
+    bench.hospes("block-attach", "plug", f"{extra},raw,xvdf,r")
+    shell.until("[ -b /dev/xvdf ]")
+    shell.run("dd if=/dev/xvdf bs=512 skip=1 count=1 2>/dev/null | head -n 1 | grep -qx 4")
+    shell.run("! dd if=/dev/zero of=/dev/xvdf count=1 conv=fsync")
+    bench.hospes("block-detach", "plug", "xvdf")
+    bench.refused("not connected", "block-detach", "plug", "xvdf")
+    bench.refused("plug", "block-attach", "plug", "format=raw,vdev=xvdf,access=rw,target=/nonexistent/plug.img")
+    shell.until("! [ -b /dev/xvdf ]")
+    shell.off()
+
+
+def disks_change_their_size(bench):
+    image = blank(bench.path("size.img"), 16)
+    shell = bench.boot("size", disks=(vm.Disk(image, vdev="xvdb"),))
+    size = "[ $(cat /sys/block/xvdb/size) = {} ]"
+    shell.until(size.format(16 * 2048))
+    for megabytes in (64, 24):
+        bench.hospes("block-resize", "size", "xvdb", f"{megabytes}M")
+        shell.until(size.format(megabytes * 2048))
+        expect(os.path.getsize(image) == megabytes << 20, f"the image has {os.path.getsize(image)} bytes")
+        shell.run(f"dd if=/dev/zero of=/dev/xvdb bs=1M seek={megabytes - 1} count=1 conv=fsync")
+    shell.run("! dd if=/dev/zero of=/dev/xvdb bs=1M seek=24 count=1 conv=fsync")
+    bench.refused("not connected", "block-resize", "size", "xvdc", "1G")
+    shell.off()
+
+
+def disks_in_use_are_taken_by_force(bench):
+    """The guest holds the disk open while it is taken; a new one in its place works at once."""
+    image = blank(bench.path("used.img"), 16)
+    shell = bench.boot("used", disks=(vm.Disk(image, vdev="xvdb"),))
+    disk = f"format=raw,vdev=xvdb,access=rw,target={image}"
+    shell.until("[ -b /dev/xvdb ]")
+    for _ in range(5):
+        shell.run("exec 5<>/dev/xvdb; dd if=/dev/zero bs=1M count=4 >&5")
+        bench.hospes("block-detach", "-f", "used", "xvdb")
+        bench.hospes("block-attach", "used", disk)
+        wait_until(lambda: bench.states("block-list", "used") == {"51728": "4"}, f"the disk is in state {bench.states('block-list', 'used')}")
+        shell.run("exec 5>&-")
+        shell.until("[ -b /dev/xvdb ]")
+        shell.run("dd if=/dev/zero of=/dev/xvdb bs=1M count=2 conv=fsync && dd if=/dev/xvdb of=/dev/null bs=1M")
+    shell.off()
+
+
+def media_are_changed(bench):
+    one, other = (blank(bench.path(f"{name}.iso"), 4, f"medium {name}\n".encode()) for name in ("one", "other"))
+    shell = bench.boot("player", disks=(vm.Disk(one, vdev="xvdc", read_only=True, cdrom=True),))
+    medium = "dd if=/dev/xvdc bs=512 count=1 2>/dev/null | head -n 1 | grep -q 'medium {}'"
+    shell.until(medium.format("one"))
+    for name, path in (("other", other), ("one", one)):
+        bench.hospes("cd-insert", "player", "xvdc", path)
+        shell.until(medium.format(name))
+    bench.hospes("cd-eject", "player", "xvdc")
+    shell.until("! [ -b /dev/xvdc ]")
+    bench.refused("Cannot stat file", "cd-insert", "player", "xvdc", "/nonexistent.iso")
+    bench.hospes("cd-insert", "player", "xvdc", other)
+    shell.until(medium.format("other"))
+    shell.run("[ $(cat /sys/block/xvdc/ro) = 1 ]")
+    shell.off()
+
+
+def interfaces_come_and_go(bench):
+    if not bench.space:
+        print("note interfaces_come_and_go: networks are left alone without root")
+        return
+    shell = bench.boot("wire")
+    mac = "00:16:3e:11:22:33"
+    for number in range(4):
+        bench.hospes("network-attach", "wire", f"mac={mac}")
+        shell.until(f"grep -q {mac} /sys/class/net/eth0/address")
+        shell.run("ip link set eth0 up")
+        shell.until("[ $(cat /sys/class/net/eth0/carrier) = 1 ]")
+        wait_until(lambda: bench.states("network-list", "wire") == {"0": "4"}, "the interface is not connected")
+        expect(mac in bench.hospes("network-list", "wire"), "network-list does not show its address")
+        bench.hospes("network-detach", "wire", mac if number % 2 else "0")
+        shell.until("! [ -e /sys/class/net/eth0 ]")
+        expect(bench.states("network-list", "wire") == {}, "network-list shows an interface that was taken away")
+    bench.refused("Unknown device", "network-detach", "wire", "0")
+    shell.off()
+
+
+def writes_wait_for_a_full_host(bench):
+    """Seen in `list` until there is room; the guest gets no error."""
+    if os.geteuid() != 0:
+        print("note writes_wait_for_a_full_host: a file system that is full takes root")
+        return
+    small = bench.path("small")
+    os.mkdir(small)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", small], check=True)
+    bench.stack.callback(subprocess.run, ["umount", "-l", small], check=False)
+    image = blank(os.path.join(small, "disk.img"), 32)
+    shell = bench.boot("full", disks=(vm.Disk(image, vdev="xvdb"),))
+    shell.until("[ -b /dev/xvdb ]")
+    expect("held" not in bench.row("full"), f"a disk is held before anything is written: {bench.row('full')}")
+    shell.run("(dd if=/dev/zero of=/dev/xvdb bs=1M count=16 conv=fsync; echo written $?) >/tmp/done 2>&1 & true")
+    wait_until(lambda: bench.row("full").endswith("  held: xvdb"), f"`list` does not show it: {bench.row('full')}")
+    listed = bench.tried("list")
+    expect(f"full: xvdb: the host's file system with {image} is full" in listed.stderr, f"`list` does not say why: {listed.stderr}")
+    held = json.loads(bench.hospes("list", "-l", "full"))[0]["held"]
+    expect([device["device"] for device in held] == ["xvdb"], f"`list -l` shows {held}")
+    expect("Disk requests wait" in bench.hospes("dmesg"), "the log does not tell")
+    subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
+    shell.until("grep -q 'written 0' /tmp/done")
+    wait_until(lambda: "held" not in bench.row("full"), f"there is room and `list` shows {bench.row('full')}")
+    shell.off()
+
+
+# ---- the domain ---------------------------------------------------------------------------------------------------------
+
+
+def names_and_shares_change(bench):
+    shell = bench.boot("before")
+    domid = bench.hospes("domid", "before").strip()
+    bench.hospes("rename", "before", "after")
+    expect(bench.hospes("domname", domid).strip() == "after" and bench.row("before") is None, "the old name is still there")
+    expect(bench.hospes("domid", "after").strip() == domid, "the new name has another id")
+    bench.hospes("sched-credit2", "-d", "after", "-w", "512", "-c", "50")
+    expect(bench.hospes("sched-credit2", "-d", "after").split()[-4:] == ["after", domid, "512", "50"], bench.hospes("sched-credit2"))
+    # Half a processor, whatever there is.
+    shell.run("(while :; do :; done) & echo $! >/tmp/busy")
+    time.sleep(2)
+    before, began = float(bench.row("after").split()[5]), time.monotonic()
+    time.sleep(4)
+    used = (float(bench.row("after").split()[5]) - before) / (time.monotonic() - began)
+    expect(used < 0.75, f"a domain with a cap of 50 % uses {used * 100:.0f} %")
+    shell.run("kill $(cat /tmp/busy)")
+    bench.hospes("reboot", "after")
+    shell.wait_for("HOSPES-GUEST ready", BOOT_S)
+    row = bench.hospes("sched-credit2", "-d", "after").split()[-4:]
+    expect(row[1] != domid and row[2:] == ["512", "50"], f"after a reboot the share is {row}")
+    bench.hospes("destroy", "after")
+    shell.wait(ANSWER_S)
+
+
+def configuration_is_that_of_the_next_start(bench):
+    shell = bench.boot("next")
+    first = int(re.search(r"(\d+)", shell.run("grep MemTotal /proc/meminfo")).group(1))
+    changed = vm.Spec(**dict(vars(shell.spec), memory_mb=384)).argv("hospes")
+    bench.hospes("config-update", "next", *changed[3:])
+    expect(int(bench.row("next").split()[2]) == 256, "the running domain has changed")
+    bench.hospes("reboot", "next")
+    shell.wait_for("HOSPES-GUEST ready", BOOT_S)
+    shell.wait_for("guest# ", BOOT_S)
+    second = int(re.search(r"(\d+)", shell.run("grep MemTotal /proc/meminfo")).group(1))
+    expect(second > first + 100 * 1024, f"MemTotal was {first} kB and is {second} kB after config-update and reboot")
+    shell.off()
+
+
+def processors_are_taken_and_given(bench):
+    shell = bench.boot("cpus", vcpus=3, settings=("maxvcpus=3",))
+    online = "[ $(cat /sys/devices/system/cpu/online) = {} ]"
+    shell.until(online.format("0-2"))
+    bench.hospes("vcpu-set", "cpus", "1")
+    shell.until(online.format("0"))
+    wait_until(lambda: bench.row("cpus").split()[3] == "1", f"`list` shows {bench.row('cpus')}")
+    states = [line.split()[4] for line in bench.hospes("vcpu-list", "cpus").splitlines()[1:]]
+    expect(states[1:] == ["--p", "--p"], f"`vcpu-list` shows {states}")
+    bench.hospes("vcpu-set", "-i", "cpus", "3")
+    shell.until("cd /sys/devices/system/cpu; for c in cpu1 cpu2; do echo 1 >$c/online; done; " + online.format("0-2"))
+    wait_until(lambda: bench.row("cpus").split()[3] == "3", f"`list` shows {bench.row('cpus')}")
+    bench.refused("4", "vcpu-set", "-i", "cpus", "4")
+    shell.off()
+
+
+def keys_and_triggers_arrive(bench):
+    shell = bench.boot("keys")
+    bench.hospes("sysrq", "keys", "h")
+    shell.until("dmesg | grep -q 'sysrq: HELP'")
+    bench.hospes("trigger", "keys", "nmi")
+    shell.until("dmesg | grep -q 'NMI received'")
+    bench.refused("there is no vCPU 7", "trigger", "keys", "nmi", "7")
+    bench.refused("no ACPI buttons", "trigger", "keys", "power")
+    bench.hospes("sysrq", "keys", "b")
+    shell.wait_for("HOSPES-GUEST ready", BOOT_S)
+    bench.hospes("destroy", "keys")
+    shell.wait(ANSWER_S)
+
+
+def domains_are_seen_from_outside(bench):
+    shell = bench.boot("seen", vcpus=2)
+    shell.run("(i=0; while [ $i -lt 300000 ]; do i=$((i + 1)); done)")
+    tables = bench.hospes("top", "-b", "-i", "2", "-d", "1")
+    rows = [line.split() for line in tables.splitlines() if line.split()[:1] == ["seen"]]
+    expect(len(rows) == 2, f"two tables of `top` show the domain {len(rows)} times:\n{tables}")
+    expect(float(rows[-1][2]) > 0, f"`top` shows a domain that worked without time: {rows[-1]}")
+    match = re.search(r"^seen +(\d+) +0:00:(\d\d)$", bench.hospes("uptime", "seen"), re.M)
+    expect(match, f"`uptime` does not show the domain: {bench.hospes('uptime')}")
+    expect("seen" in bench.hospes("vm-list"), "`vm-list` does not show the domain")
+    vcpus = [line.split()[2] for line in bench.hospes("vcpu-list", "seen").splitlines()[1:]]
+    expect(vcpus == ["0", "1"], f"`vcpu-list` shows the vCPUs {vcpus}")
+    bench.hospes("debug-keys", "q")
+    expect("memory_kib" in bench.hospes("dmesg"), "`debug-keys q` writes nothing into the log")
+    shell.off()
+
+
+# Where Xen's tools look is only seen with the run-time directory of the system: this one has a /run of its own.
+PUBLIC = """
+set -e
+mount -t tmpfs tmpfs /run
+unset HOSPES_RUN_DIR XENSTORED_PATH XENSTORED_RUNDIR
+"$1" block-list 0 >/dev/null
+xenstore-write /tool/public hello
+xenstore-chmod /tool/public n0 r3
+xenstore-exists /tool/public
+xenstore-read /tool/public
+xenstore-list /tool
+xenstore-ls -fp /tool
+(sleep 1; xenstore-rm /tool/public) &
+xenstore-watch -n 2 /tool/public
+rm -r /run/hospes
+"""
+
+
+def tools_find_the_store(bench):
+    if os.geteuid() != 0:
+        print("note tools_find_the_store: other users tell the tools where their store is")
+        return
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", PUBLIC, "public", vm.hospes_binary()], env=bench.run.environment(), stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=ANSWER_S, check=False,
+    )
+    expect(done.returncode == 0, f"Xen's tools fail: {done.stdout}{done.stderr}")
+    lines = done.stdout.splitlines()
+    expect(lines[0] == "hello" and "public" in lines[1:4], f"the tools print {lines}")
+    expect(any(re.match(r'/tool/public = "hello" +\(n0,r3\)', line) for line in lines), f"xenstore-ls -fp prints {lines}")
+    expect(lines[-2:] == ["/tool/public"] * 2, f"xenstore-watch prints {lines[-2:]}")
+
+
+TESTS = (
+    disks_come_and_go, disks_change_their_size, disks_in_use_are_taken_by_force, media_are_changed, interfaces_come_and_go,
+    writes_wait_for_a_full_host, names_and_shares_change, configuration_is_that_of_the_next_start, processors_are_taken_and_given,
+    keys_and_triggers_arrive, domains_are_seen_from_outside, tools_find_the_store,
+)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the names and do nothing")
+    parser.add_argument("words", nargs="*")
+    options = parser.parse_args()
+    chosen = [test for test in TESTS if not options.words or any(word in test.__name__ for word in options.words)]
+    if options.list:
+        print("\n".join(test.__name__ for test in chosen))
+        return 0
+    passed = failed = 0
+    for test in chosen:
+        started = time.monotonic()
+        try:
+            with contextlib.ExitStack() as stack:
+                test(Bench(stack))
+        except (Failure, vm.GuestError, OSError, subprocess.SubprocessError) as error:
+            failed += 1
+            print(f"FAIL {test.__name__} ({time.monotonic() - started:.1f} s)\n  " + str(error).replace("\n", "\n  "), flush=True)
+        else:
+            passed += 1
+            print(f"ok   {test.__name__} ({time.monotonic() - started:.1f} s)", flush=True)
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
