@@ -13,6 +13,7 @@
 
 mod back;
 mod front;
+mod fuzz;
 mod memory;
 
 #[cfg(test)]
@@ -20,6 +21,7 @@ mod tests;
 
 pub use back::BackRing;
 pub use front::FrontRing;
+pub use fuzz::fuzz_ring;
 pub use memory::{LocalMemory, SharedMemory};
 
 /// Bytes of header before the slots.
