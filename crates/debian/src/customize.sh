@@ -107,6 +107,11 @@ ExecStartPre=/usr/sbin/sshd -t
 END
 fi
 
+if [ -d "$root/etc/cloud/cloud.cfg.d" ]; then
+    # Its own default is a locale that is not made here, and that fails at each boot; user-data may name one.
+    echo 'locale: C.UTF-8' >"$root/etc/cloud/cloud.cfg.d/90_locale.cfg"
+fi
+
 if [ -n "$RUN" ]; then
     step "running your program in it"
     printf '%s' "$RUN" >"$root/tmp/hospes-run"
