@@ -80,10 +80,11 @@ def plot(found, date):
 def page(found, run):
     """The page in Markdown."""
     dates = sorted({row["measured"][:10] for row in found if row["measured"]})
+    command = "BENCH=quick make bench" if run["quick"] else "make bench"
     directs = {row["direct"] for row in found}
     yield "# A result of the benchmark"
     yield ""
-    yield f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} by {'`BENCH=quick make bench`' if run['quick'] else '`make bench`'}"
+    yield f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} by `{command}`"
     yield f"on {run['processor']}, {run['cpus']} CPUs, Linux {run['kernel']}; direct execution"
     yield f"{', '.join(DIRECT[direct] for direct in sorted(directs, key=str))}."
     yield "[bench.md](bench.md) says what the rows and columns are. Made by `make bench-page`."

@@ -9,8 +9,8 @@ BOTH = "both"
 class Plan:
     """Times are in seconds unless the name says otherwise.
 
-    `pairs` is how often Hospes is measured beside native, `slow_pairs` the same for rows that take seconds, `peer_samples` how often a peer at most; a peer that is slow at a row
-    stops earlier, once the row has taken it `peer_budget`.
+    `pairs` is how often Hospes is measured beside native, `slow_pairs` the same for rows that take seconds, `peer_samples` how often a
+    peer at most; a peer that is slow at a row stops earlier, once the row has taken it `peer_budget`.
     """
 
     def __init__(self, environment):

@@ -1,7 +1,8 @@
 """What was measured, and the files that it is kept in.
 
 target/bench/results.json is a list of rows {name, unit, better, native, tcg, uml, hospes, ...}: medians, null where a system has no
-figure. `vs_native`, `vs_tcg`, `vs_uml` and `vs_direct_off` say how many times as fast Hospes is: {median, low, high, pairs, coverage} (stats.py).
+figure. `vs_native`, `vs_tcg`, `vs_uml` and `vs_direct_off` say how many times as fast Hospes is: {median, low, high, pairs, coverage}
+(stats.py).
 `reasons` says why a figure is null, `measured` when the row was. target/bench/run.json is about the run: machine, mitigations, notes.
 """
 
@@ -12,12 +13,15 @@ import pathlib
 import platform
 import statistics
 import sys
+import time
 
 import rows
 import stats
 import vm
 
 DIRECTORY = vm.ROOT / "target" / "bench"
+# What a machine does by itself.
+BUSY_SHARE = 0.05
 
 
 def say(text):
@@ -39,6 +43,19 @@ def machine():
     return {"processor": model, "cpus": len(os.sched_getaffinity(0)), "kernel": platform.release()}
 
 
+def busy_share(seconds):
+    """The share of this machine's CPU time that is used, by whatever runs on it or beside it on its host (stat in proc(5))."""
+
+    def counts():
+        fields = [int(word) for word in pathlib.Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]
+
+    total, idle = counts()
+    time.sleep(seconds)
+    total_now, idle_now = counts()
+    return 1 - (idle_now - idle) / max(1, total_now - total)
+
+
 class Results:
     def __init__(self, plan):
         self.plan = plan
@@ -58,7 +75,9 @@ class Results:
         except FileNotFoundError:
             return {}, []
         except (ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f"bench: what {DIRECTORY} holds of earlier runs cannot be read ({error}): remove it, or leave KEEP out") from None
+            raise SystemExit(
+                f"bench: what {DIRECTORY} holds of earlier runs cannot be read ({error}): remove it, or leave KEEP out"
+            ) from None
         self.mitigations = run["mitigations"]
         return kept, run["notes"]
 
@@ -66,6 +85,12 @@ class Results:
         """The figure of one variant in round `number`."""
         self.samples.setdefault((variant, row), {})[number] = value
         self.measured[row] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+    def note_company(self, when):
+        """Says so where this machine is not ours alone, while nothing of the benchmark runs."""
+        share = busy_share(2)
+        if share > BUSY_SHARE:
+            self.note(f"{when} this run something else used {share:.0%} of this machine's CPUs: its figures are not to be trusted")
 
     def note(self, text):
         say(text)
@@ -98,7 +123,8 @@ class Results:
         ours, theirs = self.best("hospes", row), self.best(other, row)
         if other in ("tcg", "uml") and theirs:
             theirs = dict.fromkeys(ours, statistics.median(theirs.values()))
-        return stats.estimate([ratio(row, ours[number], theirs[number]) for number in ours.keys() & theirs if ours[number] and theirs[number]])
+        both = [number for number in ours.keys() & theirs if ours[number] and theirs[number]]
+        return stats.estimate([ratio(row, ours[number], theirs[number]) for number in both])
 
     def _row(self, name):
         unit, better = rows.ROWS[name]

@@ -41,9 +41,11 @@ def main():
     results = Results(plan)
     interrupted = False
     try:
+        results.note_company("before")
         guests = systems.guests(plan, results)
         for phase in PHASES:
             phase(plan, results, guests)
+        results.note_company("after")
     except (KeyboardInterrupt, SystemExit) as reason:
         if isinstance(reason, SystemExit) and isinstance(reason.code, str):
             raise

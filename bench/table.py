@@ -64,7 +64,7 @@ def text(found):
         values = [number(row[system]) for system in rows.SYSTEMS]
         against = interval(row["vs_native"]), times(row["vs_tcg"]), times(row["vs_uml"])
         yield LINE.format(row["name"], row["unit"], *values, *against, verdicts(row)).rstrip()
-    yield "of native, x tcg, x uml: how many times as fast Hospes is (as long, as large: divided the other way round), with the interval of the median"
+    yield "of native, x tcg, x uml: how many times as fast Hospes is, for times and sizes as well; in brackets the interval of the median"
     yield from mean_lines(found)
 
 
