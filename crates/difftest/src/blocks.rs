@@ -9,7 +9,7 @@ use iced_x86::{
     Code, Instruction, InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess, OpKind, Register,
 };
 
-use crate::forms;
+use crate::forms::{self, Level};
 use crate::layout::*;
 use crate::operands::{Builder, Rules, Target, gpr};
 use crate::program::{Flavour, Program, What};
@@ -23,16 +23,19 @@ const RSP: u8 = 4;
 struct Pool {
     common: Vec<Code>,
     rare: Vec<Code>,
+    /// Of x86-64-v4.
+    wide: Vec<Code>,
 }
 
 fn pool(bits: u32) -> &'static Pool {
     static POOLS: LazyLock<[Pool; 2]> = LazyLock::new(|| [make(32), make(64)]);
     fn make(bits: u32) -> Pool {
-        let (common, rare) = forms::anywhere(bits)
+        let (common, rare) = forms::anywhere(bits, Level::V3)
             .into_iter()
             .filter(|c| !(c.op_code().is_privileged()))
             .partition(|c| forms::is_common(*c));
-        Pool { common, rare }
+        let wide = forms::anywhere(bits, Level::V4);
+        Pool { common, rare, wide }
     }
     &POOLS[usize::from(bits == 64)]
 }
@@ -49,6 +52,7 @@ pub struct Writer<'a> {
     pub rng: &'a mut Rng,
     pub program: Program,
     pub base: u64,
+    level: Level,
     factory: InstructionInfoFactory,
     /// Registers that ordinary instructions must not write.
     reserved: u16,
@@ -60,8 +64,8 @@ pub struct Writer<'a> {
 }
 
 /// A random program with functions, loops and jumps.
-pub fn generate(flavour: Flavour, rng: &mut Rng) -> Option<Program> {
-    let mut w = Writer::new(flavour, CODE, rng);
+pub fn generate(flavour: Flavour, level: Level, rng: &mut Rng) -> Option<Program> {
+    let mut w = Writer::new(flavour, level, CODE, rng);
     let start = w.program.push(What::Branch(w.jump(), 0));
     for _ in 0..w.rng.below(3) {
         w.function();
@@ -79,13 +83,13 @@ pub fn generate(flavour: Flavour, rng: &mut Rng) -> Option<Program> {
 
 impl<'a> Writer<'a> {
     /// Begins a program in one of the code regions.
-    pub fn new(flavour: Flavour, region: u64, rng: &'a mut Rng) -> Writer<'a> {
+    pub fn new(flavour: Flavour, level: Level, region: u64, rng: &'a mut Rng) -> Writer<'a> {
         let base = if flavour == Flavour::User32 || rng.one_in(2) {
             LOW
         } else {
             HIGH
         };
-        let mut regs = Regs::random(rng);
+        let mut regs = Regs::random(level, rng);
         let long = flavour != Flavour::User32;
         let (pointers, counter) = if long { ([3, 12], 15) } else { ([3, 5], 2) };
         for p in pointers {
@@ -105,6 +109,7 @@ impl<'a> Writer<'a> {
             program: Program::new(flavour, base + region, regs),
             rng,
             base,
+            level,
             factory: InstructionInfoFactory::new(),
             reserved,
             pointers,
@@ -164,7 +169,9 @@ impl<'a> Writer<'a> {
     pub fn plain(&mut self) {
         let pool = pool(self.program.flavour.bits());
         for _ in 0..30 {
-            let code = if self.rng.one_in(4) {
+            let code = if self.level == Level::V4 && self.rng.one_in(2) {
+                self.rng.pick(&pool.wide)
+            } else if self.rng.one_in(4) {
                 self.rng.pick(&pool.rare)
             } else {
                 self.rng.pick(&pool.common)

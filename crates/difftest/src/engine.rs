@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 
 use hospes_engine_bt::Execution;
 
+use crate::forms::Level;
 use crate::guest::{Guest, GuestError};
 use crate::program::Case;
 use crate::state::{Ending, Outcome};
@@ -24,10 +25,10 @@ pub struct Engine {
 
 impl Engine {
     /// Starts the thread; see [`Guest::new`].
-    pub fn new(base: &[u8], execution: Execution) -> Result<Engine, GuestError> {
+    pub fn new(base: &[u8], execution: Execution, level: Level) -> Result<Engine, GuestError> {
         let (cases, todo) = channel::<(Arc<Case>, bool)>();
         let (done, outcomes) = channel();
-        let mut guest = Guest::new(base, execution)?;
+        let mut guest = Guest::new(base, execution, level)?;
         let base = base.to_vec();
         let thread = std::thread::spawn(move || {
             for (case, cold) in todo {

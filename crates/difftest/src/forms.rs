@@ -1,8 +1,75 @@
-//! Every instruction form that a guest of x86-64-v3 may use and that means the same in the oracle's process.
+//! Every instruction form that a guest of x86-64-v3, or of -v4 with what usually comes with it, may use and that means the same in the oracle's process.
 
 use std::sync::LazyLock;
 
 use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Mnemonic, OpCodeOperandKind};
+
+/// What the guest's processor has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// x86-64-v3.
+    V3,
+    /// With AVX-512.
+    V4,
+}
+
+impl Level {
+    /// XCR0 of a guest that uses all of it.
+    pub fn xcr0(self) -> u64 {
+        match self {
+            Level::V3 => 7,
+            Level::V4 => 0xe7,
+        }
+    }
+
+    /// Whether this machine can be the oracle.
+    pub fn on_host(self) -> bool {
+        match self {
+            Level::V3 => std::is_x86_feature_detected!("avx2"),
+            Level::V4 => ["f", "bw", "cd", "dq", "vl"].iter().all(|n| avx512(n)),
+        }
+    }
+}
+
+/// Whether the host has this part of AVX-512, by the second half of its name.
+fn avx512(name: &str) -> bool {
+    match name {
+        "f" => std::is_x86_feature_detected!("avx512f"),
+        "bw" => std::is_x86_feature_detected!("avx512bw"),
+        "cd" => std::is_x86_feature_detected!("avx512cd"),
+        "dq" => std::is_x86_feature_detected!("avx512dq"),
+        "vl" => std::is_x86_feature_detected!("avx512vl"),
+        _ => false,
+    }
+}
+
+/// Features that come with x86-64-v4, where the host has them.
+fn wide(feature: CpuidFeature) -> bool {
+    use CpuidFeature as F;
+    match feature {
+        F::AVX512F => avx512("f"),
+        F::AVX512BW => avx512("bw"),
+        F::AVX512CD => avx512("cd"),
+        F::AVX512DQ => avx512("dq"),
+        F::AVX512VL => avx512("vl"),
+        F::AVX512_BF16 => std::is_x86_feature_detected!("avx512bf16"),
+        F::AVX512_BITALG => std::is_x86_feature_detected!("avx512bitalg"),
+        F::AVX512_IFMA => std::is_x86_feature_detected!("avx512ifma"),
+        F::AVX512_VBMI => std::is_x86_feature_detected!("avx512vbmi"),
+        F::AVX512_VBMI2 => std::is_x86_feature_detected!("avx512vbmi2"),
+        F::AVX512_VNNI => std::is_x86_feature_detected!("avx512vnni"),
+        F::AVX512_VPOPCNTDQ => std::is_x86_feature_detected!("avx512vpopcntdq"),
+        F::GFNI => std::is_x86_feature_detected!("gfni"),
+        F::VAES => std::is_x86_feature_detected!("vaes"),
+        F::VPCLMULQDQ => std::is_x86_feature_detected!("vpclmulqdq"),
+        _ => false,
+    }
+}
+
+/// Whether only guests of x86-64-v4 have it.
+pub fn is_wide(code: Code) -> bool {
+    code.cpuid_features().iter().any(|&f| wide(f))
+}
 
 /// How a form is tested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,12 +134,16 @@ fn offered(feature: CpuidFeature) -> bool {
 }
 
 /// What a form is good for.
-pub fn classify(code: Code) -> Use {
+pub fn classify(code: Code, level: Level) -> Use {
     use Mnemonic as M;
     let op = code.op_code();
+    let has = |f| offered(f) || level == Level::V4 && wide(f);
     if !op.is_instruction()
-        || !matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
-        || !code.cpuid_features().iter().all(|&f| offered(f))
+        || !matches!(
+            code.encoding(),
+            EncodingKind::Legacy | EncodingKind::VEX | EncodingKind::EVEX
+        )
+        || !code.cpuid_features().iter().all(|&f| has(f))
     {
         return Use::No;
     }
@@ -161,30 +232,40 @@ pub fn classify(code: Code) -> Use {
             | K::seg_rDI
             | K::mem_vsib32x
             | K::mem_vsib32y
+            | K::mem_vsib32z
             | K::mem_vsib64x
-            | K::mem_vsib64y => result = Use::Alone,
+            | K::mem_vsib64y
+            | K::mem_vsib64z => result = Use::Alone,
             _ => {}
         }
     }
     result
 }
 
-/// Forms to test alone in 32- or 64-bit code.
-pub fn alone(bits: u32) -> Vec<Code> {
-    forms(bits, |u| u != Use::No)
+/// Forms to test alone in 32- or 64-bit code; of x86-64-v4 those that -v3 does not have.
+pub fn alone(bits: u32, level: Level) -> Vec<Code> {
+    forms(bits, level, |u| u != Use::No)
 }
 
-/// Forms that may stand inside of a random block.
-pub fn anywhere(bits: u32) -> Vec<Code> {
-    forms(bits, |u| u == Use::Anywhere)
+/// Forms that may stand inside of a random block; of x86-64-v4 those that -v3 does not have.
+pub fn anywhere(bits: u32, level: Level) -> Vec<Code> {
+    forms(bits, level, |u| u == Use::Anywhere)
 }
 
-fn forms(bits: u32, wanted: impl Fn(Use) -> bool) -> Vec<Code> {
-    static USES: LazyLock<Vec<Use>> = LazyLock::new(|| Code::values().map(classify).collect());
+fn forms(bits: u32, level: Level, wanted: impl Fn(Use) -> bool) -> Vec<Code> {
+    static USES: LazyLock<[Vec<Use>; 2]> = LazyLock::new(|| {
+        [Level::V3, Level::V4].map(|l| Code::values().map(|c| classify(c, l)).collect())
+    });
     Code::values()
         .filter(|c| {
             let op = c.op_code();
-            wanted(USES[*c as usize]) && if bits == 64 { op.mode64() } else { op.mode32() }
+            let [narrow, all] = USES.each_ref().map(|uses| uses[*c as usize]);
+            let of_level = match level {
+                Level::V3 => narrow,
+                Level::V4 if narrow == Use::No => all,
+                Level::V4 => Use::No,
+            };
+            wanted(of_level) && if bits == 64 { op.mode64() } else { op.mode32() }
         })
         .collect()
 }

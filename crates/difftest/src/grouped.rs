@@ -6,6 +6,7 @@
 use iced_x86::{Code, Instruction, MemoryOperand, Register};
 
 use crate::blocks::Writer;
+use crate::forms::Level;
 use crate::layout::*;
 use crate::operands::gpr;
 use crate::program::{Flavour, Program, What};
@@ -19,8 +20,8 @@ const COPY: u8 = 6;
 const INDEX: u8 = 7;
 
 /// A random program of groups of accesses.
-pub fn generate(flavour: Flavour, rng: &mut Rng) -> Option<Program> {
-    let mut w = Writer::new(flavour, CODE, rng);
+pub fn generate(flavour: Flavour, level: Level, rng: &mut Rng) -> Option<Program> {
+    let mut w = Writer::new(flavour, level, CODE, rng);
     let base = w.base;
     for r in BASES {
         let page = base + DATA + w.rng.range(1, 4) * PAGE;

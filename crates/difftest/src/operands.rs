@@ -1,7 +1,8 @@
 //! Turns a form into an instruction with random operands, and arranges the registers so that its memory operand is where it should be.
 
 use iced_x86::{
-    Code, Instruction, MemoryOperand, Mnemonic as M, OpCodeOperandKind as K, OpKind, Register,
+    Code, EncodingKind, Instruction, MemoryOperand, Mnemonic as M, OpCodeOperandKind as K, OpKind,
+    Register, RoundingControl,
 };
 
 use crate::layout::*;
@@ -73,8 +74,12 @@ impl Builder<'_> {
         gpr(r, size)
     }
 
-    fn vector(&mut self, first: Register) -> Register {
-        let n = if self.long() { 16 } else { 8 };
+    fn vector(&mut self, first: Register, code: Code) -> Register {
+        let n = match (self.long(), code.encoding()) {
+            (false, _) => 8,
+            (true, EncodingKind::EVEX) => 32,
+            (true, _) => 16,
+        };
         first + self.rng.below(n) as u32
     }
 
@@ -86,6 +91,7 @@ impl Builder<'_> {
         for n in 0..op.op_count() {
             self.operand(&mut i, n, op.op_kind(n))?;
         }
+        self.decorate(&mut i)?;
         if op.can_use_lock_prefix() && i.op0_kind() == OpKind::Memory && self.rng.one_in(3) {
             i.set_has_lock_prefix(true);
         }
@@ -97,6 +103,33 @@ impl Builder<'_> {
             }
         }
         Some(i)
+    }
+
+    /// What EVEX adds to an instruction: mask, zeroing, broadcast, rounding.
+    fn decorate(&mut self, i: &mut Instruction) -> Option<()> {
+        let op = i.code().op_code();
+        if op.can_use_op_mask_register() && (op.require_op_mask_register() || !self.rng.one_in(3)) {
+            i.set_op_mask(Register::K1 + self.rng.below(7) as u32);
+            let stores = i.op0_kind() == OpKind::Memory;
+            if op.can_use_zeroing_masking() && !stores && self.rng.one_in(2) {
+                i.set_zeroing_masking(true);
+            }
+        }
+        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+        if memory && op.can_broadcast() && self.rng.one_in(3) {
+            i.set_is_broadcast(true);
+        }
+        if !memory && op.can_use_rounding_control() && self.rng.one_in(3) {
+            i.set_rounding_control(self.rng.pick(&[
+                RoundingControl::RoundToNearest,
+                RoundingControl::RoundDown,
+                RoundingControl::RoundUp,
+                RoundingControl::RoundTowardZero,
+            ]));
+        } else if !memory && op.can_suppress_all_exceptions() && self.rng.one_in(3) {
+            i.set_suppress_all_exceptions(true);
+        }
+        Some(())
     }
 
     fn operand(&mut self, i: &mut Instruction, n: u32, kind: K) -> Option<()> {
@@ -124,6 +157,8 @@ impl Builder<'_> {
             K::ymm_or_mem | K::ymm_reg | K::ymm_rm | K::ymm_vvvv | K::ymm_is4 | K::ymm_is5 => {
                 (Register::YMM0, 0)
             }
+            K::zmm_or_mem | K::zmm_reg | K::zmm_rm | K::zmm_vvvv => (Register::ZMM0, 0),
+            K::k_or_mem | K::k_reg | K::k_rm | K::k_vvvv => (Register::K0, 0),
             _ => return self.other_operand(i, n, kind),
         };
         let memory = matches!(
@@ -135,6 +170,8 @@ impl Builder<'_> {
                 | K::mm_or_mem
                 | K::xmm_or_mem
                 | K::ymm_or_mem
+                | K::zmm_or_mem
+                | K::k_or_mem
         );
         if matches!(kind, K::r16_reg_mem | K::r32_reg_mem | K::r64_reg_mem) {
             return None;
@@ -143,8 +180,8 @@ impl Builder<'_> {
             return self.memory(i, n);
         }
         let register = match (size, bank) {
-            (0, Register::MM0) => bank + self.rng.below(8) as u32,
-            (0, _) => self.vector(bank),
+            (0, Register::MM0 | Register::K0) => bank + self.rng.below(8) as u32,
+            (0, _) => self.vector(bank, i.code()),
             _ => self.any_gpr(size),
         };
         i.set_op_kind(n, OpKind::Register);
@@ -185,6 +222,7 @@ impl Builder<'_> {
             K::mem_offs => return self.direct(i, n),
             K::mem_vsib32x | K::mem_vsib64x => return self.gather(i, n, Register::XMM0),
             K::mem_vsib32y | K::mem_vsib64y => return self.gather(i, n, Register::YMM0),
+            K::mem_vsib32z | K::mem_vsib64z => return self.gather(i, n, Register::ZMM0),
             K::imm4_m2z => {
                 i.set_op_kind(n, OpKind::Immediate8);
                 i.set_immediate8((v & 3) as u8);
@@ -490,15 +528,16 @@ impl Builder<'_> {
         if base.number() == 4 {
             return None;
         }
-        let index = self.vector(bank);
+        let index = self.vector(bank, i.code());
         let scale = self.rng.pick(&[1u32, 2, 4, 8]);
         let mut at = self.target();
         let words = matches!(
             i.code().op_code().op_kind(n),
-            K::mem_vsib32x | K::mem_vsib32y
+            K::mem_vsib32x | K::mem_vsib32y | K::mem_vsib32z
         );
         let element = if words { 4 } else { 8 };
-        for lane in self.regs.fpu.ymm[index.number()].chunks_exact_mut(element) {
+        let lanes = &mut self.regs.fpu.zmm[index.number()][..index.size().max(32)];
+        for lane in lanes.chunks_exact_mut(element) {
             let v = (self.rng.below(200) as i64 - 100) as u64;
             lane.copy_from_slice(&v.to_le_bytes()[..element]);
         }

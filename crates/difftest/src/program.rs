@@ -204,9 +204,10 @@ impl Program {
         )
         .expect("string");
         if uses_vectors(&code, self.flavour.bits()) {
-            for (n, y) in r.fpu.ymm.iter().enumerate() {
-                writeln!(w, "  ymm{n}={}", hex(y)).expect("string");
+            for (n, z) in r.fpu.zmm.iter().enumerate() {
+                writeln!(w, "  zmm{n}={}", hex(z)).expect("string");
             }
+            writeln!(w, "  k={:x?}", r.fpu.k).expect("string");
             for (n, s) in r.fpu.st.iter().enumerate() {
                 writeln!(w, "  st{n}={}", hex(s)).expect("string");
             }
@@ -234,6 +235,7 @@ fn uses_vectors(code: &[u8], bits: u32) -> bool {
                 || (0..i.op_count()).any(|n| {
                     i.op_kind(n) == OpKind::Register
                         && (i.op_register(n).is_vector_register()
+                            || i.op_register(n).is_k()
                             || i.op_register(n).is_mm()
                             || i.op_register(n).is_st())
                 })

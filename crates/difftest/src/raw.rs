@@ -2,7 +2,7 @@
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
-use crate::forms::{self, Use};
+use crate::forms::{self, Level, Use};
 use crate::layout::*;
 use crate::program::{Flavour, Program, What};
 use crate::rng::Rng;
@@ -10,7 +10,7 @@ use crate::single::{aligned_alike, place};
 use crate::state::Regs;
 
 /// A program with one instruction; `None` where the bytes are none that is tested.
-pub fn generate(flavour: Flavour, rng: &mut Rng) -> Option<Program> {
+pub fn generate(flavour: Flavour, level: Level, rng: &mut Rng) -> Option<Program> {
     let long = flavour != Flavour::User32;
     let mut bytes = Vec::new();
     for _ in 0..rng.below(4) {
@@ -20,6 +20,13 @@ pub fn generate(flavour: Flavour, rng: &mut Rng) -> Option<Program> {
         bytes.push(0x40 | rng.below(16) as u8);
     }
     match rng.below(6) {
+        _ if level == Level::V4 && !rng.one_in(4) => {
+            bytes.clear();
+            // Reserved bits mostly as they must be.
+            let (p0, p1) = (rng.bits() as u8, rng.bits() as u8);
+            let (set, clear) = if rng.one_in(8) { (0, 0) } else { (4, 8) };
+            bytes.extend([0x62, p0 & !clear, p1 | set, rng.bits() as u8]);
+        }
         0 | 1 => {}
         2 => bytes.push(0x0f),
         3 => bytes.extend([0x0f, 0x38]),
@@ -40,7 +47,7 @@ pub fn generate(flavour: Flavour, rng: &mut Rng) -> Option<Program> {
     let mut decoder = Decoder::with_ip(flavour.bits(), &bytes, start, DecoderOptions::NONE);
     let i = decoder.decode();
     bytes.truncate(i.len());
-    let used = forms::classify(i.code());
+    let used = forms::classify(i.code(), level);
     if i.is_invalid() || used == Use::No || used == Use::Alone && flavour == Flavour::Kernel64 {
         return None;
     }
@@ -48,7 +55,7 @@ pub fn generate(flavour: Flavour, rng: &mut Rng) -> Option<Program> {
     if i.mnemonic() == Mnemonic::Pause && bytes.len() > 2 {
         return None;
     }
-    let mut regs = Regs::random(rng);
+    let mut regs = Regs::random(level, rng);
     regs.gpr[4] = base + STACK + PAGE;
     regs.gpr[1] &= 0xff;
     for r in [6, 7] {

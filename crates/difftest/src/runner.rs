@@ -7,6 +7,7 @@ use hospes_engine_bt::Execution;
 
 use crate::compare::{Verdict, compare};
 use crate::engine::Engine;
+use crate::forms::Level;
 use crate::guest::GuestError;
 use crate::layout::base_image;
 use crate::oracle::{BATCH, Oracle, OracleError};
@@ -91,6 +92,7 @@ impl Budget {
 /// Both sides, ready to run programs.
 pub struct Runner {
     base: Vec<u8>,
+    level: Level,
     oracle: Oracle,
     translated: Engine,
     interpreted: Engine,
@@ -141,8 +143,8 @@ impl Way {
     /// Compares what a case came to. Of a process whose XMM registers are all zero AMD's processors do not save MXCSR when Linux takes the CPU from it, so
     /// that a tracer cannot know it; natively that happens at every stop.
     fn compare(self, case: &Case, want: &Outcome, got: &Outcome) -> Verdict {
-        let unused = |ymm: &[u8; 32]| ymm[..16].iter().all(|&b| b == 0);
-        if self == Way::Direct && want.regs.fpu.ymm.iter().all(unused) {
+        let unused = |zmm: &[u8; 64]| zmm[..16].iter().all(|&b| b == 0);
+        if self == Way::Direct && want.regs.fpu.zmm[..16].iter().all(unused) {
             let mut want = want.clone();
             want.regs.fpu.mxcsr = got.regs.fpu.mxcsr;
             return compare(case, &want, got);
@@ -160,22 +162,27 @@ impl Way {
 }
 
 impl Runner {
-    pub fn new() -> Result<Runner, RunError> {
+    /// Starts both sides for guests of a level.
+    pub fn new(level: Level) -> Result<Runner, RunError> {
         // SAFETY: a plain system call that reads a number.
         let features = unsafe { libc::getauxval(libc::AT_HWCAP2) };
         if features & 2 == 0 {
             return Err(RunError::Host("FSGSBASE for user code"));
         }
-        if !std::is_x86_feature_detected!("avx2") {
-            return Err(RunError::Host("AVX2"));
+        if !level.on_host() {
+            return Err(RunError::Host(match level {
+                Level::V3 => "AVX2",
+                Level::V4 => "AVX-512",
+            }));
         }
         let base = base_image();
         Ok(Runner {
-            oracle: Oracle::new(&base)?,
-            translated: Engine::new(&base, Execution::Translated)?,
-            interpreted: Engine::new(&base, Execution::Single)?,
-            direct: Engine::new(&base, Execution::Direct)?,
+            oracle: Oracle::new(&base, level)?,
+            translated: Engine::new(&base, Execution::Translated, level)?,
+            interpreted: Engine::new(&base, Execution::Single, level)?,
+            direct: Engine::new(&base, Execution::Direct, level)?,
             base,
+            level,
         })
     }
 
@@ -275,7 +282,7 @@ impl Runner {
             return Ok(answer?);
         }
         // A panic has ended it: try once more with a new one.
-        *engine = Engine::new(&self.base, way.execution())?;
+        *engine = Engine::new(&self.base, way.execution(), self.level)?;
         engine.submit(case.clone(), way == Way::Cold);
         let answer = engine.collect();
         Ok(answer.expect("a new engine answers its first case")?)

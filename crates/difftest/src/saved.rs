@@ -4,10 +4,11 @@
 
 use iced_x86::{Code, Instruction, MemoryOperand, Register};
 
+use crate::forms::Level;
 use crate::layout::*;
 use crate::program::{Flavour, Program};
 use crate::rng::Rng;
-use crate::state::{Fpu, Regs, XSAVE_HEADER};
+use crate::state::{Fpu, Regs, XSAVE_HEADER, image_bytes};
 
 /// Ranges of an image that are not compared, as offset and number of 4-byte words.
 type Hidden = &'static [(i64, u32)];
@@ -40,7 +41,7 @@ const FORMS: [(Code, Hidden); 19] = [
 ];
 
 /// A program with one such instruction.
-pub fn generate(flavour: Flavour, rng: &mut Rng) -> Option<Program> {
+pub fn generate(flavour: Flavour, level: Level, rng: &mut Rng) -> Option<Program> {
     let (code, hidden) = rng.pick(&FORMS);
     let op = code.op_code();
     let long = flavour != Flavour::User32;
@@ -48,13 +49,13 @@ pub fn generate(flavour: Flavour, rng: &mut Rng) -> Option<Program> {
         return None;
     }
     let base = if long && rng.one_in(2) { HIGH } else { LOW };
-    let mut regs = Regs::random(rng);
+    let mut regs = Regs::random(level, rng);
     let mut at = base + DATA + 64 * rng.below(200);
     if rng.one_in(8) {
         at += rng.pick(&[1, 4, 8, 16, 32]);
     }
     regs.gpr[3] = at;
-    regs.gpr[0] = rng.below(8);
+    regs.gpr[0] = components(level, rng);
     regs.gpr[2] = 0;
     let mut program = Program::new(flavour, base + CODE + 0x200, regs);
     let pointer = if long { Register::RBX } else { Register::EBX };
@@ -72,22 +73,28 @@ pub fn generate(flavour: Flavour, rng: &mut Rng) -> Option<Program> {
         program.instruction(Instruction::with2(Code::Mov_rm16_imm16, word, 0u32).ok()?);
     }
     if at & 63 == 0 {
-        program.patches.push((at, image(rng)));
+        program.patches.push((at, image(level, rng)));
     }
     Some(program)
 }
 
+/// Some of the components that can be enabled.
+fn components(level: Level, rng: &mut Rng) -> u64 {
+    rng.bits() & level.xcr0()
+}
+
 /// An image to load: valid, or with something in it that must be refused.
-fn image(rng: &mut Rng) -> Vec<u8> {
-    let mut image = Fpu::random(rng).to_image().to_vec();
-    image[XSAVE_HEADER] = rng.below(8) as u8;
+fn image(level: Level, rng: &mut Rng) -> Vec<u8> {
+    let mut image = Fpu::random(level, rng).to_image().to_vec();
+    image.truncate(image_bytes(level));
+    image[XSAVE_HEADER] = components(level, rng) as u8;
     match rng.below(16) {
         0 => image[26] = rng.pick(&[1, 4, 0x80]),
         1 => image[XSAVE_HEADER + rng.range(1, 64) as usize] = rng.bits() as u8,
         2 => image[XSAVE_HEADER + 15] = 0x80,
         3 => {
             image[XSAVE_HEADER + 15] = 0x80;
-            image[XSAVE_HEADER + 8] = image[XSAVE_HEADER] | rng.below(8) as u8;
+            image[XSAVE_HEADER + 8] = image[XSAVE_HEADER] | components(level, rng) as u8;
         }
         _ => {}
     }

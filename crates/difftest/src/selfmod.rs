@@ -3,6 +3,7 @@
 use iced_x86::{Code, Instruction, MemoryOperand, Register};
 
 use crate::blocks::Writer;
+use crate::forms::Level;
 use crate::layout::*;
 use crate::operands::gpr;
 use crate::program::{Flavour, Program, What};
@@ -10,8 +11,8 @@ use crate::rng::Rng;
 use crate::single::place;
 
 /// A random program that changes itself.
-pub fn generate(flavour: Flavour, rng: &mut Rng) -> Option<Program> {
-    let mut w = Writer::new(flavour, PATCHABLE, rng);
+pub fn generate(flavour: Flavour, level: Level, rng: &mut Rng) -> Option<Program> {
+    let mut w = Writer::new(flavour, level, PATCHABLE, rng);
     // The stack pointer stays where it is, and code in the loop is changed once in each round.
     let rounds = w.rng.range(1, 5) as u32;
     let counter = Register::MM7;

@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, Mnemonic, Register};
 
-use crate::forms;
+use crate::forms::{self, Level};
 use crate::layout::*;
 use crate::operands::{Builder, Rules};
 use crate::program::{Flavour, Program};
@@ -10,13 +10,13 @@ use crate::rng::Rng;
 use crate::state::Regs;
 
 /// A program with one instruction of the given form. `None` where the operands drawn do not go together.
-pub fn generate(code: Code, flavour: Flavour, rng: &mut Rng) -> Option<Program> {
+pub fn generate(code: Code, flavour: Flavour, level: Level, rng: &mut Rng) -> Option<Program> {
     let base = if flavour == Flavour::User32 || rng.one_in(2) {
         LOW
     } else {
         HIGH
     };
-    let mut regs = Regs::random(rng);
+    let mut regs = Regs::random(level, rng);
     regs.gpr[4] = base + STACK + PAGE + rng.below(64) * 8 - 256;
     if rng.one_in(12) {
         // The stack's ends.
@@ -57,6 +57,7 @@ pub fn aligned_alike(i: &Instruction) -> bool {
     use Mnemonic as M;
     i.memory_size().size() <= 8
         && !i.is_vsib()
+        && i.op_mask() == Register::None
         && !matches!(i.mnemonic(), M::Enter | M::Maskmovq | M::Movsxd)
 }
 

@@ -14,6 +14,7 @@ use hospes_units::{Gpa, VcpuId};
 use iced_x86::IcedError;
 use iced_x86::code_asm::CodeAssembler;
 
+use crate::forms::Level;
 use crate::guest::{HostProcessor, host_vendor};
 
 const RAM_BYTES: u64 = 16 << 20;
@@ -56,7 +57,7 @@ impl Machine {
             code_bytes: 8 << 20,
             execution: Execution::Translated,
         };
-        let processor = Arc::new(HostProcessor(host_vendor()));
+        let processor = Arc::new(HostProcessor(host_vendor(), Level::V3));
         let vm = BtVm::new(memory.clone(), processor, vcpus, options).expect("the engine");
         Machine { memory, vm }
     }

@@ -2,12 +2,30 @@
 
 use std::fmt::Write;
 
+use crate::forms::Level;
 use crate::rng::Rng;
 
-/// Bytes of the XSAVE image's parts that guests have: legacy, header, upper halves of YMM.
-pub const XSAVE_BYTES: usize = 832;
+/// Bytes of the XSAVE image's parts that guests have, at most: legacy, header, upper halves of YMM, the AVX-512 components.
+pub const XSAVE_BYTES: usize = hospes_engine::XSAVE_BYTES;
 pub const XSAVE_HEADER: usize = 512;
 const YMM_HIGH: usize = 576;
+const NARROW_BYTES: usize = 832;
+
+/// Where the AVX-512 components lie in this processor's XSAVE image: mask registers, upper halves of ZMM0-15, ZMM16-31.
+fn wide_places() -> [usize; 3] {
+    [5, 6, 7].map(|n| std::arch::x86_64::__cpuid_count(0xd, n).ebx as usize)
+}
+
+/// Bytes of the XSAVE image that cases of this level use.
+pub fn image_bytes(level: Level) -> usize {
+    match level {
+        Level::V3 => NARROW_BYTES,
+        Level::V4 => {
+            let [masks, upper, more] = wide_places();
+            (masks + 64).max(upper + 512).max(more + 1024)
+        }
+    }
+}
 
 /// x87 and vector registers, without instruction and data pointers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +37,9 @@ pub struct Fpu {
     pub mxcsr: u32,
     /// ST0 first.
     pub st: [[u8; 10]; 8],
-    pub ymm: [[u8; 32]; 16],
+    /// Cases without AVX-512 have the lower halves of the first sixteen.
+    pub zmm: [[u8; 64]; 32],
+    pub k: [u64; 8],
 }
 
 impl Default for Fpu {
@@ -30,7 +50,8 @@ impl Default for Fpu {
             tags: 0,
             mxcsr: 0x1f80,
             st: [[0; 10]; 8],
-            ymm: [[0; 32]; 16],
+            zmm: [[0; 64]; 32],
+            k: [0; 8],
         }
     }
 }
@@ -40,7 +61,7 @@ fn u16_at(image: &[u8], at: usize) -> u16 {
 }
 
 impl Fpu {
-    /// As an image in standard format in which every component is present.
+    /// As an image in standard format in which every component of x86-64-v3 is present, and the AVX-512 ones if one of them is not zero.
     pub fn to_image(&self) -> [u8; XSAVE_BYTES] {
         let mut image = [0; XSAVE_BYTES];
         image[0..2].copy_from_slice(&self.fcw.to_le_bytes());
@@ -50,12 +71,31 @@ impl Fpu {
         for (n, st) in self.st.iter().enumerate() {
             image[32 + 16 * n..42 + 16 * n].copy_from_slice(st);
         }
-        for (n, ymm) in self.ymm.iter().enumerate() {
-            image[160 + 16 * n..176 + 16 * n].copy_from_slice(&ymm[..16]);
-            image[YMM_HIGH + 16 * n..YMM_HIGH + 16 * n + 16].copy_from_slice(&ymm[16..]);
+        for (n, zmm) in self.zmm[..16].iter().enumerate() {
+            image[160 + 16 * n..176 + 16 * n].copy_from_slice(&zmm[..16]);
+            image[YMM_HIGH + 16 * n..YMM_HIGH + 16 * n + 16].copy_from_slice(&zmm[16..32]);
         }
         image[XSAVE_HEADER] = 7;
+        if self.is_wide() {
+            let [masks, upper, more] = wide_places();
+            image[XSAVE_HEADER] = 0xe7;
+            for (n, k) in self.k.iter().enumerate() {
+                image[masks + 8 * n..][..8].copy_from_slice(&k.to_le_bytes());
+            }
+            for (n, zmm) in self.zmm[..16].iter().enumerate() {
+                image[upper + 32 * n..][..32].copy_from_slice(&zmm[32..]);
+            }
+            for (n, zmm) in self.zmm[16..].iter().enumerate() {
+                image[more + 64 * n..][..64].copy_from_slice(zmm);
+            }
+        }
         image
+    }
+
+    fn is_wide(&self) -> bool {
+        self.k != [0; 8]
+            || self.zmm[..16].iter().any(|v| v[32..] != [0; 32])
+            || self.zmm[16..].iter().any(|v| *v != [0; 64])
     }
 
     /// From an image in standard format; components that it marks as initial are so.
@@ -71,19 +111,54 @@ impl Fpu {
             }
         }
         fpu.mxcsr = u32::from(u16_at(image, 24)) | u32::from(u16_at(image, 26)) << 16;
-        for (n, ymm) in fpu.ymm.iter_mut().enumerate() {
+        for (n, zmm) in fpu.zmm[..16].iter_mut().enumerate() {
             if present & 2 != 0 {
-                ymm[..16].copy_from_slice(&image[160 + 16 * n..176 + 16 * n]);
+                zmm[..16].copy_from_slice(&image[160 + 16 * n..176 + 16 * n]);
             }
             if present & 4 != 0 {
                 let at = YMM_HIGH + 16 * n;
-                ymm[16..].copy_from_slice(&image[at..at + 16]);
+                zmm[16..32].copy_from_slice(&image[at..at + 16]);
+            }
+        }
+        let [masks, upper, more] = wide_places();
+        if present & 0x20 != 0 {
+            for (n, k) in fpu.k.iter_mut().enumerate() {
+                let bytes = &image[masks + 8 * n..][..8];
+                *k = u64::from_le_bytes(bytes.try_into().expect("8 bytes"));
+            }
+        }
+        if present & 0x40 != 0 {
+            for (n, zmm) in fpu.zmm[..16].iter_mut().enumerate() {
+                zmm[32..].copy_from_slice(&image[upper + 32 * n..][..32]);
+            }
+        }
+        if present & 0x80 != 0 {
+            for (n, zmm) in fpu.zmm[16..].iter_mut().enumerate() {
+                zmm.copy_from_slice(&image[more + 64 * n..][..64]);
             }
         }
         fpu
     }
 
-    pub fn random(rng: &mut Rng) -> Fpu {
+    /// Random values in what only AVX-512 has; mask registers with few bits clear, few set, or any.
+    fn widen(&mut self, rng: &mut Rng) {
+        for (n, zmm) in self.zmm.iter_mut().enumerate() {
+            let new = if n < 16 { 32 } else { 0 };
+            for part in zmm[new..].chunks_exact_mut(16) {
+                part.copy_from_slice(&rng.vector());
+            }
+        }
+        for k in &mut self.k {
+            *k = match rng.below(4) {
+                0 => rng.value(),
+                1 => rng.bits() & rng.bits() & rng.bits(),
+                2 => rng.bits() | rng.bits() | rng.bits(),
+                _ => rng.bits(),
+            };
+        }
+    }
+
+    pub fn random(level: Level, rng: &mut Rng) -> Fpu {
         let mut fpu = Fpu {
             fcw: 0x37f,
             fsw: (rng.below(8) << 11) as u16,
@@ -127,9 +202,12 @@ impl Fpu {
                 }
             }
         }
-        for ymm in &mut fpu.ymm {
-            ymm[..16].copy_from_slice(&rng.vector());
-            ymm[16..].copy_from_slice(&rng.vector());
+        for zmm in &mut fpu.zmm[..16] {
+            zmm[..16].copy_from_slice(&rng.vector());
+            zmm[16..32].copy_from_slice(&rng.vector());
+        }
+        if level == Level::V4 {
+            fpu.widen(rng);
         }
         fpu
     }
@@ -150,10 +228,10 @@ pub struct Regs {
 
 impl Regs {
     /// Random values in everything but RIP and CS.
-    pub fn random(rng: &mut Rng) -> Regs {
+    pub fn random(level: Level, rng: &mut Rng) -> Regs {
         let mut regs = Regs {
             rflags: 0x202 | rng.bits() & 0x8d5,
-            fpu: Fpu::random(rng),
+            fpu: Fpu::random(level, rng),
             ..Regs::default()
         };
         if rng.one_in(8) {

@@ -1,5 +1,6 @@
 //! Random programs, and programs that change themselves.
 
+use hospes_difftest::forms::Level;
 use hospes_difftest::program::{Flavour, Program};
 use hospes_difftest::rng::Rng;
 use hospes_difftest::runner::{Budget, Runner};
@@ -9,15 +10,29 @@ fn programs_agree(
     what: &str,
     flavour: Flavour,
     count: u64,
-    generate: impl Fn(Flavour, &mut Rng) -> Option<Program>,
+    generate: impl Fn(Flavour, Level, &mut Rng) -> Option<Program>,
 ) {
-    let report = Runner::new()
+    programs_of_level_agree(what, flavour, Level::V3, count, generate);
+}
+
+fn programs_of_level_agree(
+    what: &str,
+    flavour: Flavour,
+    level: Level,
+    count: u64,
+    generate: impl Fn(Flavour, Level, &mut Rng) -> Option<Program>,
+) {
+    if level == Level::V4 && !level.on_host() {
+        println!("not run: this processor has no AVX-512");
+        return;
+    }
+    let report = Runner::new(level)
         .unwrap()
         .run(Budget::from_environment(count), |rng, _| {
-            generate(flavour, rng)
+            generate(flavour, level, rng)
         })
         .unwrap();
-    report.check(&format!("{what}, {flavour:?}"));
+    report.check(&format!("{what}, {flavour:?}, {level:?}"));
 }
 
 #[test]
@@ -59,4 +74,33 @@ fn saved_states_agree_with_the_processor() {
     programs_agree("saved states", Flavour::User64, 6_000, saved::generate);
     programs_agree("saved states", Flavour::Kernel64, 3_000, saved::generate);
     programs_agree("saved states", Flavour::User32, 3_000, saved::generate);
+}
+
+#[test]
+fn blocks_with_avx512_agree_with_the_processor() {
+    for (flavour, count) in [
+        (Flavour::User64, 10_000),
+        (Flavour::Kernel64, 4_000),
+        (Flavour::User32, 3_000),
+    ] {
+        programs_of_level_agree("blocks", flavour, Level::V4, count, blocks::generate);
+    }
+}
+
+#[test]
+fn accesses_with_avx512_off_one_register_agree_with_the_processor() {
+    programs_of_level_agree(
+        "groups",
+        Flavour::User64,
+        Level::V4,
+        8_000,
+        grouped::generate,
+    );
+}
+
+#[test]
+fn saved_states_with_avx512_agree_with_the_processor() {
+    for flavour in [Flavour::User64, Flavour::Kernel64, Flavour::User32] {
+        programs_of_level_agree("saved states", flavour, Level::V4, 4_000, saved::generate);
+    }
 }

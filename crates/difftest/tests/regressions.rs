@@ -1,5 +1,6 @@
 //! One small program for each bug that was found. Each states how it ends; everything else is what the processor makes of it.
 
+use hospes_difftest::forms::Level;
 use hospes_difftest::layout::{CODE, DATA, LOW, PAGE, READ_ONLY, STACK};
 use hospes_difftest::program::{Flavour, Program, What};
 use hospes_difftest::rng::Rng;
@@ -25,7 +26,7 @@ const PAGE_FAULT: u8 = 14;
 const X87: u8 = 16;
 
 fn program(flavour: Flavour, code: &[&[u8]], registers: &[(usize, u64)]) -> Program {
-    let mut regs = Regs::random(&mut Rng::new(code[0][0].into()));
+    let mut regs = Regs::random(Level::V3, &mut Rng::new(code[0][0].into()));
     regs.fpu.fcw = 0x37f;
     regs.fpu.mxcsr = 0x1f80;
     regs.rflags = 0x202;
@@ -41,7 +42,7 @@ fn program(flavour: Flavour, code: &[&[u8]], registers: &[(usize, u64)]) -> Prog
 }
 
 fn agrees(p: &Program) -> (u8, u64) {
-    match Runner::new().unwrap().check(p).unwrap() {
+    match Runner::new(Level::V3).unwrap().check(p).unwrap() {
         Ok(Ending::Exception { vector, cr2, .. }) => (vector, cr2),
         Ok(other) => panic!("{other:?}\n{}", p.describe()),
         Err(text) => panic!("{text}"),
@@ -106,9 +107,9 @@ fn gather_that_faults_halfway_keeps_the_elements_before() {
         ],
         &[(RBX, MISSING - 8)],
     );
-    p.regs.fpu.ymm[1] = [0; 32];
+    p.regs.fpu.zmm[1] = [0; 64];
     for lane in 0..4 {
-        p.regs.fpu.ymm[1][4 * lane] = lane as u8;
+        p.regs.fpu.zmm[1][4 * lane] = lane as u8;
     }
     assert_eq!(agrees(&p), (PAGE_FAULT, MISSING));
 }

@@ -6,6 +6,12 @@ use std::sync::atomic::AtomicU8;
 use hospes_engine::{CpuState, Msrs, Segment};
 use hospes_translate::layout::{FrameLayout, JUMP_ENTRIES, JUMP_MASK, TLB_ENTRIES, TlbEntry};
 
+use crate::fpu::Wide;
+
+/// Vector registers, each in a cache line.
+#[repr(C, align(64))]
+pub struct Vectors(pub [[u8; 64]; 32]);
+
 /// State of one vCPU as the translated code sees it. General registers live in `cpu.gpr` while the monitor runs.
 #[repr(C, align(4096))]
 pub struct Frame {
@@ -49,8 +55,13 @@ pub struct Frame {
     pub raw_signal: i32,
     /// Number of the processor exception behind the signal, if any.
     pub raw_trap: i32,
-    /// The guest's vector registers while the monitor runs.
-    pub ymm: [[u8; 32]; 16],
+    /// The guest's vector registers while the monitor runs. Domains without AVX-512 have the lower halves of the first sixteen.
+    pub vectors: Vectors,
+    pub masks: [u64; 8],
+    /// Where the XSAVE image has the AVX-512 state, in domains that have it.
+    pub wide: Option<Wide>,
+    /// CR2 at an interruption.
+    pub raw_address: u64,
     pub jumps: [[u64; JUMP_ENTRIES]; 3],
     pub tlb: [[TlbEntry; TLB_ENTRIES]; 3],
 }
@@ -132,7 +143,7 @@ pub struct FrameBox(*mut Frame);
 unsafe impl Send for FrameBox {}
 
 impl FrameBox {
-    pub fn new(miss: u64) -> Result<FrameBox, rustix::io::Errno> {
+    pub fn new(miss: u64, wide: Option<Wide>) -> Result<FrameBox, rustix::io::Errno> {
         use rustix::mm::{MapFlags, ProtFlags};
         // SAFETY: a new anonymous mapping overlaps nothing.
         let p = unsafe {
@@ -144,7 +155,9 @@ impl FrameBox {
             )
         }?
         .cast::<Frame>();
-        // SAFETY: the mapping is zero-filled, which is valid for every field but the activity enum, for which 0 is `Running`; bools are false.
+        // SAFETY: the field lies in the mapping and has no valid value yet.
+        unsafe { (&raw mut (*p).wide).write(wide) };
+        // SAFETY: the mapping is zero-filled, which is valid for every other field but the activity enum, for which 0 is `Running`; bools are false.
         let frame = unsafe { &mut *p };
         frame.cpu = CpuState::default();
         frame.jump_mask = JUMP_MASK;

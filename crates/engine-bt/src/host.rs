@@ -25,7 +25,7 @@ use crate::signal::kick_signal;
 use crate::stubs::ExitKind;
 use crate::vcpu::{call, canonical, pack_flags};
 use crate::vm::Shared;
-use crate::window::Window;
+use crate::window::{Holes, Window};
 
 /// Marks of a TLB entry beside its frame number.
 const GLOBAL: u64 = 1 << 63;
@@ -60,6 +60,8 @@ pub(crate) struct BtHost {
     large: [Vec<u64>; 3],
     /// Made when the first atomic access crosses pages.
     window: Option<Window>,
+    /// Made when the first masked access reaches a missing page.
+    holes: Option<Holes>,
     snippets: HashMap<Instruction, usize>,
     snippet_next: usize,
 }
@@ -90,6 +92,7 @@ impl BtHost {
             filled: Default::default(),
             large: Default::default(),
             window: None,
+            holes: None,
             snippets: HashMap::new(),
             snippet_next,
         }
@@ -401,6 +404,13 @@ impl Host for BtHost {
         Some(window.wrapping_add(offset))
     }
 
+    fn holes(&mut self) -> Option<*mut u8> {
+        if self.holes.is_none() {
+            self.holes = Holes::new().ok();
+        }
+        self.holes.as_ref().map(Holes::start)
+    }
+
     fn tlb_flush(&mut self, _cpu: &CpuState, what: TlbFlush) {
         match what {
             // Processes belong to one address space each.
@@ -443,6 +453,9 @@ impl Host for BtHost {
                             _ => NativeFault::Simd,
                         },
                         libc::SIGILL => NativeFault::Undefined,
+                        libc::SIGSEGV if self.frame.raw_trap as u8 == vector::PF => {
+                            NativeFault::Missing(self.frame.raw_address)
+                        }
                         _ => NativeFault::Protection,
                     });
                 }

@@ -2,7 +2,9 @@
 
 use hospes_engine::Exit;
 use hospes_translate::Mode;
-use hospes_translate::layout::{MISS_ANY_WRITE, MISS_GROUP, MISS_SIZE, MISS_WRITE, tlb_index};
+use hospes_translate::layout::{
+    MISS_ANY_WRITE, MISS_GROUP, MISS_MASKED, MISS_SIZE, MISS_WRITE, tlb_index,
+};
 use hospes_units::{Gva, PAGE_SIZE};
 
 use crate::blocks::Chain;
@@ -58,6 +60,7 @@ impl BtVcpu {
         let (size, write) = (u64::from(info & MISS_SIZE), info & MISS_WRITE != 0);
         let group = info & MISS_GROUP != 0;
         let user = frame.cpu.cpl() == 3;
+        let masked = info & MISS_MASKED != 0;
         let in_page = (ea & (PAGE_SIZE - 1)) + size <= PAGE_SIZE;
         // Two operands of one instruction that need the same TLB entry would evict each other for ever.
         let miss = (site, Gva(ea).page());
@@ -65,19 +68,29 @@ impl BtVcpu {
         let conflict =
             site == last_site && miss.1 != last_page && tlb_index(ea) == tlb_index(last_page.0);
         if in_page && canonical(ea) && !conflict {
-            let access = if write {
+            // With a mask perhaps nothing is written, and then the page must not become dirty.
+            let access = if write && !masked {
                 Access::write(user)
             } else {
                 Access::read(user)
             };
             match self.host.fill(Gva(ea), access) {
-                Ok(true) if !group || self.host.cached(ea, user, info & MISS_ANY_WRITE != 0) => {
+                Ok(true)
+                    if !group && !masked
+                        || self.host.cached(
+                            ea,
+                            user,
+                            masked && write || info & MISS_ANY_WRITE != 0,
+                        ) =>
+                {
                     self.host.resume_at = Some(site);
                     return None;
                 }
                 Ok(_) => {}
                 // Which access of the group faults, and with what done before, shows when they are made one by one.
                 Err(_) if group => {}
+                // Perhaps the mask leaves out what is missing.
+                Err(_) if masked => {}
                 // An operand that must be aligned faults for that before its page does; the instruction semantics know which must.
                 Err(_) if size >= 16 && ea % size != 0 => {}
                 Err(fault) => {

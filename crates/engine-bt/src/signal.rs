@@ -85,6 +85,7 @@ extern "C" fn handle(signal: i32, _info: *mut libc::siginfo_t, context: *mut lib
         frame.raw_pc = pc as u64;
         frame.raw_signal = signal;
         frame.raw_trap = regs[libc::REG_TRAPNO as usize] as i32;
+        frame.raw_address = regs[libc::REG_CR2 as usize] as u64;
         regs[libc::REG_RAX as usize] = ExitKind::Signal as i64;
         regs[libc::REG_RIP as usize] = info.leave as i64;
         // The interrupted code's pending-exception state must not hit the exit path: mask nothing here, the exit path loads its own MXCSR.

@@ -1,7 +1,7 @@
 //! The code around translated code: the way in, and the ways out.
 //!
 //! `enter` is called as a C function with the host address to go to; it comes back with the [`ExitKind`] in EAX. Between, all general registers, the
-//! flags, MXCSR and YMM0-15 are the guest's, and RSP is the guest's stack pointer. x87 state is always the guest's on a vCPU thread: the monitor uses none.
+//! flags, MXCSR and YMM0-15 (in domains with AVX-512: ZMM0-31 and K0-7) are the guest's, and RSP is the guest's stack pointer. x87 state is always the guest's on a vCPU thread: the monitor uses none.
 
 use std::mem::offset_of;
 
@@ -61,23 +61,52 @@ const HOST_RSP: i32 = offset_of!(Frame, host_rsp) as i32;
 const HOST_MXCSR: i32 = offset_of!(Frame, host_mxcsr) as i32;
 const GUEST_MXCSR: i32 = offset_of!(Frame, guest_mxcsr) as i32;
 const TURN_BACK: i32 = offset_of!(Frame, turn_back) as i32;
-const YMM: i32 = offset_of!(Frame, ymm) as i32;
+const VECTORS: i32 = offset_of!(Frame, vectors) as i32;
+const MASKS: i32 = offset_of!(Frame, masks) as i32;
 const CALLEE_SAVED: [u8; 6] = [RBX, RBP, 12, 13, 14, 15];
 
 fn gpr(n: u8) -> i32 {
     LAYOUT.gpr + 8 * i32::from(n)
 }
 
-/// Assembles the stubs for the start of the code cache.
-pub fn assemble() -> (Vec<u8>, Stubs, EntryPoints) {
+/// Puts the guest's vector and mask registers into the frame.
+fn store_vectors(a: &mut Asm, wide: bool) {
+    for n in 0..if wide { 32 } else { 16 } {
+        let at = VECTORS + 64 * i32::from(n);
+        if wide {
+            a.store_zmm(at, n);
+        } else {
+            a.store_ymm(at, n);
+        }
+    }
+    for k in 0..if wide { 8 } else { 0 } {
+        a.store_mask(MASKS + 8 * i32::from(k), k);
+    }
+}
+
+/// The reverse of [`store_vectors`].
+fn load_vectors(a: &mut Asm, wide: bool) {
+    for n in 0..if wide { 32 } else { 16 } {
+        let at = VECTORS + 64 * i32::from(n);
+        if wide {
+            a.load_zmm(n, at);
+        } else {
+            a.load_ymm(n, at);
+        }
+    }
+    for k in 0..if wide { 8 } else { 0 } {
+        a.load_mask(k, MASKS + 8 * i32::from(k));
+    }
+}
+
+/// Assembles the stubs for the start of the code cache; `wide` for guests with AVX-512.
+pub fn assemble(wide: bool) -> (Vec<u8>, Stubs, EntryPoints) {
     let mut a = Asm::default();
     let mut points = EntryPoints::default();
     let mut stubs = Stubs::default();
 
     points.leave = a.pos();
-    for n in 0..16u8 {
-        a.store_ymm(YMM + 32 * i32::from(n), n);
-    }
+    store_vectors(&mut a, wide);
     a.stmxcsr(GUEST_MXCSR);
     a.ldmxcsr(HOST_MXCSR);
     a.bytes(&[0xc5, 0xf8, 0x77]); // vzeroupper
@@ -110,9 +139,7 @@ pub fn assemble() -> (Vec<u8>, Stubs, EntryPoints) {
     let back = a.jcc(cc::NE);
     a.patch_rel32(back, points.turned_back as i64);
     points.enter_checked = a.pos();
-    for n in 0..16u8 {
-        a.load_ymm(n, YMM + 32 * i32::from(n));
-    }
+    load_vectors(&mut a, wide);
     a.ldmxcsr(GUEST_MXCSR);
     a.load_u16(RAX, LAYOUT.flags);
     a.flags_from_ax();

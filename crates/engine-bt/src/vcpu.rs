@@ -11,7 +11,7 @@ use hospes_units::{Gpa, Gva, PAGE_SIZE, VcpuId};
 use crate::control::{Control, request};
 use crate::exec::{self, Access, Exception, Step, debug_active, lapic};
 use crate::flat::{flat, whole_data};
-use crate::fpu;
+use crate::fpu::{self, Wide};
 use crate::frame::FrameBox;
 use crate::host::BtHost;
 use crate::lookup::MAX_INSTRUCTION;
@@ -59,7 +59,8 @@ impl BtVcpu {
         control: Arc<Control>,
     ) -> Result<BtVcpu, EngineError> {
         let miss = shared.code.address(shared.stubs.jump_miss as usize) as u64;
-        let mut frame = FrameBox::new(miss).map_err(|e| host_error("memory for a vCPU", e))?;
+        let mut frame =
+            FrameBox::new(miss, shared.wide).map_err(|e| host_error("memory for a vCPU", e))?;
         frame.pauses_left = PAUSES;
         Ok(BtVcpu {
             host: BtHost::new(shared, id, control, frame, miss),
@@ -138,6 +139,10 @@ impl BtVcpu {
             bits |= Mode::FPU;
             if cpu.cr4 & cr::CR4_OSXSAVE != 0 && cpu.xcr0 & 6 == 6 {
                 bits |= Mode::AVX;
+                let wide = Wide::XCR0;
+                if cpu.xcr0 & wide == wide && self.host.shared.wide.is_some() {
+                    bits |= Mode::AVX512;
+                }
             }
         }
         if cpu.msr.tsc_offset == 0 && (!user || cpu.cr4 & cr::CR4_TSD == 0) {

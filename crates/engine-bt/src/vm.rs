@@ -12,6 +12,7 @@ use crate::blocks::{Blocks, CodePages};
 use crate::cache::{CodeMemory, SNIPPET_BYTES, STUB_BYTES};
 use crate::control::{Control, request};
 use crate::exec::Vendor;
+use crate::fpu::Wide;
 use crate::frame::LAYOUT;
 use crate::stubs::{self, EntryPoints};
 use crate::vcpu::BtVcpu;
@@ -74,6 +75,8 @@ pub(crate) struct Shared {
     /// The vCPUs made so far, by number.
     pub controls: RwLock<Vec<(VcpuId, Arc<Control>)>>,
     pub max_vcpus: usize,
+    /// Guests have AVX-512.
+    pub wide: Option<Wide>,
 }
 
 impl Shared {
@@ -137,7 +140,16 @@ impl BtVm {
         }
         let code = CodeMemory::new(options.code_bytes)
             .map_err(|e| host_error("memory for translated code", e))?;
-        let (bytes, stubs, points) = stubs::assemble();
+        let nobody = CpuState::default();
+        let wide = Wide::new(|n| processor.cpuid(VcpuId(0), &nobody, 0xd, n))
+            .map_err(|e| host_error("AVX-512", e))?;
+        if wide.is_some() && !std::is_x86_feature_detected!("avx512bw") {
+            return Err(host_error(
+                "AVX-512",
+                "the domain's level needs it; choose a lower one",
+            ));
+        }
+        let (bytes, stubs, points) = stubs::assemble(wide.is_some());
         assert!(bytes.len() <= STUB_BYTES, "stubs outgrew their place");
         code.put(0, &bytes);
         let end = code.len() - SNIPPET_BYTES * max_vcpus as usize;
@@ -156,6 +168,7 @@ impl BtVm {
                 }),
                 controls: RwLock::default(),
                 max_vcpus: max_vcpus as usize,
+                wide,
                 code,
             }),
         })

@@ -1,13 +1,15 @@
-//! Two pages of guest memory shown side by side, for atomic accesses that cross from one to the other.
+//! Host address space for accesses that cross pages: two pages of guest memory shown side by side, and pages with nothing behind them.
 
 use std::ptr;
 
 use hospes_units::PAGE_SIZE;
 use rustix::mm::{MapFlags, MremapFlags, ProtFlags};
 
+use crate::exec::HOLES_MEMORY;
+
 const PAGE: usize = PAGE_SIZE as usize;
 
-/// Address space of two pages.
+/// Address space of two pages, for atomic accesses from one to the other.
 #[derive(Debug)]
 pub struct Window(*mut u8);
 
@@ -44,6 +46,50 @@ impl Drop for Window {
     fn drop(&mut self) {
         // SAFETY: the address space was reserved in `new`, and what is shown in it is used only while it is borrowed.
         let _ = unsafe { rustix::mm::munmap(self.0.cast(), 2 * PAGE) };
+    }
+}
+
+/// Address space of four pages, of which only number [`HOLES_MEMORY`] is memory.
+#[derive(Debug)]
+pub struct Holes(*mut u8);
+
+// SAFETY: the mapping belongs to this value alone and is the same for all threads of the process.
+unsafe impl Send for Holes {}
+
+impl Holes {
+    pub fn new() -> Result<Holes, rustix::io::Errno> {
+        // SAFETY: a new anonymous mapping overlaps nothing.
+        let p = unsafe {
+            rustix::mm::mmap_anonymous(
+                ptr::null_mut(),
+                4 * PAGE,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE,
+            )
+        }?;
+        let holes = Holes(p.cast());
+        let memory = holes.0.wrapping_add(HOLES_MEMORY * PAGE);
+        // SAFETY: the page lies in the mapping just made.
+        unsafe {
+            rustix::mm::mprotect(
+                memory.cast(),
+                PAGE,
+                rustix::mm::MprotectFlags::READ | rustix::mm::MprotectFlags::WRITE,
+            )
+        }?;
+        Ok(holes)
+    }
+
+    /// Address of the first of the four.
+    pub fn start(&self) -> *mut u8 {
+        self.0
+    }
+}
+
+impl Drop for Holes {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made in `new` and is used only while it is borrowed.
+        let _ = unsafe { rustix::mm::munmap(self.0.cast(), 4 * PAGE) };
     }
 }
 

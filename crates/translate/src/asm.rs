@@ -525,6 +525,45 @@ impl Asm {
         self.imm32(offset);
     }
 
+    /// `vmovups` between `gs:[offset]` and one of 32 registers of 512 bits.
+    fn zmm_op(&mut self, opcode: u8, offset: i32, zmm: u8) {
+        // The register's bits 3 and 4 are inverted in the prefix.
+        let register = (!zmm & 8) << 4 | (!zmm & 16);
+        self.bytes(&[
+            0x65,
+            0x62,
+            0x61 | register,
+            0x7c,
+            0x48,
+            opcode,
+            (zmm & 7) << 3 | 4,
+            0x25,
+        ]);
+        self.imm32(offset);
+    }
+
+    /// `vmovups gs:[offset], zmm`
+    pub fn store_zmm(&mut self, offset: i32, zmm: u8) {
+        self.zmm_op(0x11, offset, zmm);
+    }
+
+    /// `vmovups zmm, gs:[offset]`
+    pub fn load_zmm(&mut self, zmm: u8, offset: i32) {
+        self.zmm_op(0x10, offset, zmm);
+    }
+
+    /// `kmovq gs:[offset], k`
+    pub fn store_mask(&mut self, offset: i32, k: u8) {
+        self.bytes(&[0x65, 0xc4, 0xe1, 0xf8, 0x91, k << 3 | 4, 0x25]);
+        self.imm32(offset);
+    }
+
+    /// `kmovq k, gs:[offset]`
+    pub fn load_mask(&mut self, k: u8, offset: i32) {
+        self.bytes(&[0x65, 0xc4, 0xe1, 0xf8, 0x90, k << 3 | 4, 0x25]);
+        self.imm32(offset);
+    }
+
     /// `ldmxcsr gs:[offset]`
     pub fn ldmxcsr(&mut self, offset: i32) {
         self.gs_op(false, &[0x0f, 0xae], 2, offset);
@@ -666,6 +705,12 @@ mod tests {
             (&|a| a.flags_from_ax(), "add al,7Fh; sahf"),
             (&|a| a.store_ymm(0x40, 9), "vmovups gs:[40h],ymm9"),
             (&|a| a.load_ymm(1, 0x40), "vmovups ymm1,gs:[40h]"),
+            (&|a| a.store_zmm(0x40, 31), "vmovups gs:[40h],zmm31"),
+            (&|a| a.store_zmm(0x40, 9), "vmovups gs:[40h],zmm9"),
+            (&|a| a.load_zmm(1, 0x40), "vmovups zmm1,gs:[40h]"),
+            (&|a| a.load_zmm(22, 0x40), "vmovups zmm22,gs:[40h]"),
+            (&|a| a.store_mask(0x40, 7), "kmovq gs:[40h],k7"),
+            (&|a| a.load_mask(1, 0x40), "kmovq k1,gs:[40h]"),
             (&|a| a.ldmxcsr(0x40), "ldmxcsr gs:[40h]"),
             (&|a| a.stmxcsr(0x40), "stmxcsr gs:[40h]"),
         ];

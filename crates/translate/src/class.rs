@@ -12,6 +12,8 @@ pub(crate) enum Class {
     Plain,
     Fpu,
     Avx,
+    /// AVX-512, and what only domains with it have.
+    Avx512,
     /// It does nothing that a guest could see.
     Nop,
 }
@@ -163,7 +165,10 @@ fn classify(code: Code) -> Class {
     {
         return Class::Step;
     }
-    if !matches!(code.encoding(), EncodingKind::Legacy | EncodingKind::VEX) {
+    if !matches!(
+        code.encoding(),
+        EncodingKind::Legacy | EncodingKind::VEX | EncodingKind::EVEX
+    ) {
         return Class::Step;
     }
     let mut class = Class::Plain;
@@ -207,6 +212,21 @@ fn classify(code: Code) -> Class {
                 class = class.max(Class::Fpu);
             }
             F::AVX | F::AVX2 | F::FMA | F::F16C => class = class.max(Class::Avx),
+            F::AVX512F
+            | F::AVX512VL
+            | F::AVX512BW
+            | F::AVX512DQ
+            | F::AVX512CD
+            | F::AVX512_BF16
+            | F::AVX512_BITALG
+            | F::AVX512_IFMA
+            | F::AVX512_VBMI
+            | F::AVX512_VBMI2
+            | F::AVX512_VNNI
+            | F::AVX512_VPOPCNTDQ
+            | F::GFNI
+            | F::VAES
+            | F::VPCLMULQDQ => class = class.max(Class::Avx512),
             _ => return Class::Step,
         }
     }

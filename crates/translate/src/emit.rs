@@ -47,6 +47,7 @@ enum ColdKind {
         tag: Tag,
         size: u32,
         write: bool,
+        masked: bool,
         start: Start,
     },
     /// A group's check that failed. What follows from this instruction on is done without groups, unless the engine has just filled the TLB.

@@ -49,7 +49,7 @@ pub fn fuzz_translate(data: &[u8]) {
     let Some((head, code)) = data.split_at_checked(4) else {
         return;
     };
-    let mode = Mode(u16::from_le_bytes([head[0], head[1]]) & 0x1ff);
+    let mode = Mode(u16::from_le_bytes([head[0], head[1]]) & (0x1ff | Mode::AVX512));
     let offset = usize::from(u16::from_le_bytes([head[2], head[3]])) % PAGE;
     let room = PAGE - offset;
     let pc = if mode.has(Mode::LONG) {

@@ -68,6 +68,8 @@ pub struct MemAccess {
     pub size: u32,
     /// The access writes, or checks for writing.
     pub write: bool,
+    /// A mask register chooses the elements that are accessed.
+    pub masked: bool,
 }
 
 /// A decoded instruction with what it reads and writes.
@@ -207,6 +209,7 @@ impl Insn {
             insn.mem = Some(MemAccess {
                 size: instr.memory_size().size() as u32,
                 write,
+                masked: instr.op_mask() != Register::None,
             });
             if insn.mem.is_some_and(|m| m.size == 0 || m.size > 64) && insn.kind == Kind::Mem {
                 insn.kind = Kind::Step;
@@ -383,6 +386,7 @@ impl Insn {
             Class::Plain => true,
             Class::Fpu => mode.has(Mode::FPU),
             Class::Avx => mode.has(Mode::AVX),
+            Class::Avx512 => mode.has(Mode::AVX512),
             _ => false,
         };
         if !allowed {

@@ -42,6 +42,8 @@ pub const MISS_WRITE: u32 = 1 << 16;
 /// The check was for a group of accesses, of which one writes.
 pub const MISS_GROUP: u32 = 1 << 17;
 pub const MISS_ANY_WRITE: u32 = 1 << 18;
+/// The access has a mask: what it leaves out need not be there.
+pub const MISS_MASKED: u32 = 1 << 19;
 /// The size in bytes.
 pub const MISS_SIZE: u32 = 0xffff;
 
@@ -154,6 +156,8 @@ impl Mode {
     pub const GS_DATA: u16 = 1024;
     /// Not the CPU's: a translation in which each access has a check of its own.
     pub const SINGLE: u16 = 2048;
+    /// AVX-512 may be used.
+    pub const AVX512: u16 = 4096;
 
     pub const fn has(self, bit: u16) -> bool {
         self.0 & bit != 0

@@ -17,6 +17,7 @@ use hospes_engine_bt::{BtVm, Execution, Options, Processor};
 use hospes_memory::{GuestMemory, MemoryError, Range};
 use hospes_units::{Gpa, VcpuId};
 
+use crate::forms::Level;
 use crate::layout::{CODE_PAGES, IMAGE_BYTES, PAGE, PAGES, backing};
 use crate::program::{Case, Flavour, window};
 use crate::state::{Ending, Fpu, Outcome, Regs};
@@ -37,12 +38,17 @@ pub enum GuestError {
     Engine(#[from] EngineError),
 }
 
-pub(crate) struct HostProcessor(pub(crate) Vendor);
+pub(crate) struct HostProcessor(pub(crate) Vendor, pub(crate) Level);
 
 impl Processor for HostProcessor {
     fn cpuid(&self, _vcpu: VcpuId, _cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
         let r = std::arch::x86_64::__cpuid_count(leaf, subleaf);
-        [r.eax, r.ebx, r.ecx, r.edx]
+        let offered = if (leaf, subleaf) == (0xd, 0) {
+            r.eax & self.1.xcr0() as u32
+        } else {
+            r.eax
+        };
+        [offered, r.ebx, r.ecx, r.edx]
     }
 
     fn vendor(&self) -> Vendor {
@@ -114,25 +120,26 @@ pub struct Guest {
     watchdog: Watchdog,
     base: Vec<u8>,
     roots: [u64; 2],
+    level: Level,
 }
 
 impl Guest {
     /// Makes a guest whose memory begins as `base`.
-    pub fn new(base: &[u8], execution: Execution) -> Result<Guest, GuestError> {
+    pub fn new(base: &[u8], execution: Execution, level: Level) -> Result<Guest, GuestError> {
         let memory = Arc::new(GuestMemory::new(&[Range {
             start: 0,
             end: RAM_BYTES,
         }])?);
         let roots = build(&memory);
-        memory.write(Gpa(STUB), &stub::assemble())?;
+        memory.write(Gpa(STUB), &stub::assemble(level.xcr0()))?;
         let options = Options {
             code_bytes: 8 << 20,
             execution,
         };
-        let processor = Arc::new(HostProcessor(host_vendor()));
+        let processor = Arc::new(HostProcessor(host_vendor(), level));
         let vm = BtVm::new(memory.clone(), processor, 1, options)?;
         let mut vcpu = vm.create_vcpu(VcpuId(0))?;
-        initial_state(vcpu.state(), roots[0]);
+        initial_state(vcpu.state(), roots[0], level);
         vcpu.state_changed();
         let watchdog = Watchdog::new(vcpu.control());
         Ok(Guest {
@@ -142,6 +149,7 @@ impl Guest {
             watchdog,
             base: base.to_vec(),
             roots,
+            level,
         })
     }
 
@@ -236,7 +244,7 @@ impl Guest {
             Some(e) => {
                 // The vCPU is somewhere in the case: bring it back to the stub.
                 let root = cpu.cr3;
-                initial_state(cpu, root);
+                initial_state(cpu, root, self.level);
                 self.vcpu.state_changed();
                 e
             }
@@ -279,7 +287,7 @@ impl Guest {
 }
 
 /// A kernel as Linux sets the processor up, about to run the stub's tail.
-fn initial_state(cpu: &mut CpuState, root: u64) {
+fn initial_state(cpu: &mut CpuState, root: u64, level: Level) {
     let descriptor = |selector: u16, attr: u16| Segment {
         base: 0,
         limit: u32::MAX,
@@ -301,7 +309,7 @@ fn initial_state(cpu: &mut CpuState, root: u64) {
         | cr::CR4_SMEP
         | cr::CR4_SMAP;
     cpu.msr.efer = cr::EFER_SCE | cr::EFER_LME | cr::EFER_LMA | cr::EFER_NXE;
-    cpu.xcr0 = 7;
+    cpu.xcr0 = level.xcr0();
     cpu.seg = [descriptor(USER_SS, 0xc0f3); 6];
     cpu.seg[seg::CS] = descriptor(KERNEL_CS, 0xa09b);
     cpu.seg[seg::SS] = descriptor(KERNEL_SS, 0xc093);

@@ -6,18 +6,18 @@ use iced_x86::code_asm::*;
 use super::tables::{CONTEXT, KERNEL, STUB, USER_SS};
 
 /// Offsets in the context page, behind the XSAVE image.
-pub const FS_BASE: u64 = 0x400;
-pub const GS_BASE: u64 = 0x408;
-pub const RAX: u64 = 0x410;
-pub const RCX: u64 = 0x418;
-pub const RDX: u64 = 0x420;
-pub const FRAME: u64 = 0x440;
+pub const FS_BASE: u64 = 0xc00;
+pub const GS_BASE: u64 = 0xc08;
+pub const RAX: u64 = 0xc10;
+pub const RCX: u64 = 0xc18;
+pub const RDX: u64 = 0xc20;
+pub const FRAME: u64 = 0xc40;
 
 /// Offset of the tail that starts the next case.
 pub const RESUME: u64 = 32 * 16;
 
-/// Its code, for address `KERNEL + STUB`.
-pub fn assemble() -> Vec<u8> {
+/// Its code, for address `KERNEL + STUB`, with the components that XRSTOR loads.
+pub fn assemble(xcr0: u64) -> Vec<u8> {
     let build = || -> Result<Vec<u8>, IcedError> {
         let mut a = CodeAssembler::new(64)?;
         let mut resume = a.create_label();
@@ -33,7 +33,7 @@ pub fn assemble() -> Vec<u8> {
         a.mov(ecx, u32::from(USER_SS))?;
         a.mov(ds, ecx)?;
         a.mov(es, ecx)?;
-        a.mov(eax, 7)?;
+        a.mov(eax, xcr0 as u32)?;
         a.xor(edx, edx)?;
         a.xrstor64(at(0))?;
         a.mov(rax, at(FS_BASE))?;

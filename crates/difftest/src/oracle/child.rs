@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::shared::{FAILED, READY, RawRegs, Shared};
 use crate::layout::{HIGH, IMAGE_BYTES, LOW, PAGE, REGIONS};
-use crate::state::{XSAVE_BYTES, XSAVE_HEADER};
+use crate::state::XSAVE_HEADER;
 
 /// Bytes of the stack on which the handler runs.
 const STACK_BYTES: usize = 256 * 1024;
@@ -154,7 +154,8 @@ impl Child {
             (*regs).fs_base = fs;
             (*regs).gs_base = gs;
             let image = machine.fpregs.cast::<u8>();
-            ptr::copy_nonoverlapping(image, (&raw mut (*regs).xsave).cast(), XSAVE_BYTES);
+            let bytes = (*self.shared).image_bytes as usize;
+            ptr::copy_nonoverlapping(image, (&raw mut (*regs).xsave).cast(), bytes);
             (*result).ticks = _rdtsc().wrapping_sub(self.begun);
             (*result).signal = signal as u64;
             (*result).trap = machine.gregs[libc::REG_TRAPNO as usize] as u64;
@@ -196,7 +197,7 @@ impl Child {
                 let to = self.image.add(patch.at as usize);
                 ptr::copy_nonoverlapping(patch.bytes.as_ptr(), to, patch.len as usize);
             }
-            load(context, &(*case).regs);
+            load(context, &(*case).regs, (*shared).image_bytes as usize);
             self.begun = _rdtsc();
             ((*case).regs.fs_base, (*case).regs.gs_base)
         }
@@ -206,8 +207,8 @@ impl Child {
 /// Puts a case's registers into a signal frame.
 ///
 /// # Safety
-/// The context is one that the kernel gave to the handler.
-unsafe fn load(context: &mut libc::ucontext_t, regs: &RawRegs) {
+/// The context is one that the kernel gave to the handler; `bytes` is no more than its XSAVE image has.
+unsafe fn load(context: &mut libc::ucontext_t, regs: &RawRegs, bytes: usize) {
     let machine = &mut context.uc_mcontext;
     for (n, r) in REGISTERS.iter().enumerate() {
         machine.gregs[*r as usize] = regs.gpr[n] as i64;
@@ -215,12 +216,12 @@ unsafe fn load(context: &mut libc::ucontext_t, regs: &RawRegs) {
     machine.gregs[libc::REG_RIP as usize] = regs.rip as i64;
     machine.gregs[libc::REG_EFL as usize] = regs.rflags as i64;
     machine.gregs[libc::REG_CSGSFS as usize] = 0x2b_0000_0000_0000 | regs.cs as i64;
-    // SAFETY: the image is in standard format and longer than XSAVE_BYTES (the parent has checked for AVX).
+    // SAFETY: the image is in standard format and has so many bytes (the parent has checked for AVX, or AVX-512).
     unsafe {
         let image = machine.fpregs.cast::<u8>();
         let from = regs.xsave.as_ptr();
         ptr::copy_nonoverlapping(from, image, LEGACY_BYTES);
-        let rest = XSAVE_BYTES - XSAVE_HEADER;
+        let rest = bytes - XSAVE_HEADER;
         ptr::copy_nonoverlapping(from.add(XSAVE_HEADER), image.add(XSAVE_HEADER), rest);
     }
 }

@@ -11,9 +11,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
+use crate::forms::Level;
 use crate::layout::{IMAGE_BYTES, backing};
 use crate::program::{Case, window};
-use crate::state::{Ending, Fpu, Outcome, Regs};
+use crate::state::{Ending, Fpu, Outcome, Regs, image_bytes};
 use shared::{FAILED, PATCH_BYTES, PATCHES, READY, RawCase, RawRegs, RawResult, Shared};
 
 pub use shared::BATCH;
@@ -49,7 +50,7 @@ pub struct Oracle {
 
 impl Oracle {
     /// Starts the process. `base` is the memory that every case begins with.
-    pub fn new(base: &[u8]) -> Result<Oracle, OracleError> {
+    pub fn new(base: &[u8], level: Level) -> Result<Oracle, OracleError> {
         assert_eq!(base.len(), IMAGE_BYTES);
         let fd = rustix::fs::memfd_create("hospes-difftest", rustix::fs::MemfdFlags::CLOEXEC)
             .map_err(|e| OracleError::Start(e.into()))?;
@@ -70,7 +71,10 @@ impl Oracle {
         }
         let shared = NonNull::new(memory.cast::<Shared>()).expect("a mapping is not at zero");
         // SAFETY: zero bytes are valid for `Shared`; nobody else has it yet.
-        unsafe { (*shared.as_ptr()).base.copy_from_slice(base) };
+        unsafe {
+            (*shared.as_ptr()).base.copy_from_slice(base);
+            (*shared.as_ptr()).image_bytes = image_bytes(level) as u32;
+        }
         let mut oracle = Oracle {
             shared,
             pid: 0,

@@ -8,7 +8,7 @@ use crate::state::XSAVE_BYTES;
 /// Cases handed over at a time.
 pub const BATCH: usize = 32;
 pub const PATCHES: usize = 4;
-pub const PATCH_BYTES: usize = 1024;
+pub const PATCH_BYTES: usize = 3072;
 
 /// Registers as both directions carry them.
 #[derive(Clone, Copy)]
@@ -57,6 +57,8 @@ pub struct Shared {
     /// Follows `submitted` when the batch is done. Before the first it is [`READY`] or an error number with the top bit set.
     pub completed: AtomicU32,
     pub count: u32,
+    /// Bytes of the XSAVE image that go in and out.
+    pub image_bytes: u32,
     pub base: [u8; IMAGE_BYTES],
     pub cases: [RawCase; BATCH],
     pub results: [RawResult; BATCH],

@@ -30,8 +30,6 @@ const WINDOW: u64 = 64;
 const LOWEST_PAGE: u64 = 16;
 /// Instructions that the engine executes within one burst before the translator takes over.
 const STEPS: u32 = 64;
-/// x87, SSE and AVX state at the beginning of the standard XSAVE format.
-const XSTATE_BYTES: usize = 832;
 const PCID: u64 = 0xfff;
 const ROOT: u64 = ((1 << 46) - 1) & !0xfff;
 
@@ -316,7 +314,8 @@ impl BtVcpu {
     fn load_native(&mut self, space: &Space) -> io::Result<Registers> {
         fpu::store(&mut self.host.frame);
         let cpu = &self.host.frame.cpu;
-        let image = &cpu.xsave.0[..XSTATE_BYTES];
+        let (bytes, _) = fpu::extent(self.host.frame.wide);
+        let image = &cpu.xsave.0[..bytes];
         space
             .process
             .write_xstate(image, &mut self.host.direct.scratch)?;
@@ -344,6 +343,7 @@ impl BtVcpu {
 
     /// Takes the registers of the process as the guest's.
     fn store_native(&mut self, space: &mut Space, regs: &Registers) -> io::Result<()> {
+        let wide = self.host.frame.wide;
         let cpu = &mut self.host.frame.cpu;
         cpu.gpr = [
             regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi,
@@ -366,12 +366,13 @@ impl BtVcpu {
         }
         cpu.seg[seg::FS].base = regs.fs_base;
         cpu.seg[seg::GS].base = regs.gs_base;
+        let (bytes, components) = fpu::extent(wide);
         let image = &mut cpu.xsave.0;
-        space.process.read_xstate(&mut image[..XSTATE_BYTES])?;
+        space.process.read_xstate(&mut image[..bytes])?;
         // What the kernel says of its own format there is not the guest's.
         image[416..512].fill(0);
-        image[512] &= 7;
-        image[513..XSTATE_BYTES.min(576)].fill(0);
+        image[512] &= components as u8;
+        image[513..576].fill(0);
         fpu::load(&mut self.host.frame);
         Ok(())
     }

@@ -55,7 +55,12 @@ pub enum NativeFault {
     Undefined,
     /// #GP: a misaligned operand.
     Protection,
+    /// The operand lies where the host has no memory, at this host address. For operands in [`Host::holes`] only.
+    Missing(u64),
 }
+
+/// Four pages of host address space, of which only the third is memory.
+pub const HOLES_MEMORY: usize = 2;
 
 /// Destination shorthand of an inter-processor interrupt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +110,12 @@ pub trait Host {
     /// Memory in which the pages of both addresses are neighbours, at the first address: for atomic accesses to both. `None` where that
     /// cannot be had.
     fn neighbours(&mut self, _first: Gpa, _second: Gpa) -> Option<*mut u8> {
+        None
+    }
+
+    /// Four pages at which instructions can be tried whose operand is partly missing: only number [`HOLES_MEMORY`] is memory. `None` where that cannot
+    /// be had.
+    fn holes(&mut self) -> Option<*mut u8> {
         None
     }
 
@@ -266,7 +277,7 @@ impl From<NativeFault> for Exception {
             NativeFault::X87 => Exception::plain(vector::MF),
             NativeFault::Simd => Exception::plain(vector::XM),
             NativeFault::Undefined => Exception::ud(),
-            NativeFault::Protection => Exception::gp(0),
+            NativeFault::Protection | NativeFault::Missing(_) => Exception::gp(0),
         }
     }
 }

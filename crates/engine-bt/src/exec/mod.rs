@@ -18,6 +18,7 @@ mod far;
 mod flow;
 mod host;
 pub mod lapic;
+mod masked;
 mod msr;
 mod native;
 mod segment;
@@ -39,7 +40,8 @@ use xsave::Save;
 
 pub use debug::{DR6_RESET, DR7_RESET, debug_active};
 pub use host::{
-    Delivery, Exception, Host, Ipi, NativeFault, Operand, Shorthand, Step, TlbFlush, Vendor, vector,
+    Delivery, Exception, HOLES_MEMORY, Host, Ipi, NativeFault, Operand, Shorthand, Step, TlbFlush,
+    Vendor, vector,
 };
 pub use msr::MSR_HYPERCALL_PAGE;
 pub use walk::{Access, PHYS_BITS, PageFault, Translation, walk};

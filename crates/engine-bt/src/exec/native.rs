@@ -15,7 +15,13 @@ const MAX_OPERAND: usize = 128;
 
 /// Room for any operand at any offset modulo 64.
 #[repr(C, align(64))]
-struct Bounce([u8; MAX_OPERAND + 64]);
+pub(super) struct Bounce(pub [u8; MAX_OPERAND + 64]);
+
+impl Default for Bounce {
+    fn default() -> Bounce {
+        Bounce([0; MAX_OPERAND + 64])
+    }
+}
 
 const XCR0_AVX: u64 = 0x6;
 const XCR0_AVX512: u64 = 0xe6;
@@ -164,15 +170,17 @@ impl<H: Host> Cx<'_, H> {
     }
 
     /// Whether an operand of 16 bytes or more must be aligned to its size.
-    fn needs_alignment(&self, i: &Instruction, size: usize) -> bool {
+    pub(super) fn needs_alignment(&self, i: &Instruction, size: usize) -> bool {
         use Mnemonic as M;
-        if size != 16 && size != 32 {
+        if !matches!(size, 16 | 32 | 64) {
             return false;
         }
         match i.mnemonic() {
             M::Vmovaps
             | M::Vmovapd
             | M::Vmovdqa
+            | M::Vmovdqa32
+            | M::Vmovdqa64
             | M::Vmovntps
             | M::Vmovntpd
             | M::Vmovntdq
@@ -220,7 +228,7 @@ impl<H: Host> Cx<'_, H> {
                 return Ok(result);
             }
         }
-        let mut bounce = Bounce([0; MAX_OPERAND + 64]);
+        let mut bounce = Bounce::default();
         let copy = &mut bounce.0[(lin & 63) as usize..][..size];
         self.read_span(&span, copy);
         let operand = Operand {
@@ -233,111 +241,6 @@ impl<H: Host> Cx<'_, H> {
             self.write_span(&span, copy);
         }
         Ok(result)
-    }
-
-    /// AVX-512 with a mask: pages that only masked-out elements touch raise no fault.
-    fn native_masked(&mut self, i: &Instruction, write: bool) -> Exec<Result<(), NativeFault>> {
-        let size = i.memory_size().size();
-        if size == 0 || size > 64 {
-            return Err(Exception::ud());
-        }
-        self.host.load_fpu(self.cpu);
-        let active = self.active_bytes(i, size);
-        let (s, off) = self.mem_ref(i);
-        if active == 0 {
-            let mut bounce = Bounce([0; MAX_OPERAND + 64]);
-            let ptr = bounce.0[(off & 63) as usize..].as_mut_ptr();
-            return Ok(self
-                .host
-                .run_native(self.cpu, i, Some(Operand { ptr, len: size })));
-        }
-        let (first, last) = (active.trailing_zeros(), 63 - active.leading_zeros());
-        let lin = self
-            .linear(
-                s,
-                off.wrapping_add(u64::from(first)),
-                u64::from(last - first) + 1,
-                write,
-            )?
-            .wrapping_sub(u64::from(first));
-        let access = self.access(write);
-        let mut bounce = Bounce([0; MAX_OPERAND + 64]);
-        let copy = &mut bounce.0[(lin & 63) as usize..][..size];
-        // Both pages are checked before anything runs.
-        let mut pieces = [None; 2];
-        let room = (4096 - (lin & 0xfff) as usize).min(size);
-        for (slot, (from, to)) in pieces.iter_mut().zip([(0, room), (room, size)]) {
-            let bytes = (from..to).fold(0u64, |m, k| m | 1 << k);
-            if active & bytes != 0 {
-                let gpa = self.translate(lin.wrapping_add(from as u64), access)?;
-                self.phys_read(gpa, &mut copy[from..to]);
-                *slot = Some((gpa, from, to));
-            }
-        }
-        let operand = Operand {
-            ptr: copy.as_mut_ptr(),
-            len: size,
-        };
-        let result = self.host.run_native(self.cpu, i, Some(operand));
-        if write && result.is_ok() {
-            for (gpa, from, to) in pieces.into_iter().flatten() {
-                for k in (from..to).filter(|k| active >> k & 1 != 0) {
-                    let at = hospes_units::Gpa(gpa.0 + (k - from) as u64);
-                    self.phys_write(at, &copy[k..=k]);
-                }
-            }
-        }
-        self.watch(
-            lin.wrapping_add(u64::from(first)),
-            (last - first) as usize + 1,
-            write,
-        );
-        Ok(result)
-    }
-
-    /// Bytes of a memory operand that a masked instruction touches, one bit each.
-    fn active_bytes(&self, i: &Instruction, size: usize) -> u64 {
-        let k = self.mask_register(i.op_mask());
-        let element = i.memory_size().element_size().max(1);
-        let count = size / element;
-        let all = u64::MAX >> (64 - size);
-        if count <= 1 {
-            // One element, used by the lanes of the register operand.
-            let lanes = (i.op0_register().size().max(element) / element).min(64);
-            return if k & (u64::MAX >> (64 - lanes)) != 0 {
-                all
-            } else {
-                0
-            };
-        }
-        let lanes = k & (u64::MAX >> (64 - count));
-        let packed = matches!(
-            i.mnemonic(),
-            Mnemonic::Vcompressps
-                | Mnemonic::Vcompresspd
-                | Mnemonic::Vpcompressb
-                | Mnemonic::Vpcompressw
-                | Mnemonic::Vpcompressd
-                | Mnemonic::Vpcompressq
-                | Mnemonic::Vexpandps
-                | Mnemonic::Vexpandpd
-                | Mnemonic::Vpexpandb
-                | Mnemonic::Vpexpandw
-                | Mnemonic::Vpexpandd
-                | Mnemonic::Vpexpandq
-        );
-        if packed {
-            let bytes = lanes.count_ones() as usize * element;
-            return if bytes == 0 {
-                0
-            } else {
-                u64::MAX >> (64 - bytes)
-            };
-        }
-        let one = u64::MAX >> (64 - 8 * element.min(8)) & (u64::MAX >> (64 - element.min(64)));
-        (0..count)
-            .filter(|n| lanes >> n & 1 != 0)
-            .fold(0, |m, n| m | one << (n * element))
     }
 
     /// BT, BTS, BTR, BTC with the bit number in a register: it also selects the memory word, near or far.

@@ -95,6 +95,25 @@ impl<H: Host> Cx<'_, H> {
             self.cpu.xsave.0[to..to + len].copy_from_slice(&v[at..at + len]);
             at += len;
         }
+        self.cpu.xsave.0[XSTATE_BV] |= match (vector_number(r), r.size()) {
+            (16.., _) => 1 << 7,
+            (_, 64) => 0x46,
+            (_, 32) => 6,
+            _ => 2,
+        };
+    }
+
+    /// Clears a register behind the vector length of an EVEX-coded gather, which AMD's processors do with its first element. The length is that of the
+    /// longer one of target and indices.
+    fn clear_behind(&mut self, target: Register, index_size: usize) {
+        let n = vector_number(target) as u32;
+        let whole = match target.size().max(index_size) {
+            16 => Register::XMM0 + n,
+            32 => Register::YMM0 + n,
+            _ => Register::ZMM0 + n,
+        };
+        let value = self.vector(whole);
+        self.set_vector(whole, &value);
     }
 
     fn vector_enabled(&self, i: &Instruction) -> Exec<()> {
@@ -255,6 +274,9 @@ impl<H: Host> Cx<'_, H> {
             let v = self.read_mem(s, at, element)?;
             value[n * element..][..element].copy_from_slice(&v.to_le_bytes()[..element]);
             self.set_vector_low(target, &value);
+            if vex_mask.is_none() {
+                self.clear_behind(target, i.memory_index().size());
+            }
             match (vex_mask, lanes) {
                 (Some(r), Some(mut m)) => {
                     m[n * element..][..element].fill(0);

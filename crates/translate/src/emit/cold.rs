@@ -3,7 +3,7 @@
 use super::{ColdKind, Flags, Start, Tag, Work, bit};
 use crate::block::{ChainSite, Resume};
 use crate::insn::{Kind, STATUS};
-use crate::layout::{MISS_ANY_WRITE, MISS_GROUP, MISS_WRITE, Mode};
+use crate::layout::{MISS_ANY_WRITE, MISS_GROUP, MISS_MASKED, MISS_WRITE, Mode};
 
 impl Work<'_> {
     pub(super) fn cold_paths(&mut self) {
@@ -20,6 +20,7 @@ impl Work<'_> {
                     tag,
                     size,
                     write,
+                    masked,
                     start,
                 } => {
                     let site = self.resume_site(start, &mut stub);
@@ -29,7 +30,9 @@ impl Work<'_> {
                     self.missed(reg, tag, start.held);
                     self.unspill(!0);
                     self.asm.store_imm32(self.layout.exit_arg, site);
-                    let info = size | if write { MISS_WRITE } else { 0 };
+                    let info = size
+                        | if write { MISS_WRITE } else { 0 }
+                        | if masked { MISS_MASKED } else { 0 };
                     self.asm.store_imm32(self.layout.exit_info, info);
                     self.jmp_stub(self.stubs.mem);
                 }

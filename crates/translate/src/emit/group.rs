@@ -203,6 +203,8 @@ impl Survey {
         let mut operand = None;
         if let Some(mem) = insn.mem {
             operand = match insn.kind {
+                // What a mask leaves out must not become dirty.
+                Kind::Mem if mem.masked && mem.write => None,
                 Kind::Mem => self.operand(&insn.instr, mem.size, mem.write),
                 Kind::Push | Kind::CallIndirect | Kind::JmpIndirect => {
                     self.operand(&insn.instr, w as u32, false)

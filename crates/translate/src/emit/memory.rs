@@ -97,12 +97,14 @@ impl Work<'_> {
         avoid: u16,
     ) -> u8 {
         let start = self.start;
+        let masked = self.insns[i].mem.is_some_and(|m| m.masked);
         self.check_as(i, address, (size, write), avoid, None, |reg, tag| {
             ColdKind::Mem {
                 reg,
                 tag,
                 size,
                 write,
+                masked,
                 start,
             }
         })

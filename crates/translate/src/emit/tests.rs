@@ -105,3 +105,25 @@ fn translate_held_access_is_one_instruction() {
     let two = hot(USER, &[LOAD_RDI, LOAD_RDI_8, &[0x48, 0x8b, 0x4f, 0x10]]);
     assert_eq!(two.len(), one.len() + 1);
 }
+
+/// vmovups zmm17, [rdi]; vaddps zmm17, zmm17, [rdi+64]
+const WIDE: &[&[u8]] = &[
+    &[0x62, 0xe1, 0x7c, 0x48, 0x10, 0x0f],
+    &[0x62, 0xe1, 0x74, 0x40, 0x58, 0x4f, 0x01],
+];
+/// vmovups [rdi+64]{k1}, zmm17
+const MASKED_STORE: &[u8] = &[0x62, 0xe1, 0x7c, 0x49, 0x11, 0x4f, 0x01];
+
+#[test]
+fn translate_avx512_only_where_it_may_be_used() {
+    let narrow = hot(USER | Mode::FPU | Mode::AVX, WIDE);
+    assert_eq!(count(&narrow, Mnemonic::Vmovups), 0);
+    let wide = USER | Mode::FPU | Mode::AVX | Mode::AVX512;
+    let host = hot(wide, WIDE);
+    assert_eq!(count(&host, Mnemonic::Vmovups), 1);
+    assert_eq!(count(&host, Mnemonic::Vaddps), 1);
+    assert_eq!(count(&host, Mnemonic::Ja), 1, "both loads share a check");
+    let masked = [WIDE[0], WIDE[1], MASKED_STORE].concat();
+    // What the mask leaves out must not be checked with the loads.
+    assert_eq!(checks(wide, &[&masked]), 2);
+}

@@ -165,6 +165,7 @@ fn native_faults_become_guest_exceptions() {
         (NativeFault::Simd, vector::XM),
         (NativeFault::Undefined, vector::UD),
         (NativeFault::Protection, vector::GP),
+        (NativeFault::Missing(0), vector::GP),
     ] {
         let mut m = Machine::long();
         m.host.native = match fault {
@@ -173,6 +174,7 @@ fn native_faults_become_guest_exceptions() {
             NativeFault::Simd => |_, _, _| Err(NativeFault::Simd),
             NativeFault::Undefined => |_, _, _| Err(NativeFault::Undefined),
             NativeFault::Protection => |_, _, _| Err(NativeFault::Protection),
+            NativeFault::Missing(_) => |_, _, _| Err(NativeFault::Missing(0)),
         };
         m.code(|a| a.div(rcx).unwrap());
         assert_eq!(m.fault(), expected);
