@@ -5,12 +5,13 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cpuid::FeatureWish;
 use crate::diagnostic::{Diagnostic, Location, Severity};
 use crate::disk::DiskConfig;
 use crate::keys::{self, Support};
 use crate::number::parse_number;
 use crate::parse::{Document, Setting, ValueKind};
-use crate::scheduling::Scheduling;
+use crate::scheduling::{CpuLevel, Scheduling};
 use crate::uuid::Uuid;
 use crate::vif::VifConfig;
 
@@ -160,6 +161,11 @@ pub struct DomainConfig {
     /// Virtual CPUs in all; at least `vcpus`.
     pub maxvcpus: u32,
     pub scheduling: Scheduling,
+    #[serde(default)]
+    pub cpu_level: CpuLevel,
+    /// Features by the names of xl, in the order of the configuration.
+    #[serde(default)]
+    pub cpuid: Vec<(String, FeatureWish)>,
     /// Long-running user code is executed natively where that pays.
     #[serde(default)]
     pub engine_direct: bool,
@@ -266,7 +272,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The single value of a key whose shape has been checked.
-    fn text(&self, name: &str) -> Option<(&'a str, &'a Location)> {
+    pub(crate) fn text(&self, name: &str) -> Option<(&'a str, &'a Location)> {
         let setting = self.document.get(name)?;
         match &setting.value.kind {
             ValueKind::Atom(atom) => Some((&atom.text, &setting.location)),
@@ -312,6 +318,8 @@ impl<'a> Reader<'a> {
         let (memory_mib, maxmem_mib) = self.memory();
         let (vcpus, maxvcpus) = self.vcpus();
         let scheduling = self.scheduling();
+        let cpu_level = self.cpu_level();
+        let cpuid = self.cpuid();
         let engine_direct = self.number("engine_direct", 0, 1, "") == Some(1);
         let on = self.actions();
         let disks = self.disks();
@@ -328,6 +336,8 @@ impl<'a> Reader<'a> {
             vcpus,
             maxvcpus,
             scheduling,
+            cpu_level,
+            cpuid,
             engine_direct,
             on,
             disks,

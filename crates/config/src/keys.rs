@@ -193,6 +193,19 @@ const FULL: &[Key] = &[
         Shape::Boolean,
         "Whether long-running user code of the guest is executed natively where that pays; 0 where it is not given. Not a key of xl.",
     ),
+    full(
+        "cpu_level",
+        Shape::Word(&["x86-64-v3", "x86-64-v4"]),
+        "Instruction set level of the guest's processor; x86-64-v3 where it is not given. x86-64-v4 is AVX-512, with the extensions of it that the host has: the host \
+         needs it, and so does every host that the domain is to run on. Not a key of xl.",
+    ),
+    full(
+        "cpuid",
+        Shape::TextOrList,
+        "Features that the guest sees or does not see whatever the level says: \"host,avx512f=1,rdrand=0\". 0 hides a feature (and what depends on it), 1 shows it or refuses \
+         to create the domain, k and s show it where the host has it, x leaves it. The names are those of xl. A list of leaves, and keys that take a number, \
+         have no effect.",
+    ),
     full("disk", Shape::List, "The disks; see below."),
     full("vif", Shape::List, "The network interfaces; see below."),
 ];
@@ -228,7 +241,6 @@ const LISTS: &[Key] = ignored![Shape::List;
 const OTHERS: &[Key] = &[
     key("vnuma", Shape::Lists, Support::Ignored),
     key("vsnd", Shape::Lists, Support::Ignored),
-    key("cpuid", Shape::TextOrList, Support::Ignored),
     key("serial", Shape::TextOrList, Support::Ignored),
     key("usbdevice", Shape::TextOrList, Support::Ignored),
     key("gfx_passthru", Shape::Text, Support::Ignored),

@@ -10,6 +10,7 @@
 //! Invariant: a [`DomainConfig`] is handed out only where no [`Diagnostic`] of severity [`Severity::Error`] was made.
 #![forbid(unsafe_code)]
 
+mod cpuid;
 mod cpulist;
 mod devices;
 mod diagnostic;
@@ -26,6 +27,7 @@ mod uuid;
 mod vdev;
 mod vif;
 
+pub use cpuid::FeatureWish;
 pub use cpulist::{CpuList, CpuListError, HostCpus, Pinning};
 pub use diagnostic::{Diagnostic, Location, Severity};
 pub use disk::{DiskConfig, DiskFormat};
@@ -36,7 +38,7 @@ pub use json::mac_text;
 pub use keys::{Key, Shape, Support, known_keys};
 pub use number::{NumberError, parse_number};
 pub use parse::{Atom, Document, MAX_DEPTH, Setting, Value, ValueKind};
-pub use scheduling::Scheduling;
+pub use scheduling::{CpuLevel, Scheduling};
 pub use spec::{INTERFACE_NAME_MAX, SpecError};
 pub use uuid::{Uuid, UuidError};
 pub use vdev::{Vdev, VdevError};

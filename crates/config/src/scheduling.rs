@@ -1,4 +1,4 @@
-//! Which host CPUs a domain gets, and how much of them: `cpus`, `cpus_soft`, `cpu_weight`, `cap`.
+//! Which host CPUs a domain gets, and how much of them: `cpus`, `cpus_soft`, `cpu_weight`, `cap`. What its own look like: `cpu_level`.
 
 use serde::{Deserialize, Serialize};
 
@@ -20,7 +20,25 @@ pub struct Scheduling {
     pub cap: Option<u16>,
 }
 
+/// The instruction set level of a domain's processor, as the x86-64 psABI names them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CpuLevel {
+    #[default]
+    #[serde(rename = "x86-64-v3")]
+    V3,
+    #[serde(rename = "x86-64-v4")]
+    V4,
+}
+
 impl Reader<'_> {
+    pub(crate) fn cpu_level(&mut self) -> CpuLevel {
+        match self.text("cpu_level") {
+            Some(("x86-64-v4", _)) => CpuLevel::V4,
+            // The shape check has complained about other words.
+            _ => CpuLevel::V3,
+        }
+    }
+
     pub(crate) fn scheduling(&mut self) -> Scheduling {
         let max = u64::from(u16::MAX);
         Scheduling {

@@ -1,6 +1,6 @@
 //! Every key that xl.cfg(5) of Xen 4.17 documents: a value it takes, and one that is refused with a reason.
 
-use hospes_config::{DiskFormat, DomainConfig, EventAction, Source, load};
+use hospes_config::{CpuLevel, DiskFormat, DomainConfig, EventAction, Source, load};
 
 const BASE: &str = "name='d'\ntype='pvh'\nkernel='/k'\nmemory=64\n";
 
@@ -60,12 +60,6 @@ const WITHOUT_EFFECT: &[(&str, &str, &str, &str)] = &[
         "['connection=socket,path=/tmp/socket,name=org.qemu.guest_agent.0']",
         "'a'",
         "should be a list: put it in [ ]",
-    ),
-    (
-        "cpuid",
-        "'host,tm=0,sse3=0'",
-        "[['a']]",
-        "where a single value belongs",
     ),
     (
         "device_model_args",
@@ -475,6 +469,18 @@ type Case = (
 );
 
 const WITH_EFFECT: &[Case] = &[
+    (
+        "cpuid='host,tm=0,sse3=0'",
+        |c| c.cpuid.len() == 2,
+        "cpuid='tm=0'",
+        "does not begin with `host'",
+    ),
+    (
+        "cpu_level='x86-64-v4'",
+        |c| c.cpu_level == CpuLevel::V4,
+        "cpu_level='x86-64-v5'",
+        "cpu_level",
+    ),
     (
         "engine_direct=1",
         |c| c.engine_direct,

@@ -40,6 +40,10 @@ pub enum Need {
     V2,
     /// Level x86-64-v3 and up.
     V3,
+    /// Level x86-64-v4.
+    V4,
+    /// Nobody: offered with level x86-64-v4 where the host has it.
+    WithV4,
     /// Nobody: offered where the host has it.
     Optional,
 }
@@ -82,11 +86,13 @@ use Offer::{
 const BASE: Offer = Host(Need::Base);
 const V2: Offer = Host(Need::V2);
 const V3: Offer = Host(Need::V3);
+const V4: Offer = Host(Need::V4);
+const WITH_V4: Offer = Host(Need::WithV4);
 const OPTIONAL: Offer = Host(Need::Optional);
 const INTEL: Offer = ImplementedFor(Vendor::Intel);
 const AMD: Offer = ImplementedFor(Vendor::Amd);
 
-const AVX512: Offer = Hidden("AVX-512 is not translated");
+const AVX512: Offer = Hidden("a part of AVX-512 that is not translated");
 const AMX: Offer = Hidden("AMX is not translated");
 const CET: Offer = Hidden("shadow stacks and branch tracking are not implemented");
 const MCA: Offer = Hidden("no machine-check banks: the host handles its own errors");
@@ -98,7 +104,7 @@ const TRACE: Offer = Hidden("traces would show translated code");
 const NESTED: Offer = Hidden("no nested virtualisation");
 const ENCRYPTION: Offer = Hidden("memory keys belong to the host");
 const ALLOCATION: Offer = Hidden("caches and bandwidth are the host's to share out");
-const NEWER: Offer = Hidden("beyond x86-64-v3; not translated yet");
+const NEWER: Offer = Hidden("beyond x86-64-v4; not translated yet");
 const NO_BACKING: Offer = Hidden("the MSRs behind it do not exist");
 const SPEC_LATCH: Offer =
     Hidden("a barrier or mode that the guest could switch but that would reach no hardware");
@@ -247,22 +253,22 @@ pub const FEATURES: &[Word] = &[
                 Hidden("removed from processors; Linux has dropped it"),
             ),
             f(15, "RDT-A", ALLOCATION),
-            f(16, "AVX512F", AVX512),
-            f(17, "AVX512DQ", AVX512),
+            f(16, "AVX512F", V4),
+            f(17, "AVX512DQ", V4),
             f(18, "RDSEED", OPTIONAL),
             f(19, "ADX", OPTIONAL),
             f(20, "SMAP", Implemented),
-            f(21, "AVX512_IFMA", AVX512),
+            f(21, "AVX512_IFMA", WITH_V4),
             // The engine checks the address and flushes nothing: coherence does not need it.
             f(23, "CLFLUSHOPT", Implemented),
             f(24, "CLWB", Implemented),
             f(25, "PT", TRACE),
             f(26, "AVX512PF", AVX512),
             f(27, "AVX512ER", AVX512),
-            f(28, "AVX512CD", AVX512),
+            f(28, "AVX512CD", V4),
             f(29, "SHA", OPTIONAL),
-            f(30, "AVX512BW", AVX512),
-            f(31, "AVX512VL", AVX512),
+            f(30, "AVX512BW", V4),
+            f(31, "AVX512VL", V4),
         ],
     },
     Word {
@@ -271,7 +277,7 @@ pub const FEATURES: &[Word] = &[
         reg: Reg::Ecx,
         features: &[
             f(0, "PREFETCHWT1", AVX512),
-            f(1, "AVX512_VBMI", AVX512),
+            f(1, "AVX512_VBMI", WITH_V4),
             f(2, "UMIP", Implemented),
             f(
                 3,
@@ -284,15 +290,15 @@ pub const FEATURES: &[Word] = &[
                 "WAITPKG",
                 Hidden("guests would wait without giving up the host's CPU"),
             ),
-            f(6, "AVX512_VBMI2", AVX512),
+            f(6, "AVX512_VBMI2", WITH_V4),
             f(7, "CET_SS", CET),
-            f(8, "GFNI", NEWER),
-            f(9, "VAES", NEWER),
-            f(10, "VPCLMULQDQ", NEWER),
-            f(11, "AVX512_VNNI", AVX512),
-            f(12, "AVX512_BITALG", AVX512),
+            f(8, "GFNI", WITH_V4),
+            f(9, "VAES", WITH_V4),
+            f(10, "VPCLMULQDQ", WITH_V4),
+            f(11, "AVX512_VNNI", WITH_V4),
+            f(12, "AVX512_BITALG", WITH_V4),
             f(13, "TME_EN", ENCRYPTION),
-            f(14, "AVX512_VPOPCNTDQ", AVX512),
+            f(14, "AVX512_VPOPCNTDQ", WITH_V4),
             f(16, "LA57", Hidden("page tables have four levels")),
             f(22, "RDPID", Implemented),
             f(23, "KL", ENCRYPTION),
@@ -360,7 +366,7 @@ pub const FEATURES: &[Word] = &[
             f(2, "SM4", NEWER),
             f(3, "RAO-INT", NEWER),
             f(4, "AVX-VNNI", NEWER),
-            f(5, "AVX512_BF16", AVX512),
+            f(5, "AVX512_BF16", WITH_V4),
             f(6, "LASS", NEWER),
             f(7, "CMPCCXADD", NEWER),
             f(8, "ARCHPERFMONEXT", PMU),

@@ -130,9 +130,9 @@ impl HostCpu {
 /// Number of subleaves that are worth keeping.
 fn subleaves(leaf: u32) -> u32 {
     match leaf {
-        4 | 0x8000_001d => 8,
+        4 | 0xd | 0x8000_001d => 8,
         7 => 3,
-        0xb | 0xd => 4,
+        0xb => 4,
         _ => 1,
     }
 }

@@ -17,7 +17,9 @@ mod capabilities;
 mod features;
 mod host;
 mod table;
+mod wishes;
 mod xen;
+mod xsave;
 
 #[cfg(test)]
 mod tests;
@@ -25,3 +27,4 @@ mod tests;
 pub use features::{FEATURES, Feature, Need, Offer, Reg, Word};
 pub use host::{Flaw, HostCpu, Vendor};
 pub use table::{CpuidError, CpuidTable, Dynamic, Level, Policy};
+pub use wishes::Wish;

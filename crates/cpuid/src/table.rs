@@ -9,7 +9,9 @@ use crate::caches::{caches, package_id_bits};
 use crate::capabilities::arch_capabilities;
 use crate::features::{FEATURES, Feature, Need, Offer, Reg, Word};
 use crate::host::{HostCpu, Vendor};
+use crate::wishes::{self, Wish};
 use crate::xen::{self, XenLeaves};
+use crate::xsave::Xsave;
 
 const LAST_BASIC: u32 = 0xd;
 const EXTENDED: u32 = 0x8000_0000;
@@ -25,9 +27,8 @@ const AMD_REPEATED: u32 = 0x0183_f3ff;
 const XCR0_X87: u64 = 1 << 0;
 const XCR0_SSE: u64 = 1 << 1;
 const XCR0_AVX: u64 = 1 << 2;
-/// Bytes of the legacy area and the header of an XSAVE image.
-const XSAVE_LEGACY_BYTES: u32 = 512 + 64;
-const XSAVE_AVX_BYTES: u32 = 256;
+/// Mask registers, upper halves of ZMM0-15, ZMM16-31.
+const XCR0_AVX512: u64 = 0xe0;
 
 /// The instruction set level of a domain, as the x86-64 psABI defines them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -37,6 +38,8 @@ pub enum Level {
     /// AVX2, BMI, FMA and others.
     #[default]
     V3,
+    /// AVX-512, with the extensions that usually come with it where the host has them.
+    V4,
 }
 
 impl fmt::Display for Level {
@@ -44,13 +47,14 @@ impl fmt::Display for Level {
         f.write_str(match self {
             Level::V2 => "x86-64-v2",
             Level::V3 => "x86-64-v3",
+            Level::V4 => "x86-64-v4",
         })
     }
 }
 
 /// What a domain's configuration wants of its processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Policy {
+pub struct Policy<'a> {
     /// Number of virtual CPUs, at least 1.
     pub vcpus: u32,
     pub domid: DomId,
@@ -59,6 +63,8 @@ pub struct Policy {
     /// The domain is never saved or moved: what is true of this host alone may be told.
     pub nomigrate: bool,
     pub level: Level,
+    /// Features by name, in this order, that are to differ from the level's.
+    pub wishes: &'a [(String, Wish)],
 }
 
 /// What of a virtual CPU's state shows in CPUID.
@@ -75,15 +81,33 @@ pub struct Dynamic {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CpuidError {
     #[error(
-        "the host's CPU lacks {name}, which guests of the {level} level need: use another host"
+        "the host's CPU lacks {name}, which guests of the {level} level need: {}", way_out(*level)
     )]
     Missing { name: &'static str, level: Level },
     #[error(
-        "the host's kernel does not enable AVX state (XCR0 is {xcr0:#x}), which guests of the {level} level need: use another host"
+        "the host's kernel does not enable {state} state (XCR0 is {xcr0:#x}), which guests of the {level} level need: {}", way_out(*level)
     )]
-    AvxDisabled { xcr0: u64, level: Level },
+    StateDisabled {
+        state: &'static str,
+        xcr0: u64,
+        level: Level,
+    },
+    #[error(
+        "`cpuid' names the feature {0}, which is not known here: see cpufeatureset.h of Xen for the names"
+    )]
+    Unknown(String),
+    #[error("`cpuid' asks for {name}, which the guest cannot have ({why}): leave it out")]
+    Refused { name: &'static str, why: String },
     #[error("a domain needs at least one virtual CPU")]
     NoVcpus,
+}
+
+/// What to do where the host is not enough for a level.
+fn way_out(level: Level) -> &'static str {
+    match level {
+        Level::V4 => "use another host, or set cpu_level=\"x86-64-v3\"",
+        Level::V2 | Level::V3 => "use another host",
+    }
 }
 
 /// The answers of CPUID for one domain.
@@ -96,8 +120,7 @@ pub struct CpuidTable {
     basic: [[u32; 4]; LAST_BASIC as usize + 1],
     /// Leaf 7.
     seven: [[u32; 4]; 3],
-    /// Leaf 0xD, subleaf 1.
-    xsave_features: u32,
+    xsave: Xsave,
     /// Leaves from 8000_0000 on.
     extended: Vec<[u32; 4]>,
     /// Leaf 4 or 8000_001D.
@@ -108,24 +131,17 @@ pub struct CpuidTable {
 
 impl CpuidTable {
     /// Makes the table of a domain that runs on `host`; refuses a host that lacks a bit of the level, by its name.
-    pub fn new(host: &HostCpu, policy: &Policy) -> Result<CpuidTable, CpuidError> {
+    pub fn new(host: &HostCpu, policy: &Policy<'_>) -> Result<CpuidTable, CpuidError> {
         if policy.vcpus == 0 {
             return Err(CpuidError::NoVcpus);
         }
         let vendor = host.vendor();
-        let has_avx = policy.level >= Level::V3;
         let avx = XCR0_X87 | XCR0_SSE | XCR0_AVX;
         let mut words = Vec::new();
         for word in FEATURES {
             words.push((word, offered(word, host, policy)?));
         }
-        // Last, so that a processor without AVX is refused for that.
-        if has_avx && host.xcr0() & avx != avx {
-            return Err(CpuidError::AvxDisabled {
-                xcr0: host.xcr0(),
-                level: policy.level,
-            });
-        }
+        wishes::apply(&mut words, policy.wishes, host)?;
         let word = |leaf: u32, subleaf: u32| {
             let mut regs = [0; 4];
             for (w, value) in &words {
@@ -135,13 +151,40 @@ impl CpuidTable {
             }
             regs
         };
+        const XSAVE: u32 = 1 << 26;
+        const AVX: u32 = 1 << 28;
+        const AVX512F: u32 = 1 << 16;
+        let [_, _, basic, _] = word(1, 0);
+        let [_, extended, _, _] = word(7, 0);
+        let mut xcr0 = 0;
+        if basic & XSAVE != 0 {
+            xcr0 |= XCR0_X87 | XCR0_SSE;
+        }
+        if basic & AVX != 0 {
+            xcr0 |= avx;
+        }
+        if extended & AVX512F != 0 {
+            xcr0 |= XCR0_AVX512;
+        }
+        // Last, so that a processor without AVX is refused for that.
+        for (state, components, level) in
+            [("AVX", avx, Level::V3), ("AVX-512", XCR0_AVX512, Level::V4)]
+        {
+            if xcr0 & components & !host.xcr0() != 0 {
+                return Err(CpuidError::StateDisabled {
+                    state,
+                    xcr0: host.xcr0(),
+                    level,
+                });
+            }
+        }
         let mut table = CpuidTable {
             vendor,
-            xcr0: if has_avx { avx } else { 0 },
+            xcr0,
             capabilities: (vendor == Vendor::Intel).then(|| arch_capabilities(host)),
             basic: Default::default(),
             seven: [word(7, 0), word(7, 1), word(7, 2)],
-            xsave_features: word(0xd, 1)[0],
+            xsave: Xsave::new(host, xcr0, word(0xd, 1)[0]),
             extended: Vec::new(),
             caches: Vec::new(),
             vcpus: policy.vcpus,
@@ -229,7 +272,7 @@ impl CpuidTable {
                 .copied()
                 .unwrap_or_default(),
             0xb => self.topology(subleaf, now.apic_id),
-            0xd => self.xsave(subleaf, now.xcr0),
+            0xd => self.xsave.lookup(subleaf, now.xcr0),
             0..=LAST_BASIC => self.basic[leaf as usize],
             xen::BASE..=xen::LAST => self.xen.lookup(leaf, subleaf, now.vcpu),
             0x8000_001d if self.vendor == Vendor::Amd => self.cache(subleaf),
@@ -267,27 +310,6 @@ impl CpuidTable {
                 apic_id,
             ],
             _ => [0, 0, number, apic_id],
-        }
-    }
-
-    fn xsave(&self, subleaf: u32, xcr0: u64) -> [u32; 4] {
-        if self.xcr0 == 0 {
-            return [0; 4];
-        }
-        let bytes = |components: u64| {
-            let avx = if components & XCR0_AVX != 0 {
-                XSAVE_AVX_BYTES
-            } else {
-                0
-            };
-            XSAVE_LEGACY_BYTES + avx
-        };
-        match subleaf {
-            0 => [self.xcr0 as u32, bytes(xcr0), bytes(self.xcr0), 0],
-            // The compacted form has the same size: only one component lies behind the header.
-            1 => [self.xsave_features, bytes(xcr0), 0, 0],
-            2 => [XSAVE_AVX_BYTES, XSAVE_LEGACY_BYTES, 0, 0],
-            _ => [0; 4],
         }
     }
 
@@ -349,7 +371,7 @@ impl CpuidTable {
 }
 
 /// The value of a word of feature bits.
-fn offered(word: &Word, host: &HostCpu, policy: &Policy) -> Result<u32, CpuidError> {
+fn offered(word: &Word, host: &HostCpu, policy: &Policy<'_>) -> Result<u32, CpuidError> {
     let mut value = 0;
     for feature in word.features {
         if is_offered(word, feature, host, policy)? {
@@ -363,7 +385,7 @@ fn is_offered(
     word: &Word,
     feature: &Feature,
     host: &HostCpu,
-    policy: &Policy,
+    policy: &Policy<'_>,
 ) -> Result<bool, CpuidError> {
     let on_host = has(host, word.leaf, word.subleaf, word.reg, feature.bit);
     Ok(match feature.offer {
@@ -374,7 +396,13 @@ fn is_offered(
                 Need::Base => true,
                 Need::V2 => policy.level >= Level::V2,
                 Need::V3 => policy.level >= Level::V3,
-                Need::Optional => false,
+                Need::V4 => policy.level >= Level::V4,
+                Need::WithV4 | Need::Optional => false,
+            };
+            let optional = match need {
+                Need::Optional => true,
+                Need::WithV4 => policy.level >= Level::V4,
+                _ => false,
             };
             if required && !on_host {
                 return Err(CpuidError::Missing {
@@ -382,7 +410,7 @@ fn is_offered(
                     level: policy.level,
                 });
             }
-            on_host && (required || need == Need::Optional)
+            on_host && (required || optional)
         }
         Offer::Multiprocessor => policy.vcpus > 1,
         Offer::MultiprocessorFor(vendor) => policy.vcpus > 1 && host.vendor() == vendor,
@@ -394,6 +422,6 @@ fn is_offered(
     })
 }
 
-fn has(host: &HostCpu, leaf: u32, subleaf: u32, reg: Reg, bit: u8) -> bool {
+pub(crate) fn has(host: &HostCpu, leaf: u32, subleaf: u32, reg: Reg, bit: u8) -> bool {
     host.leaf(leaf, subleaf)[reg as usize] >> bit & 1 != 0
 }

@@ -7,12 +7,13 @@ use hospes_units::DomId;
 
 use crate::*;
 
-const POLICY: Policy = Policy {
+const POLICY: Policy<'static> = Policy {
     vcpus: 4,
     domid: DomId(5),
     tsc_khz: 2_600_000,
     nomigrate: false,
     level: Level::V3,
+    wishes: &[],
 };
 
 const NOW: Dynamic = Dynamic {
@@ -55,7 +56,7 @@ fn everything(name: &[u8; 12]) -> Leaves {
 }
 
 fn host(name: &[u8; 12]) -> HostCpu {
-    HostCpu::new(everything(name), 7, FLAWS)
+    HostCpu::new(everything(name), 0xe7, FLAWS)
 }
 
 const INTEL: &[u8; 12] = b"GenuineIntel";
@@ -72,7 +73,7 @@ fn without(name: &[u8; 12], word: &Word, bit: u8) -> HostCpu {
             regs[word.reg as usize] &= !(1 << bit);
         }
     }
-    HostCpu::new(leaves, 7, FLAWS)
+    HostCpu::new(leaves, 0xe7, FLAWS)
 }
 
 #[test]
@@ -110,6 +111,9 @@ fn new_shows_nothing_that_is_hidden_or_unknown() {
                 let shown = value >> f.bit & 1 != 0;
                 match f.offer {
                     Offer::Hidden(_) => assert!(!shown, "{} is shown", f.name),
+                    Offer::Host(Need::V4 | Need::WithV4) => {
+                        assert!(!shown, "{} is shown", f.name);
+                    }
                     Offer::Implemented | Offer::Host(_) | Offer::Multiprocessor => {
                         assert_eq!(shown, exists, "{}", f.name);
                     }
@@ -161,6 +165,22 @@ fn new_refuses_a_host_that_lacks_a_required_bit_by_its_name() {
                         assert!(made(Level::V2).is_ok(), "{}", f.name);
                         required += 1;
                     }
+                    Offer::Host(Need::V4) => {
+                        assert_eq!(made(Level::V4), missing(Level::V4));
+                        assert!(made(Level::V3).is_ok(), "{}", f.name);
+                        required += 1;
+                    }
+                    Offer::Host(Need::WithV4) => {
+                        let shown = |t: CpuidTable| {
+                            t.lookup(w.leaf, w.subleaf, &NOW)[w.reg as usize] >> f.bit & 1
+                        };
+                        let full = Policy {
+                            level: Level::V4,
+                            ..POLICY
+                        };
+                        assert_eq!(shown(made(Level::V4).unwrap()), 0, "{}", f.name);
+                        assert_eq!(shown(CpuidTable::new(&host(name), &full).unwrap()), 1);
+                    }
                     Offer::Host(Need::Optional) => {
                         let t = made(Level::V3).unwrap();
                         let value = t.lookup(w.leaf, w.subleaf, &NOW)[w.reg as usize];
@@ -178,17 +198,24 @@ fn new_refuses_a_host_that_lacks_a_required_bit_by_its_name() {
     }
     .to_string();
     assert!(message.contains("lacks BMI2") && message.contains("x86-64-v3"));
+    let message = CpuidError::Missing {
+        name: "AVX512VL",
+        level: Level::V4,
+    }
+    .to_string();
+    assert!(message.contains("lacks AVX512VL") && message.contains("cpu_level=\"x86-64-v3\""));
 }
 
 #[test]
 fn new_refuses_a_host_whose_kernel_has_no_avx_state() {
     let h = HostCpu::new(everything(INTEL), 3, FLAWS);
+    let disabled = |state, xcr0, level| Err(CpuidError::StateDisabled { state, xcr0, level });
+    assert_eq!(CpuidTable::new(&h, &POLICY), disabled("AVX", 3, Level::V3));
+    let narrow = HostCpu::new(everything(INTEL), 7, FLAWS);
+    let level = Level::V4;
     assert_eq!(
-        CpuidTable::new(&h, &POLICY),
-        Err(CpuidError::AvxDisabled {
-            xcr0: 3,
-            level: Level::V3
-        })
+        CpuidTable::new(&narrow, &Policy { level, ..POLICY }),
+        disabled("AVX-512", 7, level)
     );
     let level = Level::V2;
     assert!(CpuidTable::new(&h, &Policy { level, ..POLICY }).is_ok());
@@ -242,6 +269,95 @@ fn lookup_mirrors_the_state_of_the_vcpu() {
     assert_eq!(t.lookup(0xd, 9, &NOW), [0; 4]);
     assert_eq!(t.supported_xcr0(), 7);
     assert_eq!(t.lookup(0x4000_0004, 0, &NOW), [0x58, 3, 5, 0]);
+}
+
+#[test]
+fn level_v4_is_the_whole_psabi_level_with_its_state() {
+    for (places, size, aligned) in [([832, 896, 1408], 2432, 0), ([1088, 1152, 1664], 2688, 2)] {
+        let mut leaves = everything(AMD);
+        for (n, (bytes, at)) in [64, 512, 1024].into_iter().zip(places).enumerate() {
+            leaves.push(((0xd, 5 + n as u32), [bytes, at, aligned, 0]));
+        }
+        let level = Level::V4;
+        let host = HostCpu::new(leaves, 0x2e7, FLAWS);
+        let t = CpuidTable::new(&host, &Policy { level, ..POLICY }).unwrap();
+        // F, DQ, CD, BW, VL.
+        let bits = 1 << 16 | 1 << 17 | 1 << 28 | 1 << 30 | 1 << 31;
+        assert_eq!(t.lookup(7, 0, &NOW)[1] & bits, bits);
+        assert_eq!(t.supported_xcr0(), 0xe7);
+        let wide = Dynamic { xcr0: 0xe7, ..NOW };
+        assert_eq!(t.lookup(0xd, 0, &wide), [0xe7, size, size, 0]);
+        assert_eq!(t.lookup(0xd, 0, &NOW), [0xe7, 832, size, 0]);
+        assert_eq!(t.lookup(0xd, 1, &wide)[1], 576 + 256 + 64 + 512 + 1024);
+        assert_eq!(t.lookup(0xd, 6, &wide), [512, places[1], aligned, 0]);
+        assert_eq!(t.lookup(0xd, 9, &wide), [0; 4]);
+    }
+}
+
+/// The table of a domain with wishes, on a host that has everything.
+fn wishing(level: Level, wishes: &[(&str, Wish)]) -> Result<CpuidTable, CpuidError> {
+    let wishes: Vec<_> = wishes.iter().map(|(n, w)| ((*n).to_owned(), *w)).collect();
+    let wishes = &wishes;
+    CpuidTable::new(
+        &host(AMD),
+        &Policy {
+            level,
+            wishes,
+            ..POLICY
+        },
+    )
+}
+
+#[test]
+fn wishes_show_and_hide_single_features() {
+    let (f, bw) = (1 << 16, 1 << 30);
+    let shows = [("avx512f", Wish::Show), ("avx512bw", Wish::Host)];
+    let t = wishing(Level::V3, &shows).unwrap();
+    assert_eq!(t.lookup(7, 0, &NOW)[1] & (f | bw | 1 << 31), f | bw);
+    assert_eq!(t.supported_xcr0(), 0xe7);
+    let t = wishing(
+        Level::V4,
+        &[("avx512-vbmi2", Wish::Hide), ("sse4.2", Wish::Hide)],
+    )
+    .unwrap();
+    assert_eq!(t.lookup(7, 0, &NOW)[2] & (1 << 6 | 1 << 1), 1 << 1);
+    assert_eq!(t.lookup(1, 0, &NOW)[2] & (3 << 19), 1 << 19);
+    // What depends on a hidden feature is hidden with it, and so is its state.
+    let t = wishing(Level::V4, &[("avx512f", Wish::Hide)]).unwrap();
+    assert_eq!(t.lookup(7, 0, &NOW)[1] & (f | bw), 0);
+    assert_eq!(t.supported_xcr0(), 7);
+    let t = wishing(Level::V4, &[("xsave", Wish::Hide)]).unwrap();
+    assert_eq!(t.lookup(1, 0, &NOW)[2] & (1 << 12 | 0xf << 26), 0);
+    assert_eq!(
+        (t.lookup(7, 0, &NOW)[1] & (1 << 5 | f), t.supported_xcr0()),
+        (0, 0)
+    );
+}
+
+#[test]
+fn wishes_that_cannot_be_met_are_refused_with_a_reason() {
+    for (wishes, want) in [
+        (
+            &[("turbo", Wish::Show)][..],
+            "`cpuid' names the feature turbo",
+        ),
+        (
+            &[("hle", Wish::Show)],
+            "asks for HLE, which the guest cannot have (transactions",
+        ),
+        (&[("avx512bw", Wish::Show)], "nothing without AVX512F"),
+        (
+            &[("avx2", Wish::Show), ("avx", Wish::Hide)],
+            "nothing without AVX",
+        ),
+        (
+            &[("btc-no", Wish::Hide), ("ss", Wish::Show)],
+            "asks for SS,",
+        ),
+    ] {
+        let said = wishing(Level::V3, wishes).unwrap_err().to_string();
+        assert!(said.contains(want), "{said}");
+    }
 }
 
 #[test]

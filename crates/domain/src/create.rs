@@ -5,7 +5,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use hospes_builder::{BuildSpec, MemmapEntry, ap_cpu_state, build, memory_layout};
-use hospes_cpuid::{CpuidTable, HostCpu, Level, Policy, Vendor};
+use hospes_cpuid::{CpuidTable, HostCpu, Policy, Vendor};
 use hospes_memory::{GuestMemory, Page};
 use hospes_store::DomainEntry;
 use hospes_units::{PAGE_SIZE, VcpuId};
@@ -55,7 +55,8 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
             domid: spec.domid,
             tsc_khz: tsc.khz(),
             nomigrate: spec.nomigrate,
-            level: Level::default(),
+            level: spec.level,
+            wishes: &spec.wishes,
         },
     )?;
     let trap = match cpuid.vendor() {

@@ -38,6 +38,7 @@ use std::thread::JoinHandle;
 
 use hospes_backends::frame::{DeviceInfo, Kind, Log};
 use hospes_cpuid::CpuidTable;
+pub use hospes_cpuid::{Level, Wish};
 use hospes_engine::{EngineError, Vm};
 use hospes_memory::GuestMemory;
 use hospes_store::{DomainStore, Membership, StoreAccess};
@@ -76,6 +77,10 @@ pub struct DomainSpec {
     /// Memory of the host that is free and yet spoken for, in bytes.
     pub promised_bytes: u64,
     pub vcpus: u32,
+    /// Instruction set of the vCPUs.
+    pub level: Level,
+    /// Features by name that are to differ from those of the level.
+    pub wishes: Vec<(String, Wish)>,
     /// The domain is never saved or moved, so that it may be told what is true of this host alone.
     pub nomigrate: bool,
     /// Where the domain is entered; it is taken out when it is dropped.

@@ -67,6 +67,8 @@ fn try_domain(
         memory_bytes,
         promised_bytes: 0,
         vcpus,
+        level: Level::default(),
+        wishes: Vec::new(),
         nomigrate: false,
         store: Arc::new(hospes_store::LocalStore::default()),
         console: Box::new(sink),

@@ -4,9 +4,9 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
-use hospes_config::{DiskConfig, DomainConfig, Pinning, VifConfig};
+use hospes_config::{CpuLevel, DiskConfig, DomainConfig, FeatureWish, Pinning, VifConfig};
 use hospes_domain::frame::Kind;
-use hospes_domain::{Domain, DomainSpec, EndReason, Share, ShutdownKind};
+use hospes_domain::{Domain, DomainSpec, EndReason, Level, Share, ShutdownKind, Wish};
 use hospes_toolstack::{
     self as toolstack, Affinity, DeviceKind, Machine, MachineError, MachineInfo, MachineSpec,
     VcpuInfo, Waiting,
@@ -43,6 +43,11 @@ impl toolstack::MachineFactory for Domains {
             memory_bytes: config.memory_mib << 20,
             promised_bytes: spec.promised_bytes,
             vcpus: config.maxvcpus,
+            level: match config.cpu_level {
+                CpuLevel::V3 => Level::V3,
+                CpuLevel::V4 => Level::V4,
+            },
+            wishes: config.cpuid.iter().map(wish).collect(),
             // There is no saving and no migration yet. On AMD's processors Linux takes a TSC for constant only where it is told so, and else
             // measures the speed of each further vCPU for a tenth of a second, wrongly on a busy host.
             nomigrate: true,
@@ -73,6 +78,16 @@ impl toolstack::MachineFactory for Domains {
     fn sweep(&self, run: &Path) -> Result<(), MachineError> {
         Ok(hospes_hostnet::sweep(run)?)
     }
+}
+
+/// A wish of the configuration as the feature model takes it.
+fn wish((name, wish): &(String, FeatureWish)) -> (String, Wish) {
+    let wish = match wish {
+        FeatureWish::Hide => Wish::Hide,
+        FeatureWish::Show => Wish::Show,
+        FeatureWish::Host => Wish::Host,
+    };
+    (name.clone(), wish)
 }
 
 /// Gives the vCPUs the host CPUs of the configuration.
