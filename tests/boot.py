@@ -20,6 +20,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
 
 import dmesg  # noqa: E402
+import levels  # noqa: E402
 import vm  # noqa: E402
 
 KERNELS = {"amd64": "xz", "cloud": "lz4", "bpo": "zstd"}
@@ -379,6 +380,10 @@ def tests(boots):
         yield f"refuses_kernel_{case}", False, part(refuses_kernel, case=case)
     for case, settings in BAD_SETTINGS.items():
         yield f"refuses_{case}", False, part(refuses, settings=settings)
+    yield "has_avx512", False, part(levels.has_avx512, direct=0)
+    yield "has_avx512_with_direct_execution", False, part(levels.has_avx512, direct=1)
+    yield "has_openssl_with_avx512", False, levels.has_openssl_with_avx512
+    yield "has_no_avx512_by_default", False, levels.has_no_avx512
     for vcpus in (2, 16, 128):
         yield f"starts_{vcpus}_vcpus", False, part(starts_all_vcpus, vcpus=vcpus)
     yield f"boots_{boots}_times_in_a_row", True, part(boots_every_time, count=boots)
