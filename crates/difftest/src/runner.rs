@@ -140,18 +140,6 @@ impl Way {
         }
     }
 
-    /// Compares what a case came to. Of a process whose XMM registers are all zero AMD's processors do not save MXCSR when Linux takes the CPU from it, so
-    /// that a tracer cannot know it; natively that happens at every stop.
-    fn compare(self, case: &Case, want: &Outcome, got: &Outcome) -> Verdict {
-        let unused = |zmm: &[u8; 64]| zmm[..16].iter().all(|&b| b == 0);
-        if self == Way::Direct && want.regs.fpu.zmm[..16].iter().all(unused) {
-            let mut want = want.clone();
-            want.regs.fpu.mxcsr = got.regs.fpu.mxcsr;
-            return compare(case, &want, got);
-        }
-        compare(case, want, got)
-    }
-
     fn execution(self) -> Execution {
         match self {
             Way::Cold | Way::Warm => Execution::Translated,
@@ -247,7 +235,7 @@ impl Runner {
                 outcomes.push(self.collect(case, way)?);
             }
             for (&way, got) in ways.iter().zip(outcomes) {
-                match way.compare(case, want, &got) {
+                match compare(case, want, &got) {
                     Verdict::Same => {}
                     Verdict::DeadFlags => report.dead_flags += 1,
                     Verdict::LateFault => report.late_faults += 1,
@@ -319,7 +307,7 @@ impl Runner {
             self.one(&case, Way::Cold)?;
         }
         let got = self.one(&case, way)?;
-        Ok(match way.compare(&case, &want, &got) {
+        Ok(match compare(&case, &want, &got) {
             Verdict::Different(text) => Some(text),
             _ => None,
         })

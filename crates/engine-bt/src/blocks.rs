@@ -3,7 +3,8 @@
 //! A block is found by physical address, virtual address and mode. A page from which anything was translated is marked in [`CodePages`]; stores to such a
 //! page take the slow path on every vCPU and drop the blocks that overlap the written bytes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::mem;
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -12,6 +13,7 @@ use hospes_units::{Gfn, Gpa, PAGE_SIZE};
 use rustc_hash::FxHashMap;
 
 use crate::cache::CodeMemory;
+use crate::direct::Suspects;
 
 /// Writes to a page with code that hit none of its blocks before the blocks are dropped so that the page can be written at full speed.
 const STRAY_WRITES: u32 = 64;
@@ -149,7 +151,13 @@ pub struct CodePages {
     direct: Bits,
     /// Counts frames that address-space processes may no longer execute without another look at them.
     changes: AtomicU64,
+    /// Counts frames that have become ones with code; the last of them stand in `recent`.
+    marks: AtomicU64,
+    recent: Vec<AtomicU64>,
 }
+
+/// How many frames that have become ones with code are remembered: a power of 2.
+const RECENT: u64 = 4096;
 
 impl CodePages {
     pub fn new(frames: u64) -> CodePages {
@@ -157,7 +165,37 @@ impl CodePages {
             code: Bits::new(frames),
             direct: Bits::new(frames),
             changes: AtomicU64::new(0),
+            marks: AtomicU64::new(0),
+            recent: (0..RECENT).map(|_| AtomicU64::new(0)).collect(),
         }
+    }
+
+    /// Marks a frame as one with code; true if it was not. Called by one thread at a time.
+    fn mark(&self, gfn: Gfn) -> bool {
+        let new = self.code.insert(gfn);
+        if new {
+            let n = self.marks.load(Ordering::Relaxed);
+            self.recent[(n % RECENT) as usize].store(gfn.0, Ordering::Relaxed);
+            self.marks.store(n + 1, Ordering::SeqCst);
+        }
+        new
+    }
+
+    /// How many frames have become ones with code so far.
+    pub fn marks(&self) -> u64 {
+        self.marks.load(Ordering::Acquire)
+    }
+
+    /// Whether `matches` one of the frames that have become ones with code since there were `seen` of them; true where that is not known any more.
+    pub fn marked_since(&self, seen: u64, matches: impl Fn(Gfn) -> bool) -> bool {
+        let now = self.marks();
+        let any = now - seen < RECENT / 2
+            && (seen..now).any(|n| {
+                let gfn = self.recent[(n % RECENT) as usize].load(Ordering::Relaxed);
+                matches(Gfn(gfn))
+            });
+        // What was read may have been overwritten meanwhile.
+        any || self.marks() - seen >= RECENT / 2
     }
 
     pub fn contains(&self, gfn: Gfn) -> bool {
@@ -197,42 +235,26 @@ struct Page {
     stray_writes: u32,
 }
 
-/// All blocks of the present generation, in the order of their positions.
+/// What is known of positions in the code cache: blocks in the order of theirs, and what belongs to them.
 #[derive(Debug)]
-pub struct Blocks {
-    start: usize,
-    end: usize,
-    next: usize,
+struct Tables {
     list: Vec<Block>,
     side: Vec<SideEntry>,
     chains: Vec<ChainSite>,
-    by_key: FxHashMap<Key, u32>,
-    pages: HashMap<u64, Page, rustc_hash::FxBuildHasher>,
 }
 
-impl Blocks {
-    /// Blocks are placed in `start..end` of the code cache.
-    pub fn new(start: usize, end: usize) -> Blocks {
-        let bytes = end - start;
-        Blocks {
-            start,
-            end,
-            next: start,
-            // Address space for as much as the cache can hold, so that the tables never move; pages come as they are used.
+impl Tables {
+    /// Address space for as much as a cache of this size can hold, so that the tables never move; pages come as they are used.
+    fn new(bytes: usize) -> Tables {
+        Tables {
             list: Vec::with_capacity(bytes / 256),
             side: Vec::with_capacity(bytes / 16),
             chains: Vec::with_capacity(bytes / 64),
-            by_key: FxHashMap::default(),
-            pages: HashMap::default(),
         }
     }
 
-    pub fn find(&self, key: &Key) -> Option<&Block> {
-        self.by_key.get(key).map(|&n| &self.list[n as usize])
-    }
-
     /// The block, dead or alive, that lies around a position.
-    pub fn at(&self, pos: u32) -> Option<&Block> {
+    fn at(&self, pos: u32) -> Option<&Block> {
         let n = self.list.partition_point(|b| b.pos <= pos);
         let block = &self.list[n.checked_sub(1)?];
         (pos < block.pos + u32::from(block.len)).then_some(block)
@@ -243,7 +265,7 @@ impl Blocks {
     }
 
     /// Where the guest is when the host is at `pos`.
-    pub fn point(&self, pos: u32) -> Option<Point> {
+    fn point(&self, pos: u32) -> Option<Point> {
         let block = self.at(pos)?;
         let host = pos - block.pos;
         let side = self.side_of(block);
@@ -261,13 +283,84 @@ impl Blocks {
             flags_saved: entry.flags_saved,
         })
     }
+}
+
+/// Generations whose tables are kept after the cache was emptied: a vCPU that was made to leave its code still has to learn where the guest was. None is
+/// slower than others fill the cache twice.
+const OLD_TABLES: usize = 2;
+
+/// All blocks of the present generation.
+#[derive(Debug)]
+pub struct Blocks {
+    start: usize,
+    end: usize,
+    next: usize,
+    /// How often everything was forgotten.
+    generation: u64,
+    tables: Tables,
+    /// The tables of the generations before, the latest first.
+    old: VecDeque<Tables>,
+    by_key: FxHashMap<Key, u32>,
+    pages: HashMap<u64, Page, rustc_hash::FxBuildHasher>,
+    /// What the frames that address-space processes execute hold, for as long as they are not written.
+    scans: FxHashMap<u64, Suspects>,
+}
+
+impl Blocks {
+    /// Blocks are placed in `start..end` of the code cache.
+    pub fn new(start: usize, end: usize) -> Blocks {
+        let bytes = end - start;
+        Blocks {
+            start,
+            end,
+            next: start,
+            generation: 0,
+            tables: Tables::new(bytes),
+            old: VecDeque::new(),
+            by_key: FxHashMap::default(),
+            pages: HashMap::default(),
+            scans: FxHashMap::default(),
+        }
+    }
+
+    /// What a scan of the frame came to, if it has not been written since.
+    pub fn scan(&self, gfn: Gfn) -> Option<&Suspects> {
+        self.scans.get(&gfn.0)
+    }
+
+    /// Notes what a frame held that was marked before it was read.
+    pub fn set_scan(&mut self, gfn: Gfn, found: Suspects) {
+        self.scans.insert(gfn.0, found);
+    }
+
+    pub fn find(&self, key: &Key) -> Option<&Block> {
+        self.by_key.get(key).map(|&n| &self.tables.list[n as usize])
+    }
+
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The block, dead or alive, that lies around a position.
+    pub fn at(&self, pos: u32) -> Option<&Block> {
+        self.tables.at(pos)
+    }
+
+    /// Where the guest is when the host is, or was, at `pos` of this generation.
+    pub fn point(&self, generation: u64, pos: u32) -> Option<Point> {
+        match (self.generation - generation) as usize {
+            0 => self.tables.point(pos),
+            n => self.old.get(n - 1)?.point(pos),
+        }
+    }
 
     /// Position in the living block around `pos` where the instruction at guest address `rip` can be entered with all registers and flags in the
     /// frame.
     pub fn reentry(&self, pos: u32, rip: u64) -> Option<u32> {
         let block = self.at(pos).filter(|b| b.alive)?;
         let offset = rip.checked_sub(block.key.pc)?;
-        self.side_of(block)
+        self.tables
+            .side_of(block)
             .iter()
             .find(|e| matches!(e.resume(), Resume::Offset(o) if u64::from(o) == offset))
             .filter(|e| e.enterable())
@@ -277,7 +370,7 @@ impl Blocks {
     /// The connectable jump whose displacement is at `site`. `None` where its block has been dropped.
     pub fn chain(&self, site: u32) -> Option<Chain> {
         let block = self.at(site).filter(|b| b.alive)?;
-        self.chains[block.chains as usize..][..block.chains_len.into()]
+        self.tables.chains[block.chains as usize..][..block.chains_len.into()]
             .iter()
             .find(|c| block.pos + u32::from(c.at) == site)
             .map(|c| Chain {
@@ -294,7 +387,7 @@ impl Blocks {
 
     /// Marks the page as one with code. True if it was not: then stores to it must be stopped on every vCPU before its bytes are read.
     pub fn mark(&mut self, pages: &CodePages, gfn: Gfn) -> bool {
-        pages.code.insert(gfn)
+        pages.mark(gfn)
     }
 
     /// Adds a translation that was made for the position [`Blocks::place`] gave. `second` is the physical address of the page behind, for an
@@ -308,14 +401,15 @@ impl Blocks {
     ) -> &Block {
         let pos = self.next;
         code.put(pos, &t.code);
-        let n = self.list.len() as u32;
+        let tables = &mut self.tables;
+        let n = tables.list.len() as u32;
         self.next = (pos + t.code.len()).next_multiple_of(16);
         let small = |v: usize| u16::try_from(v).expect("a block is shorter than 64 KiB");
-        self.list.push(Block {
+        tables.list.push(Block {
             key,
             pos: pos as u32,
-            side: self.side.len() as u32,
-            chains: self.chains.len() as u32,
+            side: tables.side.len() as u32,
+            chains: tables.chains.len() as u32,
             second: second.and_then(|g| NonZeroU32::new(g.gfn().0 as u32 + 1)),
             len: small(t.code.len()),
             direct: small(t.direct_entry as usize),
@@ -326,8 +420,8 @@ impl Blocks {
             extent: t.extent,
             alive: true,
         });
-        self.side.extend_from_slice(&t.side);
-        self.chains.extend_from_slice(&t.chains);
+        tables.side.extend_from_slice(&t.side);
+        tables.chains.extend_from_slice(&t.chains);
         self.by_key.insert(key, n);
         self.pages
             .entry(key.gpa.gfn().0)
@@ -337,19 +431,20 @@ impl Blocks {
         if let Some(g) = second {
             self.pages.entry(g.gfn().0).or_default().blocks.push(n);
         }
-        &self.list[n as usize]
+        &self.tables.list[n as usize]
     }
 
     /// Drops the blocks that depend on any of these bytes, which lie in one page. True if there were any.
     pub fn invalidate(&mut self, code: &CodeMemory, pages: &CodePages, gpa: Gpa, len: u64) -> bool {
         let gfn = gpa.gfn();
         pages.drop_direct(gfn);
+        self.scans.remove(&gfn.0);
         let Some(page) = self.pages.get_mut(&gfn.0) else {
             pages.code.remove(gfn);
             return false;
         };
         let (start, end) = (gpa.0, gpa.0 + len);
-        let list = &mut self.list;
+        let list = &mut self.tables.list;
         let by_key = &mut self.by_key;
         let before = page.blocks.len();
         let mut drop_if = |all: bool, blocks: &mut Vec<u32>| {
@@ -405,11 +500,13 @@ impl Blocks {
     /// Forgets everything. No vCPU may be inside translated code, and all must forget their jump caches before they go back.
     pub fn clear(&mut self, pages: &CodePages) {
         self.next = self.start;
-        self.list.clear();
-        self.side.clear();
-        self.chains.clear();
+        let new = Tables::new(self.end - self.start);
+        self.old.push_front(mem::replace(&mut self.tables, new));
+        self.old.truncate(OLD_TABLES);
+        self.generation += 1;
         self.by_key.clear();
         self.pages.clear();
+        self.scans.clear();
         pages.clear();
     }
 }

@@ -28,6 +28,8 @@ pub mod request {
     pub const INIT: u32 = 32;
     /// A start-up interrupt was received.
     pub const SIPI: u32 = 64;
+    /// Code that may be executed natively was written.
+    pub const CODE_WRITTEN: u32 = 128;
 
     /// What ends a halt even while interrupts are disabled.
     pub const WAKES_ALWAYS: u32 = KICK | INIT | SIPI;
@@ -106,6 +108,26 @@ impl Control {
         let taken = kicked && membarrier() && all_threads;
         for control in inside {
             while (control.is_busy() || !taken) && control.has_not_seen(bits) {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Makes sure that none of these vCPUs goes on in an address-space process with what was executable there. The caller holds the machine's list of
+    /// vCPUs.
+    pub fn stop_direct<'a>(controls: impl Iterator<Item = &'a Control> + Clone) {
+        for control in controls.clone() {
+            control
+                .requests
+                .fetch_or(request::CODE_WRITTEN, Ordering::SeqCst);
+        }
+        membarrier();
+        let is_inside = |c: &&Control| c.direct.load(Ordering::SeqCst) != 0;
+        for control in controls.clone().filter(is_inside) {
+            control.stop_code();
+        }
+        for control in controls {
+            while is_inside(&control) && control.has_not_seen(request::CODE_WRITTEN) {
                 std::thread::yield_now();
             }
         }

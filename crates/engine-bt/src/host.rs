@@ -34,6 +34,15 @@ const MARKS: u64 = GLOBAL | LARGE;
 /// log2 of the largest page.
 pub(crate) const LARGE_BITS: u32 = 30;
 
+/// A tag for an entry whose host address is good: the address that [`TLB_INVALID`] itself would match has another index.
+const fn unmatched(n: usize) -> u64 {
+    if n == tlb_index(TLB_INVALID) {
+        TLB_INVALID + PAGE_SIZE
+    } else {
+        TLB_INVALID
+    }
+}
+
 /// The part of a vCPU that serves its instructions.
 pub(crate) struct BtHost {
     pub shared: Arc<Shared>,
@@ -48,6 +57,8 @@ pub(crate) struct BtHost {
     pub resume_at: Option<u32>,
     /// Counts how often the whole cache was thrown away.
     pub generation: u64,
+    /// The generation of blocks that the positions this vCPU has belong to.
+    pub blocks_generation: u64,
     /// Counts writes of this vCPU that dropped blocks.
     pub dropped_blocks: u64,
     /// Instructions executed one at a time.
@@ -86,6 +97,7 @@ impl BtHost {
             attached: false,
             resume_at: None,
             generation: 0,
+            blocks_generation: 0,
             dropped_blocks: 0,
             steps: 0,
             star: None,
@@ -176,6 +188,15 @@ impl BtHost {
             .add(&mut self.frame, mode, pc, direct, address, mapping);
     }
 
+    /// Forgets positions of a generation before this one.
+    pub fn follow_blocks(&mut self, now: u64) {
+        if self.blocks_generation != now {
+            self.blocks_generation = now;
+            self.generation += 1;
+            self.flush_jumps_all();
+        }
+    }
+
     pub fn flush_jumps_all(&mut self) {
         self.jumps.flush_all(&mut self.frame);
     }
@@ -238,21 +259,19 @@ impl BtHost {
 
     /// Makes stores to a frame take the slow path.
     pub fn drop_write_tags(&mut self, gfn: Gfn) {
-        self.direct.flush_rights();
         for table in &mut self.frame.tlb {
-            for e in table.iter_mut() {
+            for (n, e) in table.iter_mut().enumerate() {
                 if e.gfn & !MARKS == gfn.0 {
-                    e.write = TLB_INVALID;
+                    e.write = unmatched(n);
                 }
             }
         }
     }
 
     pub fn drop_all_write_tags(&mut self) {
-        self.direct.flush_rights();
         for table in &mut self.frame.tlb {
-            for e in table.iter_mut() {
-                e.write = TLB_INVALID;
+            for (n, e) in table.iter_mut().enumerate() {
+                e.write = unmatched(n);
             }
         }
     }
@@ -278,7 +297,7 @@ impl BtHost {
             write: if (access.write || t.writable && t.dirty) && !code {
                 page
             } else {
-                TLB_INVALID
+                unmatched(n)
             },
             host: host as u64,
             gfn: gfn.0 | if t.global { GLOBAL } else { 0 } | if large { LARGE } else { 0 },
@@ -385,7 +404,7 @@ impl Host for BtHost {
         }
         let s = self.shared.clone();
         let mut t = s.translations.lock().expect("translations");
-        if t.blocks.invalidate(&s.code, &s.pages, gpa, len as u64) {
+        if s.invalidate(&mut t, gpa, len as u64, Some(self.id)) {
             self.dropped_blocks += 1;
         }
     }

@@ -67,6 +67,7 @@ impl BtVcpu {
         let shared = self.host.shared.clone();
         let mut guard = shared.translations.lock().expect("translations");
         let t = &mut *guard;
+        self.host.follow_blocks(t.blocks.generation());
         let found = t
             .blocks
             .find(&key)
@@ -123,10 +124,9 @@ impl BtVcpu {
         let pos = match t.blocks.place(BLOCK_ROOM) {
             Some(pos) => pos,
             None => {
-                self.host.flush_jumps_all();
                 shared.rendezvous(Some(self.host.id), FORGET_CODE);
                 t.blocks.clear(&shared.pages);
-                self.host.generation += 1;
+                self.host.follow_blocks(t.blocks.generation());
                 t.blocks.place(BLOCK_ROOM).expect("an empty cache has room")
             }
         };

@@ -14,12 +14,10 @@ use crate::vcpu::{BtVcpu, Found, canonical};
 impl BtVcpu {
     pub(crate) fn chain(&mut self, site: u32) -> Option<Exit> {
         let shared = self.host.shared.clone();
-        let found = shared
-            .translations
-            .lock()
-            .expect("translations")
-            .blocks
-            .chain(site);
+        let guard = shared.translations.lock().expect("translations");
+        let present = guard.blocks.generation() == self.host.blocks_generation;
+        let found = guard.blocks.chain(site).filter(|_| present);
+        drop(guard);
         let Some(Chain { target, mode, gfn }) = found else {
             return self.lost_chain(site);
         };
@@ -114,7 +112,8 @@ impl BtVcpu {
             // Go on inside the same block if that is where the next instruction is.
             let rip = self.host.frame.cpu.rip;
             let guard = self.host.shared.translations.lock().expect("translations");
-            let next = guard.blocks.reentry(site, rip);
+            let present = guard.blocks.generation() == self.host.blocks_generation;
+            let next = guard.blocks.reentry(site, rip).filter(|_| present);
             drop(guard);
             self.host.resume_at = next;
         }

@@ -230,7 +230,7 @@ impl BtVcpu {
         let guard = shared.translations.lock().expect("translations");
         let point = guard
             .blocks
-            .point(pos)
+            .point(self.host.blocks_generation, pos)
             .expect("code in the cache belongs to a block");
         drop(guard);
         let frame = &mut *self.host.frame;
@@ -278,8 +278,10 @@ impl BtVcpu {
             self.host.drop_all_write_tags();
         }
         if bits & request::JUMPS != 0 {
-            self.host.flush_jumps_all();
-            self.host.generation += 1;
+            // Whoever posted it has the tables until they are empty.
+            let shared = self.host.shared.clone();
+            let guard = shared.translations.lock().expect("translations");
+            self.host.follow_blocks(guard.blocks.generation());
         }
         if bits & request::TLB != 0 {
             self.host.flush_all();
@@ -417,7 +419,7 @@ impl BtVcpu {
                 }
             }
             if self.direct_ready() {
-                if let Some(exit) = self.run_direct() {
+                if let Some(exit) = self.run_direct()? {
                     return Ok(exit);
                 }
                 continue;

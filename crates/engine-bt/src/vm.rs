@@ -87,6 +87,24 @@ impl Shared {
         Control::post_to_all(others.map(|(_, c)| &**c), request::WRITE_TAGS);
     }
 
+    /// Drops what depends on these bytes, which were just written. True if there were blocks. `writer` is the vCPU that wrote them, if one did.
+    pub fn invalidate(
+        &self,
+        t: &mut Translations,
+        gpa: Gpa,
+        len: u64,
+        writer: Option<VcpuId>,
+    ) -> bool {
+        let before = self.pages.direct_changes();
+        let any = t.blocks.invalidate_range(&self.code, &self.pages, gpa, len);
+        if self.pages.direct_changes() != before {
+            let controls = self.controls.read().expect("vCPU list");
+            let others = controls.iter().filter(|(id, _)| Some(*id) != writer);
+            Control::stop_direct(others.map(|(_, c)| &**c));
+        }
+        any
+    }
+
     /// Posts a request to every vCPU but `except` and waits until each has seen it or is outside translated code.
     pub fn rendezvous(&self, except: Option<VcpuId>, bits: u32) {
         let controls = self.controls.read().expect("vCPU list");
@@ -197,7 +215,7 @@ impl Vm for BtVm {
             return;
         }
         let mut t = s.translations.lock().expect("translations");
-        t.blocks.invalidate_range(&s.code, &s.pages, gpa, len);
+        s.invalidate(&mut t, gpa, len, None);
     }
 }
 

@@ -204,8 +204,9 @@ impl GuestMemory {
             });
         }
         self.map_fixed(gpa.0, PAGE_SIZE, offset)?;
-        if !self.is_backed(gfn) {
-            self.extra.write().expect("extra lock").push(gfn);
+        let mut extra = self.extra.write().expect("extra lock");
+        if !extra.contains(&gfn) {
+            extra.push(gfn);
         }
         Ok(())
     }
@@ -227,6 +228,9 @@ impl GuestMemory {
 
     /// Where a frame of RAM lies in the memory file, in bytes; `None` for special pages.
     pub fn fd_offset(&self, gfn: Gfn) -> Option<u64> {
+        if self.extra.read().expect("extra lock").contains(&gfn) {
+            return None;
+        }
         let a = gfn.gpa().0;
         let mut before = 0;
         for r in &self.ram {

@@ -10,7 +10,7 @@ pub const JUMP_ENTRIES: usize = 16384;
 pub const JUMP_MASK: u64 = ((JUMP_ENTRIES as u64) - 1) << JUMP_SHIFT;
 const JUMP_SHIFT: u32 = 2;
 
-/// A page address that no access matches: its tags are not canonical.
+/// A page address that is not canonical. An access to it matches all the same: an entry with a good host address at its index needs another one.
 pub const TLB_INVALID: u64 = 0x8000_0000_0000_0000;
 
 /// One entry of a data TLB. An access matches where `address ^ tag` is below the page size.

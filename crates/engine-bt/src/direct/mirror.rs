@@ -1,14 +1,17 @@
 //! What of a guest's address space an address-space process has mapped: a cache of translations, as a TLB is one.
 //!
-//! What flushes a TLB marks entries as stale; before the process runs again they are compared with the guest's tables, and only what differs is changed.
+//! What flushes a TLB marks entries as stale; before the process runs again they are compared with the guest's tables, and only what differs is changed. Each table of
+//! 512 entries is kept as it was seen, so that comparing one that is the same costs no look at its entries.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use hospes_memory::GuestMemory;
 use hospes_units::Gfn;
 
 use super::process::Process;
 use super::stub::Call;
+use super::tables::{Mapping, Table};
+use crate::blocks::CodePages;
 
 pub const READ: u8 = libc::PROT_READ as u8;
 pub const WRITE: u8 = libc::PROT_WRITE as u8;
@@ -23,24 +26,85 @@ pub struct Page {
     pub prot: u8,
 }
 
+/// Pages whose translations stand in one table.
+#[derive(Debug)]
+struct Region {
+    /// The table, where nothing has been mapped since its entries were compared.
+    table: Option<Table>,
+    /// The entries as they were then.
+    entries: Box<[u64; 512]>,
+    pages: Box<[Option<Page>; 512]>,
+    mapped: u16,
+}
+
+/// One bit for each guest frame.
+#[derive(Debug, Default)]
+struct Frames(Vec<u64>);
+
+impl Frames {
+    fn insert(&mut self, gfn: Gfn) {
+        let n = (gfn.0 / 64) as usize;
+        if n >= self.0.len() {
+            self.0.resize(n + 1, 0);
+        }
+        self.0[n] |= 1 << (gfn.0 % 64);
+    }
+
+    fn contains(&self, gfn: Gfn) -> bool {
+        let word = self.0.get((gfn.0 / 64) as usize);
+        word.is_some_and(|w| w & 1 << (gfn.0 % 64) != 0)
+    }
+}
+
 /// By page number: address / 4096.
 #[derive(Debug, Default)]
 pub struct Mirror {
-    pages: BTreeMap<u64, Page>,
-    /// Mappings made since the last clearing: no less than the process has.
+    /// By page number / 512.
+    regions: BTreeMap<u64, Region>,
+    /// Pages that are mapped executable.
+    executable: BTreeSet<u64>,
+    /// Frames that are mapped writable somewhere, or were.
+    writable: Frames,
+    /// Mappings made, and taken away, since the last clearing: each adds two at most.
     ranges: usize,
     all_stale: bool,
     stale: Vec<u64>,
-    rights_stale: bool,
+    marks_seen: u64,
     exec_seen: u64,
 }
 
 /// Single pages remembered as stale before all are.
 const STALE_MAX: usize = 256;
 
+/// What decides about mappings beside the guest's tables.
+pub struct Facts<'a> {
+    pub memory: &'a GuestMemory,
+    pub code: &'a CodePages,
+    pub cr3: u64,
+}
+
+impl Facts<'_> {
+    /// What is left of a mapping now; `None` where nothing is.
+    fn now(&self, old: Page, m: Option<Mapping>) -> Option<Page> {
+        let m = m?;
+        if m.gfn != old.gfn || self.memory.fd_offset(m.gfn) != Some(old.offset) {
+            return None;
+        }
+        let mut prot = old.prot;
+        if !(m.writable && m.dirty) || self.code.contains(m.gfn) {
+            prot &= !WRITE;
+        }
+        if prot & EXEC != 0 && !(m.executable && self.code.is_direct(m.gfn)) {
+            // It may be writable now: it is mapped again when it is needed.
+            return None;
+        }
+        Some(Page { prot, ..old })
+    }
+}
+
 impl Mirror {
     pub fn get(&self, page: u64) -> Option<Page> {
-        self.pages.get(&page).copied()
+        self.regions.get(&(page >> 9))?.pages[(page & 511) as usize]
     }
 
     pub fn ranges(&self) -> usize {
@@ -68,9 +132,25 @@ impl Mirror {
         }
     }
 
-    /// Some frame has become one with code.
-    pub fn flush_rights(&mut self) {
-        self.rights_stale = true;
+    fn put(&mut self, at: u64, page: Page) {
+        if page.prot & EXEC != 0 {
+            self.executable.insert(at);
+        } else {
+            self.executable.remove(&at);
+        }
+        if page.prot & WRITE != 0 {
+            self.writable.insert(page.gfn);
+        }
+        let region = self.regions.entry(at >> 9).or_insert_with(|| Region {
+            table: None,
+            entries: Box::new([0; 512]),
+            pages: Box::new([None; 512]),
+            mapped: 0,
+        });
+        region.table = None;
+        let slot = &mut region.pages[(at & 511) as usize];
+        region.mapped += u16::from(slot.is_none());
+        *slot = Some(page);
     }
 
     /// Adds pages in ascending order, in place of what was there. Gives the calls that map them.
@@ -79,7 +159,7 @@ impl Mirror {
         let mut from = 0;
         for i in 0..new.len() {
             let (at, page) = new[i];
-            self.pages.insert(at, page);
+            self.put(at, page);
             let goes_on = new.get(i + 1).is_some_and(|&(next, p)| {
                 next == at + 1 && p.prot == page.prot && p.offset == page.offset + 4096
             });
@@ -94,196 +174,134 @@ impl Mirror {
         calls
     }
 
-    /// Compares what is stale with what `now` says of a page, and gives the calls that change what differs. `exec_changes` is the count behind
-    /// which executable pages must be asked for again.
-    pub fn refresh(
-        &mut self,
-        process: &Process,
-        exec_changes: u64,
-        mut now: impl FnMut(u64, Page) -> Option<Page>,
-    ) -> Vec<Call> {
-        let exec = self.exec_seen != exec_changes;
-        if !(self.all_stale || self.rights_stale || exec || !self.stale.is_empty()) {
-            return Vec::new();
-        }
-        self.exec_seen = exec_changes;
-        let suspects: Vec<u64> = if self.all_stale {
-            self.pages.keys().copied().collect()
-        } else {
-            let mut list = std::mem::take(&mut self.stale);
-            list.retain(|at| self.pages.contains_key(at));
-            if self.rights_stale || exec {
-                let by_right = self.pages.iter().filter(|(_, p)| {
-                    self.rights_stale && p.prot & WRITE != 0 || exec && p.prot & EXEC != 0
-                });
-                list.extend(by_right.map(|(at, _)| *at));
-            }
-            list.sort_unstable();
-            list.dedup();
-            list
-        };
-        self.all_stale = false;
-        self.rights_stale = false;
-        self.stale.clear();
-        let (mut gone, mut less) = (Vec::new(), Vec::new());
-        for at in suspects {
-            let old = self.pages[&at];
-            match now(at, old) {
-                Some(new) if new.gfn == old.gfn => {
-                    let prot = old.prot & new.prot;
-                    if prot != old.prot {
-                        less.push((at, Page { prot, ..old }));
-                    }
-                }
-                _ => gone.push(at),
-            }
-        }
-        let mut calls = self.unmap(&gone);
-        calls.extend(self.add(process, &less));
-        calls
+    /// Whether something was flushed, or code written, since the last refresh.
+    pub fn is_stale(&self, facts: &Facts) -> bool {
+        self.all_stale || !self.stale.is_empty() || self.exec_seen != facts.code.direct_changes()
     }
 
-    fn unmap(&mut self, pages: &[u64]) -> Vec<Call> {
+    /// Compares what is stale with the guest's tables, and gives the calls that change what differs.
+    pub fn refresh(&mut self, process: &Process, facts: &Facts) -> Vec<Call> {
+        let (marks, changes) = (facts.code.marks(), facts.code.direct_changes());
+        let (marked, exec) = (self.marks_seen != marks, self.exec_seen != changes);
+        if !(self.all_stale || marked || exec || !self.stale.is_empty()) {
+            return Vec::new();
+        }
+        let mut changed = Vec::new();
+        if self.all_stale {
+            self.compare(facts, &mut changed);
+        } else {
+            for at in std::mem::take(&mut self.stale) {
+                if let Some(old) = self.get(at) {
+                    let m = Table::of(facts.memory, facts.cr3, at >> 9)
+                        .and_then(|t| t.mapping(facts.memory, at));
+                    changed.push((at, old, facts.now(old, m)));
+                }
+            }
+        }
+        if marked
+            && facts
+                .code
+                .marked_since(self.marks_seen, |gfn| self.writable.contains(gfn))
+        {
+            for (at, old) in self.iter().filter(|(_, p)| p.prot & WRITE != 0) {
+                if facts.code.contains(old.gfn) {
+                    let prot = old.prot & !WRITE;
+                    changed.push((at, old, Some(Page { prot, ..old })));
+                }
+            }
+        }
+        if exec {
+            for &at in &self.executable {
+                if let Some(old) = self.get(at).filter(|p| !facts.code.is_direct(p.gfn)) {
+                    changed.push((at, old, None));
+                }
+            }
+        }
+        self.stale.clear();
+        self.all_stale = false;
+        self.marks_seen = marks;
+        self.exec_seen = changes;
+        self.apply(process, changed)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (u64, Page)> {
+        self.regions.iter().flat_map(|(&n, region)| {
+            let pages = region.pages.iter().enumerate();
+            pages.filter_map(move |(i, p)| p.map(|p| (n << 9 | i as u64, p)))
+        })
+    }
+
+    /// Compares everything with the guest's tables; adds what differs.
+    fn compare(&mut self, facts: &Facts, changed: &mut Vec<(u64, Page, Option<Page>)>) {
+        let mut now = [0u64; 512];
+        for (&n, region) in &mut self.regions {
+            let table = Table::of(facts.memory, facts.cr3, n);
+            let read = table.is_some_and(|t| t.read(facts.memory, &mut now));
+            if !read {
+                now.fill(0);
+            }
+            let same_table = table.is_some() && table == region.table;
+            if same_table && now == *region.entries {
+                continue;
+            }
+            for (i, old) in region.pages.iter().enumerate() {
+                let Some(old) = *old else { continue };
+                if same_table && now[i] == region.entries[i] {
+                    continue;
+                }
+                let m = table
+                    .filter(|_| read)
+                    .and_then(|t| t.mapping_by(now[i], i as u64));
+                let left = facts.now(old, m);
+                if left != Some(old) {
+                    changed.push((n << 9 | i as u64, old, left));
+                }
+            }
+            region.table = table;
+            *region.entries = now;
+        }
+    }
+
+    /// Takes over what has changed: at a page, from what it was, to what is left of it.
+    fn apply(
+        &mut self,
+        process: &Process,
+        mut changed: Vec<(u64, Page, Option<Page>)>,
+    ) -> Vec<Call> {
+        // What was found for several reasons keeps the least.
+        changed.sort_unstable_by_key(|&(at, _, left)| (at, left.map(|p| p.prot)));
+        changed.dedup_by_key(|&mut (at, ..)| at);
         let mut calls: Vec<Call> = Vec::new();
-        for &at in pages {
-            self.pages.remove(&at);
+        // Each may leave a mapping in two pieces.
+        for &(at, ..) in changed.iter().filter(|(_, _, left)| left.is_none()) {
+            self.remove(at);
             match calls.last_mut() {
                 Some(last) if last[1] + last[2] == at << 12 => last[2] += 4096,
                 _ => calls.push(Process::unmap_call(at << 12, 4096)),
             }
         }
+        self.ranges += calls.len();
+        let less: Vec<(u64, Page)> = changed
+            .iter()
+            .filter_map(|&(at, old, left)| left.filter(|p| *p != old).map(|p| (at, p)))
+            .collect();
+        calls.extend(self.add(process, &less));
         calls
     }
-}
 
-/// What the guest's tables say of a page that user code may read.
-#[derive(Clone, Copy, Debug)]
-pub struct Mapping {
-    pub gfn: Gfn,
-    pub writable: bool,
-    pub dirty: bool,
-    pub accessed: bool,
-    pub executable: bool,
-}
-
-/// Reads the guest's 4-level tables without changing them. `None` where user code has no access.
-pub fn look_up(memory: &GuestMemory, cr3: u64, page: u64) -> Option<Mapping> {
-    const ADDRESS: u64 = ((1 << 46) - 1) & !0xfff;
-    const PRESENT_USER: u64 = 5;
-    let (mut table, mut all, mut any) = (cr3 & ADDRESS, 2u64, 0u64);
-    for level in (0..4).rev() {
-        let slot = table + (page >> (9 * level) & 0x1ff) * 8;
-        let entry: u64 = memory.read_obj(hospes_units::Gpa(slot)).ok()?;
-        if entry & PRESENT_USER != PRESENT_USER {
-            return None;
+    fn remove(&mut self, at: u64) {
+        self.executable.remove(&at);
+        let Some(region) = self.regions.get_mut(&(at >> 9)) else {
+            return;
+        };
+        let slot = &mut region.pages[(at & 511) as usize];
+        region.mapped -= u16::from(slot.is_some());
+        *slot = None;
+        if region.mapped == 0 {
+            self.regions.remove(&(at >> 9));
         }
-        all &= entry;
-        any |= entry;
-        let large = level > 0 && entry & 1 << 7 != 0;
-        if level == 0 || large {
-            if large && level == 3 {
-                return None;
-            }
-            let inside = page & ((1 << (9 * level)) - 1);
-            let first = (entry & ADDRESS) >> 12 & !((1u64 << (9 * level)) - 1);
-            return Some(Mapping {
-                gfn: Gfn(first + inside),
-                writable: all & 2 != 0,
-                dirty: entry & 1 << 6 != 0,
-                accessed: entry & 1 << 5 != 0,
-                executable: any >> 63 == 0,
-            });
-        }
-        table = entry & ADDRESS;
     }
-    None
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::fd::AsRawFd;
-
-    use hospes_memory::Range;
-
-    use super::*;
-
-    fn page(n: u64, prot: u8) -> Page {
-        Page {
-            gfn: Gfn(n),
-            offset: n * 4096,
-            prot,
-        }
-    }
-
-    fn with_mirror(f: impl FnOnce(&Process, Mirror)) {
-        let range = Range {
-            start: 0,
-            end: 1 << 20,
-        };
-        let memory = GuestMemory::new(&[range]).unwrap();
-        let process = Process::new(memory.fd().as_raw_fd()).unwrap();
-        f(&process, Mirror::default());
-    }
-
-    #[test]
-    fn add_joins_what_is_contiguous_on_both_sides() {
-        with_mirror(|process, mut mirror| {
-            let new = [
-                (16, page(4, READ)),
-                (17, page(5, READ)),
-                (18, page(6, READ | WRITE)),
-                (20, page(7, READ | WRITE)),
-            ];
-            let calls = mirror.add(process, &new);
-            assert_eq!(calls.len(), 3);
-            assert_eq!((calls[0][1], calls[0][2]), (16 << 12, 8192));
-            process.batch(&calls).unwrap();
-        });
-    }
-
-    #[test]
-    fn refresh_removes_what_is_gone_and_lowers_rights() {
-        with_mirror(|process, mut mirror| {
-            let both = READ | WRITE;
-            mirror.add(
-                process,
-                &[(1, page(1, both)), (2, page(2, both)), (3, page(3, both))],
-            );
-            assert!(mirror.refresh(process, 0, |_, p| Some(p)).is_empty());
-            mirror.flush_all();
-            let calls = mirror.refresh(process, 0, |at, p| match at {
-                1 => None,
-                2 => Some(Page { prot: READ, ..p }),
-                _ => Some(p),
-            });
-            assert_eq!(calls.len(), 2);
-            assert_eq!(mirror.get(1), None);
-            assert_eq!(mirror.get(2).unwrap().prot, READ);
-            assert_eq!(mirror.get(3).unwrap().prot, both);
-        });
-    }
-
-    #[test]
-    fn refresh_asks_again_for_executable_pages_after_a_change() {
-        with_mirror(|process, mut mirror| {
-            mirror.add(process, &[(1, page(1, READ | EXEC)), (2, page(2, READ))]);
-            let mut asked = Vec::new();
-            mirror.refresh(process, 1, |at, p| {
-                asked.push(at);
-                Some(p)
-            });
-            assert_eq!(asked, [1]);
-        });
-    }
-
-    #[test]
-    fn flush_page_asks_for_that_page() {
-        with_mirror(|process, mut mirror| {
-            mirror.add(process, &[(1, page(1, READ)), (2, page(2, READ))]);
-            mirror.flush_page(2);
-            mirror.flush_page(9);
-            let calls = mirror.refresh(process, 0, |_, _| None);
-            assert_eq!(calls, [Process::unmap_call(2 << 12, 4096)]);
-        });
-    }
-}
+mod tests;

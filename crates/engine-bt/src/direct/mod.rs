@@ -10,8 +10,8 @@
 //!   last written.
 //! * Each vCPU has its own processes: they are flushed when its TLB is.
 //!
-//! Limits: MXCSR may be lost where all XMM registers are zero. 64-bit code with flat selectors and 4-level paging; without debug registers, single stepping or a shifted TSC. Instructions that the host has and the guest's CPUID does
-//! not show are executed.
+//! Limits: 64-bit code with flat selectors and 4-level paging; without debug registers, single stepping or a shifted TSC. Instructions that the host has and the guest's CPUID does not show are executed; where they use registers that the guest's XCR0 does not
+//! cover, the program is back in the translator, which knows no such instructions, from the next burst on.
 
 mod mirror;
 mod policy;
@@ -19,8 +19,9 @@ pub mod process;
 mod run;
 mod scan;
 mod stub;
+mod tables;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 
 use hospes_units::Gva;
 
@@ -32,12 +33,12 @@ use crate::vm::Execution;
 
 /// Address spaces of one vCPU that have a process at a time.
 const SPACES: usize = 12;
-/// Mappings of a process before it is emptied: the host's default limit is 65,530.
-const MOST_RANGES: usize = 40_000;
+/// Changes of a process's mappings before it is emptied: each makes two of them at most, and the host's default limit is 65,530.
+const MOST_RANGES: usize = 30_000;
 
 /// What a scan of a frame came to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Suspects {
+pub(crate) enum Suspects {
     /// At these offsets, few enough for breakpoints.
     At(Vec<u16>),
     Many,
@@ -59,6 +60,8 @@ struct Space {
     accounted_ns: u64,
     /// The process is in a state that it cannot be brought out of.
     tainted: bool,
+    /// The code has used registers that the guest's processor does not have.
+    foreign: bool,
 }
 
 /// A vCPU's side of direct execution.
@@ -72,9 +75,6 @@ pub(crate) struct Direct {
     pass: bool,
     /// User code runs in an address space that is run natively: jumps are not remembered, so that each comes back here.
     pub hold_jumps: bool,
-    /// Frames that were scanned, at this count of changes.
-    suspects: HashMap<u64, Suspects>,
-    suspects_at: u64,
     scratch: Vec<u8>,
 }
 
@@ -87,8 +87,6 @@ impl Direct {
             spaces: Vec::new(),
             pass: false,
             hold_jumps: false,
-            suspects: HashMap::new(),
-            suspects_at: 0,
             scratch: Vec::new(),
         }
     }
@@ -110,13 +108,6 @@ impl Direct {
     pub fn flush_page(&mut self, gva: Gva) {
         for space in &mut self.spaces {
             space.mirror.flush_page(gva.0 >> 12);
-        }
-    }
-
-    /// Some frame has become one with code, which nobody may write unseen.
-    pub fn flush_rights(&mut self) {
-        for space in &mut self.spaces {
-            space.mirror.flush_rights();
         }
     }
 }

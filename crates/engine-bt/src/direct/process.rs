@@ -1,7 +1,7 @@
 //! An address-space process: an otherwise empty process in which guest user code runs natively, traced by one vCPU's thread.
 //!
 //! It holds nothing but what is mapped into it from the guest's memory file, and one small area of ours at a random address: a page of code that
-//! makes mapping calls, and the table of those calls. It runs guest code under `PTRACE_SYSEMU` only, so no system call of the guest is ever
+//! makes mapping calls, the table of those calls, and a page that the code writes for us to read. It runs guest code under `PTRACE_SYSEMU` only, so no system call of the guest is ever
 //! carried out by the host; a filter allows mapping calls alone should one get through. It dies with the tracing thread.
 
 use std::ffi::{CStr, c_int, c_void};
@@ -15,7 +15,9 @@ use super::stub::{self, Call};
 const PAGE: usize = 4096;
 /// Pages of the table of calls.
 const TABLE_PAGES: usize = 16;
-const AREA_BYTES: usize = (1 + TABLE_PAGES) * PAGE;
+/// A page behind the table that code of ours writes.
+const SCRATCH: usize = (1 + TABLE_PAGES) * PAGE;
+const AREA_BYTES: usize = SCRATCH + PAGE;
 /// Most calls of one batch.
 pub const BATCH_CALLS: usize = TABLE_PAGES * PAGE / size_of::<Call>();
 
@@ -24,8 +26,8 @@ pub const USER_END: u64 = 0x7fff_ffff_f000;
 
 /// Breakpoints a process may have: those of the processor.
 pub const BREAKPOINTS: usize = 4;
-/// `si_code` of a stop at one of them.
-pub const AT_BREAKPOINT: i32 = 4;
+/// `si_code` of a stop behind an INT3.
+pub const AFTER_INT3: i32 = 0x80;
 /// `si_code` of a stop behind an instruction that was executed with TF set.
 pub const AFTER_STEP: i32 = 2;
 
@@ -305,36 +307,39 @@ impl Process {
 
     /// Maps the area at a new random address, by a system-call instruction at `via`.
     fn map_area(&mut self, via: u64) -> Result<()> {
-        let prot = [libc::PROT_READ | libc::PROT_EXEC, libc::PROT_READ];
         for _ in 0..16 {
             let mut random = [0u8; 8];
             // SAFETY: the buffer has the given size.
             check(unsafe { libc::getrandom(random.as_mut_ptr().cast(), 8, 0) } as i64)?;
             // Between 4 GiB and 64 TiB.
             let base = (u64::from_le_bytes(random) & 0x3fff_ffff_f000) | 1 << 32;
-            let flags = libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE;
-            let map = |at: u64, bytes: usize, prot: i32, offset: usize| {
+            let map = |offset: usize, bytes: usize, prot: i32, flags: i32| {
                 [
                     libc::SYS_mmap as u64,
-                    at,
+                    base + offset as u64,
                     bytes as u64,
                     prot as u64,
-                    flags as u64,
+                    (libc::MAP_SHARED | flags) as u64,
                     self.area_fd.as_raw_fd() as u64,
                     offset as u64,
                 ]
             };
-            if self.call(via, map(base, PAGE, prot[0], 0))? as u64 != base {
+            // The whole of it, where nothing else is; then its parts with other rights, by the first one's code.
+            let code = libc::PROT_READ | libc::PROT_EXEC;
+            let whole = map(0, AREA_BYTES, code, libc::MAP_FIXED_NOREPLACE);
+            if self.call(via, whole)? as u64 != base {
                 continue;
             }
-            let table = map(base + PAGE as u64, AREA_BYTES - PAGE, prot[1], PAGE);
-            if self.call(base + stub::ONE, table)? as u64 != base + PAGE as u64 {
-                self.call(
-                    base + stub::ONE,
-                    [libc::SYS_munmap as u64, base, PAGE as u64, 0, 0, 0, 0],
-                )?;
-                continue;
-            }
+            let one = base + stub::ONE;
+            let table = map(PAGE, SCRATCH - PAGE, libc::PROT_READ, libc::MAP_FIXED);
+            self.call_checked(one, table)?;
+            let scratch = map(
+                SCRATCH,
+                PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_FIXED,
+            );
+            self.call_checked(one, scratch)?;
             self.base = base;
             return Ok(());
         }
@@ -527,6 +532,18 @@ impl Process {
         let p = (&raw mut vector).cast();
         ptrace(libc::PTRACE_GETREGSET, self.pid, NT_X86_XSTATE, p)?;
         Ok(vector.iov_len)
+    }
+
+    /// The register as it is: where all XMM registers are zero, AMD's processors leave it out of what the kernel keeps for a tracer.
+    pub fn mxcsr(&self) -> Result<u32> {
+        let mut regs = self.template;
+        regs.rip = self.base + stub::MXCSR;
+        regs.r12 = self.base + SCRATCH as u64;
+        self.run_stub(&mut regs)?;
+        // SAFETY: the page lies in the mapped area; the process that shares it is stopped.
+        let value = unsafe { ptr::read_volatile(self.area.add(SCRATCH).cast::<u32>()) };
+        // Whoever else wrote there, no reserved bit gets any further.
+        Ok(value & 0xffff)
     }
 
     /// Sets x87, SSE and AVX state from an image in the standard format; all other components are in their initial state afterwards.

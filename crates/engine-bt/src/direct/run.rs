@@ -5,19 +5,24 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use hospes_engine::{CpuState, Exit, Segment, cr, reg, rflags, seg};
+use hospes_engine::{CpuState, EngineError, Exit, Segment, cr, reg, rflags, seg};
 use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE};
 
-use super::mirror::{EXEC, Mapping, Mirror, Page, READ, WRITE, look_up};
-use super::process::{AFTER_STEP, AT_BREAKPOINT, BREAKPOINTS, Process, Registers, Stop, USER_END};
+use super::mirror::{EXEC, Facts, Mirror, Page, READ, WRITE};
+use super::process::{AFTER_INT3, AFTER_STEP, BREAKPOINTS, Process, Registers, Stop, USER_END};
+use super::tables::{Mapping, look_up};
 use super::{MOST_RANGES, SPACES, Space, Suspects, scan};
+use crate::blocks::Blocks;
 use crate::exec::{self, Access, Step, debug_active};
 use crate::fpu;
 use crate::vcpu::BtVcpu;
+use crate::vm::{Translations, host_error};
 
 /// Selectors of 64-bit Linux programs, the only ones that native code may be started with.
 const USER_CS: u16 = 0x33;
 const USER_SS: u16 = 0x2b;
+/// That of 32-bit programs.
+const COMPAT_CS: u16 = 0x23;
 /// Flags that native code changes.
 const OWN_FLAGS: u64 =
     rflags::STATUS | rflags::DF | rflags::TF | rflags::NT | rflags::AC | rflags::ID;
@@ -26,12 +31,26 @@ const FORBIDDEN_FLAGS: u64 =
     rflags::TF | rflags::RF | rflags::AC | rflags::NT | rflags::ID | rflags::IOPL | rflags::VM;
 /// Pages looked at around one that is missing: a power of 2.
 const WINDOW: u64 = 64;
+/// Pages of code scanned around one that is missing.
+const SCANS: u32 = 16;
 /// Addresses below are the host's to refuse (vm.mmap_min_addr).
 const LOWEST_PAGE: u64 = 16;
 /// Instructions that the engine executes within one burst before the translator takes over.
 const STEPS: u32 = 64;
+const XSTATE_SSE: u8 = 2;
+/// Components of the XSAVE image that AVX-512 code uses: mask registers, upper halves, registers from 16 on.
+const XSTATE_AVX512: u8 = 0xe0;
 const PCID: u64 = 0xfff;
 const ROOT: u64 = ((1 << 46) - 1) & !0xfff;
+
+/// What a burst was.
+#[derive(Default)]
+struct Spent {
+    /// In the process.
+    time: Duration,
+    /// Instructions that the engine executed in between.
+    steps: u32,
+}
 
 /// Why a burst ended.
 enum End {
@@ -43,6 +62,8 @@ enum End {
     Exit(Exit),
     /// The process is of no more use.
     Broken,
+    /// Somebody has killed the process, and the guest's registers with it.
+    Dead,
 }
 
 /// What became of a fault.
@@ -135,14 +156,14 @@ impl BtVcpu {
     }
 
     /// Runs the guest's user code natively until something stops it.
-    pub(crate) fn run_direct(&mut self) -> Option<Exit> {
+    pub(crate) fn run_direct(&mut self) -> Result<Option<Exit>, EngineError> {
         let root = self.host.frame.cpu.cr3 & ROOT;
         let Some(mut space) = self.take_space(root) else {
             self.host.direct.policy.give_up(root);
-            return None;
+            return Ok(None);
         };
-        let mut time = Duration::ZERO;
-        let end = self.run_space(&mut space, &mut time).unwrap_or(End::Broken);
+        let mut spent = Spent::default();
+        let end = self.run_space(&mut space, &mut spent).unwrap_or(End::Dead);
         let used_ns = space.process.cpu_time_ns();
         self.host
             .control
@@ -153,20 +174,31 @@ impl BtVcpu {
             End::Broken => {
                 drop(space);
                 direct.policy.give_up(root);
-                return None;
+                return Ok(None);
+            }
+            End::Dead => {
+                return Err(host_error(
+                    "the process that executed user code of the guest",
+                    "it has been killed, and the state of that code with it: see whether the host is short of memory, or set engine_direct=0",
+                ));
             }
             End::Pass => direct.pass = true,
             _ => {}
         }
+        let interrupted = matches!(end, End::Interrupted);
+        direct
+            .policy
+            .burst(root, spent.time / (1 + spent.steps), interrupted);
+        if std::mem::take(&mut space.foreign) {
+            direct.policy.give_up(root);
+        }
         if !space.tainted {
             direct.spaces.push(space);
         }
-        let interrupted = matches!(end, End::Interrupted);
-        direct.policy.burst(root, time, interrupted);
-        match end {
+        Ok(match end {
             End::Exit(exit) => Some(exit),
             _ => None,
-        }
+        })
     }
 
     /// The address space's process, or one that is empty.
@@ -195,6 +227,7 @@ impl BtVcpu {
                 breakpoints: Vec::new(),
                 accounted_ns: 0,
                 tainted: false,
+                foreign: false,
             });
         }
         let mut space = direct.spaces.remove(0);
@@ -207,20 +240,36 @@ impl BtVcpu {
         Some(space)
     }
 
-    fn run_space(&mut self, space: &mut Space, time: &mut Duration) -> io::Result<End> {
+    /// Runs until something ends the burst. Whatever fails in preparing the process leaves the guest with the state that it has there.
+    fn run_space(&mut self, space: &mut Space, spent: &mut Spent) -> io::Result<End> {
+        let Ok(mut regs) = self.load_native(space) else {
+            return Ok(End::Broken);
+        };
+        let end = self.run_from(space, &mut regs, spent);
+        if end.is_err() {
+            self.store_native(space, &regs)?;
+            return Ok(End::Broken);
+        }
+        end
+    }
+
+    fn run_from(
+        &mut self,
+        space: &mut Space,
+        regs: &mut Registers,
+        spent: &mut Spent,
+    ) -> io::Result<End> {
         let pcid = (self.host.frame.cpu.cr3 & PCID) as u16;
         if space.pcid != pcid {
             space.pcid = pcid;
             space.mirror.flush_all();
         }
-        let mut regs = self.load_native(space)?;
-        let mut steps = 0;
         loop {
             self.refresh(space)?;
             // Mapping calls use the registers, too.
-            space.process.set_registers(&regs)?;
+            space.process.set_registers(regs)?;
             if self.host.control.has_requests() {
-                self.store_native(space, &regs)?;
+                self.store_native(space, regs)?;
                 return Ok(End::Interrupted);
             }
             self.host.control.enter_direct(space.process.kick_fd());
@@ -230,41 +279,45 @@ impl BtVcpu {
             } else {
                 let start = Instant::now();
                 let stop = space.process.run();
-                *time += start.elapsed();
+                spent.time += start.elapsed();
                 stop
             };
             self.host.control.leave_direct();
             let stop = stop?;
             if stop == Stop::Dead {
-                return Err(io::Error::other("the process has died"));
+                return Ok(End::Dead);
             }
-            regs = space.process.registers()?;
+            *regs = space.process.registers()?;
             match stop {
                 Stop::Fault {
                     signal: libc::SIGSEGV,
                     address,
                     ..
                 } => match self.fill(space, address, regs.rip, false)? {
-                    Filled::Mapped => continue,
+                    Filled::Mapped => {
+                        // The fault has set it, and it would pass over a breakpoint just made at this instruction.
+                        regs.eflags &= !rflags::RF;
+                        continue;
+                    }
                     Filled::Step => {}
                     Filled::Excluded => {
-                        self.store_native(space, &regs)?;
+                        self.store_native(space, regs)?;
                         return Ok(End::Done);
                     }
                 },
                 Stop::Kick => {
-                    self.store_native(space, &regs)?;
+                    self.store_native(space, regs)?;
                     return Ok(End::Interrupted);
                 }
                 Stop::Syscall => {
                     // The processor has done its part of SYSCALL; done again it does the same.
                     regs.rip -= 2;
                     regs.rax = regs.orig_rax;
-                    self.store_native(space, &regs)?;
+                    self.store_native(space, regs)?;
                     return Ok(End::Pass);
                 }
                 Stop::Vsyscall => {
-                    self.store_native(space, &regs)?;
+                    self.store_native(space, regs)?;
                     self.step();
                     return Ok(End::Broken);
                 }
@@ -273,7 +326,7 @@ impl BtVcpu {
                     code: AFTER_STEP,
                     ..
                 } => {
-                    self.store_native(space, &regs)?;
+                    self.store_native(space, regs)?;
                     return Ok(match self.single_stepped() {
                         Step::Exit(exit) => End::Exit(exit),
                         Step::Continue => End::Done,
@@ -283,18 +336,18 @@ impl BtVcpu {
                     signal: libc::SIGTRAP,
                     code,
                     ..
-                } if code != AT_BREAKPOINT => regs.rip = self.before_trap(regs.rip),
+                } if code == AFTER_INT3 => regs.rip = self.before_trap(regs.rip),
                 Stop::Fault { .. } | Stop::Dead => {}
             }
-            self.store_native(space, &regs)?;
-            steps += 1;
+            self.store_native(space, regs)?;
+            spent.steps += 1;
             if let Step::Exit(exit) = self.step() {
                 return Ok(End::Exit(exit));
             }
             if !suits(&self.host.frame.cpu) {
                 return Ok(End::Done);
             }
-            if steps == STEPS {
+            if spent.steps == STEPS {
                 return Ok(End::Pass);
             }
             if let Stop::Fault {
@@ -306,7 +359,7 @@ impl BtVcpu {
                 let rip = self.host.frame.cpu.rip;
                 self.fill(space, address, rip, true)?;
             }
-            regs = self.load_native(space)?;
+            *regs = self.load_native(space)?;
         }
     }
 
@@ -353,6 +406,15 @@ impl BtVcpu {
         cpu.rflags = cpu.rflags & !OWN_FLAGS | regs.eflags & OWN_FLAGS;
         // A tracer cannot clear this one.
         space.tainted |= regs.eflags & rflags::ID != 0;
+        if regs.cs == u64::from(COMPAT_CS) {
+            // A far transfer that does not trap: the host has the same segment there.
+            cpu.seg[seg::CS] = Segment {
+                base: 0,
+                limit: u32::MAX,
+                selector: COMPAT_CS,
+                attr: 0xc0fb,
+            };
+        }
         for (s, selector) in [
             (seg::DS, regs.ds),
             (seg::ES, regs.es),
@@ -369,25 +431,26 @@ impl BtVcpu {
         let (bytes, components) = fpu::extent(wide);
         let image = &mut cpu.xsave.0;
         space.process.read_xstate(&mut image[..bytes])?;
+        if image[512] & XSTATE_SSE == 0 {
+            image[24..28].copy_from_slice(&space.process.mxcsr()?.to_le_bytes());
+        }
         // What the kernel says of its own format there is not the guest's.
         image[416..512].fill(0);
+        space.foreign |= image[512] & XSTATE_AVX512 & !(components as u8) != 0;
         image[512] &= components as u8;
         image[513..576].fill(0);
         fpu::load(&mut self.host.frame);
         Ok(())
     }
 
-    /// The program counter of the instruction behind which a trap came.
+    /// The program counter of the INT3 behind which a trap came.
     fn before_trap(&self, rip: u64) -> u64 {
         const INT3: u8 = 0xcc;
-        const INT1: u8 = 0xf1;
-        const INT_N: u8 = 0xcd;
-        match (
-            self.code_byte(rip.wrapping_sub(2)),
-            self.code_byte(rip.wrapping_sub(1)),
-        ) {
-            (_, Some(INT3 | INT1)) => rip.wrapping_sub(1),
-            (Some(INT_N), Some(3)) => rip.wrapping_sub(2),
+        const INT_N: [Option<u8>; 2] = [Some(0xcd), Some(3)];
+        let [first, last] = [2, 1].map(|n| self.code_byte(rip.wrapping_sub(n)));
+        match (first, last) {
+            (_, Some(INT3)) => rip.wrapping_sub(1),
+            _ if [first, last] == INT_N => rip.wrapping_sub(2),
             _ => rip,
         }
     }
@@ -410,36 +473,24 @@ impl BtVcpu {
 
     /// Makes the process's mappings agree with what has been flushed.
     fn refresh(&mut self, space: &mut Space) -> io::Result<()> {
-        if space.mirror.ranges() > MOST_RANGES {
-            space.process.unmap_all()?;
-            space.mirror.clear();
+        let facts = Facts {
+            memory: &self.host.shared.memory,
+            code: &self.host.shared.pages,
+            cr3: self.host.frame.cpu.cr3,
+        };
+        if space.mirror.is_stale(&facts) {
+            space.excluded.clear();
         }
-        let shared = self.host.shared.clone();
-        let cr3 = self.host.frame.cpu.cr3;
-        let changes = shared.pages.direct_changes();
-        let excluded = &mut space.excluded;
-        let calls = space.mirror.refresh(&space.process, changes, |at, old| {
-            excluded.clear();
-            let m = look_up(&shared.memory, cr3, at)?;
-            let code = shared.pages.contains(m.gfn);
-            let mut prot = READ;
-            if m.writable && m.dirty && !code {
-                prot |= WRITE;
-            }
-            if m.executable && shared.pages.is_direct(m.gfn) {
-                prot |= EXEC;
-            }
-            // An executable page that was written may be writable now: it is mapped again when it is needed.
-            (old.prot & EXEC == 0 || prot & EXEC != 0).then_some(Page {
-                gfn: m.gfn,
-                prot,
-                ..old
-            })
-        });
+        let calls = space.mirror.refresh(&space.process, &facts);
         if calls.is_empty() {
             return Ok(());
         }
-        space.process.batch(&calls)?;
+        if space.mirror.ranges() > MOST_RANGES {
+            space.process.unmap_all()?;
+            space.mirror.clear();
+        } else {
+            space.process.batch(&calls)?;
+        }
         let mirror = &space.mirror;
         let before = space.breakpoints.len();
         space
@@ -480,14 +531,17 @@ impl BtVcpu {
         if old.is_none() && here.writable && !here.dirty && !stepped && !fetched {
             return Ok(Filled::Step);
         }
-        let Some(mut new) = self.page(here) else {
+        let fetched = fetched && !stepped && here.executable;
+        if fetched && !self.may_execute(space, page, here.gfn)? {
+            space.excluded.insert(page);
+            return Ok(Filled::Excluded);
+        }
+        let shared = self.host.shared.clone();
+        let mut guard = shared.translations.lock().expect("translations");
+        let Some(mut new) = self.page(&guard.blocks, here) else {
             return Ok(Filled::Step);
         };
-        if fetched && !stepped && here.executable {
-            if !self.may_execute(space, page, here.gfn)? {
-                space.excluded.insert(page);
-                return Ok(Filled::Excluded);
-            }
+        if fetched {
             new.prot = READ | EXEC;
         }
         if old.is_some_and(|o| o.gfn == new.gfn && o.prot & new.prot == new.prot) {
@@ -496,38 +550,39 @@ impl BtVcpu {
         let cr3 = self.host.frame.cpu.cr3;
         let first = page & !(WINDOW - 1);
         let mut list = Vec::new();
+        let mut scans = if fetched { SCANS } else { 0 };
         for at in first..first + WINDOW {
             if at == page {
                 list.push((at, new));
                 continue;
             }
-            let around = (space.mirror.get(at).is_none()
-                && at >= LOWEST_PAGE
-                && !space.process.in_area(at << 12))
-            .then(|| look_up(&self.host.shared.memory, cr3, at))
-            .flatten()
-            .filter(|m| m.accessed)
-            .and_then(|m| self.page(m));
-            if let Some(p) = around {
+            if space.mirror.get(at).is_some() || at < LOWEST_PAGE || space.process.in_area(at << 12)
+            {
+                continue;
+            }
+            let Some(m) = look_up(&shared.memory, cr3, at).filter(|m| m.accessed) else {
+                continue;
+            };
+            // Code that nobody writes: it is probably needed soon.
+            if scans > 0 && m.executable && !m.writable && guard.blocks.scan(m.gfn).is_none() {
+                scans -= 1;
+                self.scan(&mut guard, m.gfn);
+            }
+            if let Some(p) = self.page(&guard.blocks, m) {
                 list.push((at, p));
             }
         }
+        drop(guard);
         let calls = space.mirror.add(&space.process, &list);
         space.process.batch(&calls)?;
-        // Frames that were marked as code meanwhile must not be writable.
-        space.mirror.flush_rights();
         Ok(Filled::Mapped)
     }
 
     /// How a page is to be mapped; `None` where it is no memory. Executable only if that needs no breakpoint.
-    fn page(&self, m: Mapping) -> Option<Page> {
+    fn page(&self, blocks: &Blocks, m: Mapping) -> Option<Page> {
         let pages = &self.host.shared.pages;
         let offset = self.host.shared.memory.fd_offset(m.gfn)?;
-        let direct = &self.host.direct;
-        let clean = m.executable
-            && pages.is_direct(m.gfn)
-            && direct.suspects_at == pages.direct_changes()
-            && direct.suspects.get(&m.gfn.0) == Some(&Suspects::At(Vec::new()));
+        let clean = m.executable && blocks.scan(m.gfn) == Some(&Suspects::At(Vec::new()));
         let mut prot = READ;
         if clean {
             prot |= EXEC;
@@ -543,9 +598,12 @@ impl BtVcpu {
 
     /// Sees to it that a page can be executed; false where it must not.
     fn may_execute(&mut self, space: &mut Space, page: u64, gfn: Gfn) -> io::Result<bool> {
-        let Suspects::At(suspects) = self.suspects(gfn) else {
+        let shared = self.host.shared.clone();
+        let mut guard = shared.translations.lock().expect("translations");
+        let Suspects::At(suspects) = self.scan(&mut guard, gfn) else {
             return Ok(false);
         };
+        drop(guard);
         let at = |offset: &u16| page << 12 | u64::from(*offset);
         let new: Vec<u64> = suspects
             .iter()
@@ -563,22 +621,13 @@ impl BtVcpu {
     }
 
     /// What a frame that is to be executed holds; writes to it are noticed from now on.
-    fn suspects(&mut self, gfn: Gfn) -> Suspects {
-        let shared = self.host.shared.clone();
-        let changes = shared.pages.direct_changes();
-        let direct = &mut self.host.direct;
-        if direct.suspects_at != changes {
-            direct.suspects_at = changes;
-            direct.suspects.clear();
-        }
-        if let Some(known) = direct.suspects.get(&gfn.0) {
+    fn scan(&mut self, t: &mut Translations, gfn: Gfn) -> Suspects {
+        if let Some(known) = t.blocks.scan(gfn) {
             return known.clone();
         }
-        if !shared.pages.is_direct(gfn) {
-            let mut guard = shared.translations.lock().expect("translations");
-            self.mark_code(&mut guard, gfn.gpa());
-            shared.pages.mark_direct(gfn);
-        }
+        let shared = self.host.shared.clone();
+        self.mark_code(t, gfn.gpa());
+        shared.pages.mark_direct(gfn);
         let mut page = [0; PAGE_SIZE as usize];
         let found = match shared.memory.read(gfn.gpa(), &mut page) {
             Ok(()) => scan::suspects(&page),
@@ -588,7 +637,7 @@ impl BtVcpu {
             Some(list) if list.len() <= BREAKPOINTS => Suspects::At(list),
             _ => Suspects::Many,
         };
-        self.host.direct.suspects.insert(gfn.0, found.clone());
+        t.blocks.set_scan(gfn, found.clone());
         found
     }
 }

@@ -1,13 +1,18 @@
 //! Whether a page of guest code may be executed natively.
 //!
 //! Some instructions show the host's processor instead of the guest's and do not trap at CPL 3: CPUID without faulting, RDTSCP, RDPID, XGETBV, the XSAVE family with
-//! the host's XCR0, and those that read descriptor tables. INT traps as something else than it is. The processor's breakpoints stop before the few of a page; pages with more stay in the translator. What a jump into the middle of other instructions could still
-//! find are facts about the host's processor, never a way out: the process has nothing else in it.
+//! the host's XCR0, and those that read descriptor tables. Calls of a hypervisor would reach the one that the host itself runs on. Two vectors of INT trap as
+//! something else than they are. The processor's breakpoints stop before the few of a page; pages with more stay in the translator. What a jump into the middle
+//! of other instructions could still find are facts about the host's processor, never a way out: the process has nothing else in it.
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
 
 fn is_suspect(i: &Instruction) -> bool {
     use Mnemonic::*;
+    if i.mnemonic() == Int {
+        // The host reports that of INTO behind it, and cuts the number of a system call.
+        return matches!(i.immediate8(), 4 | 0x80);
+    }
     matches!(
         i.mnemonic(),
         Cpuid
@@ -38,7 +43,11 @@ fn is_suspect(i: &Instruction) -> bool {
             | Rdpkru
             | Wrpkru
             | Sysenter
-            | Int
+            | Int1
+            | Vmcall
+            | Vmmcall
+            | Vmgexit
+            | Vmfunc
             | Rdpmc
             | Rdpru
             | Serialize
@@ -52,13 +61,25 @@ fn is_suspect(i: &Instruction) -> bool {
 
 /// Where in a page instructions may lie that must not be executed natively, as offsets; `None` if that cannot be said.
 pub fn suspects(page: &[u8]) -> Option<Vec<u16>> {
-    // What goes on in the next page is not seen.
-    if matches!(page, [.., 0x0f] | [.., 0x0f, 0x01 | 0xc7]) {
+    // What goes on in the next page, or began in the one before, is not seen.
+    if matches!(page, [.., 0x0f] | [.., 0x0f, 0x01 | 0xae | 0xc7])
+        || matches!(page, [0x0f, 0xc7, 0xf8..=0xff, ..])
+    {
         return None;
     }
-    // Whatever the boundaries of the instructions are, these are too easily found in any code to be left to them.
+    // Whatever the boundaries of the instructions are, these are too easily found in any code to be left to them, or change memory.
     let anywhere = |i: usize| match page[i..] {
-        [0x0f, 0xa2, ..] | [0x0f, 0x01, 0xd0 | 0xf9 | 0xee | 0xef, ..] => Some(i),
+        [0x0f, 0xa2, ..] => Some(i),
+        // XGETBV, VMCALL, VMFUNC, VMMCALL, RDTSCP, RDPKRU, WRPKRU.
+        [
+            0x0f,
+            0x01,
+            0xd0 | 0xc1 | 0xd4 | 0xd9 | 0xf9 | 0xee | 0xef,
+            ..,
+        ] => Some(i),
+        // XSAVE, XRSTOR and XSAVEOPT, or XRSTORS, XSAVEC and XSAVES: of memory.
+        [0x0f, 0xae, m, ..] if m < 0xc0 && matches!(m >> 3 & 7, 4..=6) => Some(i),
+        [0x0f, 0xc7, m, ..] if m < 0xc0 && matches!(m >> 3 & 7, 3..=5) => Some(i),
         [0x0f, 0xc7, 0xf8..=0xff, ..] if i > 0 && page[i - 1] == 0xf3 => Some(i - 1),
         _ => None,
     };
@@ -94,9 +115,10 @@ mod tests {
     #[test]
     fn suspects_of_ordinary_code_are_none() {
         assert_eq!(suspects(&page(&[])), Some(vec![]));
-        // mov eax, 15; syscall; rdtsc; mfence; rdrand eax
+        // mov eax, 15; syscall; rdtsc; mfence; lfence; rdrand eax; int 0x81
         let code = [
-            0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05, 0x0f, 0x31, 0x0f, 0xae, 0xf0, 0x0f, 0xc7, 0xf0,
+            0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05, 0x0f, 0x31, 0x0f, 0xae, 0xf0, 0x0f, 0xae, 0xe8, 0x0f,
+            0xc7, 0xf0, 0xcd, 0x81,
         ];
         assert_eq!(suspects(&page(&code)), Some(vec![]));
     }
@@ -111,8 +133,14 @@ mod tests {
             (&[0x0f, 0x03, 0xc0], 100),
             (&[0x0f, 0xc7, 0x21], 100),
             (&[0x0f, 0x01, 0x00], 100),
+            (&[0x0f, 0x01, 0xc1], 100),
+            (&[0x0f, 0x01, 0xd9], 100),
+            (&[0xcd, 0x80], 100),
+            (&[0xcd, 0x04], 100),
+            (&[0xf1], 100),
             // Inside another instruction: mov eax, imm32
             (&[0xb8, 0x90, 0x0f, 0xa2, 0x90], 102),
+            (&[0xb8, 0x90, 0x0f, 0xae, 0x20], 102),
         ] {
             assert_eq!(suspects(&page(code)), Some(vec![at]), "{code:x?}");
         }
@@ -123,5 +151,8 @@ mod tests {
         let mut last = vec![0x90; 4096];
         last[4095] = 0x0f;
         assert_eq!(suspects(&last), None);
+        let mut first = vec![0x90; 4096];
+        first[..3].copy_from_slice(&[0x0f, 0xc7, 0xf8]);
+        assert_eq!(suspects(&first), None);
     }
 }

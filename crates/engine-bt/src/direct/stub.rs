@@ -16,8 +16,10 @@ pub type Call = [u64; 7];
 /// Distances of the entry points from the start of the code page.
 pub const ONE: u64 = 0;
 pub const BATCH: u64 = 16;
+pub const MXCSR: u64 = 80;
 
 // `ONE`: one system call with what the tracer put into the registers, then a breakpoint.
+// `MXCSR`: stores that register at R12, then a breakpoint.
 // `BATCH`: R13 calls of the table at R12, up to the first that fails; then a breakpoint. R13 is what was left.
 global_asm!(
     ".pushsection .rodata",
@@ -42,6 +44,9 @@ global_asm!(
     "dec r13",
     "jnz 2b",
     "3:",
+    "int3",
+    ".org hospes_direct_stub + 80, 0xcc",
+    "stmxcsr [r12]",
     "int3",
     ".globl hospes_direct_stub_end",
     "hospes_direct_stub_end:",
@@ -112,5 +117,10 @@ mod tests {
         assert_eq!(page[ONE as usize..][..3], [0x0f, 0x05, 0xcc]);
         // mov rax, [r12]
         assert_eq!(page[BATCH as usize..][..4], [0x49, 0x8b, 0x04, 0x24]);
+        // stmxcsr [r12]; int3
+        assert_eq!(
+            page[MXCSR as usize..][..6],
+            [0x41, 0x0f, 0xae, 0x1c, 0x24, 0xcc]
+        );
     }
 }

@@ -111,8 +111,9 @@ impl<H: Host> Cx<'_, H> {
 
     /// SYSEXIT; `wide` with REX.W.
     pub fn sysexit(&mut self, wide: bool) -> Exec<Flow> {
-        self.need_sysenter()?;
+        // The privilege counts first, also where the instruction is none.
         self.need_cpl0()?;
+        self.need_sysenter()?;
         let base = self.cpu.msr.sysenter_cs as u16 & 0xfffc;
         let (rip, rsp) = (self.cpu.gpr[reg::RDX], self.cpu.gpr[reg::RCX]);
         let (cs, code, width) = if wide {

@@ -121,7 +121,7 @@ fn breakpoint_stops_before_its_instruction() {
             stop,
             Stop::Fault {
                 signal: libc::SIGTRAP,
-                code: AT_BREAKPOINT,
+                code: 4,
                 ..
             }
         ),
@@ -153,4 +153,16 @@ fn vector_state_goes_in_and_out() {
     process.read_xstate(&mut after).unwrap();
     assert_eq!(after[176..180], 3.0f32.to_le_bytes());
     assert_eq!(after[592..596], 5.0f32.to_le_bytes());
+}
+
+#[test]
+fn mxcsr_is_known_where_all_vector_registers_are_zero() {
+    // vzeroall; mov dword [0x401000], 0x9fc0; ldmxcsr [0x401000]; int3
+    let (process, _memory) = with_code(&[
+        0xc5, 0xfc, 0x77, 0xc7, 0x04, 0x25, 0x00, 0x10, 0x40, 0x00, 0xc0, 0x9f, 0, 0, 0x0f, 0xae,
+        0x14, 0x25, 0x00, 0x10, 0x40, 0x00, 0xcc,
+    ]);
+    start(&process, CODE);
+    assert!(matches!(process.run().unwrap(), Stop::Fault { .. }));
+    assert_eq!(process.mxcsr().unwrap(), 0x9fc0);
 }
