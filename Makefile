@@ -23,7 +23,7 @@ help:
 	@echo 'make uninstall          remove that again'
 	@echo 'make bench              Hospes against this machine, QEMU TCG and User-Mode Linux (BENCH=quick, ROWS=a,b, SYSTEMS=a,b, DIRECT=0|1|both)'
 	@echo 'make bench-page         docs/bench-result.md and its plot from the last results'
-	@echo 'make soak MINUTES=n     self-checking programs in a Debian guest for n minutes'
+	@echo 'make soak MINUTES=n     self-checking programs in a Debian guest for n minutes (VCPUS=2, DIRECT=0|1)'
 	@echo 'make guests             fetch the kernels and make the small guests under target/guests'
 	@echo 'make fuzz               all fuzz targets, FUZZ_SECONDS=60 each; needs cargo-fuzz'
 	@echo 'make clean-guests       remove them and everything downloaded for them'
@@ -153,7 +153,7 @@ soak: build
 	guests/install.sh soak
 	guests/kernels.sh cloud
 	soak/root.sh
-	@python3 soak/run.py $(MINUTES)
+	@python3 soak/run.py $(MINUTES) --vcpus $(or $(VCPUS),1) $(if $(DIRECT),--direct $(DIRECT))
 
 clean-guests:
 	rm -rf target/guests

@@ -4,6 +4,7 @@
 #   target/guests/initramfs-net.cpio       the same with the network driver of the kernel vmlinuz-cloud and a DHCP client, where that kernel is there
 #   target/guests/initramfs-disk.cpio      the same with the disk driver of that kernel
 #   target/guests/initramfs-devices.cpio   the same with both drivers
+#   target/guests/initramfs-tricks.cpio    the same with tests/programs/tricks.c, which tries what programs do not do
 #   target/guests/initramfs-init.cpio      one static program that prints a mark and powers off: measures boot time
 set -eu
 . "$(dirname -- "$0")/lib.sh"
@@ -45,6 +46,12 @@ if [ -n "$netfront" ] && [ -n "$blkfront" ]; then
         "file:/bin/busybox:0755:$busybox" link:/bin/sh:busybox "file:/init:0755:$here/init.sh" \
         "file:/lib/modules/xen-netfront.ko:0644:$netfront" "file:/lib/modules/xen-blkfront.ko:0644:$blkfront"
 fi
+
+gcc -O1 -Wall -static -mno-red-zone -mfsgsbase -mavx -o "$GUESTS/tricks" "$here/../tests/programs/tricks.c" ||
+    die "tests/programs/tricks.c does not compile: install gcc and libc6-dev."
+python3 "$here/newc.py" "$GUESTS/initramfs-tricks.cpio" \
+    dir:/bin dir:/dev dir:/proc dir:/sys dir:/tmp dir:/root dir:/etc dir:/run dir:/mnt \
+    "file:/bin/busybox:0755:$busybox" link:/bin/sh:busybox "file:/init:0755:$here/init.sh" "file:/bin/tricks:0755:$GUESTS/tricks"
 
 gcc -O2 -static -o "$GUESTS/init-mark" "$here/init_mark.c" ||
     die "init_mark.c does not compile: install gcc and libc6-dev."

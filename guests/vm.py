@@ -148,6 +148,21 @@ class RunDirectory:
                 continue
         return found
 
+    def address_spaces(self):
+        """The ids of the processes in which user code of this run's guests is executed natively. They carry no environment."""
+        parents = set(self.processes())
+        found = []
+        for entry in pathlib.Path("/proc").iterdir():
+            try:
+                if not entry.name.isdigit() or not os.readlink(entry / "exe").startswith("/memfd:hospes-direct"):
+                    continue
+                status = (entry / "status").read_text()
+                if int(re.search(r"^PPid:\s+(\d+)", status, re.M).group(1)) in parents:
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
     def __enter__(self):
         return self
 

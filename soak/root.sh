@@ -8,7 +8,7 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 # lib.sh finds the repository from $0, which lies as deep as its own directory.
 . "$here/../guests/lib.sh"
 
-PACKAGES='busybox-static openssl python3-minimal gdb-minimal luajit stress-ng'
+PACKAGES='busybox-static openssl python3-minimal gdb-minimal luajit stress-ng gcc libc6-dev make'
 
 mkdir -p "$GUESTS/packages/archives/partial"
 private_apt
@@ -39,7 +39,7 @@ say "unpacking $(printf '%s\n' "$wanted" | wc -l) packages"
 for package in $wanted; do
     dpkg --fsys-tarfile "$GUESTS/packages/archives/$package"_*.deb | tar -xf - --keep-directory-symlink -C "$new" \
         --exclude=./usr/share/doc --exclude=./usr/share/man --exclude=./usr/share/locale --exclude=./usr/share/X11 \
-        --exclude=gconv || die "package $package could not be unpacked: remove $GUESTS/packages/archives and try again."
+        --exclude=gconv --exclude=lto1 --exclude=lto-dump-12 --exclude='lib*san.*' --exclude='*-lto-dump-12' --exclude=plugin || die "package $package could not be unpacked: remove $GUESTS/packages/archives and try again."
 done
 ln -s busybox "$new/usr/bin/sh"
 
@@ -60,10 +60,13 @@ compile check32-sse selfcheck.c -m32 -O2 -msse2 -mfpmath=sse
 compile threads64 threads.c -m64 -O2 -pthread
 compile threads32 threads.c -m32 -O2 -pthread
 compile clock clock.c -O2
+compile spaces spaces.c -O2 -pthread
+compile forks forks.c -O2
+compile large large.c -O2
 compile debuggee debuggee.c -g -O0 -no-pie
 (cd "$here/programs" && GOCACHE=$GUESTS/go-cache GOFLAGS=-mod=mod CGO_ENABLED=0 GO111MODULE=off \
     go build -o "$new/soak/parallel" parallel.go) || die "soak/programs/parallel.go does not compile: run guests/install.sh soak."
-cp "$here/programs/jit.lua" "$here/programs/debug.gdb" "$here/programs/check.py" "$here/tasks.sh" "$new/soak/"
+cp "$here"/programs/*.c "$here/programs/objects.mk" "$here/programs/jit.lua" "$here/programs/debug.gdb" "$here/programs/check.py" "$here/tasks.sh" "$new/soak/"
 cp "$here/init.sh" "$new/init"
 chmod 755 "$new/init" "$new/soak/tasks.sh"
 rm -rf "$root"

@@ -68,6 +68,22 @@ shell_loop() {
     for word in $($b seq 1 200); do echo "$word" | $b tr 0-9 a-j; done | $b sort -r | $b md5sum
 }
 
+# Objects made by two compilers at a time.
+objects() {
+    $b rm -rf /tmp/objects
+    $b mkdir /tmp/objects
+    make -j2 -f /soak/objects.mk -C /soak OUT=/tmp/objects && (cd /tmp/objects && $b sha256sum ./*.o)
+    $b rm -rf /tmp/objects
+}
+
+# More busy processes than the kernel keeps address spaces apart in the processor for.
+many() {
+    for n in 1 2 3 4 5 6 7 8; do check64-O2 >/tmp/many.$n & done
+    wait
+    $b sha256sum /tmp/many.*
+    $b rm -f /tmp/many.*
+}
+
 # The first complaint of stress-ng, or ok.
 stress() {
     stress_name=$1
@@ -89,6 +105,7 @@ if [ "${1:-}" = stress ]; then
     stress cpu --cpu 1 --cpu-method all
     stress vm --vm 1 --vm-bytes 64M --vm-method all
     stress memory --memcpy 1 --stream 1 --matrix 1 --qsort 1 --bsearch 1
+    stress scheduler --schedmix 2 --yield 2 --context 1 --mutex 2 --affinity 1
     stress kernel --fork 1 --pipe 1 --switch 1 --timer 1 --sigq 1 --futex 1 --mmap 1 --mmap-bytes 16M
     exit 0
 fi
@@ -104,3 +121,8 @@ task ciphers ciphers
 task signatures signatures
 task files files
 task shell shell_loop
+task spaces spaces
+task forks forks
+task large large 1200
+task many many
+task objects objects

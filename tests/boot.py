@@ -19,6 +19,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
 
+import direct  # noqa: E402
 import dmesg  # noqa: E402
 import levels  # noqa: E402
 import vm  # noqa: E402
@@ -103,9 +104,10 @@ def starts_all_vcpus(bench, vcpus):
     expect("PV spinlocks enabled" in log, "the kernel does not use Xen's spin locks")
 
 
-def boots_every_time(bench, count, vcpus=1):
+def boots_every_time(bench, count, vcpus=1, settings=()):
     for number in range(1, count + 1):
         spec = {"ramdisk": "initramfs-init.cpio", "command_line": "quiet", "name": f"again{number}", "vcpus": vcpus}
+        spec["settings"] = settings
         with bench.boot(**spec) as guest:
             try:
                 guest.wait_for("HOSPES-MARK", BOOT_S)
@@ -388,6 +390,10 @@ def tests(boots):
         yield f"starts_{vcpus}_vcpus", False, part(starts_all_vcpus, vcpus=vcpus)
     yield f"boots_{boots}_times_in_a_row", True, part(boots_every_time, count=boots)
     yield f"boots_{boots}_times_with_2_vcpus", True, part(boots_every_time, count=boots, vcpus=2)
+    for vcpus in (1, 2):
+        spec = {"count": boots, "vcpus": vcpus, "settings": ("engine_direct=1",)}
+        yield f"boots_{boots}_times_with_direct_execution_and_{vcpus}_vcpus", False, part(boots_every_time, **spec)
+    yield from direct.tests()
 
 
 def main():

@@ -1,0 +1,12 @@
+# Objects of the soak's own C programs at several levels, made by many processes at once: `make -f objects.mk -C SOURCES OUT=DIRECTORY`.
+SOURCES := selfcheck threads spaces forks large clock
+LEVELS := 0 1 2 3 s
+OBJECTS := $(foreach level,$(LEVELS),$(SOURCES:%=$(OUT)/%-$(level).o))
+
+all: $(OBJECTS)
+
+define LEVEL
+$(OUT)/%-$(1).o: %.c
+	@gcc -O$(1) -c -o $$@ $$<
+endef
+$(foreach level,$(LEVELS),$(eval $(call LEVEL,$(level))))
