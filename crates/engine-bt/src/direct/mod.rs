@@ -13,6 +13,7 @@
 //! Limits: 64-bit code with flat selectors and 4-level paging; without debug registers, single stepping or a shifted TSC. Instructions that the host has and the guest's CPUID does not show are executed; where they use registers that the guest's XCR0 does not
 //! cover, the program is back in the translator, which knows no such instructions, from the next burst on.
 
+mod fill;
 mod mirror;
 mod policy;
 pub mod process;

@@ -94,6 +94,9 @@ pub fn suspects(page: &[u8]) -> Option<Vec<u16>> {
         let at = decoder.position();
         decoder.decode_out(&mut instruction);
         if is_suspect(&instruction) {
+            // A breakpoint counts at the first byte of an instruction, prefixes and all.
+            let inside = at + 1..decoder.position();
+            found.retain(|&f| !inside.contains(&usize::from(f)));
             found.push(at as u16);
         }
     }
@@ -136,6 +139,8 @@ mod tests {
             (&[0x0f, 0x01, 0xc1], 100),
             (&[0x0f, 0x01, 0xd9], 100),
             (&[0xcd, 0x80], 100),
+            // xsavec64 [rsp]
+            (&[0x48, 0x0f, 0xc7, 0x24, 0x24], 100),
             (&[0xcd, 0x04], 100),
             (&[0xf1], 100),
             // Inside another instruction: mov eax, imm32

@@ -1,0 +1,204 @@
+//! What an address-space process has mapped, brought in step with the guest's tables: what is stale goes, what is missing comes.
+
+use std::io;
+
+use hospes_units::{Gfn, Gva, PAGE_SIZE};
+
+use super::mirror::{EXEC, Facts, Page, READ, WRITE};
+use super::process::{BREAKPOINTS, USER_END};
+use super::tables::{Mapping, look_up};
+use super::{MOST_RANGES, Space, Suspects, scan};
+use crate::blocks::Blocks;
+use crate::exec::{self, Access};
+use crate::vcpu::BtVcpu;
+use crate::vm::Translations;
+
+/// Pages looked at around one that is missing: a power of 2.
+const WINDOW: u64 = 64;
+/// Pages of code scanned around one that is missing.
+const SCANS: u32 = 16;
+/// Addresses below are the host's to refuse (vm.mmap_min_addr).
+const LOWEST_PAGE: u64 = 16;
+
+/// What became of a fault.
+pub enum Filled {
+    /// The mapping has changed: try again.
+    Mapped,
+    /// The engine executes the instruction.
+    Step,
+    /// Code that must not be executed natively.
+    Excluded,
+}
+
+impl BtVcpu {
+    /// Makes the process's mappings agree with what has been flushed.
+    pub(super) fn refresh(&mut self, space: &mut Space) -> io::Result<()> {
+        let facts = Facts {
+            memory: &self.host.shared.memory,
+            code: &self.host.shared.pages,
+            cr3: self.host.frame.cpu.cr3,
+        };
+        if space.mirror.is_stale(&facts) {
+            space.excluded.clear();
+        }
+        let calls = space.mirror.refresh(&space.process, &facts);
+        let full = space.mirror.ranges() > MOST_RANGES;
+        if calls.is_empty() && !full {
+            return Ok(());
+        }
+        if full {
+            space.process.unmap_all()?;
+            space.mirror.clear();
+        } else {
+            space.process.batch(&calls)?;
+        }
+        let mirror = &space.mirror;
+        let before = space.breakpoints.len();
+        space
+            .breakpoints
+            .retain(|at| mirror.get(at >> 12).is_some_and(|p| p.prot & EXEC != 0));
+        if space.breakpoints.len() != before {
+            space.process.set_breakpoints(&space.breakpoints)?;
+        }
+        Ok(())
+    }
+
+    /// Maps what is missing at an address, and what is like it around. `stepped`: the engine has just made the access.
+    pub(super) fn fill(
+        &mut self,
+        space: &mut Space,
+        address: u64,
+        rip: u64,
+        stepped: bool,
+    ) -> io::Result<Filled> {
+        let page = address >> 12;
+        if address >= USER_END || page < LOWEST_PAGE {
+            return Ok(Filled::Step);
+        }
+        let user_read = Access::read(true);
+        let (cpu, memory) = (&self.host.frame.cpu, &self.host.shared.memory);
+        // As a page walk of the processor's own would, this marks the page as accessed.
+        if exec::walk(cpu, memory, Gva(address), user_read).is_err() {
+            return Ok(Filled::Step);
+        }
+        let Some(here) = look_up(memory, cpu.cr3, page) else {
+            return Ok(Filled::Step);
+        };
+        if space.process.in_area(address) {
+            space.process.move_area()?;
+        }
+        let old = space.mirror.get(page);
+        let fetched = page == rip >> 12 || page == (rip + 14) >> 12;
+        if old.is_none() && here.writable && !here.dirty && !stepped && !fetched {
+            return Ok(Filled::Step);
+        }
+        let fetched = fetched && !stepped && here.executable;
+        if fetched && !self.may_execute(space, page, here.gfn)? {
+            space.excluded.insert(page);
+            return Ok(Filled::Excluded);
+        }
+        let shared = self.host.shared.clone();
+        let mut guard = shared.translations.lock().expect("translations");
+        let Some(mut new) = self.page(&guard.blocks, here) else {
+            return Ok(Filled::Step);
+        };
+        if fetched {
+            new.prot = READ | EXEC;
+        }
+        if old.is_some_and(|o| o.gfn == new.gfn && o.prot & new.prot == new.prot) {
+            return Ok(Filled::Step);
+        }
+        let cr3 = self.host.frame.cpu.cr3;
+        let first = page & !(WINDOW - 1);
+        let mut list = Vec::new();
+        let mut scans = if fetched { SCANS } else { 0 };
+        for at in first..first + WINDOW {
+            if at == page {
+                list.push((at, new));
+                continue;
+            }
+            if space.mirror.get(at).is_some() || at < LOWEST_PAGE || space.process.in_area(at << 12)
+            {
+                continue;
+            }
+            let Some(m) = look_up(&shared.memory, cr3, at).filter(|m| m.accessed) else {
+                continue;
+            };
+            // Code that nobody writes: it is probably needed soon.
+            if scans > 0 && m.executable && !m.writable && guard.blocks.scan(m.gfn).is_none() {
+                scans -= 1;
+                self.scan(&mut guard, m.gfn);
+            }
+            if let Some(p) = self.page(&guard.blocks, m) {
+                list.push((at, p));
+            }
+        }
+        drop(guard);
+        let calls = space.mirror.add(&space.process, &list);
+        space.process.batch(&calls)?;
+        Ok(Filled::Mapped)
+    }
+
+    /// How a page is to be mapped; `None` where it is no memory. Executable only if that needs no breakpoint.
+    fn page(&self, blocks: &Blocks, m: Mapping) -> Option<Page> {
+        let pages = &self.host.shared.pages;
+        let offset = self.host.shared.memory.fd_offset(m.gfn)?;
+        let clean = m.executable && blocks.scan(m.gfn) == Some(&Suspects::At(Vec::new()));
+        let mut prot = READ;
+        if clean {
+            prot |= EXEC;
+        } else if m.writable && m.dirty && !pages.contains(m.gfn) {
+            prot |= WRITE;
+        }
+        Some(Page {
+            gfn: m.gfn,
+            offset,
+            prot,
+        })
+    }
+
+    /// Sees to it that a page can be executed; false where it must not.
+    fn may_execute(&mut self, space: &mut Space, page: u64, gfn: Gfn) -> io::Result<bool> {
+        let shared = self.host.shared.clone();
+        let mut guard = shared.translations.lock().expect("translations");
+        let Suspects::At(suspects) = self.scan(&mut guard, gfn) else {
+            return Ok(false);
+        };
+        drop(guard);
+        let at = |offset: &u16| page << 12 | u64::from(*offset);
+        let new: Vec<u64> = suspects
+            .iter()
+            .map(at)
+            .filter(|a| !space.breakpoints.contains(a))
+            .collect();
+        if space.breakpoints.len() + new.len() > BREAKPOINTS {
+            return Ok(false);
+        }
+        if !new.is_empty() {
+            space.breakpoints.extend(new);
+            space.process.set_breakpoints(&space.breakpoints)?;
+        }
+        Ok(true)
+    }
+
+    /// What a frame that is to be executed holds; writes to it are noticed from now on.
+    fn scan(&mut self, t: &mut Translations, gfn: Gfn) -> Suspects {
+        if let Some(known) = t.blocks.scan(gfn) {
+            return known.clone();
+        }
+        let shared = self.host.shared.clone();
+        self.mark_code(t, gfn.gpa());
+        shared.pages.mark_direct(gfn);
+        let mut page = [0; PAGE_SIZE as usize];
+        let found = match shared.memory.read(gfn.gpa(), &mut page) {
+            Ok(()) => scan::suspects(&page),
+            Err(_) => None,
+        };
+        let found = match found {
+            Some(list) if list.len() <= BREAKPOINTS => Suspects::At(list),
+            _ => Suspects::Many,
+        };
+        t.blocks.set_scan(gfn, found.clone());
+        found
+    }
+}
