@@ -213,7 +213,7 @@ impl GuestMemory {
 
     /// Gives the frame's memory back to the host; it reads as zeros afterwards and takes memory again when written.
     pub fn discard(&self, gfn: Gfn) -> Result<(), MemoryError> {
-        let offset = self.fd_offset(gfn).ok_or(MemoryError::NotMemory {
+        let offset = self.ram_offset(gfn).ok_or(MemoryError::NotMemory {
             gpa: gfn.gpa(),
             len: PAGE_SIZE,
         })?;
@@ -226,11 +226,16 @@ impl GuestMemory {
         .map_err(host("discard", PAGE_SIZE))
     }
 
-    /// Where a frame of RAM lies in the memory file, in bytes; `None` for special pages.
+    /// Where what a frame shows lies in the memory file, in bytes; `None` for special pages.
     pub fn fd_offset(&self, gfn: Gfn) -> Option<u64> {
         if self.extra.read().expect("extra lock").contains(&gfn) {
             return None;
         }
+        self.ram_offset(gfn)
+    }
+
+    /// Where a frame of RAM lies in the memory file, whatever it shows.
+    fn ram_offset(&self, gfn: Gfn) -> Option<u64> {
         let a = gfn.gpa().0;
         let mut before = 0;
         for r in &self.ram {
