@@ -332,6 +332,9 @@ BAD_SETTINGS = {
     "syntax": ('extra="never ends',),
     "ramdisk-missing": ('ramdisk="/nonexistent/initramfs"',),
     "empty-name": ('name=""',),
+    "unknown-level": ('cpu_level="x86-64-v9"',),
+    "unknown-feature": ('cpuid="host,turbo=1"',),
+    "impossible-feature": ('cpuid="host,hle=1"',),
 }
 
 
@@ -386,6 +389,7 @@ def tests(boots):
     yield "has_avx512_with_direct_execution", False, part(levels.has_avx512, direct=1)
     yield "has_openssl_with_avx512", False, levels.has_openssl_with_avx512
     yield "has_no_avx512_by_default", False, levels.has_no_avx512
+    yield "hides_features", False, levels.hides_features
     for vcpus in (2, 16, 128):
         yield f"starts_{vcpus}_vcpus", False, part(starts_all_vcpus, vcpus=vcpus)
     yield f"boots_{boots}_times_in_a_row", True, part(boots_every_time, count=boots)

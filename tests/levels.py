@@ -143,6 +143,17 @@ def has_openssl_with_avx512(bench):
             guest.wait(END_S)
 
 
+def hides_features(bench):
+    """Features that the configuration hides are not shown, with what depends on them; others stay."""
+    with tempfile.TemporaryDirectory(prefix="hospes-level-") as directory:
+        with boot(bench, directory, [], ('cpuid="host,bmi2=0,avx2=0"',)) as guest:
+            flags = guest_flags(guest)
+            check(not flags & {"bmi2", "avx2", "avx512f"}, f"the guest shows {sorted(flags)}")
+            check({"bmi1", "avx", "sse4_2"} <= flags, f"the guest shows only {sorted(flags)}")
+            guest.send("poweroff -f\n")
+            guest.wait(END_S)
+
+
 def has_no_avx512(bench):
     """Without the key a guest sees no AVX-512, and the translator refuses its instructions, whatever the host has."""
     with tempfile.TemporaryDirectory(prefix="hospes-level-") as directory:
