@@ -151,6 +151,27 @@ def leaves_no_process(bench, way):
     wait_for(lambda: all(map(is_gone, pids)), f"after {way} these are left: {[pid for pid in pids if not is_gone(pid)]}")
 
 
+def ends_when_a_process_is_killed(bench):
+    """What the guest's code had in registers is lost: the domain must not go on with something else."""
+    with shell(bench, name="native", settings=settings(1)) as guest:
+        guest.wait_for("guest# ", BOOT_S)
+        guest.send(f"{BUSY}\n")
+        wait_for(bench.run.address_spaces, "a program that computes gets no process of its own")
+        # One that is killed while it waits for its turn has nothing to lose, and is replaced.
+        deadline = time.monotonic() + END_S
+        while guest.process.poll() is None:
+            expect(time.monotonic() < deadline, f"the domain goes on without the process that executed its code\n{guest.tail()}")
+            for pid in bench.run.address_spaces():
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.1)
+        log = "".join(path.read_text(errors="replace") for path in pathlib.Path(bench.run.path).rglob("native.log"))
+        expect("it has been killed" in log, f"the domain's log does not say why it ended: {log[-500:]}")
+        expect("panicked" not in log, f"the monitor panicked: {log[-1000:]}")
+
+
 # ---- the kernel changes its own code --------------------------------------------------------------------------------
 
 # Programs whose result is known, while jump labels, trace points, function tracing and probes go on and off.
@@ -264,6 +285,7 @@ def tests():
     yield "direct_is_contained", False, is_contained
     for way in ("poweroff", "destroy", "kill"):
         yield f"direct_leaves_no_process_after_{way}", False, part(leaves_no_process, way=way)
+    yield "direct_ends_when_a_process_is_killed", False, ends_when_a_process_is_killed
     for vcpus in (1, 2):
         yield f"direct_does_tricks_as_a_processor_does_with_{vcpus}_vcpus", False, part(does_tricks_as_a_processor_does, vcpus=vcpus)
         for direct in (0, 1):
