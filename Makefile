@@ -16,7 +16,7 @@ DENY_TOOL := target/tools/bin/cargo-deny
 
 help:
 	@echo 'make run                build, make a Debian disk, boot it: a shell in the guest; without a terminal, a scripted visit'
-	@echo 'make test               formatting, lints, dependencies, unit tests, guests, a soak (BOOTS=5, SOAK_MINUTES=3)'
+	@echo 'make test               formatting, lints, dependencies, unit tests, guests, power cuts, a soak (BOOTS=5, CUTS=12, SOAK_MINUTES=3)'
 	@echo 'make debian-test        full Debian guests with disks and networks, a part of make test'
 	@echo 'make cut-test           power cuts and kills under guests that write (CUTS=12)'
 	@echo 'make install            into PREFIX=/usr/local, with manual pages, completions and a unit for systemd; XL=1: as xl, too'
@@ -77,7 +77,7 @@ guests:
 	guests/kernels.sh
 	guests/initramfs.sh
 
-test: lint deny unit-test boot-test command-test net-test debian-test soak-test
+test: lint deny unit-test boot-test command-test net-test debian-test cut-test soak-test
 	@echo 'make test: everything passed'
 
 lint:

@@ -4,7 +4,7 @@
 #   visit      print what this machine looks like from inside, compute something, power off
 #   poweroff, reboot, halt, panic    print the mark, then end in this way
 #   dmesg      print the kernel's log with its levels between two marks, then power off
-#   records    check the files of an earlier run on the disk, then write files until the power is cut
+#   records    check the files of an earlier run on each disk, then write files until the power is cut
 #   idle       print the mark, then sleep until told otherwise
 /bin/busybox mkdir -p /bin /sbin /proc /sys /dev /tmp /run
 /bin/busybox mount -t proc proc /proc
@@ -50,31 +50,44 @@ record() {
     yes "run $1 file $2" | head -c $(($2 % 17 * 3000 + 1))
 }
 
+# records DISK RUN:COUNT: each run has a directory of its own. That of RUN stays until a run after it is known to be there, so it
+# does not matter whether anybody sees what this one prints.
+records() {
+    while [ ! -b "/dev/$1" ]; do sleep 0.1; done
+    mkdir -p "/mnt/$1" && cd "/mnt/$1" || finish
+    mount -t ext4 -o discard "/dev/$1" . && cd "/mnt/$1" || { echo "records: $1: the file system does not mount"; finish; }
+    run=${2%:*}
+    number=0
+    while [ $number -lt "${2#*:}" ]; do
+        number=$((number + 1))
+        record "$run" $number | cmp -s - "$run/$number" || echo "records: $1: file $number of run $run is not what was synced"
+    done
+    echo "records: $1: $number checked"
+    for old in [0-9]*; do
+        [ "$old" = "$run" ] || rm -rf "$old"
+    done
+    run=$((run + 1))
+    mkdir $run
+    number=0
+    while [ $number -lt 600 ]; do
+        number=$((number + 1))
+        record $run $number | dd of=$run/$number bs=16k conv=fsync 2>/dev/null && echo "records: $1: synced $number"
+        # What is rewritten in place has no journal to fall back on.
+        dd if=/dev/zero of=place bs=4k seek=$((number % 64)) count=4 conv=notrunc 2>/dev/null
+        [ $((number % 40)) = 0 ] && rm -f place
+    done
+}
+
 case $do in
 records)
-    # hospes.earlier=RUN:COUNT: that many files of that run were synced before the power was cut.
-    while [ ! -b /dev/xvda ]; do sleep 0.1; done
-    mount -t ext4 -o discard /dev/xvda /mnt || { echo "records: the file system does not mount"; finish; }
-    run=${earlier%:*}
-    number=0
-    while [ $number -lt ${earlier#*:} ]; do
-        number=$((number + 1))
-        record $run $number | cmp -s - /mnt/$number || echo "records: file $number of run $run is not what was synced"
+    # hospes.earlier=RUN:COUNT,RUN:COUNT...: for each disk, how many files of which run were synced before the power was cut.
+    letter=a
+    for one in $(echo "$earlier" | tr , ' '); do
+        records xvd$letter "$one" &
+        letter=$(echo $letter | tr a-y b-z)
     done
-    echo "records: $number checked"
-    # Until the host has seen that, what was checked has to stay.
-    sleep 0.5
-    # What is rewritten in place has no journal to fall back on.
-    rm -f /mnt/[0-9]*
-    run=$((run + 1))
-    number=0
-    while :; do
-        number=$((number + 1))
-        record $run $number | dd of=/mnt/$number bs=16k conv=fsync 2>/dev/null && echo "records: synced $number"
-        dd if=/dev/zero of=/mnt/place bs=4k seek=$((number % 64)) count=4 conv=notrunc 2>/dev/null
-        [ $((number % 40)) = 0 ] && rm -f /mnt/place
-        [ $number = 1000 ] && finish
-    done
+    wait
+    finish
     ;;
 visit)
     echo "HOSPES-BEGIN visit"

@@ -45,7 +45,7 @@ pub(crate) struct PowerCut {
     state: Mutex<State>,
     /// Bytes that are written wholly or not at all.
     sector: u64,
-    /// Called after the cut.
+    /// Called after the cut, by who made the write that was one too many.
     then: fn(),
 }
 
@@ -89,7 +89,8 @@ impl PowerCut {
         Ok(state)
     }
 
-    fn cut(&self, state: &mut State) -> io::Result<()> {
+    /// The cut; nothing where it has happened before.
+    fn lose_power(&self, state: &mut State) -> io::Result<()> {
         state.cut = true;
         for (sector, versions) in std::mem::take(&mut state.waiting) {
             let kept = state.random.below(versions.len() as u64 + 1) as usize;
@@ -97,8 +98,7 @@ impl PowerCut {
                 self.below.write_bytes(bytes, sector * self.sector)?;
             }
         }
-        (self.then)();
-        Err(io::Error::from_raw_os_error(libc::EIO))
+        Ok(())
     }
 
     fn put(&self, state: &mut State, offset: u64, bytes: &[u8]) -> io::Result<()> {
@@ -154,7 +154,10 @@ impl Storage for PowerCut {
         self.put(&mut state, offset, &bytes)?;
         state.left = state.left.saturating_sub(1);
         if state.left == 0 {
-            return self.cut(&mut state);
+            self.lose_power(&mut state)?;
+            drop(state);
+            (self.then)();
+            return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         Ok(())
     }
@@ -200,6 +203,10 @@ impl Storage for PowerCut {
 #[cfg(feature = "power-cut")]
 const GUEST_SECTOR: u64 = 4096;
 
+/// The disks of this process, which lose power together.
+#[cfg(feature = "power-cut")]
+static DISKS: Mutex<Vec<std::sync::Weak<PowerCut>>> = Mutex::new(Vec::new());
+
 /// Puts a disk that loses power under an image that is written, if the user wants that.
 #[cfg(feature = "power-cut")]
 pub(crate) fn from_environment(storage: Arc<dyn Storage>) -> io::Result<Arc<dyn Storage>> {
@@ -208,24 +215,33 @@ pub(crate) fn from_environment(storage: Arc<dyn Storage>) -> io::Result<Arc<dyn 
     };
     let numbers = wanted.to_str().and_then(|text| {
         let (seed, writes) = text.split_once(':')?;
-        Some((seed.parse().ok()?, writes.parse().ok()?))
+        Some((seed.parse::<u64>().ok()?, writes.parse().ok()?))
     });
     let (seed, writes) = numbers.ok_or_else(|| {
-        io::Error::other("HOSPES_POWER_CUT is SEED:WRITES, the power goes at that write")
+        io::Error::other(
+            "HOSPES_POWER_CUT is SEED:WRITES, the power goes at that write of any disk",
+        )
     })?;
-    Ok(Arc::new(PowerCut::new(
-        storage,
-        GUEST_SECTOR,
-        seed,
-        writes,
-        || {
-            eprintln!("hospes: the power is cut");
-            let _ = rustix::process::kill_process(
-                rustix::process::getpid(),
-                rustix::process::Signal::KILL,
-            );
-        },
-    )?))
+    let mut disks = DISKS.lock().expect("no thread panics with it");
+    let seed = seed ^ (disks.len() as u64) << 32;
+    let disk = PowerCut::new(storage, GUEST_SECTOR, seed, writes, all_lose_power)?;
+    let disk = Arc::new(disk);
+    disks.push(Arc::downgrade(&disk));
+    Ok(disk)
+}
+
+/// The end of the machine: who holds a disk is not waited for but until the disk is cut.
+#[cfg(feature = "power-cut")]
+fn all_lose_power() {
+    let disks = DISKS.lock().expect("no thread panics with it");
+    for disk in disks.iter().filter_map(std::sync::Weak::upgrade) {
+        let mut state = disk.state.lock().expect("no thread panics with it");
+        if let Err(error) = disk.lose_power(&mut state) {
+            eprintln!("hospes: a disk could not be cut: {error}");
+        }
+    }
+    eprintln!("hospes: the power is cut");
+    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
 }
 
 #[cfg(test)]
