@@ -267,6 +267,17 @@ fn probe_alignment(file: &File) -> Option<Alignment> {
     })
 }
 
+/// The sectors that a block device counts in, where guests can do so, too; 512 for anything else.
+pub(crate) fn device_sector_bytes(path: &Path) -> u32 {
+    let device = std::fs::metadata(path)
+        .ok()
+        .filter(|metadata| metadata.file_type().is_block_device())
+        .map(|metadata| (libc::major(metadata.rdev()), libc::minor(metadata.rdev())));
+    device
+        .and_then(|device| sysfs_number(device, "queue/logical_block_size"))
+        .map_or(512, |bytes| if bytes == 4096 { 4096 } else { 512 })
+}
+
 /// A number below a block device's directory in sysfs; a partition's queue is its disk's.
 fn sysfs_number((major, minor): (u32, u32), name: &str) -> Option<u64> {
     let directory = format!("/sys/dev/block/{major}:{minor}");

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::ImageError;
-use crate::host::{Access, HostFile};
+use crate::host::{Access, HostFile, device_sector_bytes};
 use crate::lock::identity_of;
 use crate::qcow2::{self, Header, Qcow2, Qcow2Image, RawSource, Source, backing_path, read_header};
 use crate::raw::{Raw, RawOptions};
@@ -40,7 +40,7 @@ pub struct OpenSpec {
     pub direct: bool,
     /// Whether the guest may give space back.
     pub discard: bool,
-    /// 512 or 4096; `None` means 512, which every guest understands.
+    /// 512 or 4096; `None` means that of the block device for a raw disk on one, else 512, which every guest understands.
     pub sector_bytes: Option<u32>,
     /// Who uses it, for the messages others get: `domain 3 (web)`.
     pub lock_owner: String,
@@ -67,7 +67,11 @@ pub(crate) fn open_on(
     layer: impl FnOnce(Arc<dyn Storage>) -> std::io::Result<Arc<dyn Storage>>,
 ) -> Result<Arc<dyn Image>, ImageError> {
     let path = &*spec.path;
-    let sector_bytes = spec.sector_bytes.unwrap_or(512);
+    let sector_bytes = match (spec.sector_bytes, spec.format) {
+        (Some(bytes), _) => bytes,
+        (None, Format::Raw) => device_sector_bytes(path),
+        (None, _) => 512,
+    };
     if !matches!(sector_bytes, 512 | 4096) {
         return Err(ImageError::SectorSize {
             path: path.to_owned(),
