@@ -16,7 +16,6 @@ mod console;
 mod create;
 mod devices;
 mod error;
-mod halt_poll;
 mod host_memory;
 mod placement;
 mod run;

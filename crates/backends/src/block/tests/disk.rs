@@ -138,6 +138,10 @@ impl Queue for MemoryQueue {
         }
     }
 
+    fn is_ready(&mut self) -> bool {
+        !self.waiting.is_empty() && !lock(&self.state).holding
+    }
+
     fn event_fd(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }
