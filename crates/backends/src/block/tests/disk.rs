@@ -1,6 +1,8 @@
 //! An image in memory that records what it is asked, and can be told to fail or to wait.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex};
 
 use hospes_image::{Completion, Geometry, Image, ImageError, IoError, Op, Queue, Request, Status};
@@ -21,6 +23,8 @@ struct State {
     /// Requests are kept until this is over.
     holding: bool,
     failing: bool,
+    /// How often somebody was about to sleep until its event.
+    sleeps: AtomicU64,
     events: Vec<Arc<OwnedFd>>,
 }
 
@@ -65,6 +69,11 @@ impl MemoryImage {
         for event in &state.events {
             rustix::io::write(event, &1u64.to_ne_bytes()).unwrap();
         }
+    }
+
+    /// How often queues went to sleep so far.
+    pub fn sleeps(&self) -> u64 {
+        lock(&self.state).sleeps.load(SeqCst)
     }
 
     pub fn fail(&self, failing: bool) {
@@ -143,6 +152,7 @@ impl Queue for MemoryQueue {
     }
 
     fn event_fd(&self) -> BorrowedFd<'_> {
+        lock(&self.state).sleeps.fetch_add(1, SeqCst);
         self.event.as_fd()
     }
 }

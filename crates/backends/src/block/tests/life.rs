@@ -53,6 +53,19 @@ fn queues_and_large_rings_work_at_once() {
 }
 
 #[test]
+fn queue_with_nothing_to_do_sleeps() {
+    let mut m = Machine::connected(MemoryImage::new(MIB));
+    works(&mut m, 0);
+    // The image's event came with the completion that the queue saw without it: it must not keep the queue awake.
+    let came_to_rest = (0..200).any(|_| {
+        let before = m.image.sleeps();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        m.image.sleeps() == before
+    });
+    assert!(came_to_rest, "it went to sleep {} times", m.image.sleeps());
+}
+
+#[test]
 fn wrong_nodes_close_the_device_until_the_guest_starts_over() {
     type Spoil = fn(&Machine);
     let cases: [(&str, Spoil); 9] = [
