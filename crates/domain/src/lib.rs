@@ -16,6 +16,7 @@ mod console;
 mod create;
 mod devices;
 mod error;
+mod halt_poll;
 mod host_memory;
 mod placement;
 mod run;

@@ -4,7 +4,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
-use hospes_backends::frame::Patience;
 use hospes_builder::{POWER_OFF_REQUEST, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
 use hospes_engine::{Exit, Vcpu, VcpuControl, reg, rflags};
 use hospes_units::VcpuId;
@@ -12,6 +11,7 @@ use hospes_xen::{Outcome, ShutdownReason, Xen};
 use hospes_xen_abi::hypercall::PAGE_MSR;
 use hospes_xen_abi::shared::Runstate;
 
+use crate::halt_poll::HaltPoll;
 use crate::placement::Placement;
 use crate::run::{Activity, EndReason, Run};
 
@@ -44,7 +44,7 @@ impl VcpuThread {
             xen: self.xen,
             run: self.run,
             runstate: Runstate::Offline,
-            patience: Patience::default(),
+            halt_poll: HaltPoll::default(),
         };
         let outcome = catch_unwind(AssertUnwindSafe(move || looping.run()));
         if outcome.is_err() {
@@ -64,7 +64,7 @@ struct Loop {
     xen: Arc<Xen>,
     run: Arc<Run>,
     runstate: Runstate,
-    patience: Patience,
+    halt_poll: HaltPoll,
 }
 
 impl Loop {
@@ -180,14 +180,15 @@ impl Loop {
     fn block(&mut self) {
         self.xen.set_idle(self.id, true);
         let start = Instant::now();
-        let (control, run) = (&self.control, &self.run);
-        let done = || control.has_wakeup(true) || run.has_ended() || run.is_paused();
-        let awake = done() || self.patience.sit_out(start, done);
-        if !awake {
-            self.sleep(Activity::Blocked, |s| s.control.has_wakeup(true));
+        let awake = self.halt_poll.window();
+        while !self.control.has_wakeup(true) {
+            if start.elapsed() >= awake || self.run.has_ended() || self.run.is_paused() {
+                self.sleep(Activity::Blocked, |s| s.control.has_wakeup(true));
+                break;
+            }
+            std::hint::spin_loop();
         }
-        let now = Instant::now();
-        self.patience.waited(now - start, now);
+        self.halt_poll.waited(start.elapsed());
         self.xen.set_idle(self.id, false);
     }
 

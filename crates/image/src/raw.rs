@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use crate::error::{ImageError, IoError};
 use crate::hold::Hold;
 use crate::storage::Storage;
-use crate::threads::{Event, Threads, Work, clear_if_idle};
+use crate::threads::{Event, Threads, Work};
 use crate::types::{Completion, Geometry, Image, Op, Queue, Request, Status};
 use crate::uring::{self, Ring};
 
@@ -82,15 +82,9 @@ impl Queue for RawQueue {
     }
 
     fn completions(&mut self, out: &mut Vec<Completion>) {
-        let event = self.event.clone();
-        clear_if_idle(&event, out, |out| {
-            self.side.collect(out);
-            self.ring.collect(out);
-        });
-    }
-
-    fn is_ready(&mut self) -> bool {
-        self.ring.is_ready() || self.side_discards && self.side.is_ready()
+        self.event.clear();
+        self.side.collect(out);
+        self.ring.collect(out);
     }
 
     fn event_fd(&self) -> BorrowedFd<'_> {

@@ -50,20 +50,6 @@ impl AsFd for Event {
     }
 }
 
-/// Collects; where there is nothing, clears the event and looks again.
-pub(crate) fn clear_if_idle(
-    event: &Event,
-    out: &mut Vec<Completion>,
-    mut collect: impl FnMut(&mut Vec<Completion>),
-) {
-    let before = out.len();
-    collect(out);
-    if out.len() == before {
-        event.clear();
-        collect(out);
-    }
-}
-
 struct Job {
     request: Request,
     held: bool,
@@ -144,12 +130,8 @@ impl Queue for Threads {
     fn flush_submissions(&mut self) {}
 
     fn completions(&mut self, out: &mut Vec<Completion>) {
-        let event = self.shared.event.clone();
-        clear_if_idle(&event, out, |out| self.collect(out));
-    }
-
-    fn is_ready(&mut self) -> bool {
-        !self.shared.lock().done.is_empty()
+        self.shared.event.clear();
+        self.collect(out);
     }
 
     fn event_fd(&self) -> BorrowedFd<'_> {

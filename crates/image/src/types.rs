@@ -92,12 +92,8 @@ pub trait Queue: Send {
     fn submit(&mut self, request: Request);
     /// Starts everything submitted so far; without it a request may wait for ever.
     fn flush_submissions(&mut self);
-    /// Appends the completions there are. Clears the event where there are none, so that who is never asked while nothing waits pays for no
-    /// call of the host.
+    /// Appends the completions there are and clears the event.
     fn completions(&mut self, out: &mut Vec<Completion>);
-    /// Whether completions wait, without a call of the host: for who stays awake for them. What has another reason for
-    /// [`Queue::completions`] shows by the event only.
-    fn is_ready(&mut self) -> bool;
     /// Readable when completions wait, or when the queue wants [`Queue::completions`] called for another reason.
     fn event_fd(&self) -> BorrowedFd<'_>;
 }

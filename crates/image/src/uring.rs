@@ -10,7 +10,7 @@ use crate::error::{IoError, is_full};
 use crate::hold::{Hold, RETRY_AFTER};
 use crate::host::{HostFile, discarded, fits};
 use crate::storage::{Aligned, Storage, copy_from, copy_to, part};
-use crate::threads::{Event, clear_if_idle};
+use crate::threads::Event;
 use crate::types::{Buffer, Completion, Op, Queue, Request};
 
 /// Requests in the ring at once; the others wait in front of it.
@@ -292,12 +292,8 @@ impl Queue for Ring {
     }
 
     fn completions(&mut self, out: &mut Vec<Completion>) {
-        let event = self.event.clone();
-        clear_if_idle(&event, out, |out| self.collect(out));
-    }
-
-    fn is_ready(&mut self) -> bool {
-        !self.done.is_empty() || !self.ring.completion().is_empty()
+        self.event.clear();
+        self.collect(out);
     }
 
     fn event_fd(&self) -> BorrowedFd<'_> {

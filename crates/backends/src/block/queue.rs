@@ -15,7 +15,7 @@ use hospes_xen_abi::blkif;
 
 use super::parse::{Refusal, Work, answered_operation, parse};
 use super::stats::Stats;
-use crate::frame::{Alarm, ConnectError, Log, Patience, RingPages, Wake};
+use crate::frame::{Alarm, ConnectError, Log, RingPages, Wake};
 
 /// How often a queue that waits for the image looks whether the image makes progress at all.
 const LOOK_AT_STATUS: Duration = Duration::from_secs(2);
@@ -98,13 +98,6 @@ pub struct Serve {
     held: bool,
     /// Since when responses wait for others.
     gathering: Option<Instant>,
-    /// The image is to be asked for completions though it shows none: what woke the thread may have been its event.
-    woken: bool,
-    /// Since when there is nothing to do, and whether the image has something then.
-    idle: Option<(Instant, bool)>,
-    /// For waits for the guest, which has nothing open, and for the image.
-    for_guest: Patience,
-    for_image: Patience,
 }
 
 impl Serve {
@@ -141,10 +134,6 @@ impl Serve {
             fenced: false,
             held: false,
             gathering: None,
-            woken: false,
-            idle: None,
-            for_guest: Patience::default(),
-            for_image: Patience::default(),
         }
     }
 
@@ -181,57 +170,12 @@ impl Serve {
                 self.publish();
             }
             if taken || completed {
-                self.end_of_wait();
-                continue;
-            }
-            if self.wait_awake()? {
                 continue;
             }
             let more = !self.blocked() && self.ring.wait_for(1)?;
             if !more {
                 self.sleep();
             }
-        }
-    }
-
-    /// Waits without sleeping, for as long as that has been worth it lately; true where there may be something to do.
-    fn wait_awake(&mut self) -> Result<bool, Broken> {
-        let start = Instant::now();
-        let image_works = self.in_flight() > 0;
-        self.idle.get_or_insert((start, image_works));
-        let mut patience = std::mem::take(self.patience(image_works));
-        let mut broken = None;
-        let awake = patience.sit_out(start, || {
-            if self.publish_is_due() {
-                self.publish();
-            }
-            let requests = !self.blocked()
-                && match self.ring.waiting() {
-                    Ok(count) => count > 0,
-                    Err(fault) => {
-                        broken = Some(fault);
-                        true
-                    }
-                };
-            requests || image_works && self.queue.is_ready() || self.wake.take_call()
-        });
-        *self.patience(image_works) = patience;
-        broken.map_or(Ok(awake), Err)
-    }
-
-    /// That for waits for the image, or for the guest.
-    fn patience(&mut self, image_works: bool) -> &mut Patience {
-        match image_works {
-            true => &mut self.for_image,
-            false => &mut self.for_guest,
-        }
-    }
-
-    /// Learns from a wait, if there was one.
-    fn end_of_wait(&mut self) {
-        if let Some((since, image_works)) = self.idle.take() {
-            let now = Instant::now();
-            self.patience(image_works).waited(now - since, now);
         }
     }
 
@@ -264,7 +208,6 @@ impl Serve {
             None => waiting.then_some(LOOK_AT_STATUS),
         };
         self.wake.sleep(&[self.queue.event_fd()], most);
-        self.woken = true;
         if waiting {
             self.look_at_status();
         }
@@ -352,15 +295,12 @@ impl Serve {
     }
 
     fn complete(&mut self) {
-        self.woken = true;
         self.complete_with(&mut Vec::new());
     }
 
     /// Answers what the image has finished; says whether there was anything.
     fn complete_with(&mut self, completions: &mut Vec<Completion>) -> bool {
-        let woken = std::mem::take(&mut self.woken);
-        // Once woken the event has to be cleared even where nothing is in flight: the last completion may have been seen before it.
-        if !woken && (self.in_flight() == 0 || !self.queue.is_ready()) {
+        if self.in_flight() == 0 {
             return false;
         }
         self.queue.completions(completions);

@@ -8,7 +8,6 @@ mod device;
 mod frontend;
 mod nodes;
 mod pages;
-mod patience;
 pub mod state;
 mod wake;
 
@@ -23,7 +22,6 @@ pub use bus::{Bus, DeviceError, DeviceInfo};
 pub use frontend::Frontend;
 pub use nodes::{DeviceNodes, Node};
 pub use pages::RingPages;
-pub use patience::Patience;
 pub use wake::Wake;
 
 /// Takes a line for the domain's log.

@@ -37,15 +37,6 @@ impl Wake {
         }
     }
 
-    /// Whether a call came since the last sleep, or since this was true the last time: for who stays awake for it. Only the owning thread asks.
-    pub fn take_call(&self) -> bool {
-        self.state.load(SeqCst) == CALLED
-            && self
-                .state
-                .compare_exchange(CALLED, AWAKE, SeqCst, SeqCst)
-                .is_ok()
-    }
-
     /// Sleeps until a call, until one of `others` can be read, or for `most`; comes back at once where a call came since the last sleep. Only the
     /// owning thread sleeps here.
     pub fn sleep(&self, others: &[BorrowedFd<'_>], most: Option<Duration>) {

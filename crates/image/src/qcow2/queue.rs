@@ -7,7 +7,7 @@ use std::sync::TryLockError;
 use super::Qcow2;
 use super::meta::Token;
 use crate::error::ImageError;
-use crate::threads::{Event, Threads, clear_if_idle};
+use crate::threads::{Event, Threads};
 use crate::types::{Completion, Geometry, Image, Op, Queue, Request, Status};
 use crate::uring::{self, Ring};
 
@@ -83,21 +83,7 @@ impl Queue for Qcow2Queue {
     }
 
     fn completions(&mut self, out: &mut Vec<Completion>) {
-        let event = self.event.clone();
-        clear_if_idle(&event, out, |out| self.collect(out));
-    }
-
-    fn is_ready(&mut self) -> bool {
-        self.ring.as_mut().is_some_and(Queue::is_ready) || self.side.is_ready()
-    }
-
-    fn event_fd(&self) -> BorrowedFd<'_> {
-        self.event.as_fd()
-    }
-}
-
-impl Qcow2Queue {
-    fn collect(&mut self, out: &mut Vec<Completion>) {
+        self.event.clear();
         self.side.collect(out);
         if let Some(ring) = &mut self.ring {
             ring.collect(&mut self.answers);
@@ -120,6 +106,10 @@ impl Qcow2Queue {
                 result: answer.result,
             });
         }
+    }
+
+    fn event_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
     }
 }
 

@@ -147,10 +147,6 @@ impl Queue for MemoryQueue {
         }
     }
 
-    fn is_ready(&mut self) -> bool {
-        !self.waiting.is_empty() && !lock(&self.state).holding
-    }
-
     fn event_fd(&self) -> BorrowedFd<'_> {
         lock(&self.state).sleeps.fetch_add(1, SeqCst);
         self.event.as_fd()
