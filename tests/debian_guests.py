@@ -155,8 +155,8 @@ def verifies_what_it_wrote(bench):
         disks.append(vm.Disk(device, vdev="xvdd"))
     else:
         print("note verifies_what_it_wrote: no loop device can be made: left out a disk with sectors of 4096 bytes")
-    # Requests of 1 MiB as a whole, and more than one queue.
-    shell = bench.boot(disks, name="verify", vifs=(), vcpus=2, command_line="xen_blkfront.max_indirect_segments=256")
+    # More than one queue.
+    shell = bench.boot(disks, name="verify", vifs=(), vcpus=2)
     for disk, sector in zip(disks[1:], (512, 512, 4096)):
         verify_disk(shell, disk.vdev, sector)
     said = dmesg.complaints(shell.run("dmesg -r"))
@@ -168,7 +168,8 @@ def verifies_what_it_wrote(bench):
 
 def verify_disk(shell, device, sector):
     limits = shell.run(f"cd /sys/block/{device}; cat queue/logical_block_size queue/max_segments queue/max_sectors_kb; ls mq | wc -l").split()
-    expect(limits == [str(sector), "256", "1024", "2"], f"{device}: sector, segments, kB in a request and queues are {limits}")
+    # 32 segments is what Debian's front end uses, three times what it could without indirect descriptors.
+    expect(limits == [str(sector), "32", "128", "2"], f"{device}: sector, segments, kB in a request and queues are {limits}")
     whole = f"{FIO} --filename=/dev/{device} --verify=crc32c"
     shell.run(f"{whole} --rw=randrw --bs=4k --iodepth=16 --size=32M --rwmixread=30", 300)
     shell.run(f"{whole} --rw=write --bs=1M --iodepth=4 --size=128M", 300)

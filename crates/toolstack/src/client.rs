@@ -255,6 +255,8 @@ impl Host {
         let entry = self.find(who)?;
         match self.request(who, &Request::Destroy) {
             Ok(reply) => done(reply),
+            // It was there, and its process was gone before it had answered: that is what was asked for.
+            Err(Error::Gone { .. } | Error::NoSuchDomain { .. }) => Ok(()),
             Err(Error::Unreachable { .. }) => self.kill(&entry),
             Err(fault) => Err(fault),
         }
