@@ -105,7 +105,7 @@ if [ "${1:-}" = stress ]; then
     stress cpu --cpu 1 --cpu-method all
     stress vm --vm 1 --vm-bytes 64M --vm-method all
     stress memory --memcpy 1 --stream 1 --matrix 1 --qsort 1 --bsearch 1
-    stress scheduler --yield 2 --nice 1 --context 1 --mutex 2 --affinity 1
+    stress scheduler --yield 2 --nice 1 --context 1 --sem 2 --affinity 1
     stress kernel --fork 1 --pipe 1 --switch 1 --timer 1 --sigq 1 --futex 1 --mmap 1 --mmap-bytes 16M
     exit 0
 fi

@@ -32,6 +32,8 @@ from boot import Failure, expect  # noqa: E402
 MANY = 10
 MANY_MEMORY_MB = 256
 IDLE_S = 20
+# As long may guests take that have just been busy.
+SETTLE_S = 180
 IDLE_SHARE_MAX = 0.05
 END_S = 120
 FIO = "fio --name=v --ioengine=libaio --direct=1 --verify_fatal=1 --verify_state_save=0 --output-format=terse"
@@ -314,12 +316,13 @@ def many_live_together(bench):
     for shell in shells:
         seen = shell.result(300)[1].split()
         expect(seen == names, f"a guest among {MANY} sees {seen}")
-    time.sleep(5)
-    pids = bench.run.processes()
-    before, began = cpu_seconds(pids), time.monotonic()
-    time.sleep(IDLE_S)
-    share = (cpu_seconds(pids) - before) / (time.monotonic() - began)
-    print(f"     {MANY} idle guests use {share * 100:.1f} % of one processor")
+    # What a boot leaves to be done, and what the visits did, takes a while.
+    pids, deadline, share = bench.run.processes(), time.monotonic() + SETTLE_S, 1.0
+    while share >= IDLE_SHARE_MAX and time.monotonic() < deadline:
+        before, began = cpu_seconds(pids), time.monotonic()
+        time.sleep(IDLE_S)
+        share = (cpu_seconds(pids) - before) / (time.monotonic() - began)
+        print(f"     {MANY} idle guests use {share * 100:.1f} % of one processor")
     expect(share < IDLE_SHARE_MAX, f"{MANY} idle guests use {share * 100:.1f} % of one processor, more than {IDLE_SHARE_MAX * 100:.0f} %")
     bench.hospes("shutdown", "-a")
     for guest in guests:
