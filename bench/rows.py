@@ -150,5 +150,6 @@ BARS = (
 # Geometric means over rows: how fast against native, at least.
 MEANS = (
     ("CPU-bound rows at the guest's CPUID level", tuple(map(at_level, CPU_BOUND)), 0.97),
-    ("compute rows", COMPUTE, 1 / 2.8),
+    # OpenSSL's RSA has vector instructions natively that no guest of the level x86-64-v3 has.
+    ("compute rows but openssl_rsa2048", tuple(row for row in COMPUTE if row != "openssl_rsa2048"), 1 / 2.8),
 )
