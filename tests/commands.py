@@ -20,29 +20,21 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
 
-import netns  # noqa: E402
 import network  # noqa: E402
 import vm  # noqa: E402
 from network import Failure, expect  # noqa: E402
+from place import Place  # noqa: E402
 
 BOOT_S = 120
 ANSWER_S = 60
 LOOK_S = 0.1
 
 
-class Bench:
-    """What every test gets: a run-time directory and, where possible, a network namespace of its own."""
+class Bench(Place):
+    """What every test gets: a place, and the commands of the monitor in it."""
 
     def __init__(self, stack):
-        self.stack = stack
-        self.run = stack.enter_context(vm.RunDirectory())
-        self.space = stack.enter_context(netns.Namespace("commands")) if netns.possible() else None
-
-    def path(self, name):
-        return os.path.join(self.run.path, name)
-
-    def command(self, *argv):
-        return self.space.command(*argv) if self.space else list(argv)
+        super().__init__(stack, "commands")
 
     def tried(self, *arguments):
         """One command of the monitor, whatever becomes of it."""

@@ -25,9 +25,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"
 
 import debian  # noqa: E402
 import dmesg  # noqa: E402
-import netns  # noqa: E402
 import vm  # noqa: E402
 from boot import Failure, expect  # noqa: E402
+from place import Place  # noqa: E402
 
 MANY = 10
 MANY_MEMORY_MB = 256
@@ -39,19 +39,11 @@ END_S = 120
 FIO = "fio --name=v --ioengine=libaio --direct=1 --verify_fatal=1 --verify_state_save=0 --output-format=terse"
 
 
-class Bench:
-    """What every test gets: a run-time directory and a network namespace of its own."""
+class Bench(Place):
+    """What every test gets: a place, and the commands of the monitor in it."""
 
     def __init__(self, stack):
-        self.stack = stack
-        self.run = stack.enter_context(vm.RunDirectory())
-        self.space = stack.enter_context(netns.Namespace("test")) if netns.possible() else None
-
-    def path(self, name):
-        return os.path.join(self.run.path, name)
-
-    def command(self, *argv):
-        return self.space.command(*argv) if self.space else list(argv)
+        super().__init__(stack, "test")
 
     def here(self, *argv, check=True, timeout=60):
         """Runs a command on the guests' network, as this machine."""
