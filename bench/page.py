@@ -84,7 +84,7 @@ def page(found, run):
     directs = {row["direct"] for row in found}
     yield "# A result of the benchmark"
     yield ""
-    yield f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} by `{command}`"
+    yield f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} by `{command}`, {len(found)} of {len(rows.ROWS)} rows,"
     yield f"on {run['processor']}, {run['cpus']} CPUs, Linux {run['kernel']}; direct execution"
     yield f"{', '.join(DIRECT[direct] for direct in sorted(directs, key=str))}."
     yield "[bench.md](bench.md) says what the rows and columns are. Made by `make bench-page`."
