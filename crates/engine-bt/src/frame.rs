@@ -11,6 +11,28 @@ use crate::fpu::Wide;
 /// Vector registers, each in a cache line.
 #[repr(C, align(64))]
 pub struct Vectors(pub [[u8; 64]; 32]);
+/// Entries of each second jump cache; a power of two.
+pub const SECOND_ENTRIES: usize = 32768;
+/// How far the page number is shifted onto the offset in the page.
+pub const SECOND_SPREAD: u8 = 14;
+
+/// A jump target that lost its place in the first cache, perhaps. All zero where there is none.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct SecondEntry {
+    pub pc: u64,
+    /// Host address of the block's entry that verifies its own address.
+    pub address: u64,
+}
+
+impl SecondEntry {
+    pub const EMPTY: SecondEntry = SecondEntry { pc: 0, address: 0 };
+}
+
+/// Index in a second jump cache. The targets of one page have indices that differ in the lowest ten bits only.
+pub const fn second_index(pc: u64) -> usize {
+    ((pc ^ pc >> SECOND_SPREAD) >> 2) as usize & (SECOND_ENTRIES - 1)
+}
 
 /// State of one vCPU as the translated code sees it. General registers live in `cpu.gpr` while the monitor runs.
 #[repr(C, align(4096))]
@@ -64,6 +86,8 @@ pub struct Frame {
     pub raw_address: u64,
     pub jumps: [[u64; JUMP_ENTRIES]; 3],
     pub tlb: [[TlbEntry; TLB_ENTRIES]; 3],
+    /// Where a jump that finds nothing in the caches of user code and of kernel code looks next.
+    pub second: [[SecondEntry; SECOND_ENTRIES]; 2],
 }
 
 /// Offsets of the frame's fields for the translator.
@@ -86,6 +110,8 @@ pub const LAYOUT: FrameLayout = {
         flags: offset_of!(Frame, flags) as i32,
         interrupt_flag: offset_of!(Frame, interrupt_flag) as i32,
         ac_flag: offset_of!(Frame, ac_flag) as i32,
+        cr2: (offset_of!(Frame, cpu) + offset_of!(CpuState, cr2)) as i32,
+        cr3: (offset_of!(Frame, cpu) + offset_of!(CpuState, cr3)) as i32,
         rest_flags: offset_of!(Frame, rest_flags) as i32,
         busy: offset_of!(Frame, busy) as i32,
         turn_back: offset_of!(Frame, turn_back) as i32,
@@ -143,7 +169,7 @@ pub struct FrameBox(*mut Frame);
 unsafe impl Send for FrameBox {}
 
 impl FrameBox {
-    pub fn new(miss: u64, wide: Option<Wide>) -> Result<FrameBox, rustix::io::Errno> {
+    pub fn new(miss: [u64; 3], wide: Option<Wide>) -> Result<FrameBox, rustix::io::Errno> {
         use rustix::mm::{MapFlags, ProtFlags};
         // SAFETY: a new anonymous mapping overlaps nothing.
         let p = unsafe {
@@ -163,7 +189,7 @@ impl FrameBox {
         frame.jump_mask = JUMP_MASK;
         frame.host_mxcsr = 0x1f80;
         frame.guest_mxcsr = 0x1f80;
-        for table in &mut frame.jumps {
+        for (table, miss) in frame.jumps.iter_mut().zip(miss) {
             table.fill(miss);
         }
         for table in &mut frame.tlb {

@@ -8,8 +8,7 @@ use std::sync::atomic::{Ordering, fence};
 use hospes_engine::{CpuState, Segment, VcpuControl, VirtFault, rflags};
 use hospes_memory::GuestMemory;
 use hospes_translate::Mode;
-use hospes_translate::layout::{TLB_ENTRIES, TLB_INVALID, TlbEntry, tlb_index};
-use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE, VcpuId};
+use hospes_units::{Gpa, Gva, PAGE_SIZE, VcpuId};
 use iced_x86::{Instruction, Mnemonic};
 
 use crate::control::{Control, request};
@@ -21,27 +20,12 @@ use crate::exec::{
 use crate::fpu;
 use crate::frame::FrameBox;
 use crate::jumps::{Jumps, Mapping};
+use crate::parked::Parked;
 use crate::signal::kick_signal;
 use crate::stubs::ExitKind;
 use crate::vcpu::{call, canonical, pack_flags};
 use crate::vm::Shared;
 use crate::window::{Holes, Window};
-
-/// Marks of a TLB entry beside its frame number.
-const GLOBAL: u64 = 1 << 63;
-const LARGE: u64 = 1 << 62;
-const MARKS: u64 = GLOBAL | LARGE;
-/// log2 of the largest page.
-pub(crate) const LARGE_BITS: u32 = 30;
-
-/// A tag for an entry whose host address is good: the address that [`TLB_INVALID`] itself would match has another index.
-const fn unmatched(n: usize) -> u64 {
-    if n == tlb_index(TLB_INVALID) {
-        TLB_INVALID + PAGE_SIZE
-    } else {
-        TLB_INVALID
-    }
-}
 
 /// The part of a vCPU that serves its instructions.
 pub(crate) struct BtHost {
@@ -65,14 +49,19 @@ pub(crate) struct BtHost {
     pub steps: u64,
     /// The STAR register that the frame's segment images were made from.
     star: Option<u64>,
-    /// Indices filled since the last flush; kernel entries that are global are in the fourth list.
-    filled: [Vec<u16>; 4],
+    /// Indices filled since the last flush, for each of the lists in [`LISTS`].
+    pub(crate) filled: [Vec<u16>; 5],
     /// Gigabytes of address space in which large pages stand behind some entries.
-    large: [Vec<u64>; 3],
+    pub(crate) large: [Vec<u64>; 3],
     /// Made when the first atomic access crosses pages.
     window: Option<Window>,
     /// Made when the first masked access reaches a missing page.
     holes: Option<Holes>,
+    /// The address space that the frame's tables are of, and others.
+    pub(crate) pcid: u16,
+    pub(crate) parked: Parked,
+    /// The current space has been current before: others, as those of processes that only start a program, are not worth keeping.
+    pub(crate) came_back: bool,
     snippets: HashMap<Instruction, usize>,
     snippet_next: usize,
 }
@@ -83,7 +72,7 @@ impl BtHost {
         id: VcpuId,
         control: Arc<Control>,
         frame: FrameBox,
-        miss: u64,
+        miss: [u64; 3],
     ) -> BtHost {
         let snippet_next = shared.snippets(id).start;
         let direct = Direct::new(shared.options.execution);
@@ -105,6 +94,9 @@ impl BtHost {
             large: Default::default(),
             window: None,
             holes: None,
+            pcid: 0,
+            parked: Parked::default(),
+            came_back: false,
             snippets: HashMap::new(),
             snippet_next,
         }
@@ -198,136 +190,8 @@ impl BtHost {
     }
 
     pub fn flush_jumps_all(&mut self) {
+        self.parked.clear_jumps();
         self.jumps.flush_all(&mut self.frame);
-    }
-
-    /// Forgets everything cached of the guest's mappings.
-    pub fn flush_all(&mut self) {
-        for table in &mut self.frame.tlb {
-            table.fill(TlbEntry::INVALID);
-        }
-        self.direct.flush_all();
-        for list in &mut self.filled {
-            list.clear();
-        }
-        self.large.iter_mut().for_each(Vec::clear);
-        self.flush_jumps_all();
-    }
-
-    fn flush_local(&mut self) {
-        for (list, table) in [(0, 0), (1, 1), (2, 2)] {
-            if self.filled[list].len() >= TLB_ENTRIES {
-                self.frame.tlb[table].fill(TlbEntry::INVALID);
-                if table == 1 {
-                    self.filled[3].clear();
-                    self.large[1].clear();
-                }
-            } else {
-                for &n in &self.filled[list] {
-                    let e = &mut self.frame.tlb[table][usize::from(n)];
-                    if e.gfn & GLOBAL == 0 || table != 1 {
-                        *e = TlbEntry::INVALID;
-                    }
-                }
-            }
-            self.filled[list].clear();
-        }
-        self.large[0].clear();
-        self.large[2].clear();
-        self.jumps.flush_local(&mut self.frame);
-    }
-
-    fn flush_page(&mut self, gva: u64) {
-        let page = gva & !(PAGE_SIZE - 1);
-        for table in 0..3 {
-            let e = &mut self.frame.tlb[table][tlb_index(gva)];
-            if e.read == page || e.write == page {
-                *e = TlbEntry::INVALID;
-            }
-            if self.large[table].contains(&(gva >> LARGE_BITS)) {
-                // The translation to forget may be that of a large page, of which any 4 KiB piece may be cached. Which size it had is not known; a
-                // gigabyte is the largest.
-                for e in &mut self.frame.tlb[table] {
-                    if e.gfn & LARGE != 0 && (e.read ^ page) >> LARGE_BITS == 0 {
-                        *e = TlbEntry::INVALID;
-                    }
-                }
-            }
-        }
-        self.jumps.flush_page(&mut self.frame, gva);
-    }
-
-    /// Makes stores to a frame take the slow path.
-    pub fn drop_write_tags(&mut self, gfn: Gfn) {
-        for table in &mut self.frame.tlb {
-            for (n, e) in table.iter_mut().enumerate() {
-                if e.gfn & !MARKS == gfn.0 {
-                    e.write = unmatched(n);
-                }
-            }
-        }
-    }
-
-    pub fn drop_all_write_tags(&mut self) {
-        for table in &mut self.frame.tlb {
-            for (n, e) in table.iter_mut().enumerate() {
-                e.write = unmatched(n);
-            }
-        }
-    }
-
-    /// Walks the guest's tables for a missed access and caches the result. False where the access must be executed by the instruction semantics.
-    pub fn fill(&mut self, gva: Gva, access: Access) -> Result<bool, PageFault> {
-        let cpu = &self.frame.cpu;
-        let t = walk(cpu, &self.shared.memory, gva, access)?;
-        let gfn = t.gpa.gfn();
-        let Some(host) = self.shared.memory.page(gfn) else {
-            return Ok(false);
-        };
-        let code = self.shared.pages.contains(gfn);
-        if access.write && code {
-            return Ok(false);
-        }
-        let table = self.table(access.user);
-        let page = gva.page().0;
-        let n = tlb_index(gva.0);
-        let large = t.page_bits > 12;
-        self.frame.tlb[table][n] = TlbEntry {
-            read: page,
-            write: if (access.write || t.writable && t.dirty) && !code {
-                page
-            } else {
-                unmatched(n)
-            },
-            host: host as u64,
-            gfn: gfn.0 | if t.global { GLOBAL } else { 0 } | if large { LARGE } else { 0 },
-        };
-        if large && !self.large[table].contains(&(gva.0 >> LARGE_BITS)) {
-            self.large[table].push(gva.0 >> LARGE_BITS);
-        }
-        let list = if table == 1 && t.global { 3 } else { table };
-        if self.filled[list].len() < TLB_ENTRIES {
-            self.filled[list].push(n as u16);
-        }
-        Ok(true)
-    }
-
-    /// Whether the TLB that code uses now has the page around `ea`, with write access if asked for.
-    pub fn cached(&self, ea: u64, user: bool, write: bool) -> bool {
-        let page = Gva(ea).page().0;
-        let e = &self.frame.tlb[self.table(user)][tlb_index(ea)];
-        e.read == page && (!write || e.write == page)
-    }
-
-    /// Which TLB accesses of this privilege use.
-    fn table(&self, user: bool) -> usize {
-        if user {
-            0
-        } else if self.frame.cpu.rflags & rflags::AC != 0 {
-            2
-        } else {
-            1
-        }
     }
 
     pub fn translate_as_kernel(&mut self, gva: Gva, access: Access) -> Result<Gpa, VirtFault> {
@@ -430,20 +294,12 @@ impl Host for BtHost {
         self.holes.as_ref().map(Holes::start)
     }
 
-    fn tlb_flush(&mut self, _cpu: &CpuState, what: TlbFlush) {
-        match what {
-            // Processes belong to one address space each.
-            TlbFlush::Switch => {}
-            TlbFlush::Page(gva) | TlbFlush::PageOfPcid { gva, .. } => self.direct.flush_page(gva),
-            TlbFlush::Pcid(pcid) => self.direct.flush_pcid(pcid),
-            TlbFlush::All | TlbFlush::NonGlobal => self.direct.flush_all(),
-        }
-        match what {
-            TlbFlush::All => self.flush_all(),
-            // Entries carry no PCID: only those of the present one exist.
-            TlbFlush::NonGlobal | TlbFlush::Pcid(_) | TlbFlush::Switch => self.flush_local(),
-            TlbFlush::Page(gva) | TlbFlush::PageOfPcid { gva, .. } => self.flush_page(gva.0),
-        }
+    fn translate(&mut self, cpu: &CpuState, gva: Gva, access: Access) -> Result<Gpa, PageFault> {
+        self.data_translation(cpu, gva, access)
+    }
+
+    fn tlb_flush(&mut self, cpu: &CpuState, what: TlbFlush) {
+        self.flush(cpu, what);
     }
 
     fn run_native(

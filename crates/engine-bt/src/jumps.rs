@@ -5,8 +5,8 @@ use hospes_translate::layout::{JUMP_ENTRIES, jump_index};
 use hospes_units::PAGE_SIZE;
 
 use crate::exec;
-use crate::frame::Frame;
-use crate::host::LARGE_BITS;
+use crate::frame::{Frame, SECOND_ENTRIES, SecondEntry, second_index};
+use crate::tlb::LARGE_BITS;
 
 #[derive(Clone, Copy)]
 struct Entry {
@@ -15,8 +15,63 @@ struct Entry {
     mode: Mode,
 }
 
+/// The jump targets of user code, taken out of the tables.
+#[derive(Default)]
+pub(crate) struct UserJumps {
+    /// The mode, without AC, that they are for.
+    base: u32,
+    /// Gigabytes of address space in which code lies in large pages.
+    large: Vec<u64>,
+    list: Vec<UserJump>,
+}
+
+struct UserJump {
+    index: u16,
+    entry: Entry,
+    address: u64,
+}
+
+impl UserJumps {
+    /// Forgets them all.
+    pub fn clear(&mut self) {
+        self.list.clear();
+    }
+}
+
+/// Entries of a second cache in which the targets of one page are.
+const SECOND_OF_PAGE: usize = PAGE_SIZE as usize / 4;
+const _: () = assert!(SECOND_ENTRIES <= 1 << 16);
 /// Entries remembered for a flush one by one; with more, the whole table is reset.
 const LIST_MAX: usize = 4096;
+
+/// A set of guest pages that may hold more than was put into it.
+struct PageSet(Box<[u64; PageSet::WORDS]>);
+
+impl PageSet {
+    const WORDS: usize = 256;
+
+    fn place(gva: u64) -> (usize, u64) {
+        let page = gva / PAGE_SIZE;
+        let n = (page ^ page >> 14) as usize % (PageSet::WORDS * 64);
+        (n / 64, 1 << (n % 64))
+    }
+
+    fn insert(&mut self, gva: u64) {
+        let (word, bit) = PageSet::place(gva);
+        self.0[word] |= bit;
+    }
+
+    fn may_have(&self, gva: u64) -> bool {
+        let (word, bit) = PageSet::place(gva);
+        self.0[word] & bit != 0
+    }
+}
+
+impl Default for PageSet {
+    fn default() -> PageSet {
+        PageSet(Box::new([0; PageSet::WORDS]))
+    }
+}
 
 /// No code lies at an address that is not canonical.
 const NOWHERE: Entry = Entry {
@@ -53,23 +108,32 @@ impl Mapping {
 
 /// The monitor's side of a vCPU's jump caches. Invariant: wherever a cache of the frame does not hold `miss`, the entry here says what it holds.
 pub(crate) struct Jumps {
-    miss: u64,
+    miss: [u64; 3],
     tables: [Box<[Entry]>; 3],
     filled: [Vec<u16>; 3],
+    /// The same for the second caches.
+    second: [Vec<u16>; 2],
+    /// Pages that have targets, for each cache.
+    pages: [PageSet; 3],
     /// Some kernel entry came from a mapping that does not survive address-space switches.
     kernel_local: bool,
+    /// Some user entry came from a global mapping.
+    user_global: bool,
     /// Gigabytes of address space with code in large pages.
     large: Vec<u64>,
 }
 
 impl Jumps {
-    pub fn new(miss: u64) -> Jumps {
+    pub fn new(miss: [u64; 3]) -> Jumps {
         let table = || vec![NOWHERE; JUMP_ENTRIES].into_boxed_slice();
         Jumps {
             miss,
             tables: [table(), table(), table()],
             filled: Default::default(),
+            second: Default::default(),
+            pages: Default::default(),
             kernel_local: false,
+            user_global: false,
             large: Vec::new(),
         }
     }
@@ -98,24 +162,103 @@ impl Jumps {
         if self.filled[table].len() < LIST_MAX {
             self.filled[table].push(n as u16);
         }
+        self.pages[table].insert(pc);
+        self.add_second(frame, table, pc, address);
         self.kernel_local |= table != 0 && !mapping.global;
+        self.user_global |= table == 0 && mapping.global;
         let region = pc >> LARGE_BITS;
         if mapping.large && !self.large.contains(&region) {
             self.large.push(region);
         }
     }
 
+    fn add_second(&mut self, frame: &mut Frame, table: usize, pc: u64, address: u64) {
+        if let Some(list) = self.second.get_mut(table) {
+            let n = second_index(pc);
+            frame.second[table][n] = SecondEntry { pc, address };
+            if list.len() < LIST_MAX {
+                list.push(n as u16);
+            }
+        }
+    }
+
     fn flush(&mut self, frame: &mut Frame, table: usize) {
         if self.filled[table].len() >= LIST_MAX {
             self.tables[table].fill(NOWHERE);
-            frame.jumps[table].fill(self.miss);
+            frame.jumps[table].fill(self.miss[table]);
         } else {
             for &n in &self.filled[table] {
                 self.tables[table][usize::from(n)] = NOWHERE;
-                frame.jumps[table][usize::from(n)] = self.miss;
+                frame.jumps[table][usize::from(n)] = self.miss[table];
             }
         }
         self.filled[table].clear();
+        self.flush_second(frame, table);
+        if table == 0 {
+            self.user_global = false;
+        }
+    }
+
+    fn flush_second(&mut self, frame: &mut Frame, table: usize) {
+        self.pages[table].0.fill(0);
+        let Some(list) = self.second.get_mut(table) else {
+            return;
+        };
+        let entries = &mut frame.second[table];
+        if list.len() >= LIST_MAX {
+            entries.fill(SecondEntry::EMPTY);
+        } else {
+            for &n in &*list {
+                entries[usize::from(n)] = SecondEntry::EMPTY;
+            }
+        }
+        list.clear();
+    }
+
+    /// Takes out the targets of user code, if they are at most so many and none outlives its address space.
+    pub fn take_user(&mut self, frame: &mut Frame, most: usize) -> UserJumps {
+        let mut taken = UserJumps::default();
+        if self.user_global || self.filled[0].len() > most {
+            return taken;
+        }
+        taken.base = frame.jump_bases[0];
+        taken.large.clone_from(&self.large);
+        taken.list.reserve_exact(self.filled[0].len());
+        for &index in &self.filled[0] {
+            let n = usize::from(index);
+            let entry = std::mem::replace(&mut self.tables[0][n], NOWHERE);
+            let address = std::mem::replace(&mut frame.jumps[0][n], self.miss[0]);
+            if entry.pc != NOWHERE.pc {
+                taken.list.push(UserJump {
+                    index,
+                    entry,
+                    address,
+                });
+            }
+        }
+        self.filled[0].clear();
+        self.flush_second(frame, 0);
+        taken
+    }
+
+    /// Puts targets of user code back into tables that hold none, if they are for the present mode.
+    pub fn put_user(&mut self, frame: &mut Frame, jumps: &UserJumps) {
+        if jumps.base != frame.jump_bases[0] {
+            return;
+        }
+        for j in &jumps.list {
+            let n = usize::from(j.index);
+            self.tables[0][n] = j.entry;
+            frame.jumps[0][n] = j.address;
+            self.filled[0].push(j.index);
+            self.pages[0].insert(j.entry.pc);
+            self.add_second(frame, 0, j.entry.pc, j.address);
+        }
+        for &region in &jumps.large {
+            if !self.large.contains(&region) {
+                self.large.push(region);
+            }
+        }
     }
 
     pub fn flush_all(&mut self, frame: &mut Frame) {
@@ -155,7 +298,13 @@ impl Jumps {
         for table in 0..3 {
             if self.tables[table][n].pc == pc {
                 self.tables[table][n] = NOWHERE;
-                frame.jumps[table][n] = self.miss;
+                frame.jumps[table][n] = self.miss[table];
+            }
+        }
+        for second in &mut frame.second {
+            let e = &mut second[second_index(pc)];
+            if e.pc == pc {
+                *e = SecondEntry::EMPTY;
             }
         }
     }
@@ -168,18 +317,100 @@ impl Jumps {
         }
         let page = gva & !(PAGE_SIZE - 1);
         // Instructions that begin in the page before may end in this one.
-        for back in 1..15 {
-            self.forget(frame, page.wrapping_sub(back));
+        if self
+            .pages
+            .iter()
+            .any(|set| set.may_have(page.wrapping_sub(1)))
+        {
+            for back in 1..15 {
+                self.forget(frame, page.wrapping_sub(back));
+            }
         }
         let first = jump_index(page);
-        let last = jump_index(page + PAGE_SIZE - 1);
+        let last = jump_index(page + (PAGE_SIZE - 1));
+        let second = second_index(page) & !(SECOND_OF_PAGE - 1);
         for table in 0..3 {
+            if !self.pages[table].may_have(page) {
+                continue;
+            }
             for n in first..=last {
                 if self.tables[table][n].pc & !(PAGE_SIZE - 1) == page {
                     self.tables[table][n] = NOWHERE;
-                    frame.jumps[table][n] = self.miss;
+                    frame.jumps[table][n] = self.miss[table];
+                }
+            }
+            if let Some(entries) = frame.second.get_mut(table) {
+                for e in &mut entries[second..second + SECOND_OF_PAGE] {
+                    if e.pc & !(PAGE_SIZE - 1) == page {
+                        *e = SecondEntry::EMPTY;
+                    }
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::FrameBox;
+
+    const MISS: [u64; 3] = [11, 12, 13];
+    const LOCAL: Mapping = Mapping {
+        global: false,
+        large: false,
+    };
+
+    fn tables() -> (Jumps, FrameBox) {
+        (Jumps::new(MISS), FrameBox::new(MISS, None).unwrap())
+    }
+
+    /// What the emitted code would find: in the first cache, in the second.
+    fn found(frame: &Frame, table: usize, pc: u64) -> (u64, Option<u64>) {
+        let e = frame.second[table][second_index(pc)];
+        let second = (e.pc == pc && e.address != 0).then_some(e.address);
+        (frame.jumps[table][jump_index(pc)], second)
+    }
+
+    #[test]
+    fn add_of_a_rival_keeps_both_in_the_second_cache() {
+        let (mut jumps, mut frame) = tables();
+        let mode = Mode(Mode::LONG);
+        let (a, b) = (0xffff_ffff_8100_0040, 0xffff_ffff_8101_0040);
+        assert_eq!(jump_index(a), jump_index(b));
+        jumps.add(&mut frame, mode, a, 1, 100, LOCAL);
+        jumps.add(&mut frame, mode, b, 2, 200, LOCAL);
+        assert_eq!(found(&frame, 1, a), (200, Some(100)));
+        assert_eq!(found(&frame, 1, b), (200, Some(200)));
+        jumps.forget(&mut frame, a);
+        assert_eq!(found(&frame, 1, a), (200, None));
+    }
+
+    #[test]
+    fn flush_page_forgets_targets_of_that_page_only() {
+        let (mut jumps, mut frame) = tables();
+        let mode = Mode(Mode::LONG | Mode::USER);
+        // The first crosses into the page that is flushed.
+        let pcs = [0x40_0ffe, 0x40_1000, 0x40_1fff, 0x40_2000, 0x40_0ff0];
+        for (n, pc) in pcs.into_iter().enumerate() {
+            jumps.add(&mut frame, mode, pc, 0, 100 + n as u64, LOCAL);
+        }
+        jumps.flush_page(&mut frame, 0x40_1234);
+        let left = pcs.map(|pc| found(&frame, 0, pc).1);
+        assert_eq!(left, [None, None, None, Some(103), Some(104)]);
+        assert_eq!(found(&frame, 0, pcs[1]).0, MISS[0]);
+    }
+
+    #[test]
+    fn take_user_leaves_nothing_and_put_user_brings_it_back() {
+        let (mut jumps, mut frame) = tables();
+        let mode = Mode(Mode::LONG | Mode::USER);
+        jumps.add(&mut frame, mode, 0x40_1000, 0, 100, LOCAL);
+        let taken = jumps.take_user(&mut frame, 10);
+        assert_eq!(found(&frame, 0, 0x40_1000), (MISS[0], None));
+        jumps.put_user(&mut frame, &taken);
+        assert_eq!(found(&frame, 0, 0x40_1000), (100, Some(100)));
+        jumps.flush_all(&mut frame);
+        assert_eq!(found(&frame, 0, 0x40_1000), (MISS[0], None));
     }
 }

@@ -19,6 +19,8 @@ pub struct ThreadInfo {
     pub enter_checked: std::ops::Range<usize>,
     pub leave: usize,
     pub turned_back: usize,
+    pub second: std::ops::Range<usize>,
+    pub second_failed: usize,
     pub snippets: std::ops::Range<usize>,
 }
 
@@ -69,6 +71,9 @@ extern "C" fn handle(signal: i32, _info: *mut libc::siginfo_t, context: *mut lib
         frame.turn_back.store(1, Ordering::Relaxed);
         if info.enter_checked.contains(&pc) {
             frame.target = info.turned_back as u64;
+        }
+        if info.second.contains(&pc) {
+            regs[libc::REG_RIP as usize] = info.second_failed as i64;
         }
         if frame.busy != 0 {
             // The code looks at `turn_back` as soon as it is through.

@@ -6,9 +6,9 @@
 use std::mem::offset_of;
 
 use hospes_translate::Stubs;
-use hospes_translate::asm::{Asm, RAX, RBP, RBX, RCX, RDI, RSP, cc};
+use hospes_translate::asm::{Asm, RAX, RBP, RBX, RCX, RDI, RDX, RSP, cc};
 
-use crate::frame::{Frame, LAYOUT};
+use crate::frame::{Frame, LAYOUT, SECOND_ENTRIES, SECOND_SPREAD, SecondEntry};
 
 /// Why translated code came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +54,10 @@ pub struct EntryPoints {
     /// Expects an exit kind in EAX and the general registers saved already.
     pub leave: usize,
     pub turned_back: usize,
+    /// The look-up in the second jump caches, and where one goes on that is given up, at any point of it.
+    pub second: usize,
+    pub second_end: usize,
+    pub second_failed: usize,
 }
 
 const TARGET: i32 = offset_of!(Frame, target) as i32;
@@ -174,13 +178,49 @@ pub fn assemble(wide: bool) -> (Vec<u8>, Stubs, EntryPoints) {
     stubs.native = exit(&mut a, ExitKind::Native, true);
 
     a.align(16, 0);
-    stubs.jump_miss = a.pos() as i64;
+    points.second_failed = a.pos();
     a.load(RCX, gpr(RCX));
-    a.load(2, gpr(2));
+    a.load(RDX, gpr(RDX));
     let j = a.jmp();
     a.patch_rel32(j, stubs.lookup[1]);
+    points.second = a.pos();
+    stubs.jump_miss = [0, 1, 2].map(|table| second_look_up(&mut a, table, points.second_failed));
+    points.second_end = a.pos();
 
     (a.buf, stubs, points)
+}
+
+/// Assembles what a miss of a jump cache comes to. Changes RCX, RDX and the flags only, which are in the frame.
+fn second_look_up(a: &mut Asm, table: usize, failed: usize) -> i64 {
+    const PC: i32 = offset_of!(SecondEntry, pc) as i32;
+    const ADDRESS: i32 = offset_of!(SecondEntry, address) as i32;
+    const TABLE_BYTES: usize = SECOND_ENTRIES * size_of::<SecondEntry>();
+    const { assert!(size_of::<SecondEntry>() == 16) };
+    let Some(table) = (table < 2).then(|| offset_of!(Frame, second) + table * TABLE_BYTES) else {
+        return failed as i64;
+    };
+    a.align(16, 0);
+    let at = a.pos() as i64;
+    a.load(RCX, LAYOUT.rip);
+    a.mov(RDX, RCX);
+    a.shr(RDX, SECOND_SPREAD);
+    a.xor(RDX, RCX);
+    // The index of `second_index`, times 16.
+    a.shl32(RDX, 2);
+    a.and_imm32(
+        RDX,
+        ((SECOND_ENTRIES - 1) * size_of::<SecondEntry>()) as i32,
+    );
+    a.cmp_mem_base(RCX, RDX, table as i32 + PC);
+    let other = a.jcc(cc::NE);
+    a.load_mem_base(RDX, RDX, table as i32 + ADDRESS);
+    // An empty entry has the program counter 0.
+    a.test(RDX, RDX);
+    let empty = a.jcc(cc::E);
+    a.jmp_reg(RDX);
+    a.patch_rel32(other, failed as i64);
+    a.patch_rel32(empty, failed as i64);
+    at
 }
 
 /// Calls the entry code.

@@ -58,7 +58,8 @@ impl BtVcpu {
         id: VcpuId,
         control: Arc<Control>,
     ) -> Result<BtVcpu, EngineError> {
-        let miss = shared.code.address(shared.stubs.jump_miss as usize) as u64;
+        let stub = |at: i64| shared.code.address(at as usize) as u64;
+        let miss = shared.stubs.jump_miss.map(stub);
         let mut frame =
             FrameBox::new(miss, shared.wide).map_err(|e| host_error("memory for a vCPU", e))?;
         frame.pauses_left = PAUSES;
@@ -93,6 +94,8 @@ impl BtVcpu {
             enter_checked: range(s.points.enter_checked..s.points.enter_end),
             leave: s.code.address(s.points.leave),
             turned_back: s.code.address(s.points.turned_back),
+            second: range(s.points.second..s.points.second_end),
+            second_failed: s.code.address(s.points.second_failed),
             snippets: range(s.snippets(self.host.id)),
         };
         let attachment = Attachment::new(info).map_err(|e| host_error("signal set-up", e))?;

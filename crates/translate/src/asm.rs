@@ -33,6 +33,13 @@ pub struct Asm {
 }
 
 impl Asm {
+    /// An empty buffer for so many bytes; it grows if need be.
+    pub fn with_room(bytes: usize) -> Asm {
+        Asm {
+            buf: Vec::with_capacity(bytes),
+        }
+    }
+
     pub fn pos(&self) -> Pos {
         self.buf.len()
     }
@@ -104,6 +111,12 @@ impl Asm {
         self.gs_op(false, &[0x0f, 0xb7], reg, offset);
     }
 
+    /// `mov reg16, gs:[offset]`, which keeps the upper bits.
+    pub fn load16(&mut self, reg: u8, offset: i32) {
+        self.buf.push(0x66);
+        self.gs_op(false, &[0x8b], reg, offset);
+    }
+
     /// `movzx reg32, byte gs:[offset]`
     pub fn load_u8(&mut self, reg: u8, offset: i32) {
         self.gs_op(false, &[0x0f, 0xb6], reg, offset);
@@ -151,6 +164,24 @@ impl Asm {
     /// `xor reg, gs:[base + offset]`
     pub fn xor_mem_base(&mut self, reg: u8, base: u8, offset: i32) {
         self.gs_base_op(true, &[0x33], reg, base, offset);
+    }
+
+    /// `cmp reg, gs:[base + offset]`
+    pub fn cmp_mem_base(&mut self, reg: u8, base: u8, offset: i32) {
+        self.gs_base_op(true, &[0x3b], reg, base, offset);
+    }
+
+    /// `mov reg, gs:[base + offset]`
+    pub fn load_mem_base(&mut self, reg: u8, base: u8, offset: i32) {
+        self.gs_base_op(true, &[0x8b], reg, base, offset);
+    }
+
+    /// `jmp reg`
+    pub fn jmp_reg(&mut self, reg: u8) {
+        if reg >= 8 {
+            self.buf.push(0x41);
+        }
+        self.bytes(&[0xff, 0xe0 | reg & 7]);
     }
 
     /// `add reg, gs:[base + offset]`
@@ -622,6 +653,10 @@ mod tests {
             (&|a| a.store16(0x10, 0), "mov gs:[10h],ax"),
             (&|a| a.load_u16(0, 0x10), "movzx eax,word ptr gs:[10h]"),
             (&|a| a.load_u8(8, 0x10), "movzx r8d,byte ptr gs:[10h]"),
+            (&|a| a.load16(9, 0x10), "mov r9w,gs:[10h]"),
+            (&|a| a.cmp_mem_base(1, 2, 0x10), "cmp rcx,gs:[rdx+10h]"),
+            (&|a| a.load_mem_base(2, 10, 0x10), "mov rdx,gs:[r10+10h]"),
+            (&|a| a.jmp_reg(10), "jmp r10"),
             (&|a| a.store_imm32(8, 7), "mov dword ptr gs:[8],7"),
             (&|a| a.store_imm8(8, 7), "mov byte ptr gs:[8],7"),
             (

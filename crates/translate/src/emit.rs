@@ -29,6 +29,8 @@ use crate::layout::*;
 
 /// Instructions in one block at most.
 const MAX_INSTRUCTIONS: usize = 48;
+/// Bytes of host code that most blocks fit in.
+const CODE_ROOM: usize = 1024;
 /// Instructions looked at in a successor to see whether it needs the flags.
 const LOOKAHEAD: usize = 6;
 
@@ -200,11 +202,12 @@ impl Translator {
             live = (live & !insn.flags_killed) | insn.flags_read;
         }
         let live_in = live;
+        let length = insns.len();
         let single = request.mode.has(Mode::SINGLE);
         let mode = Mode(request.mode.0 & !Mode::SINGLE);
         let accesses = group::survey(&insns, mode.has(Mode::LONG));
         let mut work = Work {
-            asm: Asm::default(),
+            asm: Asm::with_room(CODE_ROOM),
             layout: &self.layout,
             stubs: &self.stubs,
             encoder: &mut self.encoder,
@@ -232,9 +235,10 @@ impl Translator {
             out: Translation {
                 extent_before: extent.0,
                 extent: extent.1,
+                side: Vec::with_capacity(4 * length),
                 ..Translation::default()
             },
-            cold: Vec::new(),
+            cold: Vec::with_capacity(length),
         };
         work.entry(live_in);
         work.body(ended, self.cut || request.crossing);
@@ -380,7 +384,7 @@ impl Work<'_> {
         }
         self.asm.bytes(&[0xe3, 5]); // jrcxz over the jump
         let at = self.asm.jmp();
-        self.rel(at, self.stubs.jump_miss);
+        self.rel(at, self.stubs.jump_miss[self.mode.table()]);
         self.resume = Resume::Offset(0);
         self.note();
         self.unspill(bit(RCX) | bit(RDX));
@@ -483,6 +487,7 @@ impl Work<'_> {
             Kind::Syscall => self.syscall(i, insn),
             Kind::Sysret => self.sysret(insn),
             Kind::ReadSelector => self.read_selector(insn),
+            Kind::ReadControl => self.read_control(insn),
             Kind::StoreSelector => self.store_selector(i, insn),
             Kind::BitString => self.bit_string(i, insn),
             Kind::WriteSegBase => self.write_seg_base(i, insn),

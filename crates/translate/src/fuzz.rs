@@ -39,6 +39,8 @@ pub(crate) const LAYOUT: FrameLayout = FrameLayout {
     held: 0x218,
     jump_mask: 0x200,
     operand: 0x208,
+    cr2: 0x2a0,
+    cr3: 0x2a8,
     pauses_left: 0x210,
     jumps: [0x1_0000, 0x4_0000, 0x7_0000],
     tlb: [0xa_0000, 0xd_0000, 0x10_0000],

@@ -36,6 +36,8 @@ pub enum Kind {
     Sti,
     /// Reads of the FS or GS base by RDFSBASE or RDGSBASE.
     ReadSegBase,
+    /// MOV from CR2 or CR3.
+    ReadControl,
     /// MOV from a segment register to a general one.
     ReadSelector,
     /// MOV from a segment register to memory.
@@ -150,34 +152,9 @@ impl Insn {
         mode: Mode,
         factory: &mut InstructionInfoFactory,
     ) -> Insn {
-        let mut insn = Insn {
-            instr,
-            kind: Kind::Step,
-            offset,
-            len: instr.len() as u8,
-            reads: 0,
-            writes: 0,
-            changes: 0,
-            mem: None,
-            flags_read: 0,
-            flags_killed: 0,
-            flags_modified: 0,
-            high_byte: false,
-        };
-        insn.kind = insn.decide(mode);
-        if insn.kind == Kind::Step {
-            insn.flags_read = STATUS;
+        let mut insn = Insn::without_registers(instr, offset, mode);
+        if matches!(insn.kind, Kind::Step | Kind::Nop) {
             return insn;
-        }
-        if insn.kind == Kind::Nop {
-            return insn;
-        }
-        insn.flags_read = instr.rflags_read() & STATUS;
-        insn.flags_modified = instr.rflags_modified() & STATUS;
-        insn.flags_killed =
-            (instr.rflags_written() | instr.rflags_cleared() | instr.rflags_set()) & STATUS;
-        if count_is_zero_or_unknown(&instr) {
-            insn.flags_killed = 0;
         }
         let info = factory.info(&instr);
         for used in info.used_registers() {
@@ -202,19 +179,55 @@ impl Insn {
             }
         }
         insn.writes &= !insn.reads;
-        if insn.kind == Kind::Mem || insn.has_memory_operand() {
-            let write = (0..instr.op_count())
+        if let Some(mem) = &mut insn.mem {
+            mem.write = (0..instr.op_count())
                 .filter(|&i| instr.op_kind(i) == OpKind::Memory)
                 .any(|i| !matches!(info.op_access(i), OpAccess::Read | OpAccess::CondRead));
-            insn.mem = Some(MemAccess {
-                size: instr.memory_size().size() as u32,
-                write,
-                masked: instr.op_mask() != Register::None,
-            });
-            if insn.mem.is_some_and(|m| m.size == 0 || m.size > 64) && insn.kind == Kind::Mem {
-                insn.kind = Kind::Step;
+        }
+        insn
+    }
+
+    /// The same without what depends on how each operand is used: the registers, and whether memory is written. Enough to look ahead.
+    pub fn without_registers(instr: Instruction, offset: u16, mode: Mode) -> Insn {
+        let mut insn = Insn {
+            instr,
+            kind: Kind::Step,
+            offset,
+            len: instr.len() as u8,
+            reads: 0,
+            writes: 0,
+            changes: 0,
+            mem: None,
+            flags_read: 0,
+            flags_killed: 0,
+            flags_modified: 0,
+            high_byte: false,
+        };
+        insn.kind = insn.decide(mode);
+        let memory = insn.has_memory_operand();
+        let size = instr.memory_size().size() as u32;
+        if insn.kind == Kind::Mem && (size == 0 || size > 64) {
+            insn.kind = Kind::Step;
+        }
+        match insn.kind {
+            Kind::Step => {
                 insn.flags_read = STATUS;
+                return insn;
             }
+            Kind::Nop => return insn,
+            _ => {}
+        }
+        insn.mem = memory.then_some(MemAccess {
+            size,
+            write: false,
+            masked: instr.op_mask() != Register::None,
+        });
+        insn.flags_read = instr.rflags_read() & STATUS;
+        insn.flags_modified = instr.rflags_modified() & STATUS;
+        insn.flags_killed =
+            (instr.rflags_written() | instr.rflags_cleared() | instr.rflags_set()) & STATUS;
+        if count_is_zero_or_unknown(&instr) {
+            insn.flags_killed = 0;
         }
         insn
     }
@@ -296,10 +309,16 @@ impl Insn {
             M::Mov
                 if i.op1_kind() == OpKind::Register
                     && i.op1_register().is_segment_register()
-                    && i.op0_kind() == OpKind::Register
-                    && i.op0_register().size() >= 4 =>
+                    && i.op0_kind() == OpKind::Register =>
             {
                 return Kind::ReadSelector;
+            }
+            M::Mov
+                if long
+                    && !mode.has(Mode::USER)
+                    && matches!(i.op1_register(), Register::CR2 | Register::CR3) =>
+            {
+                return Kind::ReadControl;
             }
             M::Movsb
             | M::Movsw

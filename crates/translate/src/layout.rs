@@ -6,7 +6,7 @@ pub const TLB_ENTRIES: usize = 4096;
 pub const TLB_ENTRY_BYTES: usize = 32;
 /// Entries of each jump cache; a power of two.
 pub const JUMP_ENTRIES: usize = 16384;
-/// Bits of a guest address that select a jump cache entry.
+/// Bits of a guest address that select a jump cache entry. Targets lie closely together: with a larger shift neighbours would evict each other.
 pub const JUMP_MASK: u64 = ((JUMP_ENTRIES as u64) - 1) << JUMP_SHIFT;
 const JUMP_SHIFT: u32 = 2;
 
@@ -69,6 +69,9 @@ pub struct FrameLayout {
     pub interrupt_flag: i32,
     /// 32 bits: the alignment-check flag in its place, bit 18; all others clear.
     pub ac_flag: i32,
+    /// 64 bits each: control registers.
+    pub cr2: i32,
+    pub cr3: i32,
     /// 64 bits: RFLAGS but for the status flags, IF and AC, which are clear here.
     pub rest_flags: i32,
     /// Byte: while set, guest state is between two instructions' and a kick only sets `turn_back`.
@@ -124,8 +127,8 @@ pub struct Stubs {
     pub step: [i64; 2],
     pub lookup: [i64; 2],
     pub native: i64,
-    /// Indirect transfer whose target is not known: RCX and RDX are in their slots, flags saved, RIP in the frame.
-    pub jump_miss: i64,
+    /// Transfer whose target the jump cache does not have: RCX and RDX are in their slots, flags saved, RIP in the frame. One for each of the three caches.
+    pub jump_miss: [i64; 3],
 }
 
 /// What of the CPU's mode translated code depends on; part of a block's key.

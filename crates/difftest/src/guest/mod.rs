@@ -38,7 +38,18 @@ pub enum GuestError {
     Engine(#[from] EngineError),
 }
 
-pub(crate) struct HostProcessor(pub(crate) Vendor, pub(crate) Level);
+/// The host's processor as it is.
+pub struct HostProcessor(pub(crate) Vendor, pub(crate) Level);
+
+impl HostProcessor {
+    #[expect(
+        clippy::new_without_default,
+        reason = "it asks the processor, which a default value should not"
+    )]
+    pub fn new() -> HostProcessor {
+        HostProcessor(host_vendor(), Level::V3)
+    }
+}
 
 impl Processor for HostProcessor {
     fn cpuid(&self, _vcpu: VcpuId, _cpu: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {

@@ -304,7 +304,7 @@ impl<H: Host> Cx<'_, H> {
     #[inline]
     pub fn translate(&mut self, lin: u64, access: Access) -> Exec<Gpa> {
         match self.host.translate(self.cpu, Gva(lin), access) {
-            Ok(t) => Ok(t.gpa),
+            Ok(gpa) => Ok(gpa),
             Err(f) => Err(Exception::page(lin, f)),
         }
     }

@@ -5,7 +5,7 @@ use hospes_memory::GuestMemory;
 use hospes_units::{Gpa, Gva};
 use iced_x86::Instruction;
 
-use super::walk::{Access, PageFault, Translation, walk};
+use super::walk::{Access, PageFault, walk};
 
 /// Whose manual the processor follows where the two differ. Hygon counts as AMD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,13 +167,8 @@ pub trait Host {
     fn apic_enabled(&mut self) {}
 
     /// Guest physical address behind a linear one. A TLB may stand in front of [`walk`].
-    fn translate(
-        &mut self,
-        cpu: &CpuState,
-        gva: Gva,
-        access: Access,
-    ) -> Result<Translation, PageFault> {
-        walk(cpu, self.memory(), gva, access)
+    fn translate(&mut self, cpu: &CpuState, gva: Gva, access: Access) -> Result<Gpa, PageFault> {
+        walk(cpu, self.memory(), gva, access).map(|t| t.gpa)
     }
 }
 

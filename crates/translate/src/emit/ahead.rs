@@ -47,6 +47,7 @@ impl Translator {
                     | Kind::Cli
                     | Kind::Sti
                     | Kind::ReadSegBase
+                    | Kind::ReadControl
                     | Kind::ReadSelector
                     | Kind::StoreSelector
                     | Kind::BitString
@@ -70,7 +71,7 @@ impl Translator {
 
     /// Status flags that code at a target in the same page may read before it writes them. Bytes looked at join the block's extent.
     pub(super) fn flags_live_at(
-        &mut self,
+        &self,
         request: &Request<'_>,
         target: u64,
         extent: &mut (u16, u16),
@@ -86,7 +87,7 @@ impl Translator {
                 return STATUS;
             }
             let instr = decoder.decode();
-            let insn = Insn::new(instr, 0, request.mode, &mut self.factory);
+            let insn = Insn::without_registers(instr, 0, request.mode);
             if insn.flags_read & undecided != 0 {
                 return STATUS;
             }

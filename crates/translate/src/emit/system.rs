@@ -42,11 +42,27 @@ impl Work<'_> {
         self.spilled &= !(bit(0) | bit(RCX) | bit(RDX));
     }
 
+    pub(super) fn read_control(&mut self, insn: &Insn) {
+        let from = if insn.instr.op1_register() == iced_x86::Register::CR2 {
+            self.layout.cr2
+        } else {
+            self.layout.cr3
+        };
+        let dst = gpr(insn.instr.op0_register()).expect("a general register");
+        self.asm.load(dst, from);
+        self.spilled &= !bit(dst);
+    }
+
     pub(super) fn read_selector(&mut self, insn: &Insn) {
         let n = insn.instr.op1_register() as usize - iced_x86::Register::ES as usize;
         let dst = gpr(insn.instr.op0_register()).expect("a general register");
-        self.asm.load_u16(dst, self.layout.selectors[n]);
-        self.spilled &= !bit(dst);
+        if insn.instr.op0_register().size() == 2 {
+            self.unspill(bit(dst));
+            self.asm.load16(dst, self.layout.selectors[n]);
+        } else {
+            self.asm.load_u16(dst, self.layout.selectors[n]);
+            self.spilled &= !bit(dst);
+        }
     }
 
     pub(super) fn store_selector(&mut self, i: usize, insn: &Insn) {

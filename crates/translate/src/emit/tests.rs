@@ -127,3 +127,14 @@ fn translate_avx512_only_where_it_may_be_used() {
     // What the mask leaves out must not be checked with the loads.
     assert_eq!(checks(wide, &[&masked]), 2);
 }
+
+/// An instruction that the engine executes ends a block.
+#[test]
+fn translate_a_read_of_the_fault_address_goes_on() {
+    const MOV_RDI_CR2: &[u8] = &[0x0f, 0x20, 0xd7];
+    const MOV_AX_ES: &[u8] = &[0x66, 0x8c, 0xc0];
+    let host = hot(Mode::LONG, &[MOV_RDI_CR2, MOV_AX_ES, ADD_RSP_24]);
+    assert_eq!(count(&host, Mnemonic::Add), 1);
+    let host = hot(USER, &[MOV_RDI_CR2, ADD_RSP_24]);
+    assert_eq!(count(&host, Mnemonic::Add), 0);
+}
