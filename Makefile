@@ -21,7 +21,7 @@ help:
 	@echo 'make cut-test           power cuts and kills under guests that write (CUTS=12)'
 	@echo 'make install            into PREFIX=/usr/local, with manual pages, completions and a unit for systemd; XL=1: as xl, too'
 	@echo 'make uninstall          remove that again'
-	@echo 'make bench              Hospes against this machine, QEMU TCG and User-Mode Linux (BENCH=quick, ROWS=a,b, SYSTEMS=a,b, DIRECT=0|1|both)'
+	@echo 'make bench              Hospes against this machine, QEMU TCG and User-Mode Linux (BENCH=quick for the first rows, ROWS=a,b, SYSTEMS=a,b, DIRECT=0|1|both)'
 	@echo 'make bench-page         docs/bench-result.md and its plot from the last results'
 	@echo 'make soak MINUTES=n     self-checking programs in a Debian guest for n minutes (VCPUS=2, DIRECT=0|1)'
 	@echo 'make guests             fetch the kernels and make the small guests under target/guests'

@@ -30,7 +30,8 @@ class Plan:
         self.direct = self._direct(environment.get("DIRECT"))
         self.keep = environment.get("KEEP") == "1"
         self.systems = self._chosen(environment.get("SYSTEMS"), rows.SYSTEMS, "system")
-        self.rows = self._chosen(environment.get("ROWS"), tuple(rows.ROWS), "row", rows.GROUPS)
+        unasked = "first" if quick else "all"
+        self.rows = self._chosen(environment.get("ROWS") or unasked, tuple(rows.ROWS), "row", rows.GROUPS)
 
     @staticmethod
     def _chosen(text, known, what, groups=None):

@@ -2,6 +2,7 @@
 
 import unittest
 
+import plan
 import rows
 import stats
 
@@ -29,6 +30,12 @@ class Tables(unittest.TestCase):
     def test_groups_hold_rows(self):
         for names in rows.GROUPS.values():
             self.assertLessEqual(set(names), set(rows.ROWS))
+
+    def test_a_quick_run_measures_the_first_rows_unless_told(self):
+        self.assertEqual(set(plan.Plan({"BENCH": "quick"}).rows), set(rows.GROUPS["first"]))
+        self.assertEqual(plan.Plan({"BENCH": "quick", "ROWS": "all"}).rows, list(rows.ROWS))
+        self.assertEqual(plan.Plan({"BENCH": "quick", "ROWS": "ping"}).rows, ["ping"])
+        self.assertEqual(plan.Plan({}).rows, list(rows.ROWS))
 
     def test_every_bar_has_its_row(self):
         for bar in rows.BARS:
