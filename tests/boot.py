@@ -8,7 +8,6 @@ checks the guests and the tests themselves; what only Hospes can do is then left
 the exit status is 0 when nothing failed.
 """
 
-import argparse
 import functools
 import os
 import pathlib
@@ -22,20 +21,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"
 import direct  # noqa: E402
 import dmesg  # noqa: E402
 import levels  # noqa: E402
+import runner  # noqa: E402
 import vm  # noqa: E402
+from runner import Failure, expect  # noqa: E402
 
 KERNELS = {"amd64": "xz", "cloud": "lz4", "bpo": "zstd"}
 BOOT_S = 120
 END_S = 60
-
-
-class Failure(Exception):
-    """A test's expectation was not met; the sentence says which."""
-
-
-def expect(condition, sentence):
-    if not condition:
-        raise Failure(sentence)
 
 
 class Bench:
@@ -401,34 +393,18 @@ def tests(boots):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runner.parser(__doc__)
     parser.add_argument("--system", choices=("hospes", "tcg"), default="hospes")
     parser.add_argument("--boots", type=int, default=int(os.environ.get("BOOTS", "5")))
-    parser.add_argument("--list", action="store_true", help="print the names and do nothing")
-    parser.add_argument("words", nargs="*")
     options = parser.parse_args()
-    passed = failed = 0
-    for name, portable, function in tests(options.boots):
-        if options.words and not any(word in name for word in options.words):
-            continue
-        if options.system != "hospes" and not portable:
-            continue
-        if options.list:
-            print(name)
-            continue
-        started = time.monotonic()
-        try:
-            with vm.RunDirectory() as run:
-                function(Bench(options.system, run))
-        except (Failure, vm.GuestError, dmesg.ListError, OSError) as error:
-            failed += 1
-            print(f"FAIL {name} ({time.monotonic() - started:.1f} s)\n  " + str(error).replace("\n", "\n  "), flush=True)
-        else:
-            passed += 1
-            print(f"ok   {name} ({time.monotonic() - started:.1f} s)", flush=True)
-    if not options.list:
-        print(f"{passed} passed, {failed} failed")
-    return 1 if failed or not (passed or options.list) else 0
+
+    def run(function):
+        with vm.RunDirectory() as directory:
+            function(Bench(options.system, directory))
+
+    wanted = {name: function for name, portable, function in tests(options.boots) if portable or options.system == "hospes"}
+    chosen = runner.select(options, wanted)
+    return runner.conclude([runner.passes(name, functools.partial(run, wanted[name])) for name in chosen])
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ disks and networks. As root every test has a network namespace of its own; tests
 note. The last line is "N passed, N failed"; the exit status is 0 when nothing failed.
 """
 
-import argparse
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -21,9 +21,10 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
 
 import network  # noqa: E402
+import runner  # noqa: E402
 import vm  # noqa: E402
-from network import Failure, expect  # noqa: E402
 from place import Place  # noqa: E402
+from runner import expect  # noqa: E402
 
 BOOT_S = 120
 ANSWER_S = 60
@@ -352,29 +353,15 @@ TESTS = (
 )
 
 
+def run(test):
+    with contextlib.ExitStack() as stack:
+        test(Bench(stack))
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="print the names and do nothing")
-    parser.add_argument("words", nargs="*")
-    options = parser.parse_args()
-    chosen = [test for test in TESTS if not options.words or any(word in test.__name__ for word in options.words)]
-    if options.list:
-        print("\n".join(test.__name__ for test in chosen))
-        return 0
-    passed = failed = 0
-    for test in chosen:
-        started = time.monotonic()
-        try:
-            with contextlib.ExitStack() as stack:
-                test(Bench(stack))
-        except (Failure, vm.GuestError, OSError, subprocess.SubprocessError) as error:
-            failed += 1
-            print(f"FAIL {test.__name__} ({time.monotonic() - started:.1f} s)\n  " + str(error).replace("\n", "\n  "), flush=True)
-        else:
-            passed += 1
-            print(f"ok   {test.__name__} ({time.monotonic() - started:.1f} s)", flush=True)
-    print(f"{passed} passed, {failed} failed")
-    return 1 if failed or not passed else 0
+    wanted = {test.__name__: functools.partial(run, test) for test in TESTS}
+    chosen = runner.select(runner.parser(__doc__).parse_args(), wanted)
+    return runner.conclude([runner.passes(name, wanted[name]) for name in chosen])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ note. The last line is "N passed, N failed"; the exit status is 0 when nothing f
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import os
 import pathlib
@@ -25,9 +26,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"
 
 import debian  # noqa: E402
 import dmesg  # noqa: E402
+import runner  # noqa: E402
 import vm  # noqa: E402
-from boot import Failure, expect  # noqa: E402
 from place import Place  # noqa: E402
+from runner import Failure, expect  # noqa: E402
 
 MANY = 10
 MANY_MEMORY_MB = 256
@@ -331,16 +333,8 @@ ALONE = (many_live_together,)
 
 
 def run(test):
-    """One test in this process; whether it passed."""
-    started = time.monotonic()
-    try:
-        with contextlib.ExitStack() as stack:
-            test(Bench(stack))
-    except (Failure, vm.GuestError, dmesg.ListError, OSError, subprocess.SubprocessError) as error:
-        print(f"FAIL {test.__name__} ({time.monotonic() - started:.1f} s)\n  " + str(error).replace("\n", "\n  "), flush=True)
-        return False
-    print(f"ok   {test.__name__} ({time.monotonic() - started:.1f} s)", flush=True)
-    return True
+    with contextlib.ExitStack() as stack:
+        test(Bench(stack))
 
 
 def run_in_process(test):
@@ -354,24 +348,18 @@ def run_in_process(test):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="print the names and do nothing")
+    parser = runner.parser(__doc__)
     parser.add_argument("--jobs", type=int, default=2, help="tests at a time")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("words", nargs="*")
     options = parser.parse_args()
-    chosen = [test for test in TESTS if not options.words or any(word in test.__name__ for word in options.words)]
-    if options.list:
-        print("\n".join(test.__name__ for test in chosen))
-        return 0
+    wanted = {test.__name__: test for test in TESTS}
+    chosen = [wanted[name] for name in runner.select(options, wanted)]
     if options.child:
-        return 0 if all([run(test) for test in chosen if test.__name__ in options.words]) else 1
+        named = [test for test in chosen if test.__name__ in options.words]
+        return 0 if all([runner.passes(test.__name__, functools.partial(run, test)) for test in named]) else 1
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(run_in_process, [test for test in chosen if test not in ALONE]))
-    results += [run_in_process(test) for test in chosen if test in ALONE]
-    passed = sum(results)
-    print(f"{passed} passed, {len(results) - passed} failed")
-    return 0 if results and all(results) else 1
+    return runner.conclude(results + [run_in_process(test) for test in chosen if test in ALONE])
 
 
 if __name__ == "__main__":

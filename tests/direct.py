@@ -14,6 +14,7 @@ import time
 
 import dmesg
 import vm
+from runner import expect
 
 BOOT_S = 120
 END_S = 60
@@ -21,21 +22,12 @@ END_S = 60
 BUSY = "sha256sum /dev/zero &"
 
 
-class Wrong(vm.GuestError):
-    """An expectation was not met; the sentence says which."""
-
-
-def expect(condition, sentence):
-    if not condition:
-        raise Wrong(sentence)
-
-
 def settings(direct):
     return (f"engine_direct={direct}",)
 
 
 def wait_for(condition, sentence):
-    """The first true value of `condition`; Wrong when none comes."""
+    """The first true value of `condition`; Failure when none comes."""
     deadline = time.monotonic() + END_S
     while not (value := condition()):
         expect(time.monotonic() < deadline, sentence)

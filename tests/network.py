@@ -8,8 +8,8 @@ the run, so neither the machine's network nor anything beyond the machine is tou
 "N passed, N failed"; the exit status is 0 when nothing failed.
 """
 
-import argparse
 import contextlib
+import functools
 import http.server
 import os
 import pathlib
@@ -23,22 +23,15 @@ import urllib.request
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
 
+import runner  # noqa: E402
 import vm  # noqa: E402
+from runner import Failure, expect  # noqa: E402
 
 BOOT_S = 120
 ANSWER_S = 60
 INSIDE = "HOSPES_TEST_NETWORK"
 OUTSIDE = "203.0.113"
 DHCP = "udhcpc -i eth0 -n -q -t 20"
-
-
-class Failure(Exception):
-    """A test's expectation was not met; the sentence says which."""
-
-
-def expect(condition, sentence):
-    if not condition:
-        raise Failure(sentence)
 
 
 def host(command, check=True):
@@ -393,38 +386,28 @@ TESTS = (
 )
 
 
+def run(test):
+    try:
+        with vm.RunDirectory() as directory:
+            test(directory)
+    except runner.ERRORS:
+        # What a failed test leaves must not make the next one fail.
+        host("for l in $(ip -o link | grep -oE 'hospes[0-9]+|br7|out0'); do ip link del $l; done; nft flush ruleset; "
+             "echo 0 >/proc/sys/net/ipv4/ip_forward", check=False)
+        raise
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="print the names and do nothing")
-    parser.add_argument("words", nargs="*")
-    options = parser.parse_args()
-    chosen = [test for test in TESTS if not options.words or any(word in test.__name__ for word in options.words)]
-    if options.list:
-        print("\n".join(test.__name__ for test in chosen))
-        return 0
+    wanted = {test.__name__: functools.partial(run, test) for test in TESTS}
+    chosen = runner.select(runner.parser(__doc__).parse_args(), wanted)
     if os.geteuid() != 0:
-        print("tests/network.py makes networks, which needs root: nothing was tried")
+        print(f"tests/network.py makes networks, which needs root: {len(chosen)} skipped")
         return 0
     if INSIDE not in os.environ:
         os.environ[INSIDE] = "1"
         os.execvp("unshare", ["unshare", "-n", sys.executable, *sys.argv])
     host("ip link set lo up")
-    failed = 0
-    for test in chosen:
-        started = time.monotonic()
-        try:
-            with vm.RunDirectory() as run:
-                test(run)
-        except (Failure, vm.GuestError, OSError, IndexError, subprocess.TimeoutExpired) as error:
-            failed += 1
-            print(f"FAIL {test.__name__} ({time.monotonic() - started:.1f} s)\n  " + str(error).replace("\n", "\n  "), flush=True)
-            # What a failed test leaves must not make the next one fail.
-            host("for l in $(ip -o link | grep -oE 'hospes[0-9]+|br7|out0'); do ip link del $l; done; nft flush ruleset; "
-                 "echo 0 >/proc/sys/net/ipv4/ip_forward", check=False)
-        else:
-            print(f"ok   {test.__name__} ({time.monotonic() - started:.1f} s)", flush=True)
-    print(f"{len(chosen) - failed} passed, {failed} failed")
-    return 1 if failed or not chosen else 0
+    return runner.conclude([runner.passes(name, wanted[name]) for name in chosen])
 
 
 if __name__ == "__main__":
