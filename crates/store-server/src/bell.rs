@@ -1,10 +1,11 @@
-//! What wakes a thread that waits for a socket, and the ways to wait.
+//! What wakes a thread that waits for a socket, the ways to wait, and the use of a connection by such a thread.
 
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use hospes_store::wire;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::place::Place;
@@ -62,4 +63,41 @@ pub fn connect(place: &Place, is_wanted: impl Fn() -> bool) -> Option<UnixStream
         pause = (2 * pause).min(RETRY_MAX);
     }
     None
+}
+
+/// Uses a connection: sends what `next` gives, whenever the bell rings, and has `take` see the messages that have come. Ends when the connection breaks or carries what is
+/// no message, and when `next` gives nothing.
+pub fn use_stream(
+    bell: &Bell,
+    mut stream: &UnixStream,
+    mut next: impl FnMut() -> Option<Vec<u8>>,
+    mut take: impl FnMut(Vec<wire::Request>),
+) {
+    let mut input = Vec::new();
+    let mut buf = [0; 16 << 10];
+    while let Some(bytes) = next() {
+        if stream.write_all(&bytes).is_err() {
+            return;
+        }
+        if !bell.wait(Some(stream)) {
+            continue;
+        }
+        match stream.read(&mut buf) {
+            Ok(0) => return,
+            Ok(count) => input.extend(&buf[..count]),
+            Err(fault) if fault.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => return,
+        }
+        let mut messages = Vec::new();
+        let end = loop {
+            match wire::decode(&mut input) {
+                Ok(Some(message)) => messages.push(message),
+                end => break end,
+            }
+        };
+        take(messages);
+        if end.is_err() {
+            return;
+        }
+    }
 }

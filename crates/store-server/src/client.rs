@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,7 +16,7 @@ use hospes_store::{
 };
 use hospes_units::DomId;
 
-use crate::bell::{Bell, connect};
+use crate::bell::{Bell, connect, use_stream};
 use crate::guest::Guest;
 use crate::place::Place;
 use crate::protocol::{self, REMOVE};
@@ -459,41 +458,25 @@ fn converse(shared: &Shared) {
 }
 
 /// Until it breaks or is not needed any more.
-fn use_connection(shared: &Shared, mut stream: &UnixStream) {
-    let mut input = Vec::new();
-    let mut buf = [0; 16 << 10];
-    loop {
-        let requests = {
-            let mut state = lock(shared);
-            if state.ended {
-                return;
-            }
-            let requests = state.sendable();
-            // Some may have been answered without being sent.
-            shared.answered.notify_all();
-            requests
-        };
-        if stream.write_all(&requests).is_err() {
-            return;
+fn use_connection(shared: &Shared, stream: &UnixStream) {
+    let next = || {
+        let mut state = lock(shared);
+        if state.ended {
+            return None;
         }
-        if !shared.bell.wait(Some(stream)) {
-            continue;
-        }
-        match stream.read(&mut buf) {
-            Ok(0) => return,
-            Ok(count) => input.extend(&buf[..count]),
-            Err(fault) if fault.kind() == std::io::ErrorKind::Interrupted => continue,
-            Err(_) => return,
-        }
-        loop {
-            match wire::decode(&mut input) {
-                Ok(Some(message)) if message.kind == kind::WATCH_EVENT => tell(shared, &message),
-                Ok(Some(message)) => take_answer(shared, message),
-                Ok(None) => break,
-                Err(_) => return,
+        let requests = state.sendable();
+        // Some may have been answered without being sent.
+        shared.answered.notify_all();
+        Some(requests)
+    };
+    use_stream(&shared.bell, stream, next, |messages| {
+        for message in messages {
+            match message.kind {
+                kind::WATCH_EVENT => tell(shared, &message),
+                _ => take_answer(shared, message),
             }
         }
-    }
+    });
 }
 
 fn tell(shared: &Shared, message: &wire::Request) {

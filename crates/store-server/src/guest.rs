@@ -14,7 +14,7 @@ use hospes_store::wire::{self, kind};
 use hospes_store::{Error, GuestLink, Outbox, ProtocolError, Quota, Request, Waker};
 use hospes_units::DomId;
 
-use crate::bell::{Bell, connect};
+use crate::bell::{Bell, connect, use_stream};
 use crate::client::PATIENCE;
 use crate::place::Place;
 use crate::protocol::{GUEST_KIND_MAX, HELLO, Hello, RESET, SEEN};
@@ -356,40 +356,19 @@ fn open(shared: &Shared, mut stream: &UnixStream) -> Option<Result<(), Error>> {
 }
 
 /// Until it breaks or the guest is gone.
-fn use_connection(shared: &Shared, mut stream: &UnixStream) {
+fn use_connection(shared: &Shared, stream: &UnixStream) {
     let mut acknowledged = None;
-    let mut input = Vec::new();
-    let mut buf = [0; 16 << 10];
-    loop {
-        let bytes = {
-            let mut state = lock(shared);
-            if state.ended {
-                return;
-            }
-            state.sendable(&mut acknowledged)
-        };
-        if stream.write_all(&bytes).is_err() {
-            return;
-        }
-        if !shared.bell.wait(Some(stream)) {
-            continue;
-        }
-        match stream.read(&mut buf) {
-            Ok(0) => return,
-            Ok(count) => input.extend(&buf[..count]),
-            Err(fault) if fault.kind() == std::io::ErrorKind::Interrupted => continue,
-            Err(_) => return,
-        }
+    let next = || {
+        let mut state = lock(shared);
+        (!state.ended).then(|| state.sendable(&mut acknowledged))
+    };
+    use_stream(&shared.bell, stream, next, |messages| {
         let mut any = false;
-        loop {
-            match wire::decode(&mut input) {
-                Ok(Some(message)) => any |= lock(shared).take(message),
-                Ok(None) => break,
-                Err(_) => return,
-            }
+        for message in messages {
+            any |= lock(shared).take(message);
         }
         if any {
             (shared.waker)();
         }
-    }
+    });
 }
