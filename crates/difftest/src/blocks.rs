@@ -63,9 +63,24 @@ pub struct Writer<'a> {
     functions: Vec<u32>,
 }
 
+/// One of the windows that code of this kind can lie in.
+pub fn any_window(flavour: Flavour, rng: &mut Rng) -> u64 {
+    if flavour == Flavour::User32 || rng.one_in(2) {
+        LOW
+    } else {
+        HIGH
+    }
+}
+
 /// A random program with functions, loops and jumps.
 pub fn generate(flavour: Flavour, level: Level, rng: &mut Rng) -> Option<Program> {
-    let mut w = Writer::new(flavour, level, CODE, rng);
+    let base = any_window(flavour, rng);
+    generate_at(base, flavour, level, rng)
+}
+
+/// The same in a window.
+pub fn generate_at(base: u64, flavour: Flavour, level: Level, rng: &mut Rng) -> Option<Program> {
+    let mut w = Writer::new(base, flavour, level, CODE, rng);
     let start = w.program.push(What::Branch(w.jump(), 0));
     for _ in 0..w.rng.below(3) {
         w.function();
@@ -82,13 +97,14 @@ pub fn generate(flavour: Flavour, level: Level, rng: &mut Rng) -> Option<Program
 }
 
 impl<'a> Writer<'a> {
-    /// Begins a program in one of the code regions.
-    pub fn new(flavour: Flavour, level: Level, region: u64, rng: &'a mut Rng) -> Writer<'a> {
-        let base = if flavour == Flavour::User32 || rng.one_in(2) {
-            LOW
-        } else {
-            HIGH
-        };
+    /// Begins a program in one of the code regions of a window.
+    pub fn new(
+        base: u64,
+        flavour: Flavour,
+        level: Level,
+        region: u64,
+        rng: &'a mut Rng,
+    ) -> Writer<'a> {
         let mut regs = Regs::random(level, rng);
         let long = flavour != Flavour::User32;
         let (pointers, counter) = if long { ([3, 12], 15) } else { ([3, 5], 2) };

@@ -5,7 +5,7 @@
 
 use iced_x86::{Code, Instruction, MemoryOperand, Register};
 
-use crate::blocks::Writer;
+use crate::blocks::{Writer, any_window};
 use crate::forms::Level;
 use crate::layout::*;
 use crate::operands::gpr;
@@ -21,7 +21,13 @@ const INDEX: u8 = 7;
 
 /// A random program of groups of accesses.
 pub fn generate(flavour: Flavour, level: Level, rng: &mut Rng) -> Option<Program> {
-    let mut w = Writer::new(flavour, level, CODE, rng);
+    let base = any_window(flavour, rng);
+    generate_at(base, flavour, level, rng)
+}
+
+/// The same in a window.
+pub fn generate_at(base: u64, flavour: Flavour, level: Level, rng: &mut Rng) -> Option<Program> {
+    let mut w = Writer::new(base, flavour, level, CODE, rng);
     let base = w.base;
     for r in BASES {
         let page = base + DATA + w.rng.range(1, 4) * PAGE;

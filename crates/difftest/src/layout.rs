@@ -1,12 +1,14 @@
 //! Where a case's memory lies: the same virtual addresses in the oracle's process and in the guest.
 //!
-//! Eleven backing pages are shown in a window at two bases, one below 4 GiB (for 32-bit code too) and one whose addresses need 64 bits.
+//! Eleven backing pages are shown in a window at three bases, one below 4 GiB (for 32-bit code too) and two whose addresses need 64 bits.
 
 pub const PAGE: u64 = 4096;
 
-/// Bases of the two windows.
+/// Bases of the windows.
 pub const LOW: u64 = 0x2000_0000;
 pub const HIGH: u64 = 0x2b12_3450_0000;
+pub const OTHER: u64 = 0x5e93_2bc7_0000;
+pub const WINDOWS: [u64; 3] = [LOW, HIGH, OTHER];
 
 /// Window offsets. What lies between the regions is not mapped.
 pub const CODE: u64 = 0x1_0000;

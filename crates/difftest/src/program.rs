@@ -6,7 +6,7 @@ use iced_x86::{
     Code, Decoder, DecoderOptions, Encoder, Formatter, Instruction, IntelFormatter, OpKind,
 };
 
-use crate::layout::{HIGH, LOW, backing};
+use crate::layout::{LOW, WINDOWS, backing};
 use crate::state::{NAMES, Regs, hex};
 
 /// Privilege and width of the code.
@@ -66,7 +66,8 @@ pub struct Case {
 
 /// Window base that an address belongs to.
 pub fn window(address: u64) -> u64 {
-    if address >= HIGH { HIGH } else { LOW }
+    let mut highest_first = WINDOWS.into_iter().rev();
+    highest_first.find(|&w| address >= w).unwrap_or(LOW)
 }
 
 fn set_address(i: &mut Instruction, to: u64) {

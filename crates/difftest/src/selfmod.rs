@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, MemoryOperand, Register};
 
-use crate::blocks::Writer;
+use crate::blocks::{Writer, any_window};
 use crate::forms::Level;
 use crate::layout::*;
 use crate::operands::gpr;
@@ -12,7 +12,13 @@ use crate::single::place;
 
 /// A random program that changes itself.
 pub fn generate(flavour: Flavour, level: Level, rng: &mut Rng) -> Option<Program> {
-    let mut w = Writer::new(flavour, level, PATCHABLE, rng);
+    let base = any_window(flavour, rng);
+    generate_at(base, flavour, level, rng)
+}
+
+/// The same in a window.
+pub fn generate_at(base: u64, flavour: Flavour, level: Level, rng: &mut Rng) -> Option<Program> {
+    let mut w = Writer::new(base, flavour, level, PATCHABLE, rng);
     // The stack pointer stays where it is, and code in the loop is changed once in each round.
     let rounds = w.rng.range(1, 5) as u32;
     let counter = Register::MM7;

@@ -1,6 +1,7 @@
 //! Random programs, and programs that change themselves.
 
 use hospes_difftest::forms::Level;
+use hospes_difftest::layout::{HIGH, LOW, OTHER};
 use hospes_difftest::program::{Flavour, Program};
 use hospes_difftest::rng::Rng;
 use hospes_difftest::runner::{Budget, Runner};
@@ -74,6 +75,27 @@ fn saved_states_agree_with_the_processor() {
     programs_agree("saved states", Flavour::User64, 6_000, saved::generate);
     programs_agree("saved states", Flavour::Kernel64, 3_000, saved::generate);
     programs_agree("saved states", Flavour::User32, 3_000, saved::generate);
+}
+
+/// The same bytes in the same physical pages, at one virtual address and then at another: what was translated for one is copied for the other.
+#[test]
+fn code_at_another_address_agrees_with_the_processor() {
+    type Generate = fn(u64, Flavour, Level, &mut Rng) -> Option<Program>;
+    let kinds: [(&str, Generate, u64); 3] = [
+        ("blocks", blocks::generate_at, 20_000),
+        ("groups", grouped::generate_at, 10_000),
+        ("self-modifying", selfmod::generate_at, 6_000),
+    ];
+    for (what, generate, count) in kinds {
+        let report = Runner::new(Level::V3)
+            .unwrap()
+            .run(Budget::from_environment(count), |_, n| {
+                let window = [HIGH, OTHER, LOW][(n % 3) as usize];
+                generate(window, Flavour::User64, Level::V3, &mut Rng::new(n / 3))
+            })
+            .unwrap();
+        report.check(&format!("{what} in several windows"));
+    }
 }
 
 #[test]

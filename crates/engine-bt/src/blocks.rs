@@ -3,17 +3,17 @@
 //! A block is found by physical address, virtual address and mode. A page from which anything was translated is marked in [`CodePages`]; stores to such a
 //! page take the slow path on every vCPU and drop the blocks that overlap the written bytes.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::mem;
 use std::num::NonZeroU32;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use hospes_translate::{ChainSite, Mode, Resume, SideEntry, Translation};
+use hospes_translate::{ChainSite, Mode, Place, Resume, SideEntry, Translation};
 use hospes_units::{Gfn, Gpa, PAGE_SIZE};
 use rustc_hash::FxHashMap;
 
 use crate::cache::CodeMemory;
 use crate::direct::Suspects;
+use crate::pages::CodePages;
 
 /// Writes to a page with code that hit none of its blocks before the blocks are dropped so that the page can be written at full speed.
 const STRAY_WRITES: u32 = 64;
@@ -27,20 +27,22 @@ pub struct Key {
 }
 
 /// One translated block. Positions are bytes from the start of the code cache, distances from the block's start.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Block {
     pub key: Key,
     pub pos: u32,
     /// Where this block's entries begin in the shared tables.
     side: u32,
     chains: u32,
+    places: u32,
     /// For an instruction that lies in two pages: the frame of the second one, plus 1.
     second: Option<NonZeroU32>,
-    len: u16,
+    pub len: u16,
     direct: u16,
     stale: u16,
     side_len: u16,
     chains_len: u16,
+    places_len: u16,
     /// Guest bytes the block depends on, in front of its address and from it on.
     before: u16,
     extent: u16,
@@ -82,6 +84,11 @@ impl Block {
         self.second.map(|n| Gfn(u64::from(n.get()) - 1))
     }
 
+    /// The same block for another key, at another position.
+    pub fn copied(&self, key: Key, pos: u32) -> Block {
+        Block { key, pos, ..*self }
+    }
+
     fn depends_on(&self, start: u64, end: u64) -> bool {
         let gpa = self.key.gpa.0;
         let (first, last) = (gpa - u64::from(self.before), gpa + u64::from(self.extent));
@@ -106,141 +113,57 @@ impl Block {
     }
 }
 
-/// One bit for each guest frame. Read by every vCPU without a lock.
+/// The blocks of one page at one virtual address and in one mode.
 #[derive(Debug)]
-struct Bits(Vec<AtomicU64>);
-
-impl Bits {
-    fn new(frames: u64) -> Bits {
-        Bits(
-            (0..frames.div_ceil(64))
-                .map(|_| AtomicU64::new(0))
-                .collect(),
-        )
-    }
-
-    fn contains(&self, gfn: Gfn) -> bool {
-        self.0
-            .get((gfn.0 / 64) as usize)
-            .is_some_and(|w| w.load(Ordering::Acquire) & 1 << (gfn.0 % 64) != 0)
-    }
-
-    /// True if the bit was clear.
-    fn insert(&self, gfn: Gfn) -> bool {
-        let bit = 1 << (gfn.0 % 64);
-        self.0[(gfn.0 / 64) as usize].fetch_or(bit, Ordering::SeqCst) & bit == 0
-    }
-
-    /// True if the bit was set.
-    fn remove(&self, gfn: Gfn) -> bool {
-        let bit = 1 << (gfn.0 % 64);
-        self.0[(gfn.0 / 64) as usize].fetch_and(!bit, Ordering::SeqCst) & bit != 0
-    }
-
-    fn clear(&self) {
-        for w in &self.0 {
-            w.store(0, Ordering::SeqCst);
-        }
-    }
-}
-
-/// The guest frames whose bytes are executed: those that have translations, and among them those that address-space processes execute.
-#[derive(Debug)]
-pub struct CodePages {
-    code: Bits,
-    direct: Bits,
-    /// Counts frames that address-space processes may no longer execute without another look at them.
-    changes: AtomicU64,
-    /// Counts frames that have become ones with code; the last of them stand in `recent`.
-    marks: AtomicU64,
-    recent: Vec<AtomicU64>,
-}
-
-/// How many frames that have become ones with code are remembered: a power of 2.
-const RECENT: u64 = 4096;
-
-impl CodePages {
-    pub fn new(frames: u64) -> CodePages {
-        CodePages {
-            code: Bits::new(frames),
-            direct: Bits::new(frames),
-            changes: AtomicU64::new(0),
-            marks: AtomicU64::new(0),
-            recent: (0..RECENT).map(|_| AtomicU64::new(0)).collect(),
-        }
-    }
-
-    /// Marks a frame as one with code; true if it was not. Called by one thread at a time.
-    fn mark(&self, gfn: Gfn) -> bool {
-        let new = self.code.insert(gfn);
-        if new {
-            let n = self.marks.load(Ordering::Relaxed);
-            self.recent[(n % RECENT) as usize].store(gfn.0, Ordering::Relaxed);
-            self.marks.store(n + 1, Ordering::SeqCst);
-        }
-        new
-    }
-
-    /// How many frames have become ones with code so far.
-    pub fn marks(&self) -> u64 {
-        self.marks.load(Ordering::Acquire)
-    }
-
-    /// Whether `matches` one of the frames that have become ones with code since there were `seen` of them; true where that is not known any more.
-    pub fn marked_since(&self, seen: u64, matches: impl Fn(Gfn) -> bool) -> bool {
-        let now = self.marks();
-        let any = now - seen < RECENT / 2
-            && (seen..now).any(|n| {
-                let gfn = self.recent[(n % RECENT) as usize].load(Ordering::Relaxed);
-                matches(Gfn(gfn))
-            });
-        // What was read may have been overwritten meanwhile.
-        any || self.marks() - seen >= RECENT / 2
-    }
-
-    pub fn contains(&self, gfn: Gfn) -> bool {
-        self.code.contains(gfn)
-    }
-
-    /// Notes that address-space processes execute the frame. It must be marked as code, and its bytes be read after this.
-    pub fn mark_direct(&self, gfn: Gfn) {
-        self.direct.insert(gfn);
-    }
-
-    /// Whether the frame has not been written since [`CodePages::mark_direct`].
-    pub fn is_direct(&self, gfn: Gfn) -> bool {
-        self.direct.contains(gfn)
-    }
-
-    pub fn direct_changes(&self) -> u64 {
-        self.changes.load(Ordering::Acquire)
-    }
-
-    fn drop_direct(&self, gfn: Gfn) {
-        if self.direct.remove(gfn) {
-            self.changes.fetch_add(1, Ordering::AcqRel);
-        }
-    }
-
-    fn clear(&self) {
-        self.direct.clear();
-        self.changes.fetch_add(1, Ordering::AcqRel);
-        self.code.clear();
-    }
+pub(crate) struct Variant {
+    /// Virtual address of the page.
+    pub page: u64,
+    pub mode: Mode,
+    blocks: Vec<u32>,
 }
 
 #[derive(Debug, Default)]
-struct Page {
-    blocks: Vec<u32>,
+pub(crate) struct Page {
+    /// The latest last. Of most pages there is one; of those of libraries one for each program that was started.
+    pub variants: Vec<Variant>,
+    /// Blocks of other pages that reach into this one.
+    reaching: Vec<u32>,
     stray_writes: u32,
+}
+
+impl Page {
+    fn variant(&self, key: &Key) -> Option<&Variant> {
+        let page = page_of(key.pc);
+        let mut latest = self.variants.iter().rev();
+        latest.find(|v| v.page == page && v.mode == key.mode)
+    }
+
+    fn add(&mut self, key: &Key, n: u32) {
+        let page = page_of(key.pc);
+        let mut latest = self.variants.iter_mut().rev();
+        match latest.find(|v| v.page == page && v.mode == key.mode) {
+            Some(v) => v.blocks.push(n),
+            None => self.variants.push(Variant {
+                page,
+                mode: key.mode,
+                blocks: vec![n],
+            }),
+        }
+    }
+}
+
+/// Address of the page around an address.
+pub(crate) fn page_of(address: u64) -> u64 {
+    address & !(PAGE_SIZE - 1)
 }
 
 /// What is known of positions in the code cache: blocks in the order of theirs, and what belongs to them.
 #[derive(Debug)]
-struct Tables {
-    list: Vec<Block>,
+pub(crate) struct Tables {
+    pub list: Vec<Block>,
     side: Vec<SideEntry>,
     chains: Vec<ChainSite>,
+    places: Vec<Place>,
 }
 
 impl Tables {
@@ -250,6 +173,7 @@ impl Tables {
             list: Vec::with_capacity(bytes / 256),
             side: Vec::with_capacity(bytes / 16),
             chains: Vec::with_capacity(bytes / 64),
+            places: Vec::with_capacity(bytes / 16),
         }
     }
 
@@ -258,6 +182,14 @@ impl Tables {
         let n = self.list.partition_point(|b| b.pos <= pos);
         let block = &self.list[n.checked_sub(1)?];
         (pos < block.pos + u32::from(block.len)).then_some(block)
+    }
+
+    pub fn chains_of(&self, block: &Block) -> &[ChainSite] {
+        &self.chains[block.chains as usize..][..block.chains_len.into()]
+    }
+
+    pub fn places_of(&self, block: &Block) -> &[Place] {
+        &self.places[block.places as usize..][..block.places_len.into()]
     }
 
     fn side_of(&self, block: &Block) -> &[SideEntry] {
@@ -297,11 +229,11 @@ pub struct Blocks {
     next: usize,
     /// How often everything was forgotten.
     generation: u64,
-    tables: Tables,
+    pub(crate) tables: Tables,
     /// The tables of the generations before, the latest first.
     old: VecDeque<Tables>,
-    by_key: FxHashMap<Key, u32>,
-    pages: HashMap<u64, Page, rustc_hash::FxBuildHasher>,
+    pub(crate) by_key: FxHashMap<Key, u32>,
+    pub(crate) pages: FxHashMap<u64, Page>,
     /// What the frames that address-space processes execute hold, for as long as they are not written.
     scans: FxHashMap<u64, Suspects>,
 }
@@ -318,7 +250,7 @@ impl Blocks {
             tables: Tables::new(bytes),
             old: VecDeque::new(),
             by_key: FxHashMap::default(),
-            pages: HashMap::default(),
+            pages: FxHashMap::default(),
             scans: FxHashMap::default(),
         }
     }
@@ -370,11 +302,12 @@ impl Blocks {
     /// The connectable jump whose displacement is at `site`. `None` where its block has been dropped.
     pub fn chain(&self, site: u32) -> Option<Chain> {
         let block = self.at(site).filter(|b| b.alive)?;
-        self.tables.chains[block.chains as usize..][..block.chains_len.into()]
+        self.tables
+            .chains_of(block)
             .iter()
             .find(|c| block.pos + u32::from(c.at) == site)
             .map(|c| Chain {
-                target: block.key.pc & !(PAGE_SIZE - 1) | u64::from(c.target),
+                target: page_of(block.key.pc) | u64::from(c.target),
                 mode: c.mode,
                 gfn: block.key.gpa.gfn(),
             })
@@ -402,36 +335,53 @@ impl Blocks {
         let pos = self.next;
         code.put(pos, &t.code);
         let tables = &mut self.tables;
-        let n = tables.list.len() as u32;
-        self.next = (pos + t.code.len()).next_multiple_of(16);
         let small = |v: usize| u16::try_from(v).expect("a block is shorter than 64 KiB");
-        tables.list.push(Block {
+        let block = Block {
             key,
             pos: pos as u32,
             side: tables.side.len() as u32,
             chains: tables.chains.len() as u32,
+            places: tables.places.len() as u32,
             second: second.and_then(|g| NonZeroU32::new(g.gfn().0 as u32 + 1)),
             len: small(t.code.len()),
             direct: small(t.direct_entry as usize),
             stale: small(t.stale_stub as usize),
             side_len: small(t.side.len()),
             chains_len: small(t.chains.len()),
+            places_len: small(t.places.len()),
             before: t.extent_before,
             extent: t.extent,
             alive: true,
-        });
+        };
         tables.side.extend_from_slice(&t.side);
         tables.chains.extend_from_slice(&t.chains);
-        self.by_key.insert(key, n);
-        self.pages
-            .entry(key.gpa.gfn().0)
-            .or_default()
-            .blocks
-            .push(n);
+        tables.places.extend_from_slice(&t.places);
+        let n = self.add(block);
         if let Some(g) = second {
-            self.pages.entry(g.gfn().0).or_default().blocks.push(n);
+            self.pages.entry(g.gfn().0).or_default().reaching.push(n);
         }
         &self.tables.list[n as usize]
+    }
+
+    /// Adds a block whose code has been put where the next one has its place; gives its number.
+    pub(crate) fn add(&mut self, block: Block) -> u32 {
+        let (key, n) = (block.key, self.tables.list.len() as u32);
+        self.next = (block.pos as usize + usize::from(block.len)).next_multiple_of(16);
+        self.tables.list.push(block);
+        self.by_key.insert(key, n);
+        let page = self.pages.entry(key.gpa.gfn().0).or_default();
+        page.add(&key, n);
+        n
+    }
+
+    /// The living blocks at the same virtual page and in the same mode, but for those that reach into another page.
+    pub fn neighbours(&self, key: &Key) -> impl Iterator<Item = &Block> {
+        let page = self.pages.get(&key.gpa.gfn().0);
+        let numbers = page.and_then(|p| p.variant(key)).map(|v| &v.blocks);
+        let blocks = numbers.into_iter().flatten();
+        blocks
+            .map(|&n| &self.tables.list[n as usize])
+            .filter(|b| b.alive && b.second.is_none())
     }
 
     /// Drops the blocks that depend on any of these bytes, which lie in one page. True if there were any.
@@ -440,38 +390,45 @@ impl Blocks {
         pages.drop_direct(gfn);
         self.scans.remove(&gfn.0);
         let Some(page) = self.pages.get_mut(&gfn.0) else {
-            pages.code.remove(gfn);
+            pages.unmark(gfn);
             return false;
         };
         let (start, end) = (gpa.0, gpa.0 + len);
         let list = &mut self.tables.list;
         let by_key = &mut self.by_key;
-        let before = page.blocks.len();
-        let mut drop_if = |all: bool, blocks: &mut Vec<u32>| {
-            blocks.retain(|&n| {
-                let b = &mut list[n as usize];
+        // True if there was one.
+        let mut drop_if = |all: bool, page: &mut Page| {
+            let mut any = false;
+            let mut keep = |n: &u32| {
+                let b = &mut list[*n as usize];
                 let hit = all || b.depends_on(start, end);
                 if hit && b.alive {
                     b.alive = false;
-                    if by_key.get(&b.key) == Some(&n) {
+                    if by_key.get(&b.key) == Some(n) {
                         by_key.remove(&b.key);
                     }
                     code.divert(b.direct() as usize, (b.pos + u32::from(b.stale)) as usize);
                 }
+                any |= hit;
                 !hit
-            });
+            };
+            page.reaching.retain(&mut keep);
+            for variant in &mut page.variants {
+                variant.blocks.retain(&mut keep);
+            }
+            page.variants.retain(|v| !v.blocks.is_empty());
+            any
         };
-        drop_if(false, &mut page.blocks);
-        if page.blocks.len() == before {
+        let mut dropped = drop_if(false, page);
+        if !dropped {
             page.stray_writes += 1;
             if page.stray_writes >= STRAY_WRITES {
-                drop_if(true, &mut page.blocks);
+                dropped = drop_if(true, page);
             }
         }
-        let dropped = page.blocks.len() != before;
-        if page.blocks.is_empty() {
+        if page.variants.is_empty() && page.reaching.is_empty() {
             self.pages.remove(&gfn.0);
-            pages.code.remove(gfn);
+            pages.unmark(gfn);
         }
         dropped
     }

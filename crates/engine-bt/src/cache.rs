@@ -71,6 +71,32 @@ impl CodeMemory {
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.add(pos), code.len()) };
     }
 
+    /// Copies code to where nothing executes yet, changed as `change` says.
+    pub fn copy(&self, from: usize, to: usize, len: usize, change: impl FnOnce(&mut [u8])) {
+        assert!(
+            from + len <= to && to + len <= self.len,
+            "code outside the cache"
+        );
+        // SAFETY: both ranges are inside the mapping and do not overlap. The second is not yet reachable by any vCPU, nor by other writers, who would
+        // hold the lock that the caller holds; the first changes under that lock only.
+        let code = unsafe {
+            std::ptr::copy_nonoverlapping(self.write.add(from), self.write.add(to), len);
+            std::slice::from_raw_parts_mut(self.write.add(to), len)
+        };
+        change(code);
+    }
+
+    /// Where the jump with the 4-byte aligned displacement at `pos` goes.
+    pub fn jump_target(&self, pos: usize) -> usize {
+        assert!(
+            pos.is_multiple_of(4) && pos + 4 <= self.len,
+            "misplaced jump"
+        );
+        // SAFETY: aligned and inside the mapping, which other threads change atomically here.
+        let word = unsafe { &*self.write.add(pos).cast::<std::sync::atomic::AtomicI32>() };
+        (pos + 4).wrapping_add_signed(word.load(Ordering::Acquire) as isize)
+    }
+
     /// Replaces the 4-byte aligned jump displacement at `pos` so that the jump goes to `target`. Other vCPUs may be executing it.
     pub fn patch_jump(&self, pos: usize, target: usize) {
         assert!(

@@ -11,6 +11,7 @@ use hospes_translate::Mode;
 use hospes_units::{Gpa, Gva, PAGE_SIZE, VcpuId};
 use iced_x86::{Instruction, Mnemonic};
 
+use crate::blocks::{Blocks, Key};
 use crate::control::{Control, request};
 use crate::direct::Direct;
 use crate::exec::{
@@ -172,12 +173,30 @@ impl BtHost {
 
     /// Makes a block known to jumps to its address; code that does without groups is not for those.
     pub fn add_jump(&mut self, mode: Mode, pc: u64, direct: u32, indirect: u32, mapping: Mapping) {
-        if mode.has(Mode::SINGLE) || mode.has(Mode::USER) && self.direct.hold_jumps {
+        if self.holds_jumps(mode) {
             return;
         }
         let address = self.shared.code.address(indirect as usize) as u64;
         self.jumps
             .add(&mut self.frame, mode, pc, direct, address, mapping);
+    }
+
+    fn holds_jumps(&self, mode: Mode) -> bool {
+        mode.has(Mode::SINGLE) || mode.has(Mode::USER) && self.direct.hold_jumps
+    }
+
+    /// Makes the blocks around this one known, too, where jumps know none of its page: most of what was executed there before will be again, and each would
+    /// be a way out of translated code.
+    pub fn offer_page(&mut self, blocks: &Blocks, key: &Key, mapping: Mapping) {
+        if self.holds_jumps(key.mode) || !self.jumps.is_new(key.mode, key.pc) {
+            return;
+        }
+        for b in blocks.neighbours(key) {
+            let address = self.shared.code.address(b.indirect() as usize) as u64;
+            let (mode, pc) = (b.key.mode, b.key.pc);
+            self.jumps
+                .offer(&mut self.frame, mode, pc, b.direct(), address, mapping);
+        }
     }
 
     /// Forgets positions of a generation before this one.

@@ -162,8 +162,40 @@ impl Jumps {
         if self.filled[table].len() < LIST_MAX {
             self.filled[table].push(n as u16);
         }
-        self.pages[table].insert(pc);
         self.add_second(frame, table, pc, address);
+        self.note(table, pc, mapping);
+    }
+
+    /// The same where nothing has jumped to yet: only free entries are used.
+    pub fn offer(
+        &mut self,
+        frame: &mut Frame,
+        mode: Mode,
+        pc: u64,
+        direct: u32,
+        address: u64,
+        mapping: Mapping,
+    ) {
+        let table = mode.table();
+        self.enter_mode(frame, mode);
+        if self.tables[table][jump_index(pc)].pc == NOWHERE.pc {
+            return self.add(frame, mode, pc, direct, address, mapping);
+        }
+        let second = frame.second.get(table).map(|s| s[second_index(pc)].address);
+        if second == Some(SecondEntry::EMPTY.address) {
+            self.add_second(frame, table, pc, address);
+            self.note(table, pc, mapping);
+        }
+    }
+
+    /// Whether no target is known in the page around `pc`.
+    pub fn is_new(&self, mode: Mode, pc: u64) -> bool {
+        !self.pages[mode.table()].may_have(pc)
+    }
+
+    /// Notes what decides when a target must be forgotten.
+    fn note(&mut self, table: usize, pc: u64, mapping: Mapping) {
+        self.pages[table].insert(pc);
         self.kernel_local |= table != 0 && !mapping.global;
         self.user_global |= table == 0 && mapping.global;
         let region = pc >> LARGE_BITS;

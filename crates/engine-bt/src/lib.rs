@@ -17,6 +17,7 @@
 mod blocks;
 mod cache;
 mod control;
+mod copies;
 mod direct;
 pub mod exec;
 mod flat;
@@ -26,6 +27,7 @@ mod host;
 mod jumps;
 mod lookup;
 mod miss;
+mod pages;
 mod parked;
 mod signal;
 mod stubs;

@@ -3,7 +3,7 @@
 use hospes_translate::{Mode, Request};
 use hospes_units::{Gpa, Gva, PAGE_SIZE};
 
-use crate::blocks::Key;
+use crate::blocks::{Block, Key};
 use crate::exec::{self, Access, Exception};
 use crate::jumps::Mapping;
 use crate::vcpu::{BtVcpu, Found, canonical};
@@ -68,10 +68,12 @@ impl BtVcpu {
         let mut guard = shared.translations.lock().expect("translations");
         let t = &mut *guard;
         self.host.follow_blocks(t.blocks.generation());
-        let found = t
-            .blocks
-            .find(&key)
-            .map(|b| (b.direct(), b.indirect(), b.second_gfn()));
+        let positions = |b: &Block| (b.direct(), b.indirect(), b.second_gfn());
+        let mut found = t.blocks.find(&key).map(positions);
+        if found.is_none() {
+            let copy = t.blocks.copy_from_other_address(&shared.code, &key);
+            found = copy.map(positions);
+        }
         if let Some((direct, indirect, second)) = found {
             let mut mapping = mapping;
             if let Some(gfn) = second {
@@ -84,6 +86,8 @@ impl BtVcpu {
                     }
                     None => return Looked::Step,
                 }
+            } else {
+                self.host.offer_page(&t.blocks, &key, mapping);
             }
             self.host
                 .add_jump(key.mode, key.pc, direct, indirect, mapping);

@@ -8,12 +8,13 @@ use hospes_memory::GuestMemory;
 use hospes_translate::{Stubs, Translator};
 use hospes_units::{Gfn, Gpa, VcpuId};
 
-use crate::blocks::{Blocks, CodePages};
+use crate::blocks::Blocks;
 use crate::cache::{CodeMemory, SNIPPET_BYTES, STUB_BYTES};
 use crate::control::{Control, request};
 use crate::exec::Vendor;
 use crate::fpu::Wide;
 use crate::frame::LAYOUT;
+use crate::pages::CodePages;
 use crate::stubs::{self, EntryPoints};
 use crate::vcpu::BtVcpu;
 

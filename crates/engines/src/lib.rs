@@ -20,6 +20,7 @@ pub fn create_vm(
     direct: bool,
 ) -> Result<Arc<dyn Vm>, EngineError> {
     let processor = Arc::new(TableProcessor(cpuid));
+    let code_bytes = code_bytes(memory.reserved_bytes());
     Ok(Arc::new(BtVm::new(
         memory,
         processor,
@@ -30,9 +31,15 @@ pub fn create_vm(
             } else {
                 Execution::Translated
             },
-            ..Options::default()
+            code_bytes,
         },
     )?))
+}
+
+/// Bytes of the code cache for so much guest memory. A compiler that is started again and again needs more than the least; with several programs' worth of
+/// memory there may be several at work.
+fn code_bytes(memory_bytes: u64) -> usize {
+    (memory_bytes / 4).clamp(128 << 20, 256 << 20) as usize
 }
 
 /// A domain's CPUID table as the translator looks it up.

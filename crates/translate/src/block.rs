@@ -1,6 +1,7 @@
 //! What a translation is given and what it gives back.
 
 use crate::layout::Mode;
+use crate::relocate::Place;
 
 /// A request to translate the code at one guest address.
 #[derive(Clone, Copy, Debug)]
@@ -28,7 +29,7 @@ pub enum Resume {
 }
 
 /// From `host` bytes behind the block's start on, until the next entry, this is where the guest's state is. Eight bytes: there are many.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SideEntry {
     pub host: u16,
     /// General registers whose value is in the frame and not in the host register.
@@ -79,17 +80,19 @@ impl SideEntry {
 }
 
 /// A jump to another block in the same guest page that may be connected directly.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChainSite {
     /// Position of the 4-byte aligned displacement, from the block's start.
     pub at: u16,
+    /// Where the jump goes while it is not connected, from the block's start.
+    pub unconnected: u16,
     /// Offset of the target in the page.
     pub target: u16,
     pub mode: Mode,
 }
 
-/// Translated code, position-dependent (see [`Request::cache_pos`]).
-#[derive(Debug, Default)]
+/// Translated code, position-dependent (see [`Request::cache_pos`] and [`crate::relocate`]).
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Translation {
     pub code: Vec<u8>,
     /// Entry for transfers that know their target: registers and flags live. Begins with a 5-byte no-operation, 8-byte aligned, that can be
@@ -100,6 +103,8 @@ pub struct Translation {
     /// Ascending by host position.
     pub side: Vec<SideEntry>,
     pub chains: Vec<ChainSite>,
+    /// What a copy for another guest address differs in; none where only another translation will do.
+    pub places: Vec<Place>,
     /// Guest bytes this translation depends on, from `pc`: its own and those looked at ahead. `before` bytes in front of `pc`.
     pub extent_before: u16,
     pub extent: u16,

@@ -10,8 +10,10 @@
 mod ahead;
 mod cold;
 mod control;
+mod encode;
 mod group;
 mod memory;
+mod places;
 mod registers;
 mod string;
 mod system;
@@ -19,13 +21,15 @@ mod system;
 mod tests;
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, OpKind, Register,
+    Decoder, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, OpKind, Register,
 };
 
 use crate::asm::{Asm, Pos, RAX, RCX, RDX, RSP, cc};
 use crate::block::{Request, Resume, Translation};
 use crate::insn::{Insn, Kind, STATUS, gpr};
 use crate::layout::*;
+use crate::relocate::{self, PlaceKind};
+use encode::{encode_into, redirect, reg32, reg64};
 
 /// Instructions in one block at most.
 const MAX_INSTRUCTIONS: usize = 48;
@@ -78,7 +82,7 @@ enum ColdKind {
 #[derive(Clone, Copy)]
 enum Tag {
     Indexed { index: u8, offset: i32 },
-    Fixed { offset: i32 },
+    Fixed { offset: i32, relative: bool },
 }
 
 /// The beginning of an instruction, to go back to when an access of it can be repeated.
@@ -144,6 +148,8 @@ struct Work<'a> {
     resume: Resume,
     out: Translation,
     cold: Vec<Cold>,
+    /// The places that a copy for another address differs in are being noted.
+    movable: bool,
 }
 
 fn bit(reg: u8) -> u16 {
@@ -205,6 +211,7 @@ impl Translator {
         let length = insns.len();
         let single = request.mode.has(Mode::SINGLE);
         let mode = Mode(request.mode.0 & !Mode::SINGLE);
+        let movable = relocate::movable(request) && !insns.iter().any(places::stays);
         let accesses = group::survey(&insns, mode.has(Mode::LONG));
         let mut work = Work {
             asm: Asm::with_room(CODE_ROOM),
@@ -239,6 +246,7 @@ impl Translator {
                 ..Translation::default()
             },
             cold: Vec::with_capacity(length),
+            movable,
         };
         work.entry(live_in);
         work.body(ended, self.cut || request.crossing);
@@ -278,91 +286,6 @@ impl Translator {
     }
 }
 
-/// Points the instruction's memory operand at `[base + disp]`.
-fn redirect(instr: &mut Instruction, base: u8, disp: i32) {
-    instr.set_segment_prefix(Register::None);
-    instr.set_memory_base(reg64(base));
-    instr.set_memory_index(Register::None);
-    instr.set_memory_index_scale(1);
-    instr.set_memory_displacement64(disp as i64 as u64);
-    instr.set_memory_displ_size(if disp == 0 { 0 } else { 8 });
-    // The forms with a bare address have no base register; the general ones mean the same.
-    match instr.code() {
-        Code::Mov_AL_moffs8 => instr.set_code(Code::Mov_r8_rm8),
-        Code::Mov_AX_moffs16 => instr.set_code(Code::Mov_r16_rm16),
-        Code::Mov_EAX_moffs32 => instr.set_code(Code::Mov_r32_rm32),
-        Code::Mov_RAX_moffs64 => instr.set_code(Code::Mov_r64_rm64),
-        Code::Mov_moffs8_AL => instr.set_code(Code::Mov_rm8_r8),
-        Code::Mov_moffs16_AX => instr.set_code(Code::Mov_rm16_r16),
-        Code::Mov_moffs32_EAX => instr.set_code(Code::Mov_rm32_r32),
-        Code::Mov_moffs64_RAX => instr.set_code(Code::Mov_rm64_r64),
-        _ => {}
-    }
-}
-
-/// Re-encodes for 64-bit mode; 32-bit code's one-byte INC and DEC have no encoding there and take the long form. `None` for what 64-bit mode does
-/// not have at all.
-fn encode_into(encoder: &mut Encoder, asm: &mut Asm, mut instr: Instruction) -> Option<()> {
-    match instr.code() {
-        Code::Inc_r32 => instr.set_code(Code::Inc_rm32),
-        Code::Dec_r32 => instr.set_code(Code::Dec_rm32),
-        Code::Inc_r16 => instr.set_code(Code::Inc_rm16),
-        Code::Dec_r16 => instr.set_code(Code::Dec_rm16),
-        _ => {}
-    }
-    if !instr.code().op_code().mode64() {
-        return None;
-    }
-    encoder.set_buffer(std::mem::take(&mut asm.buf));
-    let start = encoder.encode(&instr, 0);
-    asm.buf = encoder.take_buffer();
-    start.ok().map(|_| ())
-}
-
-fn reg64(n: u8) -> Register {
-    const REGS: [Register; 16] = [
-        Register::RAX,
-        Register::RCX,
-        Register::RDX,
-        Register::RBX,
-        Register::RSP,
-        Register::RBP,
-        Register::RSI,
-        Register::RDI,
-        Register::R8,
-        Register::R9,
-        Register::R10,
-        Register::R11,
-        Register::R12,
-        Register::R13,
-        Register::R14,
-        Register::R15,
-    ];
-    REGS[usize::from(n)]
-}
-
-fn reg32(n: u8) -> Register {
-    const REGS: [Register; 16] = [
-        Register::EAX,
-        Register::ECX,
-        Register::EDX,
-        Register::EBX,
-        Register::ESP,
-        Register::EBP,
-        Register::ESI,
-        Register::EDI,
-        Register::R8D,
-        Register::R9D,
-        Register::R10D,
-        Register::R11D,
-        Register::R12D,
-        Register::R13D,
-        Register::R14D,
-        Register::R15D,
-    ];
-    REGS[usize::from(n)]
-}
-
 impl Work<'_> {
     fn long(&self) -> bool {
         self.mode.has(Mode::LONG)
@@ -380,6 +303,7 @@ impl Work<'_> {
             self.asm.lea(true, RCX, Some(RCX), None, disp);
         } else {
             self.asm.mov_imm(RDX, negative as u64);
+            self.place_behind(8, PlaceKind::Negative);
             self.asm.lea(true, RCX, Some(RCX), Some((RDX, 1)), 0);
         }
         self.asm.bytes(&[0xe3, 5]); // jrcxz over the jump
@@ -553,7 +477,7 @@ impl Work<'_> {
         if instr.is_ip_rel_memory_operand() {
             let dst = gpr(instr.op0_register()).expect("a general register");
             match instr.op0_register().size() {
-                8 => self.asm.mov_imm(dst, instr.memory_displacement64()),
+                8 => self.mov_address(dst, instr.memory_displacement64()),
                 4 => self
                     .asm
                     .mov_imm(dst, instr.memory_displacement64() & 0xffff_ffff),
@@ -589,7 +513,7 @@ impl Work<'_> {
     fn step_at(&mut self, offset: u16) {
         self.unspill(!0);
         let at = self.wrap(self.pc.wrapping_add(u64::from(offset)));
-        self.asm.store_imm64(self.layout.rip, at);
+        self.store_address(self.layout.rip, at);
         self.jmp_stub(self.stubs.step);
     }
 }

@@ -5,6 +5,7 @@ use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register}
 use crate::block::Request;
 use crate::emit::Translator;
 use crate::layout::{FrameLayout, Mode, Stubs};
+use crate::relocate::Move;
 
 const PAGE: usize = 4096;
 /// Bytes that one check may be for, at most.
@@ -90,10 +91,50 @@ pub fn fuzz_translate(data: &[u8]) {
         assert_eq!(c.at % 4, 0, "a displacement is not aligned");
         assert!(usize::from(c.at) + 4 <= t.code.len());
     }
+    if !request.crossing && mode.has(Mode::LONG) && mode.has(Mode::USER) {
+        for (from, to) in MOVES {
+            check_copy(&mut translator, &request, from, to);
+        }
+    }
     let mut decoder = Decoder::with_ip(64, &t.code, CACHE_POS as u64, DecoderOptions::NONE);
     while decoder.can_decode() {
         check(&decoder.decode());
     }
+}
+
+/// Pages from which and to which copies of translations are made.
+const MOVES: [(u64, u64); 3] = [
+    (0x55d4_1f3a_7000, 0x7f02_aabb_c000),
+    (0x7fff_ffff_f000 - (1 << 33), 0x2_0000_0000),
+    (0x5640_0000_0000, 0x5640_0000_1000),
+];
+
+/// Panics where a copy of the translation for one page is not the translation for another.
+fn check_copy(translator: &mut Translator, request: &Request<'_>, from: u64, to: u64) {
+    let offset = request.pc % PAGE as u64;
+    let mut at = |pc: u64, cache_pos: i64| {
+        let request = Request {
+            pc: pc + offset,
+            cache_pos,
+            ..*request
+        };
+        translator.translate(&request).expect("whole instructions")
+    };
+    let other_pos = CACHE_POS + 0x51_2340;
+    let (mut copy, made) = (at(from, CACHE_POS), at(to, other_pos));
+    let moved = Move::new(
+        from + offset,
+        to + offset,
+        CACHE_POS as u32,
+        other_pos as u32,
+    )
+    .expect("both are user addresses");
+    if made.places.is_empty() {
+        assert!(copy.places.is_empty(), "only one of two can be copied");
+        return;
+    }
+    moved.apply(&mut copy.code, &made.places, &LAYOUT);
+    assert_eq!(copy, made, "a copy differs from a translation");
 }
 
 /// Panics on host code that could reach what is not the guest's.

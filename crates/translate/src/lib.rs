@@ -12,8 +12,10 @@ pub mod emit;
 mod fuzz;
 pub mod insn;
 pub mod layout;
+pub mod relocate;
 
 pub use block::{ChainSite, Request, Resume, SideEntry, Translation};
 pub use emit::Translator;
 pub use fuzz::fuzz_translate;
 pub use layout::{FrameLayout, Mode, Stubs, TlbEntry};
+pub use relocate::{Move, Place};

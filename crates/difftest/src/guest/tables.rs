@@ -3,7 +3,7 @@
 use hospes_memory::GuestMemory;
 use hospes_units::Gpa;
 
-use crate::layout::{HIGH, LOW, PAGE, REGIONS};
+use crate::layout::{PAGE, REGIONS, WINDOWS};
 
 /// Kernel pages lie at this address plus their physical one.
 pub const KERNEL: u64 = 0xffff_ffff_8000_0000;
@@ -77,7 +77,7 @@ impl Tables<'_> {
     /// An address space in which the window belongs to the user or to the kernel.
     fn space(&mut self, owner: u64) -> u64 {
         let root = self.page();
-        for base in [LOW, HIGH] {
+        for base in WINDOWS {
             for r in REGIONS {
                 for n in 0..r.pages {
                     let mut bits = PRESENT | owner;

@@ -9,7 +9,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::shared::{FAILED, READY, RawRegs, Shared};
-use crate::layout::{HIGH, IMAGE_BYTES, LOW, PAGE, REGIONS};
+use crate::layout::{IMAGE_BYTES, PAGE, REGIONS, WINDOWS};
 use crate::state::XSAVE_HEADER;
 
 /// Bytes of the stack on which the handler runs.
@@ -257,7 +257,7 @@ fn last_error() -> i32 {
 fn set_up(shared: *mut Shared, fd: i32) -> Result<(), i32> {
     let all = libc::PROT_READ | libc::PROT_WRITE;
     let image = map(0, IMAGE_BYTES, all, fd, 0)?;
-    for base in [LOW, HIGH] {
+    for base in WINDOWS {
         for r in REGIONS {
             let mut protection = libc::PROT_READ;
             if r.write {

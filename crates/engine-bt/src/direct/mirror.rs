@@ -11,7 +11,7 @@ use hospes_units::Gfn;
 use super::process::Process;
 use super::stub::Call;
 use super::tables::{Mapping, Table};
-use crate::blocks::CodePages;
+use crate::pages::CodePages;
 
 pub const READ: u8 = libc::PROT_READ as u8;
 pub const WRITE: u8 = libc::PROT_WRITE as u8;

@@ -4,6 +4,7 @@ use super::{ColdKind, Flags, Start, Tag, Work, bit};
 use crate::block::{ChainSite, Resume};
 use crate::insn::{Kind, STATUS};
 use crate::layout::{MISS_ANY_WRITE, MISS_GROUP, MISS_MASKED, MISS_WRITE, Mode};
+use crate::relocate::PlaceKind;
 
 impl Work<'_> {
     pub(super) fn cold_paths(&mut self) {
@@ -29,7 +30,7 @@ impl Work<'_> {
                     self.note();
                     self.missed(reg, tag, start.held);
                     self.unspill(!0);
-                    self.asm.store_imm32(self.layout.exit_arg, site);
+                    self.store_position(self.layout.exit_arg, site);
                     let info = size
                         | if write { MISS_WRITE } else { 0 }
                         | if masked { MISS_MASKED } else { 0 };
@@ -57,9 +58,8 @@ impl Work<'_> {
                     let at = self.asm.jmp();
                     let next = self.asm.pos() as i64;
                     self.asm.patch_rel32(at, next);
-                    self.asm
-                        .store_imm32(self.layout.exit_chain, (self.cache_pos + at as i64) as u32);
-                    self.asm.store_imm32(self.layout.exit_arg, site);
+                    self.store_position(self.layout.exit_chain, self.position(at));
+                    self.store_position(self.layout.exit_arg, site);
                     let info = span
                         | MISS_GROUP
                         | if write { MISS_WRITE } else { 0 }
@@ -68,16 +68,17 @@ impl Work<'_> {
                     self.jmp_stub(self.stubs.mem);
                     self.out.chains.push(ChainSite {
                         at: at as u16,
+                        unconnected: next as u16,
                         target: (target & 0xfff) as u16,
                         mode: Mode(self.mode_at(cold.resume).0 | Mode::SINGLE),
                     });
                 }
                 ColdKind::Chain { target } => {
                     self.note();
-                    let site = if cold.spilled == 0 {
+                    let (site, unconnected) = if cold.spilled == 0 {
                         // The hot jump itself is what will be connected.
                         self.asm.patch_rel32(cold.from, here);
-                        cold.from
+                        (cold.from, here)
                     } else {
                         self.asm.patch_rel32(cold.from, here);
                         self.unspill(!0);
@@ -85,13 +86,13 @@ impl Work<'_> {
                         let at = self.asm.jmp();
                         let next = self.asm.pos() as i64;
                         self.asm.patch_rel32(at, next);
-                        at
+                        (at, next)
                     };
-                    self.asm
-                        .store_imm32(self.layout.exit_arg, (self.cache_pos + site as i64) as u32);
+                    self.store_position(self.layout.exit_arg, self.position(site));
                     self.jmp_stub(self.stubs.chain);
                     self.out.chains.push(ChainSite {
                         at: site as u16,
+                        unconnected: unconnected as u16,
                         target: (target & 0xfff) as u16,
                         mode: self.mode_at(cold.resume),
                     });
@@ -107,7 +108,7 @@ impl Work<'_> {
                     self.asm.patch_rel32(cold.from, here);
                     self.note();
                     self.unspill(!0);
-                    self.asm.store_imm64(self.layout.rip, next);
+                    self.store_address(self.layout.rip, next);
                     self.jmp_stub(self.stubs.lookup);
                 }
                 ColdKind::LeaveWithRip => {
@@ -129,7 +130,7 @@ impl Work<'_> {
         self.resume = Resume::Offset(0);
         self.note();
         self.out.stale_stub = self.asm.pos() as u32;
-        self.asm.store_imm64(self.layout.rip, self.pc);
+        self.store_address(self.layout.rip, self.pc);
         self.jmp_stub(self.stubs.lookup);
     }
 
@@ -137,7 +138,10 @@ impl Work<'_> {
     fn missed(&mut self, reg: u8, tag: Tag, held: u16) {
         match tag {
             Tag::Indexed { index, offset } => self.asm.xor_mem_base(reg, index, offset),
-            Tag::Fixed { offset } => self.asm.xor_mem(reg, offset),
+            Tag::Fixed { offset, relative } => {
+                self.asm.xor_mem(reg, offset);
+                self.place_behind_if(relative, 4, PlaceKind::TlbEntry);
+            }
         }
         self.asm.store(self.layout.exit_ea, reg);
         for r in (0..16).filter(|&r| held & bit(r) != 0) {
@@ -149,7 +153,7 @@ impl Work<'_> {
     /// one for all accesses of the instruction, so that the engine sees when two of them evict each other.
     fn resume_site(&mut self, start: Start, stub: &mut Option<(u32, u32)>) -> u32 {
         if start.held == 0 {
-            return (self.cache_pos + i64::from(start.site)) as u32;
+            return self.position(start.site as usize);
         }
         if let Some((_, position)) = stub.filter(|(site, _)| *site == start.site) {
             return position;
@@ -157,7 +161,7 @@ impl Work<'_> {
         let cold = (self.spilled, self.flags, self.resume);
         (self.spilled, self.flags, self.resume) = (start.spilled, start.flags, start.resume);
         self.note_held(true);
-        let position = (self.cache_pos + self.asm.pos() as i64) as u32;
+        let position = self.position(self.asm.pos());
         for r in (0..16).filter(|&r| start.held & bit(r) != 0) {
             self.asm.load(r, self.layout.held + 8 * i32::from(r));
         }

@@ -8,6 +8,7 @@ use crate::asm::{RAX, RCX, RDX};
 use crate::block::Resume;
 use crate::insn::{Insn, STATUS, gpr};
 use crate::layout::jump_index;
+use crate::relocate::PlaceKind;
 
 const PAGE: u32 = 4096;
 
@@ -152,7 +153,7 @@ impl Work<'_> {
             }
         }
         if let Some(target) = target {
-            self.asm.mov_imm(RCX, target);
+            self.mov_address(RCX, target);
         }
         self.asm.store(self.layout.rip, RCX);
         if pop != 0 {
@@ -162,7 +163,10 @@ impl Work<'_> {
         self.note();
         let table = self.layout.jumps[self.mode.table()];
         match target {
-            Some(target) => self.asm.jmp_mem(table + 8 * jump_index(target) as i32),
+            Some(target) => {
+                self.asm.jmp_mem(table + 8 * jump_index(target) as i32);
+                self.place_behind(4, PlaceKind::JumpEntry);
+            }
             None => {
                 self.asm.pext_mem(RDX, RCX, self.layout.jump_mask);
                 self.asm.jmp_mem_index8(RDX, table);
@@ -196,7 +200,7 @@ impl Work<'_> {
                 .store_imm_at(self.long(), s.reg, s.disp, return_to as i32);
         } else {
             let t = self.scratch(i, bit(s.reg) | keep);
-            self.asm.mov_imm(t, return_to);
+            self.mov_address(t, return_to);
             self.asm.store_at(true, s.reg, s.disp, t);
         }
         if let Some(target) = direct {
@@ -206,7 +210,7 @@ impl Work<'_> {
             self.flags = Flags::Host;
             self.unspill(!0);
             // From here on the call has happened; the frame knows where it went.
-            self.asm.store_imm64(self.layout.rip, target);
+            self.store_address(self.layout.rip, target);
             self.adjust_rsp(-w);
             self.resume = Resume::RipInFrame;
             self.note();

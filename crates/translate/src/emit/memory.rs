@@ -7,6 +7,7 @@ use super::{ColdKind, Flags, Tag, Work, bit, encode_into, redirect};
 use crate::asm::{RAX, RSP, cc};
 use crate::insn::{Insn, gpr};
 use crate::layout::{TLB_ENTRIES, TLB_ENTRY_BYTES, tlb_index};
+use crate::relocate::PlaceKind;
 
 const PAGE: u32 = 4096;
 
@@ -15,7 +16,11 @@ pub(super) enum Address {
     Register(u8),
     /// In the first register; the second is free.
     Pair(u8, u8),
-    Constant(u64),
+    Constant {
+        ea: u64,
+        /// It was relative to the program counter.
+        relative: bool,
+    },
 }
 
 impl Work<'_> {
@@ -68,7 +73,10 @@ impl Work<'_> {
                 self.add_segment(s, seg);
                 return Address::Register(s);
             }
-            return Address::Constant(constant);
+            return Address::Constant {
+                ea: constant,
+                relative: base == Register::RIP,
+            };
         }
         let wide = base.size() == 8 || instr.memory_index().size() == 8;
         let s = into.unwrap_or_else(|| self.scratch(i, avoid));
@@ -138,24 +146,23 @@ impl Work<'_> {
                 };
                 (s, tag, None)
             }
-            Address::Constant(ea) => {
+            Address::Constant { ea, relative } => {
                 let s = into.unwrap_or_else(|| self.scratch(i, avoid));
-                self.asm.mov_imm(s, ea);
-                let entry = table + (tlb_index(ea) * TLB_ENTRY_BYTES) as i32;
-                self.asm.xor_mem(s, entry + field);
-                (
-                    s,
-                    Tag::Fixed {
-                        offset: entry + field,
-                    },
-                    Some(entry + 16),
-                )
+                self.mov_constant(s, ea, relative);
+                let offset = table + (tlb_index(ea) * TLB_ENTRY_BYTES) as i32 + field;
+                self.asm.xor_mem(s, offset);
+                self.place_behind_if(relative, 4, PlaceKind::TlbEntry);
+                let host = offset - field + 16;
+                (s, Tag::Fixed { offset, relative }, Some((host, relative)))
             }
         };
         self.asm.cmp_imm(s, (PAGE - size) as i32);
         self.cold_jump(cc::A, failed(s, tag));
         match (host, tag) {
-            (Some(host), _) => self.asm.add_mem(s, host),
+            (Some((host, relative)), _) => {
+                self.asm.add_mem(s, host);
+                self.place_behind_if(relative, 4, PlaceKind::TlbEntry);
+            }
             (None, Tag::Indexed { index, .. }) => self.asm.add_mem_base(s, index, table + 16),
             (None, Tag::Fixed { .. }) => unreachable!("a fixed tag has a fixed host slot"),
         }

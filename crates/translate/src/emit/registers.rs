@@ -3,6 +3,7 @@
 use super::{Flags, Work, bit};
 use crate::asm::{Pos, RAX, RSP};
 use crate::block::SideEntry;
+use crate::relocate::PlaceKind;
 
 impl Work<'_> {
     pub(super) fn slot(&self, reg: u8) -> i32 {
@@ -11,6 +12,7 @@ impl Work<'_> {
 
     pub(super) fn rel(&mut self, at: Pos, stub: i64) {
         self.asm.patch_rel32(at, stub - self.cache_pos);
+        self.place(at, PlaceKind::ToStub);
     }
 
     pub(super) fn jmp_stub(&mut self, stub: [i64; 2]) {

@@ -110,9 +110,9 @@ impl Work<'_> {
         let bytes = number.size() as u8;
         let write = insn.instr.mnemonic() != iced_x86::Mnemonic::Bt;
         let s = match self.address_of(i, &insn.instr, avoid, None, 0) {
-            Address::Constant(ea) => {
+            Address::Constant { ea, relative } => {
                 let s = self.scratch(i, avoid);
-                self.asm.mov_imm(s, ea);
+                self.mov_constant(s, ea, relative);
                 s
             }
             Address::Register(s) | Address::Pair(s, _) => s,
@@ -269,7 +269,7 @@ impl Work<'_> {
         self.flags_image(RCX, RDX);
         self.begin_busy();
         self.asm.mov(R11, RCX);
-        self.asm.store_imm64(self.slot(RCX), self.next_pc(insn));
+        self.store_address(self.slot(RCX), self.next_pc(insn));
         // SFMASK is known to clear the status flags, IF and AC.
         self.asm.store_imm16(l.flags, (FIXED << 8) as u16);
         self.asm.store_imm32(l.interrupt_flag, 0);

@@ -1,0 +1,254 @@
+//! Copies of blocks for the same page at another virtual address: what a program that is started again needs of its code, and of its libraries'.
+//!
+//! A copy has the tables of its original and dies with it, as both depend on the same bytes. With the block that is wanted come those that jumps have led to from
+//! there inside the page, connected as they were: they will be needed next.
+
+use hospes_translate::{ChainSite, Move};
+use hospes_units::Gpa;
+
+use crate::blocks::{Block, Blocks, Key, page_of};
+use crate::cache::CodeMemory;
+use crate::frame::LAYOUT;
+
+/// Variants of a page that are searched for an original, the latest first.
+const SEARCHED: usize = 8;
+
+impl Blocks {
+    /// Copies the block for this key from another virtual address, if it is there and can be copied.
+    pub fn copy_from_other_address(&mut self, code: &CodeMemory, key: &Key) -> Option<&Block> {
+        let original = self.original(key)?;
+        let by = key
+            .pc
+            .wrapping_sub(self.tables.list[original as usize].key.pc);
+        let mut copied = Vec::new();
+        let mut wanted = vec![original];
+        while let Some(n) = wanted.pop() {
+            let Some(copy) = self.copy_block(code, n, by) else {
+                continue;
+            };
+            copied.push((n, copy));
+            let from = &self.tables.list[n as usize];
+            let chains = self.tables.chains_of(from);
+            wanted.extend(chains.iter().filter_map(|c| self.connected(code, from, c)));
+        }
+        for &(n, copy) in &copied {
+            self.connect_copy(code, n, copy, by);
+        }
+        let &(_, wanted) = copied.first()?;
+        Some(&self.tables.list[wanted as usize])
+    }
+
+    /// A block for the same code and mode, of one of the latest variants of its page.
+    fn original(&self, key: &Key) -> Option<u32> {
+        let page = self.pages.get(&key.gpa.gfn().0)?;
+        let variants = page.variants.iter().rev().filter(|v| v.mode == key.mode);
+        variants.take(SEARCHED).find_map(|v| {
+            let pc = v.page | key.gpa.page_offset();
+            self.by_key.get(&Key { pc, ..*key }).copied()
+        })
+    }
+
+    /// Copies one block, unless that has been done; its jumps are still those of the original.
+    fn copy_block(&mut self, code: &CodeMemory, n: u32, by: u64) -> Option<u32> {
+        let from = self.tables.list[n as usize];
+        let key = moved(&from.key, by);
+        let places = self.tables.places_of(&from);
+        if places.is_empty() || self.by_key.contains_key(&key) {
+            return None;
+        }
+        let pos = self.place(from.len.into())?;
+        let change = Move::new(from.key.pc, key.pc, from.pos, pos as u32)?;
+        code.copy(from.pos as usize, pos, from.len.into(), |copy| {
+            change.apply(copy, places, &LAYOUT);
+        });
+        Some(self.add(from.copied(key, pos as u32)))
+    }
+
+    /// The block that a jump of a living block is connected with.
+    fn connected(&self, code: &CodeMemory, from: &Block, chain: &ChainSite) -> Option<u32> {
+        let target = code.jump_target((from.pos + u32::from(chain.at)) as usize);
+        let offset = u64::from(chain.target);
+        let n = *self.by_key.get(&Key {
+            gpa: Gpa(page_of(from.key.gpa.0) | offset),
+            pc: page_of(from.key.pc) | offset,
+            mode: chain.mode,
+        })?;
+        (self.tables.list[n as usize].direct() as usize == target).then_some(n)
+    }
+
+    /// Connects a copy's jumps as those of its original are, as far as there are copies of what they lead to.
+    fn connect_copy(&self, code: &CodeMemory, n: u32, copy: u32, by: u64) {
+        let (from, copy) = (
+            &self.tables.list[n as usize],
+            &self.tables.list[copy as usize],
+        );
+        for chain in self.tables.chains_of(from) {
+            let target = self
+                .connected(code, from, chain)
+                .and_then(|n| {
+                    let key = moved(&self.tables.list[n as usize].key, by);
+                    self.by_key.get(&key)
+                })
+                .map_or(copy.pos + u32::from(chain.unconnected), |&n| {
+                    self.tables.list[n as usize].direct()
+                });
+            let site = copy.pos + u32::from(chain.at);
+            code.patch_jump(site as usize, target as usize);
+        }
+    }
+}
+
+/// The key of the same code at another virtual address.
+fn moved(key: &Key, by: u64) -> Key {
+    Key {
+        pc: key.pc.wrapping_add(by),
+        ..*key
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hospes_translate::{Mode, Request, Stubs, Translation, Translator};
+    use hospes_units::PAGE_SIZE;
+
+    use super::*;
+    use crate::pages::CodePages;
+
+    const FRAME: u64 = 0x3000;
+    const HERE: u64 = 0x55aa_1234_5000;
+    const THERE: u64 = 0x7f00_0bad_c000;
+    const BRANCH: u64 = 0x100;
+    const TARGET: u64 = 0x110;
+    /// TEST EAX, EAX; JE to `TARGET`; CALL to the page behind.
+    const BRANCH_CODE: &[u8] = &[0x85, 0xc0, 0x74, 0x0c, 0xe8, 0xf7, 0x0f, 0, 0];
+    /// LEA RAX, [RIP + 0x1000]; RET.
+    const TARGET_CODE: &[u8] = &[0x48, 0x8d, 0x05, 0, 0x10, 0, 0, 0xc3];
+
+    struct Rig {
+        blocks: Blocks,
+        code: CodeMemory,
+        pages: CodePages,
+        translator: Translator,
+    }
+
+    fn key(page: u64, offset: u64) -> Key {
+        Key {
+            gpa: Gpa(FRAME + offset),
+            pc: page + offset,
+            mode: Mode(Mode::LONG | Mode::USER),
+        }
+    }
+
+    impl Rig {
+        fn new() -> Rig {
+            Rig {
+                blocks: Blocks::new(4096, 1 << 20),
+                code: CodeMemory::new(1 << 20).unwrap(),
+                pages: CodePages::new(16),
+                translator: Translator::new(LAYOUT, Stubs::default()),
+            }
+        }
+
+        fn translate(&mut self, key: &Key, bytes: &[u8], position: usize) -> Translation {
+            self.translator
+                .translate(&Request {
+                    bytes,
+                    crossing: false,
+                    pc: key.pc,
+                    mode: key.mode,
+                    cache_pos: position as i64,
+                })
+                .unwrap()
+        }
+
+        /// Translates both pieces of code for a page and connects the jump from one to the other.
+        fn with_page(page: u64) -> Rig {
+            let mut rig = Rig::new();
+            for (offset, bytes) in [(BRANCH, BRANCH_CODE), (TARGET, TARGET_CODE)] {
+                let key = key(page, offset);
+                let position = rig.blocks.place(4096).unwrap();
+                let made = rig.translate(&key, bytes, position);
+                rig.blocks.mark(&rig.pages, key.gpa.gfn());
+                rig.blocks.insert(&rig.code, key, None, made);
+            }
+            let target = rig.blocks.find(&key(page, TARGET)).unwrap().direct();
+            rig.code.patch_jump(rig.site(page), target as usize);
+            rig
+        }
+
+        /// Position of the displacement of the jump to `TARGET`.
+        fn site(&self, page: u64) -> usize {
+            let block = self.blocks.find(&key(page, BRANCH)).unwrap();
+            let chains = self.blocks.tables.chains_of(block);
+            let chain = chains
+                .iter()
+                .find(|c| u64::from(c.target) == TARGET)
+                .unwrap();
+            (block.pos + u32::from(chain.at)) as usize
+        }
+
+        fn bytes(&self, block: &Block) -> &[u8] {
+            let start = self.code.address(block.pos as usize) as *const u8;
+            // SAFETY: the block lies in the mapping, and nobody changes it meanwhile.
+            unsafe { std::slice::from_raw_parts(start, block.len.into()) }
+        }
+    }
+
+    #[test]
+    fn copy_is_the_translation_for_its_address_and_connected() {
+        let mut rig = Rig::with_page(HERE);
+        rig.blocks
+            .copy_from_other_address(&rig.code, &key(THERE, BRANCH));
+        let target = *rig.blocks.find(&key(THERE, TARGET)).unwrap();
+        assert_eq!(
+            rig.code.jump_target(rig.site(THERE)),
+            target.direct() as usize
+        );
+        let made = rig.translate(&target.key, TARGET_CODE, target.pos as usize);
+        assert_eq!(rig.bytes(&target), made.code);
+    }
+
+    #[test]
+    fn copy_of_an_unconnected_jump_leads_out() {
+        let mut rig = Rig::with_page(HERE);
+        rig.blocks.invalidate(
+            &rig.code,
+            &rig.pages,
+            Gpa(FRAME + TARGET),
+            TARGET_CODE.len() as u64,
+        );
+        rig.blocks
+            .copy_from_other_address(&rig.code, &key(THERE, BRANCH));
+        assert!(rig.blocks.find(&key(THERE, TARGET)).is_none());
+        let copy = *rig.blocks.find(&key(THERE, BRANCH)).unwrap();
+        let made = rig.translate(&copy.key, BRANCH_CODE, copy.pos as usize);
+        assert_eq!(rig.bytes(&copy), made.code);
+    }
+
+    #[test]
+    fn invalidate_drops_copies_with_their_original() {
+        let mut rig = Rig::with_page(HERE);
+        rig.blocks
+            .copy_from_other_address(&rig.code, &key(THERE, BRANCH));
+        assert!(
+            rig.blocks
+                .invalidate(&rig.code, &rig.pages, Gpa(FRAME + TARGET), 1)
+        );
+        for page in [HERE, THERE] {
+            assert!(rig.blocks.find(&key(page, TARGET)).is_none());
+            assert!(rig.blocks.find(&key(page, BRANCH)).is_some());
+        }
+        rig.blocks
+            .invalidate(&rig.code, &rig.pages, Gpa(FRAME), PAGE_SIZE);
+        assert!(rig.blocks.find(&key(THERE, BRANCH)).is_none());
+        assert!(!rig.pages.contains(Gpa(FRAME).gfn()));
+    }
+
+    #[test]
+    fn copy_below_four_gigabytes_is_refused() {
+        let mut rig = Rig::with_page(HERE);
+        let low = key(0x40_0000, BRANCH);
+        rig.blocks.copy_from_other_address(&rig.code, &low);
+        assert!(rig.blocks.find(&low).is_none());
+    }
+}

@@ -1,0 +1,133 @@
+//! Which guest frames hold code.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use hospes_units::Gfn;
+
+/// One bit for each guest frame. Read by every vCPU without a lock.
+#[derive(Debug)]
+struct Bits(Vec<AtomicU64>);
+
+impl Bits {
+    fn new(frames: u64) -> Bits {
+        Bits(
+            (0..frames.div_ceil(64))
+                .map(|_| AtomicU64::new(0))
+                .collect(),
+        )
+    }
+
+    fn contains(&self, gfn: Gfn) -> bool {
+        self.0
+            .get((gfn.0 / 64) as usize)
+            .is_some_and(|w| w.load(Ordering::Acquire) & 1 << (gfn.0 % 64) != 0)
+    }
+
+    /// True if the bit was clear.
+    fn insert(&self, gfn: Gfn) -> bool {
+        let bit = 1 << (gfn.0 % 64);
+        self.0[(gfn.0 / 64) as usize].fetch_or(bit, Ordering::SeqCst) & bit == 0
+    }
+
+    /// True if the bit was set.
+    fn remove(&self, gfn: Gfn) -> bool {
+        let bit = 1 << (gfn.0 % 64);
+        self.0[(gfn.0 / 64) as usize].fetch_and(!bit, Ordering::SeqCst) & bit != 0
+    }
+
+    fn clear(&self) {
+        for w in &self.0 {
+            w.store(0, Ordering::SeqCst);
+        }
+    }
+}
+
+/// The guest frames whose bytes are executed: those that have translations, and among them those that address-space processes execute.
+#[derive(Debug)]
+pub struct CodePages {
+    code: Bits,
+    direct: Bits,
+    /// Counts frames that address-space processes may no longer execute without another look at them.
+    changes: AtomicU64,
+    /// Counts frames that have become ones with code; the last of them stand in `recent`.
+    marks: AtomicU64,
+    recent: Vec<AtomicU64>,
+}
+
+/// How many frames that have become ones with code are remembered: a power of 2.
+const RECENT: u64 = 4096;
+
+impl CodePages {
+    pub fn new(frames: u64) -> CodePages {
+        CodePages {
+            code: Bits::new(frames),
+            direct: Bits::new(frames),
+            changes: AtomicU64::new(0),
+            marks: AtomicU64::new(0),
+            recent: (0..RECENT).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    /// Marks a frame as one with code; true if it was not. Called by one thread at a time.
+    pub fn mark(&self, gfn: Gfn) -> bool {
+        let new = self.code.insert(gfn);
+        if new {
+            let n = self.marks.load(Ordering::Relaxed);
+            self.recent[(n % RECENT) as usize].store(gfn.0, Ordering::Relaxed);
+            self.marks.store(n + 1, Ordering::SeqCst);
+        }
+        new
+    }
+
+    /// How many frames have become ones with code so far.
+    pub fn marks(&self) -> u64 {
+        self.marks.load(Ordering::Acquire)
+    }
+
+    /// Whether `matches` one of the frames that have become ones with code since there were `seen` of them; true where that is not known any more.
+    pub fn marked_since(&self, seen: u64, matches: impl Fn(Gfn) -> bool) -> bool {
+        let now = self.marks();
+        let any = now - seen < RECENT / 2
+            && (seen..now).any(|n| {
+                let gfn = self.recent[(n % RECENT) as usize].load(Ordering::Relaxed);
+                matches(Gfn(gfn))
+            });
+        // What was read may have been overwritten meanwhile.
+        any || self.marks() - seen >= RECENT / 2
+    }
+
+    pub fn contains(&self, gfn: Gfn) -> bool {
+        self.code.contains(gfn)
+    }
+
+    /// Nothing depends on the frame any more.
+    pub fn unmark(&self, gfn: Gfn) {
+        self.code.remove(gfn);
+    }
+
+    /// Notes that address-space processes execute the frame. It must be marked as code, and its bytes be read after this.
+    pub fn mark_direct(&self, gfn: Gfn) {
+        self.direct.insert(gfn);
+    }
+
+    /// Whether the frame has not been written since [`CodePages::mark_direct`].
+    pub fn is_direct(&self, gfn: Gfn) -> bool {
+        self.direct.contains(gfn)
+    }
+
+    pub fn direct_changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    pub fn drop_direct(&self, gfn: Gfn) {
+        if self.direct.remove(gfn) {
+            self.changes.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    pub fn clear(&self) {
+        self.direct.clear();
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        self.code.clear();
+    }
+}
