@@ -12,6 +12,7 @@ use hospes_units::{Gfn, Gpa, PAGE_SIZE};
 use rustc_hash::FxHashMap;
 
 use crate::cache::CodeMemory;
+use crate::copies::{Copies, is_copy};
 use crate::direct::Suspects;
 use crate::pages::CodePages;
 
@@ -177,13 +178,6 @@ impl Tables {
         }
     }
 
-    /// The block, dead or alive, that lies around a position.
-    fn at(&self, pos: u32) -> Option<&Block> {
-        let n = self.list.partition_point(|b| b.pos <= pos);
-        let block = &self.list[n.checked_sub(1)?];
-        (pos < block.pos + u32::from(block.len)).then_some(block)
-    }
-
     pub fn chains_of(&self, block: &Block) -> &[ChainSite] {
         &self.chains[block.chains as usize..][..block.chains_len.into()]
     }
@@ -196,9 +190,8 @@ impl Tables {
         &self.side[block.side as usize..][..block.side_len.into()]
     }
 
-    /// Where the guest is when the host is at `pos`.
-    fn point(&self, pos: u32) -> Option<Point> {
-        let block = self.at(pos)?;
+    /// Where the guest is when the host is at `pos`, in this block.
+    fn point(&self, block: &Block, pos: u32) -> Option<Point> {
         let host = pos - block.pos;
         let side = self.side_of(block);
         let n = side.partition_point(|e| u32::from(e.host) <= host);
@@ -217,7 +210,20 @@ impl Tables {
     }
 }
 
-/// Generations whose tables are kept after the cache was emptied: a vCPU that was made to leave its code still has to learn where the guest was. None is
+/// The block, dead or alive, that lies around a position; they are in the order of theirs.
+pub(crate) fn search(blocks: &[Block], pos: u32) -> Option<&Block> {
+    let n = blocks.partition_point(|b| b.pos <= pos);
+    let block = &blocks[n.checked_sub(1)?];
+    (pos < block.pos + u32::from(block.len)).then_some(block)
+}
+
+/// Of something that is replaced by and by, what was there in a generation: pairs with the generation since when it was, the latest first.
+pub(crate) fn of_generation<T>(old: &VecDeque<(u64, T)>, generation: u64) -> Option<&T> {
+    let mut old = old.iter();
+    old.find(|(since, _)| *since <= generation).map(|(_, t)| t)
+}
+
+/// How many tables are kept after the cache was emptied: a vCPU that was made to leave its code still has to learn where the guest was. None is
 /// slower than others fill the cache twice.
 const OLD_TABLES: usize = 2;
 
@@ -227,11 +233,15 @@ pub struct Blocks {
     start: usize,
     end: usize,
     next: usize,
-    /// How often everything was forgotten.
+    /// How often blocks were forgotten, all or the copies among them.
     generation: u64,
+    /// The generation since when these tables are in use.
+    since: u64,
     pub(crate) tables: Tables,
-    /// The tables of the generations before, the latest first.
-    old: VecDeque<Tables>,
+    /// The tables before.
+    old: VecDeque<(u64, Tables)>,
+    pub(crate) copies: Copies,
+    /// Numbers of blocks: their places in the tables' list, or among the copies.
     pub(crate) by_key: FxHashMap<Key, u32>,
     pub(crate) pages: FxHashMap<u64, Page>,
     /// What the frames that address-space processes execute hold, for as long as they are not written.
@@ -239,16 +249,20 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    /// Blocks are placed in `start..end` of the code cache.
+    /// Blocks are placed in `start..end` of the code cache, copies in the last quarter of it.
     pub fn new(start: usize, end: usize) -> Blocks {
+        let last = end;
+        let end = last - (last - start) / 4;
         let bytes = end - start;
         Blocks {
             start,
             end,
             next: start,
             generation: 0,
+            since: 0,
             tables: Tables::new(bytes),
             old: VecDeque::new(),
+            copies: Copies::new(end.next_multiple_of(16), last),
             by_key: FxHashMap::default(),
             pages: FxHashMap::default(),
             scans: FxHashMap::default(),
@@ -266,7 +280,14 @@ impl Blocks {
     }
 
     pub fn find(&self, key: &Key) -> Option<&Block> {
-        self.by_key.get(key).map(|&n| &self.tables.list[n as usize])
+        self.by_key.get(key).map(|&n| self.block(n))
+    }
+
+    pub(crate) fn block(&self, n: u32) -> &Block {
+        match self.copies.get(n) {
+            Some(copy) => copy,
+            None => &self.tables.list[n as usize],
+        }
     }
 
     pub fn generation(&self) -> u64 {
@@ -275,15 +296,28 @@ impl Blocks {
 
     /// The block, dead or alive, that lies around a position.
     pub fn at(&self, pos: u32) -> Option<&Block> {
-        self.tables.at(pos)
+        let copies = self.copies.contains(pos);
+        let list = if copies {
+            &self.copies.list
+        } else {
+            &self.tables.list
+        };
+        search(list, pos)
     }
 
     /// Where the guest is when the host is, or was, at `pos` of this generation.
     pub fn point(&self, generation: u64, pos: u32) -> Option<Point> {
-        match (self.generation - generation) as usize {
-            0 => self.tables.point(pos),
-            n => self.old.get(n - 1)?.point(pos),
-        }
+        let tables = if self.since <= generation {
+            &self.tables
+        } else {
+            of_generation(&self.old, generation)?
+        };
+        let list = if self.copies.contains(pos) {
+            self.copies.of_generation(generation)?
+        } else {
+            &tables.list
+        };
+        tables.point(search(list, pos)?, pos)
     }
 
     /// Position in the living block around `pos` where the instruction at guest address `rip` can be entered with all registers and flags in the
@@ -356,22 +390,21 @@ impl Blocks {
         tables.side.extend_from_slice(&t.side);
         tables.chains.extend_from_slice(&t.chains);
         tables.places.extend_from_slice(&t.places);
-        let n = self.add(block);
+        let n = tables.list.len() as u32;
+        tables.list.push(block);
+        self.next = (pos + t.code.len()).next_multiple_of(16);
+        self.register(key, n);
         if let Some(g) = second {
             self.pages.entry(g.gfn().0).or_default().reaching.push(n);
         }
         &self.tables.list[n as usize]
     }
 
-    /// Adds a block whose code has been put where the next one has its place; gives its number.
-    pub(crate) fn add(&mut self, block: Block) -> u32 {
-        let (key, n) = (block.key, self.tables.list.len() as u32);
-        self.next = (block.pos as usize + usize::from(block.len)).next_multiple_of(16);
-        self.tables.list.push(block);
+    /// Makes the block with this number known.
+    pub(crate) fn register(&mut self, key: Key, n: u32) {
         self.by_key.insert(key, n);
         let page = self.pages.entry(key.gpa.gfn().0).or_default();
         page.add(&key, n);
-        n
     }
 
     /// The living blocks at the same virtual page and in the same mode, but for those that reach into another page.
@@ -380,7 +413,7 @@ impl Blocks {
         let numbers = page.and_then(|p| p.variant(key)).map(|v| &v.blocks);
         let blocks = numbers.into_iter().flatten();
         blocks
-            .map(|&n| &self.tables.list[n as usize])
+            .map(|&n| self.block(n))
             .filter(|b| b.alive && b.second.is_none())
     }
 
@@ -394,13 +427,16 @@ impl Blocks {
             return false;
         };
         let (start, end) = (gpa.0, gpa.0 + len);
-        let list = &mut self.tables.list;
+        let (list, copies) = (&mut self.tables.list, &mut self.copies);
         let by_key = &mut self.by_key;
         // True if there was one.
         let mut drop_if = |all: bool, page: &mut Page| {
             let mut any = false;
             let mut keep = |n: &u32| {
-                let b = &mut list[*n as usize];
+                let b = match copies.get_mut(*n) {
+                    Some(copy) => copy,
+                    None => &mut list[*n as usize],
+                };
                 let hit = all || b.depends_on(start, end);
                 if hit && b.alive {
                     b.alive = false;
@@ -454,13 +490,39 @@ impl Blocks {
         any
     }
 
+    /// Forgets the copies. No vCPU may be inside translated code, and all must forget their jump caches before they go back.
+    pub fn clear_copies(&mut self, code: &CodeMemory) {
+        for site in self.copies.take_links() {
+            let Some(block) = search(&self.tables.list, site) else {
+                continue;
+            };
+            let chains = self.tables.chains_of(block).iter();
+            for c in chains.filter(|c| block.pos + u32::from(c.at) == site) {
+                let to = block.pos + u32::from(c.unconnected);
+                code.patch_jump(site as usize, to as usize);
+            }
+        }
+        self.by_key.retain(|_, n| !is_copy(*n));
+        for page in self.pages.values_mut() {
+            for variant in &mut page.variants {
+                variant.blocks.retain(|n| !is_copy(*n));
+            }
+            page.variants.retain(|v| !v.blocks.is_empty());
+        }
+        self.generation += 1;
+        self.copies.clear(self.generation);
+    }
+
     /// Forgets everything. No vCPU may be inside translated code, and all must forget their jump caches before they go back.
     pub fn clear(&mut self, pages: &CodePages) {
         self.next = self.start;
         let new = Tables::new(self.end - self.start);
-        self.old.push_front(mem::replace(&mut self.tables, new));
+        let tables = mem::replace(&mut self.tables, new);
+        self.old.push_front((self.since, tables));
         self.old.truncate(OLD_TABLES);
         self.generation += 1;
+        self.since = self.generation;
+        self.copies.clear(self.generation);
         self.by_key.clear();
         self.pages.clear();
         self.scans.clear();

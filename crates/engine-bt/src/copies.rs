@@ -2,24 +2,127 @@
 //!
 //! A copy has the tables of its original and dies with it, as both depend on the same bytes. With the block that is wanted come those that jumps have led to from
 //! there inside the page, connected as they were: they will be needed next.
+//!
+//! Copies have a part of the code cache of their own. When it is full all of them are forgotten, and what was translated stays: most are of programs that have ended, and
+//! those still wanted are soon made again.
+
+use std::collections::VecDeque;
+use std::mem;
 
 use hospes_translate::{ChainSite, Move};
 use hospes_units::Gpa;
 
-use crate::blocks::{Block, Blocks, Key, page_of};
+use crate::blocks::{Block, Blocks, Key, of_generation, page_of};
 use crate::cache::CodeMemory;
 use crate::frame::LAYOUT;
 
 /// Variants of a page that are searched for an original, the latest first.
 const SEARCHED: usize = 8;
 
+/// Lists of copies that are kept after they were forgotten, for a vCPU that still has to learn where the guest was.
+const OLD_LISTS: usize = 4;
+/// Marks the number of a block as one of a copy.
+const COPY: u32 = 1 << 31;
+
+/// Whether the block with this number is a copy.
+pub(crate) fn is_copy(n: u32) -> bool {
+    n & COPY != 0
+}
+
+/// The part of the code cache where the copies are, and which they are.
+#[derive(Debug)]
+pub(crate) struct Copies {
+    start: usize,
+    end: usize,
+    next: usize,
+    /// In the order of their positions.
+    pub list: Vec<Block>,
+    /// The generation since when this list is in use.
+    since: u64,
+    /// The lists before.
+    old: VecDeque<(u64, Vec<Block>)>,
+    /// Where jumps of other blocks are connected with copies.
+    links: Vec<u32>,
+}
+
+impl Copies {
+    pub fn new(start: usize, end: usize) -> Copies {
+        Copies {
+            start,
+            end,
+            next: start,
+            list: Vec::new(),
+            since: 0,
+            old: VecDeque::new(),
+            links: Vec::new(),
+        }
+    }
+
+    /// Whether a position is where copies are.
+    pub fn contains(&self, pos: u32) -> bool {
+        pos as usize >= self.start
+    }
+
+    pub fn get(&self, n: u32) -> Option<&Block> {
+        is_copy(n).then(|| &self.list[(n & !COPY) as usize])
+    }
+
+    pub fn get_mut(&mut self, n: u32) -> Option<&mut Block> {
+        is_copy(n).then(|| &mut self.list[(n & !COPY) as usize])
+    }
+
+    /// The copies there were in a generation.
+    pub fn of_generation(&self, generation: u64) -> Option<&Vec<Block>> {
+        if self.since <= generation {
+            return Some(&self.list);
+        }
+        of_generation(&self.old, generation)
+    }
+
+    /// Where the next copy has its place; `None` when less than `room` bytes are left.
+    fn place(&self, room: usize) -> Option<usize> {
+        (self.next + room <= self.end).then_some(self.next)
+    }
+
+    /// Adds a copy whose code has been put in the next place; gives its number.
+    fn add(&mut self, block: Block) -> u32 {
+        self.next = (block.pos as usize + usize::from(block.len)).next_multiple_of(16);
+        self.list.push(block);
+        (self.list.len() - 1) as u32 | COPY
+    }
+
+    pub fn take_links(&mut self) -> Vec<u32> {
+        mem::take(&mut self.links)
+    }
+
+    /// Forgets all copies; `now` is the generation that begins.
+    pub fn clear(&mut self, now: u64) {
+        self.next = self.start;
+        self.old.push_front((self.since, mem::take(&mut self.list)));
+        self.old.truncate(OLD_LISTS);
+        self.since = now;
+        self.links.clear();
+    }
+}
+
 impl Blocks {
+    /// Whether there is a block to copy for this key, but less than `room` bytes to put a copy in.
+    pub fn lacks_room_to_copy(&self, key: &Key, room: usize) -> bool {
+        self.copies.place(room).is_none() && self.original(key).is_some()
+    }
+
+    /// Connects a jump with a block.
+    pub fn connect(&mut self, code: &CodeMemory, site: u32, target: u32) {
+        code.patch_jump(site as usize, target as usize);
+        if self.copies.contains(target) && !self.copies.contains(site) {
+            self.copies.links.push(site);
+        }
+    }
+
     /// Copies the block for this key from another virtual address, if it is there and can be copied.
     pub fn copy_from_other_address(&mut self, code: &CodeMemory, key: &Key) -> Option<&Block> {
         let original = self.original(key)?;
-        let by = key
-            .pc
-            .wrapping_sub(self.tables.list[original as usize].key.pc);
+        let by = key.pc.wrapping_sub(self.block(original).key.pc);
         let mut copied = Vec::new();
         let mut wanted = vec![original];
         while let Some(n) = wanted.pop() {
@@ -27,7 +130,7 @@ impl Blocks {
                 continue;
             };
             copied.push((n, copy));
-            let from = &self.tables.list[n as usize];
+            let from = self.block(n);
             let chains = self.tables.chains_of(from);
             wanted.extend(chains.iter().filter_map(|c| self.connected(code, from, c)));
         }
@@ -35,7 +138,7 @@ impl Blocks {
             self.connect_copy(code, n, copy, by);
         }
         let &(_, wanted) = copied.first()?;
-        Some(&self.tables.list[wanted as usize])
+        Some(self.block(wanted))
     }
 
     /// A block for the same code and mode, of one of the latest variants of its page.
@@ -50,18 +153,20 @@ impl Blocks {
 
     /// Copies one block, unless that has been done; its jumps are still those of the original.
     fn copy_block(&mut self, code: &CodeMemory, n: u32, by: u64) -> Option<u32> {
-        let from = self.tables.list[n as usize];
+        let from = *self.block(n);
         let key = moved(&from.key, by);
         let places = self.tables.places_of(&from);
         if places.is_empty() || self.by_key.contains_key(&key) {
             return None;
         }
-        let pos = self.place(from.len.into())?;
+        let pos = self.copies.place(from.len.into())?;
         let change = Move::new(from.key.pc, key.pc, from.pos, pos as u32)?;
         code.copy(from.pos as usize, pos, from.len.into(), |copy| {
             change.apply(copy, places, &LAYOUT);
         });
-        Some(self.add(from.copied(key, pos as u32)))
+        let copy = self.copies.add(from.copied(key, pos as u32));
+        self.register(key, copy);
+        Some(copy)
     }
 
     /// The block that a jump of a living block is connected with.
@@ -73,24 +178,21 @@ impl Blocks {
             pc: page_of(from.key.pc) | offset,
             mode: chain.mode,
         })?;
-        (self.tables.list[n as usize].direct() as usize == target).then_some(n)
+        (self.block(n).direct() as usize == target).then_some(n)
     }
 
     /// Connects a copy's jumps as those of its original are, as far as there are copies of what they lead to.
     fn connect_copy(&self, code: &CodeMemory, n: u32, copy: u32, by: u64) {
-        let (from, copy) = (
-            &self.tables.list[n as usize],
-            &self.tables.list[copy as usize],
-        );
+        let (from, copy) = (self.block(n), self.block(copy));
         for chain in self.tables.chains_of(from) {
             let target = self
                 .connected(code, from, chain)
                 .and_then(|n| {
-                    let key = moved(&self.tables.list[n as usize].key, by);
+                    let key = moved(&self.block(n).key, by);
                     self.by_key.get(&key)
                 })
                 .map_or(copy.pos + u32::from(chain.unconnected), |&n| {
-                    self.tables.list[n as usize].direct()
+                    self.block(n).direct()
                 });
             let site = copy.pos + u32::from(chain.at);
             code.patch_jump(site as usize, target as usize);
@@ -242,6 +344,33 @@ mod tests {
             .invalidate(&rig.code, &rig.pages, Gpa(FRAME), PAGE_SIZE);
         assert!(rig.blocks.find(&key(THERE, BRANCH)).is_none());
         assert!(!rig.pages.contains(Gpa(FRAME).gfn()));
+    }
+
+    #[test]
+    fn clear_copies_leaves_the_originals_without_links_to_them() {
+        let mut rig = Rig::with_page(HERE);
+        let unconnected = {
+            let mut rig = Rig::with_page(HERE);
+            let other = key(THERE, BRANCH);
+            rig.blocks
+                .invalidate(&rig.code, &rig.pages, Gpa(FRAME + TARGET), 1);
+            rig.blocks.copy_from_other_address(&rig.code, &other);
+            let copy = rig.blocks.find(&other).unwrap().pos as usize;
+            rig.code.jump_target(rig.site(THERE)) - copy
+        };
+        rig.blocks
+            .copy_from_other_address(&rig.code, &key(THERE, TARGET));
+        let copy = rig.blocks.find(&key(THERE, TARGET)).unwrap().direct();
+        let (site, before) = (rig.site(HERE), rig.blocks.generation());
+        rig.blocks.connect(&rig.code, site as u32, copy);
+        rig.blocks.clear_copies(&rig.code);
+        assert!(rig.blocks.find(&key(THERE, TARGET)).is_none());
+        assert!(rig.blocks.find(&key(HERE, TARGET)).is_some());
+        let original = rig.blocks.find(&key(HERE, BRANCH)).unwrap().pos as usize;
+        assert_eq!(rig.code.jump_target(site) - original, unconnected);
+        let point = rig.blocks.point(before, copy).unwrap();
+        assert_eq!(point.rip, Some(THERE + TARGET));
+        assert!(rig.blocks.point(rig.blocks.generation(), copy).is_none());
     }
 
     #[test]

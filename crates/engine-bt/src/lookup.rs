@@ -71,6 +71,11 @@ impl BtVcpu {
         let positions = |b: &Block| (b.direct(), b.indirect(), b.second_gfn());
         let mut found = t.blocks.find(&key).map(positions);
         if found.is_none() {
+            if t.blocks.lacks_room_to_copy(&key, BLOCK_ROOM) {
+                shared.rendezvous(Some(self.host.id), FORGET_CODE);
+                t.blocks.clear_copies(&shared.code);
+                self.host.follow_blocks(t.blocks.generation());
+            }
             let copy = t.blocks.copy_from_other_address(&shared.code, &key);
             found = copy.map(positions);
         }

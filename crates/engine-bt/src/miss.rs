@@ -28,14 +28,14 @@ impl BtVcpu {
         }
         match self.find_code(mode) {
             Found::Code(direct) => {
-                let guard = shared.translations.lock().expect("translations");
+                let mut guard = shared.translations.lock().expect("translations");
                 let target_ok = guard
                     .blocks
                     .at(direct)
                     .is_some_and(|b| b.alive && b.key.gpa.gfn() == gfn && b.second_gfn().is_none());
                 let source_ok = guard.blocks.at(site).is_some_and(|b| b.alive);
                 if target_ok && source_ok && generation == self.host.generation {
-                    shared.code.patch_jump(site as usize, direct as usize);
+                    guard.blocks.connect(&shared.code, site, direct);
                 }
                 if mode.has(Mode::SINGLE) {
                     self.host.resume_at = Some(direct);
