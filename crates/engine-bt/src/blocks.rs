@@ -48,6 +48,8 @@ pub struct Block {
     before: u16,
     extent: u16,
     pub alive: bool,
+    /// Is among the entries of its page.
+    entered: bool,
 }
 
 /// The guest's state at some host address inside a block.
@@ -90,6 +92,15 @@ impl Block {
         Block { key, pos, ..*self }
     }
 
+    fn entry(&self, number: u32) -> Entry {
+        Entry {
+            pc: self.key.pc,
+            number,
+            indirect: self.indirect(),
+            direct: self.direct(),
+        }
+    }
+
     fn depends_on(&self, start: u64, end: u64) -> bool {
         let gpa = self.key.gpa.0;
         let (first, last) = (gpa - u64::from(self.before), gpa + u64::from(self.extent));
@@ -121,6 +132,18 @@ pub(crate) struct Variant {
     pub page: u64,
     pub mode: Mode,
     blocks: Vec<u32>,
+    /// Where jumps from other pages and returns have led to.
+    entries: Vec<Entry>,
+}
+
+/// A block that jumps from elsewhere have led to, with what a jump cache needs of it, all in one place: whole pages of them are entered.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    pub pc: u64,
+    number: u32,
+    /// Positions as in [`Block::indirect`] and [`Block::direct`].
+    pub indirect: u32,
+    pub direct: u32,
 }
 
 #[derive(Debug, Default)]
@@ -139,17 +162,39 @@ impl Page {
         latest.find(|v| v.page == page && v.mode == key.mode)
     }
 
-    fn add(&mut self, key: &Key, n: u32) {
+    fn variant_mut(&mut self, key: &Key) -> Option<&mut Variant> {
         let page = page_of(key.pc);
         let mut latest = self.variants.iter_mut().rev();
-        match latest.find(|v| v.page == page && v.mode == key.mode) {
-            Some(v) => v.blocks.push(n),
+        latest.find(|v| v.page == page && v.mode == key.mode)
+    }
+
+    fn add(&mut self, block: &Block, n: u32) {
+        let entry = block.entered.then(|| block.entry(n));
+        match self.variant_mut(&block.key) {
+            Some(v) => {
+                v.blocks.push(n);
+                v.entries.extend(entry);
+            }
             None => self.variants.push(Variant {
-                page,
-                mode: key.mode,
+                page: page_of(block.key.pc),
+                mode: block.key.mode,
                 blocks: vec![n],
+                entries: Vec::from_iter(entry),
             }),
         }
+    }
+
+    /// Drops the blocks of variants with these numbers.
+    fn retain(&mut self, mut keep: impl FnMut(u32) -> bool) {
+        for variant in &mut self.variants {
+            let before = variant.blocks.len();
+            variant.blocks.retain(|&n| keep(n));
+            if variant.blocks.len() != before {
+                let left = &variant.blocks;
+                variant.entries.retain(|e| left.contains(&e.number));
+            }
+        }
+        self.variants.retain(|v| !v.blocks.is_empty());
     }
 }
 
@@ -386,6 +431,7 @@ impl Blocks {
             before: t.extent_before,
             extent: t.extent,
             alive: true,
+            entered: false,
         };
         tables.side.extend_from_slice(&t.side);
         tables.chains.extend_from_slice(&t.chains);
@@ -393,7 +439,7 @@ impl Blocks {
         let n = tables.list.len() as u32;
         tables.list.push(block);
         self.next = (pos + t.code.len()).next_multiple_of(16);
-        self.register(key, n);
+        self.register(n);
         if let Some(g) = second {
             self.pages.entry(g.gfn().0).or_default().reaching.push(n);
         }
@@ -401,20 +447,38 @@ impl Blocks {
     }
 
     /// Makes the block with this number known.
-    pub(crate) fn register(&mut self, key: Key, n: u32) {
-        self.by_key.insert(key, n);
-        let page = self.pages.entry(key.gpa.gfn().0).or_default();
-        page.add(&key, n);
+    pub(crate) fn register(&mut self, n: u32) {
+        let block = *self.block(n);
+        self.by_key.insert(block.key, n);
+        let page = self.pages.entry(block.key.gpa.gfn().0).or_default();
+        page.add(&block, n);
     }
 
-    /// The living blocks at the same virtual page and in the same mode, but for those that reach into another page.
-    pub fn neighbours(&self, key: &Key) -> impl Iterator<Item = &Block> {
+    /// Notes that a jump from elsewhere has led to the block for this key.
+    pub fn enter(&mut self, key: &Key) {
+        let Some(&n) = self.by_key.get(key) else {
+            return;
+        };
+        let block = match self.copies.get_mut(n) {
+            Some(copy) => copy,
+            None => &mut self.tables.list[n as usize],
+        };
+        // What reaches into another page depends on more than the mapping of its own.
+        if block.second.is_some() || mem::replace(&mut block.entered, true) {
+            return;
+        }
+        let entry = block.entry(n);
+        let page = self.pages.get_mut(&key.gpa.gfn().0);
+        if let Some(variant) = page.and_then(|p| p.variant_mut(key)) {
+            variant.entries.push(entry);
+        }
+    }
+
+    /// Where jumps from elsewhere have led to in the same virtual page and mode.
+    pub fn entries(&self, key: &Key) -> &[Entry] {
         let page = self.pages.get(&key.gpa.gfn().0);
-        let numbers = page.and_then(|p| p.variant(key)).map(|v| &v.blocks);
-        let blocks = numbers.into_iter().flatten();
-        blocks
-            .map(|&n| self.block(n))
-            .filter(|b| b.alive && b.second.is_none())
+        page.and_then(|p| p.variant(key))
+            .map_or(&[], |v| &v.entries)
     }
 
     /// Drops the blocks that depend on any of these bytes, which lie in one page. True if there were any.
@@ -432,15 +496,15 @@ impl Blocks {
         // True if there was one.
         let mut drop_if = |all: bool, page: &mut Page| {
             let mut any = false;
-            let mut keep = |n: &u32| {
-                let b = match copies.get_mut(*n) {
+            let mut keep = |n: u32| {
+                let b = match copies.get_mut(n) {
                     Some(copy) => copy,
-                    None => &mut list[*n as usize],
+                    None => &mut list[n as usize],
                 };
                 let hit = all || b.depends_on(start, end);
                 if hit && b.alive {
                     b.alive = false;
-                    if by_key.get(&b.key) == Some(n) {
+                    if by_key.get(&b.key) == Some(&n) {
                         by_key.remove(&b.key);
                     }
                     code.divert(b.direct() as usize, (b.pos + u32::from(b.stale)) as usize);
@@ -448,11 +512,8 @@ impl Blocks {
                 any |= hit;
                 !hit
             };
-            page.reaching.retain(&mut keep);
-            for variant in &mut page.variants {
-                variant.blocks.retain(&mut keep);
-            }
-            page.variants.retain(|v| !v.blocks.is_empty());
+            page.reaching.retain(|&n| keep(n));
+            page.retain(keep);
             any
         };
         let mut dropped = drop_if(false, page);
@@ -504,10 +565,7 @@ impl Blocks {
         }
         self.by_key.retain(|_, n| !is_copy(*n));
         for page in self.pages.values_mut() {
-            for variant in &mut page.variants {
-                variant.blocks.retain(|n| !is_copy(*n));
-            }
-            page.variants.retain(|v| !v.blocks.is_empty());
+            page.retain(|n| !is_copy(n));
         }
         self.generation += 1;
         self.copies.clear(self.generation);

@@ -165,7 +165,7 @@ impl Blocks {
             change.apply(copy, places, &LAYOUT);
         });
         let copy = self.copies.add(from.copied(key, pos as u32));
-        self.register(key, copy);
+        self.register(copy);
         Some(copy)
     }
 
@@ -371,6 +371,32 @@ mod tests {
         let point = rig.blocks.point(before, copy).unwrap();
         assert_eq!(point.rip, Some(THERE + TARGET));
         assert!(rig.blocks.point(rig.blocks.generation(), copy).is_none());
+    }
+
+    #[test]
+    fn entries_are_copied_and_die_with_their_blocks() {
+        let mut rig = Rig::with_page(HERE);
+        let pcs = |rig: &Rig, page| -> Vec<u64> {
+            let entries = rig.blocks.entries(&key(page, 0));
+            entries.iter().map(|e| e.pc).collect()
+        };
+        assert!(pcs(&rig, HERE).is_empty());
+        for _ in 0..2 {
+            rig.blocks.enter(&key(HERE, BRANCH));
+        }
+        assert_eq!(pcs(&rig, HERE), [HERE + BRANCH]);
+        rig.blocks
+            .copy_from_other_address(&rig.code, &key(THERE, BRANCH));
+        assert_eq!(pcs(&rig, THERE), [THERE + BRANCH]);
+        let copy = rig.blocks.find(&key(THERE, BRANCH)).unwrap();
+        let entry = rig.blocks.entries(&key(THERE, 0))[0];
+        assert_eq!(
+            (entry.direct, entry.indirect),
+            (copy.direct(), copy.indirect())
+        );
+        rig.blocks
+            .invalidate(&rig.code, &rig.pages, Gpa(FRAME + BRANCH), 1);
+        assert!(pcs(&rig, HERE).is_empty() && pcs(&rig, THERE).is_empty());
     }
 
     #[test]

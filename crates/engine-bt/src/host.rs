@@ -185,17 +185,16 @@ impl BtHost {
         mode.has(Mode::SINGLE) || mode.has(Mode::USER) && self.direct.hold_jumps
     }
 
-    /// Makes the blocks around this one known, too, where jumps know none of its page: most of what was executed there before will be again, and each would
+    /// Makes known where jumps have led to before in the page of this block, where they know nothing of it: most of that will be executed again, and each would
     /// be a way out of translated code.
     pub fn offer_page(&mut self, blocks: &Blocks, key: &Key, mapping: Mapping) {
         if self.holds_jumps(key.mode) || !self.jumps.is_new(key.mode, key.pc) {
             return;
         }
-        for b in blocks.neighbours(key) {
-            let address = self.shared.code.address(b.indirect() as usize) as u64;
-            let (mode, pc) = (b.key.mode, b.key.pc);
+        for e in blocks.entries(key) {
+            let address = self.shared.code.address(e.indirect as usize) as u64;
             self.jumps
-                .offer(&mut self.frame, mode, pc, b.direct(), address, mapping);
+                .offer(&mut self.frame, key.mode, e.pc, e.direct, address, mapping);
         }
     }
 

@@ -419,6 +419,24 @@ mod tests {
     }
 
     #[test]
+    fn offer_takes_free_entries_only() {
+        let (mut jumps, mut frame) = tables();
+        let mode = Mode(Mode::LONG | Mode::USER);
+        let (a, b) = (0x40_0040, 0x41_0040);
+        assert_eq!(jump_index(a), jump_index(b));
+        assert!(jumps.is_new(mode, a));
+        jumps.offer(&mut frame, mode, a, 1, 100, LOCAL);
+        assert_eq!(found(&frame, 0, a), (100, Some(100)));
+        jumps.offer(&mut frame, mode, b, 2, 200, LOCAL);
+        assert_eq!(found(&frame, 0, b), (100, Some(200)));
+        jumps.offer(&mut frame, mode, a, 3, 300, LOCAL);
+        assert_eq!(found(&frame, 0, a), (100, Some(100)));
+        assert!(!jumps.is_new(mode, b + 1));
+        jumps.flush_page(&mut frame, b);
+        assert_eq!(found(&frame, 0, b), (100, None));
+    }
+
+    #[test]
     fn flush_page_forgets_targets_of_that_page_only() {
         let (mut jumps, mut frame) = tables();
         let mode = Mode(Mode::LONG | Mode::USER);

@@ -14,6 +14,15 @@ const BLOCK_ROOM: usize = 64 * 1024;
 /// Longest instruction in bytes.
 pub(crate) const MAX_INSTRUCTION: usize = 15;
 
+/// What a block is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum By {
+    /// A jump through the caches, or anything else that knows nothing but an address.
+    Lookup,
+    /// A jump inside a page, which will be connected.
+    Chain,
+}
+
 /// What looking a block up came to.
 enum Looked {
     At(u32),
@@ -23,7 +32,7 @@ enum Looked {
 
 impl BtVcpu {
     /// Finds or makes the translation of the code at RIP.
-    pub(crate) fn find_code(&mut self, mode: Mode) -> Found {
+    pub(crate) fn find_code(&mut self, mode: Mode, by: By) -> Found {
         let rip = self.host.frame.cpu.rip;
         let table = mode.table();
         let entered = Mode(mode.0 & !Mode::SINGLE);
@@ -54,7 +63,7 @@ impl BtVcpu {
             mode,
         };
         let mut page = std::mem::take(&mut self.page);
-        let found = self.find_block(key, Mapping::of(&tr), &mut page);
+        let found = self.find_block(key, Mapping::of(&tr), by, &mut page);
         self.page = page;
         match found {
             Looked::At(direct) => Found::Code(direct),
@@ -63,7 +72,7 @@ impl BtVcpu {
     }
 
     /// Finds or makes the block for a key whose page is backed by memory.
-    fn find_block(&mut self, key: Key, mapping: Mapping, page: &mut [u8]) -> Looked {
+    fn find_block(&mut self, key: Key, mapping: Mapping, by: By, page: &mut [u8]) -> Looked {
         let shared = self.host.shared.clone();
         let mut guard = shared.translations.lock().expect("translations");
         let t = &mut *guard;
@@ -96,9 +105,16 @@ impl BtVcpu {
             }
             self.host
                 .add_jump(key.mode, key.pc, direct, indirect, mapping);
+            if by == By::Lookup {
+                t.blocks.enter(&key);
+            }
             return Looked::At(direct);
         }
-        self.make_block(t, key, mapping, None, page)
+        let made = self.make_block(t, key, mapping, None, page);
+        if by == By::Lookup {
+            t.blocks.enter(&key);
+        }
+        made
     }
 
     /// Translation of a page that an instruction reaches into.

@@ -9,6 +9,7 @@ use hospes_units::{Gva, PAGE_SIZE};
 
 use crate::blocks::Chain;
 use crate::exec::{Access, Exception, Step};
+use crate::lookup::By;
 use crate::vcpu::{BtVcpu, Found, canonical};
 
 impl BtVcpu {
@@ -26,7 +27,7 @@ impl BtVcpu {
         if self.mode() != Some(Mode(mode.0 & !Mode::SINGLE)) {
             return None;
         }
-        match self.find_code(mode) {
+        match self.find_code(mode, By::Chain) {
             Found::Code(direct) => {
                 let mut guard = shared.translations.lock().expect("translations");
                 let target_ok = guard

@@ -14,7 +14,7 @@ use crate::flat::{flat, whole_data};
 use crate::fpu::{self, Wide};
 use crate::frame::FrameBox;
 use crate::host::BtHost;
-use crate::lookup::MAX_INSTRUCTION;
+use crate::lookup::{By, MAX_INSTRUCTION};
 use crate::signal::{Attachment, ThreadInfo, kick_signal};
 use crate::stubs::{ExitKind, enter};
 use crate::vm::{Execution, Shared, host_error};
@@ -438,7 +438,7 @@ impl BtVcpu {
             };
             let exit = match mode {
                 None => self.after(|s| s.step()),
-                Some(mode) => match self.find_code(mode) {
+                Some(mode) => match self.find_code(mode, By::Lookup) {
                     Found::Code(pos) => self.execute(pos)?,
                     Found::Stepped(step) => self.after(|_| step),
                 },
