@@ -1,8 +1,9 @@
 //! An image in memory that records what it is asked, and can be told to fail or to wait.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex};
-use std::thread::ThreadId;
 
 use hospes_image::{Completion, Geometry, Image, ImageError, IoError, Op, Queue, Request, Status};
 use rustix::event::{EventfdFlags, eventfd};
@@ -22,14 +23,8 @@ struct State {
     /// Requests are kept until this is over.
     holding: bool,
     failing: bool,
-    /// Completions can be seen without the event.
-    prompt: bool,
-    /// A queue sets no event.
-    silent: bool,
-    /// Who carried out the last request.
-    served_by: Option<ThreadId>,
-    /// How often somebody asked for completions, as the queue's thread does after each sleep.
-    looks: u64,
+    /// How often somebody was about to sleep until its event.
+    sleeps: AtomicU64,
     events: Vec<Arc<OwnedFd>>,
 }
 
@@ -71,32 +66,14 @@ impl MemoryImage {
     pub fn hold(&self, holding: bool) {
         let mut state = lock(&self.state);
         state.holding = holding;
-        if !state.silent {
-            for event in &state.events {
-                rustix::io::write(event, &1u64.to_ne_bytes()).unwrap();
-            }
+        for event in &state.events {
+            rustix::io::write(event, &1u64.to_ne_bytes()).unwrap();
         }
     }
 
-    /// Shows completions as io_uring does.
-    pub fn promptly(self) -> MemoryImage {
-        lock(&self.state).prompt = true;
-        self
-    }
-
-    /// Whether a queue may complete something without an event.
-    pub fn is_silent(&self) -> bool {
-        lock(&self.state).silent
-    }
-
-    /// Whether this thread carried out the last request.
-    pub fn is_served_here(&self) -> bool {
-        lock(&self.state).served_by == Some(std::thread::current().id())
-    }
-
-    /// How often completions were asked for so far.
-    pub fn looks(&self) -> u64 {
-        lock(&self.state).looks
+    /// How often queues went to sleep so far.
+    pub fn sleeps(&self) -> u64 {
+        lock(&self.state).sleeps.load(SeqCst)
     }
 
     pub fn fail(&self, failing: bool) {
@@ -146,7 +123,7 @@ impl Queue for MemoryQueue {
     }
 
     fn flush_submissions(&mut self) {
-        if !self.waiting.is_empty() && !lock(&self.state).silent {
+        if !self.waiting.is_empty() {
             rustix::io::write(&self.event, &1u64.to_ne_bytes()).unwrap();
         }
     }
@@ -154,7 +131,6 @@ impl Queue for MemoryQueue {
     fn completions(&mut self, out: &mut Vec<Completion>) {
         let _ = rustix::io::read(&self.event, &mut [0; 8]);
         let mut state = lock(&self.state);
-        state.looks += 1;
         if state.holding {
             return;
         }
@@ -171,24 +147,14 @@ impl Queue for MemoryQueue {
         }
     }
 
-    fn peek(&mut self) -> Option<bool> {
-        let state = lock(&self.state);
-        let ready = !self.waiting.is_empty() && !state.holding;
-        state.prompt.then_some(ready)
-    }
-
-    fn silence(&mut self, silent: bool) {
-        lock(&self.state).silent = silent;
-    }
-
     fn event_fd(&self) -> BorrowedFd<'_> {
+        lock(&self.state).sleeps.fetch_add(1, SeqCst);
         self.event.as_fd()
     }
 }
 
 impl State {
     fn carry_out(&mut self, request: &Request) -> Result<(), IoError> {
-        self.served_by = Some(std::thread::current().id());
         self.done.push((request.op, request.offset));
         let mut at = request.offset as usize;
         if request.op == Op::Discard {

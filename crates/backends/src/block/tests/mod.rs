@@ -1,6 +1,5 @@
 //! Disks seen from the guest: a front end that behaves, one that starts over, and hostile ones.
 
-mod attend;
 mod disk;
 mod hostile;
 mod life;
