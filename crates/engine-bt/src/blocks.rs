@@ -268,9 +268,16 @@ pub(crate) fn of_generation<T>(old: &VecDeque<(u64, T)>, generation: u64) -> Opt
     old.find(|(since, _)| *since <= generation).map(|(_, t)| t)
 }
 
-/// How many tables are kept after the cache was emptied: a vCPU that was made to leave its code still has to learn where the guest was. None is
-/// slower than others fill the cache twice.
-const OLD_TABLES: usize = 2;
+/// Drops what nobody asks for who asks for the generation `oldest` and later ones; `since` is when what is there now began.
+pub(crate) fn keep_since<T>(old: &mut VecDeque<(u64, T)>, since: u64, oldest: u64) {
+    let mut end = since;
+    let needed = old.iter().take_while(|(begin, _)| {
+        let until = std::mem::replace(&mut end, *begin);
+        oldest < until
+    });
+    let count = needed.count();
+    old.truncate(count);
+}
 
 /// All blocks of the present generation.
 #[derive(Debug)]
@@ -283,7 +290,7 @@ pub struct Blocks {
     /// The generation since when these tables are in use.
     since: u64,
     pub(crate) tables: Tables,
-    /// The tables before.
+    /// The tables before: a vCPU that was made to leave its code still has to learn where the guest was.
     old: VecDeque<(u64, Tables)>,
     pub(crate) copies: Copies,
     /// Numbers of blocks: their places in the tables' list, or among the copies.
@@ -551,6 +558,12 @@ impl Blocks {
         any
     }
 
+    /// Drops what is known of generations before this one.
+    pub fn keep_since(&mut self, oldest: u64) {
+        keep_since(&mut self.old, self.since, oldest);
+        self.copies.keep_since(oldest);
+    }
+
     /// Forgets the copies. No vCPU may be inside translated code, and all must forget their jump caches before they go back.
     pub fn clear_copies(&mut self, code: &CodeMemory) {
         for site in self.copies.take_links() {
@@ -577,7 +590,6 @@ impl Blocks {
         let new = Tables::new(self.end - self.start);
         let tables = mem::replace(&mut self.tables, new);
         self.old.push_front((self.since, tables));
-        self.old.truncate(OLD_TABLES);
         self.generation += 1;
         self.since = self.generation;
         self.copies.clear(self.generation);

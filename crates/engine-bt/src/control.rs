@@ -56,6 +56,8 @@ pub struct Control {
     irr: [AtomicU64; 4],
     callback: AtomicU32,
     nmi: AtomicBool,
+    /// 1 more than the generation of blocks whose positions the vCPU's thread may hold; 0 where it holds none.
+    positions: AtomicU64,
     sipi_vector: AtomicU32,
     apic_disabled: AtomicBool,
 }
@@ -74,6 +76,17 @@ impl Control {
         !busy.is_null() && unsafe { AtomicU8::from_ptr(busy) }.load(Ordering::SeqCst) != 0
     }
 
+    /// Declares of which generation of blocks the vCPU holds positions from now on: before `run` begins, and whenever it has learnt of another one.
+    pub fn hold_positions(&self, generation: u64) {
+        self.positions.store(generation + 1, Ordering::SeqCst);
+    }
+
+    /// The generation of blocks whose positions the vCPU may hold. Who asks has posted [`request::JUMPS`] before: a vCPU that declares itself later
+    /// learns of the present generation first.
+    pub fn positions_held(&self) -> Option<u64> {
+        self.positions.load(Ordering::SeqCst).checked_sub(1)
+    }
+
     /// Declares that `run` has begun. Who posts a request from now on sees that, or the request is seen by `run`.
     pub fn enter_run(&self) {
         self.running.store(true, Ordering::SeqCst);
@@ -82,6 +95,7 @@ impl Control {
 
     /// Declares that `run` ends. Whoever sleeps after that asks [`VcpuControl::has_wakeup`] first.
     pub fn leave_run(&self) {
+        self.positions.store(0, Ordering::SeqCst);
         self.running.store(false, Ordering::SeqCst);
     }
 

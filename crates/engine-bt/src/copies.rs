@@ -12,15 +12,13 @@ use std::mem;
 use hospes_translate::{ChainSite, Move};
 use hospes_units::Gpa;
 
-use crate::blocks::{Block, Blocks, Key, of_generation, page_of};
+use crate::blocks::{Block, Blocks, Key, keep_since, of_generation, page_of};
 use crate::cache::CodeMemory;
 use crate::frame::LAYOUT;
 
 /// Variants of a page that are searched for an original, the latest first.
 const SEARCHED: usize = 8;
 
-/// Lists of copies that are kept after they were forgotten, for a vCPU that still has to learn where the guest was.
-const OLD_LISTS: usize = 4;
 /// Marks the number of a block as one of a copy.
 const COPY: u32 = 1 << 31;
 
@@ -39,7 +37,7 @@ pub(crate) struct Copies {
     pub list: Vec<Block>,
     /// The generation since when this list is in use.
     since: u64,
-    /// The lists before.
+    /// The lists before, for a vCPU that still has to learn where the guest was.
     old: VecDeque<(u64, Vec<Block>)>,
     /// Where jumps of other blocks are connected with copies.
     links: Vec<u32>,
@@ -79,6 +77,11 @@ impl Copies {
         of_generation(&self.old, generation)
     }
 
+    /// Drops the lists of generations before this one.
+    pub fn keep_since(&mut self, oldest: u64) {
+        keep_since(&mut self.old, self.since, oldest);
+    }
+
     /// Where the next copy has its place; `None` when less than `room` bytes are left.
     fn place(&self, room: usize) -> Option<usize> {
         (self.next + room <= self.end).then_some(self.next)
@@ -99,7 +102,6 @@ impl Copies {
     pub fn clear(&mut self, now: u64) {
         self.next = self.start;
         self.old.push_front((self.since, mem::take(&mut self.list)));
-        self.old.truncate(OLD_LISTS);
         self.since = now;
         self.links.clear();
     }
@@ -371,6 +373,15 @@ mod tests {
         let point = rig.blocks.point(before, copy).unwrap();
         assert_eq!(point.rip, Some(THERE + TARGET));
         assert!(rig.blocks.point(rig.blocks.generation(), copy).is_none());
+        // For as long as anybody may ask, however often the cache was emptied since.
+        for _ in 0..10 {
+            rig.blocks.clear_copies(&rig.code);
+            rig.blocks.clear(&rig.pages);
+            rig.blocks.keep_since(before);
+        }
+        assert!(rig.blocks.point(before, copy).is_some());
+        rig.blocks.keep_since(before + 1);
+        assert!(rig.blocks.point(before, copy).is_none());
     }
 
     #[test]

@@ -198,13 +198,21 @@ impl BtHost {
         }
     }
 
-    /// Forgets positions of a generation before this one.
+    /// Forgets positions of a generation before this one, which is the present one: the caller has the tables.
     pub fn follow_blocks(&mut self, now: u64) {
         if self.blocks_generation != now {
             self.blocks_generation = now;
+            self.control.hold_positions(now);
             self.generation += 1;
             self.flush_jumps_all();
         }
+    }
+
+    /// After this vCPU has begun a generation of blocks: keeps of those before what other vCPUs may need.
+    pub fn keep_needed(&mut self, blocks: &mut Blocks) {
+        let now = blocks.generation();
+        self.follow_blocks(now);
+        blocks.keep_since(self.shared.oldest_positions(self.id, now));
     }
 
     pub fn flush_jumps_all(&mut self) {

@@ -83,7 +83,7 @@ impl BtVcpu {
             if t.blocks.lacks_room_to_copy(&key, BLOCK_ROOM) {
                 shared.rendezvous(Some(self.host.id), FORGET_CODE);
                 t.blocks.clear_copies(&shared.code);
-                self.host.follow_blocks(t.blocks.generation());
+                self.host.keep_needed(&mut t.blocks);
             }
             let copy = t.blocks.copy_from_other_address(&shared.code, &key);
             found = copy.map(positions);
@@ -151,7 +151,7 @@ impl BtVcpu {
             None => {
                 shared.rendezvous(Some(self.host.id), FORGET_CODE);
                 t.blocks.clear(&shared.pages);
-                self.host.follow_blocks(t.blocks.generation());
+                self.host.keep_needed(&mut t.blocks);
                 t.blocks.place(BLOCK_ROOM).expect("an empty cache has room")
             }
         };

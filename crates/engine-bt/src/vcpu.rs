@@ -466,6 +466,9 @@ impl Vcpu for BtVcpu {
         self.attach()?;
         self.fpu_fetched = false;
         self.host.sync_flags_out();
+        self.host
+            .control
+            .hold_positions(self.host.blocks_generation);
         self.host.control.enter_run();
         let exit = self.run_loop();
         self.host.control.leave_run();

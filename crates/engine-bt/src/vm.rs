@@ -118,6 +118,14 @@ impl Shared {
         }
     }
 
+    /// The oldest generation of blocks whose positions a vCPU but `except` may hold; the present one, `now`, where none does.
+    pub fn oldest_positions(&self, except: VcpuId, now: u64) -> u64 {
+        let controls = self.controls.read().expect("vCPU list");
+        let others = controls.iter().filter(|(id, _)| *id != except);
+        let held = others.filter_map(|(_, c)| c.positions_held());
+        held.min().unwrap_or(now)
+    }
+
     pub fn snippets(&self, id: VcpuId) -> std::ops::Range<usize> {
         let start = self.code.len() - SNIPPET_BYTES * (self.max_vcpus - id.0 as usize);
         start..start + SNIPPET_BYTES
