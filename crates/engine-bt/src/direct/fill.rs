@@ -2,7 +2,7 @@
 
 use std::io;
 
-use hospes_units::{Gfn, Gva, PAGE_SIZE};
+use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE};
 
 use super::mirror::{EXEC, Facts, Page, READ, WRITE};
 use super::process::{BREAKPOINTS, USER_END};
@@ -22,8 +22,8 @@ const LOWEST_PAGE: u64 = 16;
 
 /// What became of a fault.
 pub enum Filled {
-    /// The mapping has changed: try again.
-    Mapped,
+    /// The mapping has changed: try again. So many pages of code with breakpoints were taken out for it.
+    Mapped { evicted: u32 },
     /// The engine executes the instruction.
     Step,
     /// Code that must not be executed natively.
@@ -93,9 +93,13 @@ impl BtVcpu {
             return Ok(Filled::Step);
         }
         let fetched = fetched && !stepped && here.executable;
-        if fetched && !self.may_execute(space, page, here.gfn)? {
-            space.excluded.insert(page);
-            return Ok(Filled::Excluded);
+        let mut evicted = 0;
+        if fetched {
+            let Some(pages) = self.may_execute(space, page, here.gfn, rip)? else {
+                space.excluded.insert(page);
+                return Ok(Filled::Excluded);
+            };
+            evicted = pages;
         }
         let shared = self.host.shared.clone();
         let mut guard = shared.translations.lock().expect("translations");
@@ -129,14 +133,26 @@ impl BtVcpu {
                 scans -= 1;
                 self.scan(&mut guard, m.gfn);
             }
-            if let Some(p) = self.page(&guard.blocks, m) {
+            if let Some(mut p) = self.page(&guard.blocks, m) {
+                if p.prot & EXEC != 0 {
+                    let executed = |at: u64| {
+                        let known = list.iter().find(|(n, _)| *n == at).map(|&(_, p)| p);
+                        let p = known
+                            .or((at == page).then_some(new))
+                            .or(space.mirror.get(at));
+                        p.filter(|p| p.prot & EXEC != 0).map(|p| p.gfn)
+                    };
+                    if !self.across(at, p.gfn, executed).is_empty() {
+                        p.prot &= !EXEC;
+                    }
+                }
                 list.push((at, p));
             }
         }
         drop(guard);
         let calls = space.mirror.add(&space.process, &list);
         space.process.batch(&calls)?;
-        Ok(Filled::Mapped)
+        Ok(Filled::Mapped { evicted })
     }
 
     /// How a page is to be mapped; `None` where it is no memory. Executable only if that needs no breakpoint.
@@ -157,28 +173,74 @@ impl BtVcpu {
         })
     }
 
-    /// Sees to it that a page can be executed; false where it must not.
-    fn may_execute(&mut self, space: &mut Space, page: u64, gfn: Gfn) -> io::Result<bool> {
+    /// Sees to it that a page can be executed; `None` where it must not, else how many pages had to give up their breakpoints for it. The instruction at `rip` goes on in it, or begins there.
+    fn may_execute(
+        &mut self,
+        space: &mut Space,
+        page: u64,
+        gfn: Gfn,
+        rip: u64,
+    ) -> io::Result<Option<u32>> {
         let shared = self.host.shared.clone();
         let mut guard = shared.translations.lock().expect("translations");
         let Suspects::At(suspects) = self.scan(&mut guard, gfn) else {
-            return Ok(false);
+            return Ok(None);
         };
         drop(guard);
-        let at = |offset: &u16| page << 12 | u64::from(*offset);
-        let new: Vec<u64> = suspects
-            .iter()
-            .map(at)
-            .filter(|a| !space.breakpoints.contains(a))
-            .collect();
-        if space.breakpoints.len() + new.len() > BREAKPOINTS {
-            return Ok(false);
+        let executed = |at: u64| {
+            let p = space.mirror.get(at).filter(|p| p.prot & EXEC != 0);
+            p.map(|p| p.gfn)
+        };
+        let mut new = self.across(page, gfn, executed);
+        new.extend(suspects.iter().map(|o| page << 12 | u64::from(*o)));
+        new.retain(|a| !space.breakpoints.contains(a));
+        let mut evicted = 0;
+        while space.breakpoints.len() + new.len() > BREAKPOINTS {
+            // The oldest is most likely one of the program's start.
+            let in_use =
+                |at: u64| at == page || at == rip >> 12 || new.iter().any(|n| n >> 12 == at);
+            let Some(oldest) = space
+                .breakpoints
+                .iter()
+                .map(|a| a >> 12)
+                .find(|&at| !in_use(at))
+            else {
+                return Ok(None);
+            };
+            let call = space.mirror.take_out(oldest);
+            space.process.batch(&[call])?;
+            space.breakpoints.retain(|a| a >> 12 != oldest);
+            evicted += 1;
         }
         if !new.is_empty() {
             space.breakpoints.extend(new);
             space.process.set_breakpoints(&space.breakpoints)?;
         }
-        Ok(true)
+        Ok(Some(evicted))
+    }
+
+    /// Addresses of suspects that a page which is to be executed shares with its neighbours; `executed` gives the frames of those that are executed, too. All of them
+    /// have been scanned, so that a write to one takes it out of the process.
+    fn across(&self, page: u64, gfn: Gfn, executed: impl Fn(u64) -> Option<Gfn>) -> Vec<u64> {
+        const LAST: u64 = PAGE_SIZE - scan::SEAM as u64;
+        let memory = &self.host.shared.memory;
+        let pairs = [
+            (page - 1, executed(page - 1), Some(gfn)),
+            (page, Some(gfn), executed(page + 1)),
+        ];
+        let mut found = Vec::new();
+        for (at, left, right) in pairs {
+            let (Some(left), Some(right)) = (left, right) else {
+                continue;
+            };
+            let (mut last, mut first) = ([0; scan::SEAM], [0; scan::SEAM]);
+            let read = memory.read(Gpa(left.gpa().0 + LAST), &mut last);
+            if read.and(memory.read(right.gpa(), &mut first)).is_ok() {
+                let offsets = scan::across(&last, &first);
+                found.extend(offsets.iter().map(|&o| (at << 12) + LAST + u64::from(o)));
+            }
+        }
+        found
     }
 
     /// What a frame that is to be executed holds; writes to it are noticed from now on.
@@ -191,13 +253,10 @@ impl BtVcpu {
         shared.pages.mark_direct(gfn);
         let mut page = [0; PAGE_SIZE as usize];
         let found = match shared.memory.read(gfn.gpa(), &mut page) {
-            Ok(()) => scan::suspects(&page),
+            Ok(()) => Some(scan::suspects(&page)).filter(|list| list.len() <= BREAKPOINTS),
             Err(_) => None,
         };
-        let found = match found {
-            Some(list) if list.len() <= BREAKPOINTS => Suspects::At(list),
-            _ => Suspects::Many,
-        };
+        let found = found.map_or(Suspects::Many, Suspects::At);
         t.blocks.set_scan(gfn, found.clone());
         found
     }

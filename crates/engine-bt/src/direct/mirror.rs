@@ -289,6 +289,13 @@ impl Mirror {
         calls
     }
 
+    /// Takes a page out; gives the call that does so.
+    pub fn take_out(&mut self, at: u64) -> Call {
+        self.remove(at);
+        self.ranges += 1;
+        Process::unmap_call(at << 12, 4096)
+    }
+
     fn remove(&mut self, at: u64) {
         self.executable.remove(&at);
         let Some(region) = self.regions.get_mut(&(at >> 9)) else {

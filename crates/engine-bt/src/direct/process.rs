@@ -28,6 +28,8 @@ pub const USER_END: u64 = 0x7fff_ffff_f000;
 pub const BREAKPOINTS: usize = 4;
 /// `si_code` of a stop behind an INT3.
 pub const AFTER_INT3: i32 = 0x80;
+/// `si_code` of a stop behind an INT1.
+pub const AFTER_INT1: i32 = 1;
 /// `si_code` of a stop behind an instruction that was executed with TF set.
 pub const AFTER_STEP: i32 = 2;
 

@@ -10,7 +10,7 @@ use hospes_units::{Gpa, PAGE_SIZE};
 
 use super::fill::Filled;
 use super::mirror::Mirror;
-use super::process::{AFTER_INT3, AFTER_STEP, Process, Registers, Stop, USER_END};
+use super::process::{AFTER_INT1, AFTER_INT3, AFTER_STEP, Process, Registers, Stop, USER_END};
 use super::tables::look_up;
 use super::{SPACES, Space};
 use crate::exec::{self, Step, debug_active};
@@ -278,7 +278,9 @@ impl BtVcpu {
                     address,
                     ..
                 } => match self.fill(space, address, regs.rip, false)? {
-                    Filled::Mapped => {
+                    Filled::Mapped { evicted } => {
+                        // Code that goes to and fro between such pages costs as much as steps do.
+                        spent.steps += evicted;
                         // The fault has set it, and it would pass over a breakpoint just made at this instruction.
                         regs.eflags &= !rflags::RF;
                         continue;
@@ -286,7 +288,9 @@ impl BtVcpu {
                     Filled::Step => {}
                     Filled::Excluded => {
                         self.store_native(space, regs)?;
-                        return Ok(End::Done);
+                        // An instruction that only ends in that page would come back to it.
+                        let inside = space.excluded.contains(&(regs.rip >> 12));
+                        return Ok(if inside { End::Done } else { End::Pass });
                     }
                 },
                 Stop::Kick => {
@@ -301,6 +305,10 @@ impl BtVcpu {
                     return Ok(End::Pass);
                 }
                 Stop::Vsyscall => {
+                    if self.called_by_rax(regs.rsp) {
+                        // The host has put an error number there before it asks us.
+                        regs.rax = regs.rip;
+                    }
                     self.store_native(space, regs)?;
                     self.step();
                     return Ok(End::Broken);
@@ -320,7 +328,9 @@ impl BtVcpu {
                     signal: libc::SIGTRAP,
                     code,
                     ..
-                } if code == AFTER_INT3 => regs.rip = self.before_trap(regs.rip),
+                } if matches!(code, AFTER_INT1 | AFTER_INT3) => {
+                    regs.rip = self.before_trap(regs.rip, code);
+                }
                 Stop::Fault { .. } | Stop::Dead => {}
             }
             self.store_native(space, regs)?;
@@ -331,7 +341,7 @@ impl BtVcpu {
             if !suits(&self.host.frame.cpu) {
                 return Ok(End::Done);
             }
-            if spent.steps == STEPS {
+            if spent.steps >= STEPS {
                 return Ok(End::Pass);
             }
             if let Stop::Fault {
@@ -427,16 +437,29 @@ impl BtVcpu {
         Ok(())
     }
 
-    /// The program counter of the INT3 behind which a trap came.
-    fn before_trap(&self, rip: u64) -> u64 {
-        const INT3: u8 = 0xcc;
+    /// The program counter of the INT1 or INT3 behind which a trap came.
+    fn before_trap(&self, rip: u64, code: i32) -> u64 {
         const INT_N: [Option<u8>; 2] = [Some(0xcd), Some(3)];
+        let opcode = if code == AFTER_INT1 { 0xf1 } else { 0xcc };
         let [first, last] = [2, 1].map(|n| self.code_byte(rip.wrapping_sub(n)));
         match (first, last) {
-            (_, Some(INT3)) => rip.wrapping_sub(1),
-            _ if [first, last] == INT_N => rip.wrapping_sub(2),
+            (_, Some(byte)) if byte == opcode => rip.wrapping_sub(1),
+            _ if [first, last] == INT_N && code == AFTER_INT3 => rip.wrapping_sub(2),
             _ => rip,
         }
+    }
+
+    /// Whether the return address at the top of the stack stands behind `call rax`.
+    fn called_by_rax(&self, rsp: u64) -> bool {
+        let mut address = [0; 8];
+        for (n, byte) in address.iter_mut().enumerate() {
+            let Some(read) = self.code_byte(rsp.wrapping_add(n as u64)) else {
+                return false;
+            };
+            *byte = read;
+        }
+        let after = u64::from_le_bytes(address);
+        [2, 1].map(|n| self.code_byte(after.wrapping_sub(n))) == [Some(0xff), Some(0xd0)]
     }
 
     fn code_byte(&self, at: u64) -> Option<u8> {

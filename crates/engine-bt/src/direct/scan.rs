@@ -43,7 +43,6 @@ fn is_suspect(i: &Instruction) -> bool {
             | Rdpkru
             | Wrpkru
             | Sysenter
-            | Int1
             | Vmcall
             | Vmmcall
             | Vmgexit
@@ -59,14 +58,11 @@ fn is_suspect(i: &Instruction) -> bool {
     )
 }
 
-/// Where in a page instructions may lie that must not be executed natively, as offsets; `None` if that cannot be said.
-pub fn suspects(page: &[u8]) -> Option<Vec<u16>> {
-    // What goes on in the next page, or began in the one before, is not seen.
-    if matches!(page, [.., 0x0f] | [.., 0x0f, 0x01 | 0xae | 0xc7])
-        || matches!(page, [0x0f, 0xc7, 0xf8..=0xff, ..])
-    {
-        return None;
-    }
+/// Bytes of a page that an instruction may share with the next page.
+pub const SEAM: usize = 14;
+
+/// Where in a page instructions may lie that must not be executed natively, as offsets. What goes on in the next page is left to [`across`].
+pub fn suspects(page: &[u8]) -> Vec<u16> {
     // Whatever the boundaries of the instructions are, these are too easily found in any code to be left to them, or change memory.
     let anywhere = |i: usize| match page[i..] {
         [0x0f, 0xa2, ..] => Some(i),
@@ -102,7 +98,19 @@ pub fn suspects(page: &[u8]) -> Option<Vec<u16>> {
     }
     found.sort_unstable();
     found.dedup();
-    Some(found)
+    found
+}
+
+/// The same for instructions that begin in one page and end in the next one, given the last bytes of the first and the first of the second: offsets from the first of these.
+/// Each byte is taken for the first of an instruction, as a breakpoint counts only where one begins.
+pub fn across(last: &[u8; SEAM], first: &[u8; SEAM]) -> Vec<u16> {
+    let both = [*last, *first].concat();
+    let crosses = |&start: &usize| {
+        let mut decoder = Decoder::new(64, &both[start..], DecoderOptions::NONE);
+        let instruction = decoder.decode();
+        start + instruction.len() > SEAM && is_suspect(&instruction)
+    };
+    (0..SEAM).filter(crosses).map(|s| s as u16).collect()
 }
 
 #[cfg(test)]
@@ -117,13 +125,13 @@ mod tests {
 
     #[test]
     fn suspects_of_ordinary_code_are_none() {
-        assert_eq!(suspects(&page(&[])), Some(vec![]));
-        // mov eax, 15; syscall; rdtsc; mfence; lfence; rdrand eax; int 0x81
+        assert_eq!(suspects(&page(&[])), []);
+        // mov eax, 15; syscall; rdtsc; mfence; lfence; rdrand eax; int 0x81; int1
         let code = [
             0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05, 0x0f, 0x31, 0x0f, 0xae, 0xf0, 0x0f, 0xae, 0xe8, 0x0f,
-            0xc7, 0xf0, 0xcd, 0x81,
+            0xc7, 0xf0, 0xcd, 0x81, 0xf1,
         ];
-        assert_eq!(suspects(&page(&code)), Some(vec![]));
+        assert_eq!(suspects(&page(&code)), []);
     }
 
     #[test]
@@ -142,22 +150,36 @@ mod tests {
             // xsavec64 [rsp]
             (&[0x48, 0x0f, 0xc7, 0x24, 0x24], 100),
             (&[0xcd, 0x04], 100),
-            (&[0xf1], 100),
             // Inside another instruction: mov eax, imm32
             (&[0xb8, 0x90, 0x0f, 0xa2, 0x90], 102),
             (&[0xb8, 0x90, 0x0f, 0xae, 0x20], 102),
         ] {
-            assert_eq!(suspects(&page(code)), Some(vec![at]), "{code:x?}");
+            assert_eq!(suspects(&page(code)), [at], "{code:x?}");
         }
     }
 
+    fn seam(last: &[u8], first: &[u8]) -> Vec<u16> {
+        let mut sides = [[0x90; SEAM]; 2];
+        sides[0][SEAM - last.len()..].copy_from_slice(last);
+        sides[1][..first.len()].copy_from_slice(first);
+        across(&sides[0], &sides[1])
+    }
+
     #[test]
-    fn suspects_of_what_goes_on_in_the_next_page_are_unknown() {
-        let mut last = vec![0x90; 4096];
-        last[4095] = 0x0f;
-        assert_eq!(suspects(&last), None);
-        let mut first = vec![0x90; 4096];
-        first[..3].copy_from_slice(&[0x0f, 0xc7, 0xf8]);
-        assert_eq!(suspects(&first), None);
+    fn across_finds_suspects_in_both_pages_only() {
+        for (last, first, at) in [
+            (&[0x0f][..], &[0xa2][..], &[13][..]),
+            (&[0x0f, 0x01], &[0xf9], &[12]),
+            (&[0x0f], &[0xc7, 0x21], &[13]),
+            (&[0xf3], &[0x0f, 0xc7, 0xf8], &[13]),
+            (&[0x48, 0x0f], &[0xa2], &[12, 13]),
+            (&[0xcd], &[0x80], &[13]),
+            // A conditional jump, and what one page has alone.
+            (&[0x0f], &[0x84, 0, 0, 0, 0], &[]),
+            (&[0x0f, 0xa2], &[], &[]),
+            (&[], &[0x0f, 0xa2], &[]),
+        ] {
+            assert_eq!(seam(last, first), at, "{last:x?} {first:x?}");
+        }
     }
 }
