@@ -3,7 +3,6 @@
 //! A block is found by physical address, virtual address and mode. A page from which anything was translated is marked in [`CodePages`]; stores to such a
 //! page take the slow path on every vCPU and drop the blocks that overlap the written bytes.
 
-use std::collections::VecDeque;
 use std::mem;
 use std::num::NonZeroU32;
 
@@ -15,6 +14,7 @@ use crate::cache::CodeMemory;
 use crate::copies::{Copies, is_copy};
 use crate::direct::Suspects;
 use crate::pages::CodePages;
+use crate::past::Past;
 
 /// Writes to a page with code that hit none of its blocks before the blocks are dropped so that the page can be written at full speed.
 const STRAY_WRITES: u32 = 64;
@@ -262,23 +262,6 @@ pub(crate) fn search(blocks: &[Block], pos: u32) -> Option<&Block> {
     (pos < block.pos + u32::from(block.len)).then_some(block)
 }
 
-/// Of something that is replaced by and by, what was there in a generation: pairs with the generation since when it was, the latest first.
-pub(crate) fn of_generation<T>(old: &VecDeque<(u64, T)>, generation: u64) -> Option<&T> {
-    let mut old = old.iter();
-    old.find(|(since, _)| *since <= generation).map(|(_, t)| t)
-}
-
-/// Drops what nobody asks for who asks for the generation `oldest` and later ones; `since` is when what is there now began.
-pub(crate) fn keep_since<T>(old: &mut VecDeque<(u64, T)>, since: u64, oldest: u64) {
-    let mut end = since;
-    let needed = old.iter().take_while(|(begin, _)| {
-        let until = std::mem::replace(&mut end, *begin);
-        oldest < until
-    });
-    let count = needed.count();
-    old.truncate(count);
-}
-
 /// All blocks of the present generation.
 #[derive(Debug)]
 pub struct Blocks {
@@ -287,11 +270,8 @@ pub struct Blocks {
     next: usize,
     /// How often blocks were forgotten, all or the copies among them.
     generation: u64,
-    /// The generation since when these tables are in use.
-    since: u64,
     pub(crate) tables: Tables,
-    /// The tables before: a vCPU that was made to leave its code still has to learn where the guest was.
-    old: VecDeque<(u64, Tables)>,
+    past: Past<Tables>,
     pub(crate) copies: Copies,
     /// Numbers of blocks: their places in the tables' list, or among the copies.
     pub(crate) by_key: FxHashMap<Key, u32>,
@@ -311,9 +291,8 @@ impl Blocks {
             end,
             next: start,
             generation: 0,
-            since: 0,
             tables: Tables::new(bytes),
-            old: VecDeque::new(),
+            past: Past::default(),
             copies: Copies::new(end.next_multiple_of(16), last),
             by_key: FxHashMap::default(),
             pages: FxHashMap::default(),
@@ -359,11 +338,7 @@ impl Blocks {
 
     /// Where the guest is when the host is, or was, at `pos` of this generation.
     pub fn point(&self, generation: u64, pos: u32) -> Option<Point> {
-        let tables = if self.since <= generation {
-            &self.tables
-        } else {
-            of_generation(&self.old, generation)?
-        };
+        let tables = self.past.of(&self.tables, generation)?;
         let list = if self.copies.contains(pos) {
             self.copies.of_generation(generation)?
         } else {
@@ -560,7 +535,7 @@ impl Blocks {
 
     /// Drops what is known of generations before this one.
     pub fn keep_since(&mut self, oldest: u64) {
-        keep_since(&mut self.old, self.since, oldest);
+        self.past.keep_since(oldest);
         self.copies.keep_since(oldest);
     }
 
@@ -589,9 +564,8 @@ impl Blocks {
         self.next = self.start;
         let new = Tables::new(self.end - self.start);
         let tables = mem::replace(&mut self.tables, new);
-        self.old.push_front((self.since, tables));
         self.generation += 1;
-        self.since = self.generation;
+        self.past.add(tables, self.generation);
         self.copies.clear(self.generation);
         self.by_key.clear();
         self.pages.clear();

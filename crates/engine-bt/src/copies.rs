@@ -6,15 +6,15 @@
 //! Copies have a part of the code cache of their own. When it is full all of them are forgotten, and what was translated stays: most are of programs that have ended, and
 //! those still wanted are soon made again.
 
-use std::collections::VecDeque;
 use std::mem;
 
 use hospes_translate::{ChainSite, Move};
 use hospes_units::Gpa;
 
-use crate::blocks::{Block, Blocks, Key, keep_since, of_generation, page_of};
+use crate::blocks::{Block, Blocks, Key, page_of};
 use crate::cache::CodeMemory;
 use crate::frame::LAYOUT;
+use crate::past::Past;
 
 /// Variants of a page that are searched for an original, the latest first.
 const SEARCHED: usize = 8;
@@ -35,10 +35,7 @@ pub(crate) struct Copies {
     next: usize,
     /// In the order of their positions.
     pub list: Vec<Block>,
-    /// The generation since when this list is in use.
-    since: u64,
-    /// The lists before, for a vCPU that still has to learn where the guest was.
-    old: VecDeque<(u64, Vec<Block>)>,
+    past: Past<Vec<Block>>,
     /// Where jumps of other blocks are connected with copies.
     links: Vec<u32>,
 }
@@ -50,8 +47,7 @@ impl Copies {
             end,
             next: start,
             list: Vec::new(),
-            since: 0,
-            old: VecDeque::new(),
+            past: Past::default(),
             links: Vec::new(),
         }
     }
@@ -71,15 +67,12 @@ impl Copies {
 
     /// The copies there were in a generation.
     pub fn of_generation(&self, generation: u64) -> Option<&Vec<Block>> {
-        if self.since <= generation {
-            return Some(&self.list);
-        }
-        of_generation(&self.old, generation)
+        self.past.of(&self.list, generation)
     }
 
     /// Drops the lists of generations before this one.
     pub fn keep_since(&mut self, oldest: u64) {
-        keep_since(&mut self.old, self.since, oldest);
+        self.past.keep_since(oldest);
     }
 
     /// Where the next copy has its place; `None` when less than `room` bytes are left.
@@ -101,8 +94,7 @@ impl Copies {
     /// Forgets all copies; `now` is the generation that begins.
     pub fn clear(&mut self, now: u64) {
         self.next = self.start;
-        self.old.push_front((self.since, mem::take(&mut self.list)));
-        self.since = now;
+        self.past.add(mem::take(&mut self.list), now);
         self.links.clear();
     }
 }

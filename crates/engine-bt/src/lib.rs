@@ -29,6 +29,7 @@ mod lookup;
 mod miss;
 mod pages;
 mod parked;
+mod past;
 mod signal;
 mod stubs;
 mod tlb;
