@@ -30,12 +30,14 @@ impl BtVcpu {
         match self.find_code(mode, By::Chain) {
             Found::Code(direct) => {
                 let mut guard = shared.translations.lock().expect("translations");
+                // Nobody else may have emptied the cache between the two locks: the target may come from the jump cache.
+                let present = guard.blocks.generation() == self.host.blocks_generation;
                 let target_ok = guard
                     .blocks
                     .at(direct)
                     .is_some_and(|b| b.alive && b.key.gpa.gfn() == gfn && b.second_gfn().is_none());
                 let source_ok = guard.blocks.at(site).is_some_and(|b| b.alive);
-                if target_ok && source_ok && generation == self.host.generation {
+                if present && target_ok && source_ok && generation == self.host.generation {
                     guard.blocks.connect(&shared.code, site, direct);
                 }
                 if mode.has(Mode::SINGLE) {
