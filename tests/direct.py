@@ -56,10 +56,10 @@ def kernel_ranges(text):
     return {name: (int(first, 16), int(last, 16)) for first, last, name in rows}
 
 
-def maps_only_user_memory(pid, guest_inode, kernel):
-    """Holds /proc/PID/maps against what may be there; returns the number of mappings of guest memory."""
+def maps_only_user_memory(maps, guest_inode, kernel):
+    """Holds lines of /proc/PID/maps against what may be there; returns the number of mappings of guest memory."""
     guest = 0
-    for line in pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines():
+    for line in maps:
         span, rights, offset, _device, inode, *name = line.split(maxsplit=5)
         name = name[0] if name else ""
         start, end = (int(word, 16) for word in span.split("-"))
@@ -82,15 +82,20 @@ def maps_only_user_memory(pid, guest_inode, kernel):
 
 
 def looks_contained(pid, guest_inode, kernel):
+    """Whether the process has guest memory, and then nothing that it should not have."""
     process = pathlib.Path(f"/proc/{pid}")
-    guest = maps_only_user_memory(pid, guest_inode, kernel)
+    maps = (process / "maps").read_text().splitlines()
+    if not any("/memfd:hospes-guest" in line for line in maps):
+        # It is being made, and still has the program that makes it empty.
+        return False
+    guest = maps_only_user_memory(maps, guest_inode, kernel)
     files = {os.readlink(entry).split(" ")[0] for entry in (process / "fd").iterdir()}
     expect(files == {"/memfd:hospes-direct-area", "/memfd:hospes-guest"}, f"the process holds other files: {sorted(files)}")
     status = (process / "status").read_text()
     for wanted in ("Seccomp:\t2", "NoNewPrivs:\t1", "Threads:\t1"):
         expect(wanted in status, f"the process's status has no {wanted!r}")
     expect((process / "environ").read_bytes() == b"", "the process has an environment")
-    return guest
+    return guest > 0
 
 
 def is_contained(bench):
