@@ -20,7 +20,7 @@ use crate::exec::{
 };
 use crate::fpu;
 use crate::frame::FrameBox;
-use crate::jumps::{Jumps, Mapping};
+use crate::jumps::{Entry, Jumps, Mapping};
 use crate::parked::Parked;
 use crate::signal::kick_signal;
 use crate::stubs::ExitKind;
@@ -177,8 +177,8 @@ impl BtHost {
             return;
         }
         let address = self.shared.code.address(indirect as usize) as u64;
-        self.jumps
-            .add(&mut self.frame, mode, pc, direct, address, mapping);
+        let entry = Entry { pc, direct, mode };
+        self.jumps.add(&mut self.frame, entry, address, mapping);
     }
 
     fn holds_jumps(&self, mode: Mode) -> bool {
@@ -193,8 +193,12 @@ impl BtHost {
         }
         for e in blocks.entries(key) {
             let address = self.shared.code.address(e.indirect as usize) as u64;
-            self.jumps
-                .offer(&mut self.frame, key.mode, e.pc, e.direct, address, mapping);
+            let entry = Entry {
+                pc: e.pc,
+                direct: e.direct,
+                mode: key.mode,
+            };
+            self.jumps.offer(&mut self.frame, entry, address, mapping);
         }
     }
 

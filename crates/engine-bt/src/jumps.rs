@@ -8,11 +8,12 @@ use crate::exec;
 use crate::frame::{Frame, SECOND_ENTRIES, SecondEntry, second_index};
 use crate::tlb::LARGE_BITS;
 
+/// A jump target: its address, the position of its block's direct entry, and the mode of its code.
 #[derive(Clone, Copy)]
-struct Entry {
-    pc: u64,
-    direct: u32,
-    mode: Mode,
+pub(crate) struct Entry {
+    pub pc: u64,
+    pub direct: u32,
+    pub mode: Mode,
 }
 
 /// The jump targets of user code, taken out of the tables.
@@ -145,19 +146,12 @@ impl Jumps {
     }
 
     /// Adds a target. `address` is what the frame's cache jumps to.
-    pub fn add(
-        &mut self,
-        frame: &mut Frame,
-        mode: Mode,
-        pc: u64,
-        direct: u32,
-        address: u64,
-        mapping: Mapping,
-    ) {
+    pub fn add(&mut self, frame: &mut Frame, entry: Entry, address: u64, mapping: Mapping) {
+        let Entry { pc, mode, .. } = entry;
         let table = mode.table();
         self.enter_mode(frame, mode);
         let n = jump_index(pc);
-        self.tables[table][n] = Entry { pc, direct, mode };
+        self.tables[table][n] = entry;
         frame.jumps[table][n] = address;
         if self.filled[table].len() < LIST_MAX {
             self.filled[table].push(n as u16);
@@ -167,19 +161,12 @@ impl Jumps {
     }
 
     /// The same where nothing has jumped to yet: only free entries are used.
-    pub fn offer(
-        &mut self,
-        frame: &mut Frame,
-        mode: Mode,
-        pc: u64,
-        direct: u32,
-        address: u64,
-        mapping: Mapping,
-    ) {
+    pub fn offer(&mut self, frame: &mut Frame, entry: Entry, address: u64, mapping: Mapping) {
+        let Entry { pc, mode, .. } = entry;
         let table = mode.table();
         self.enter_mode(frame, mode);
         if self.tables[table][jump_index(pc)].pc == NOWHERE.pc {
-            return self.add(frame, mode, pc, direct, address, mapping);
+            return self.add(frame, entry, address, mapping);
         }
         let second = frame.second.get(table).map(|s| s[second_index(pc)].address);
         if second == Some(SecondEntry::EMPTY.address) {
@@ -404,14 +391,18 @@ mod tests {
         (frame.jumps[table][jump_index(pc)], second)
     }
 
+    fn entry(mode: Mode, pc: u64, direct: u32) -> Entry {
+        Entry { pc, direct, mode }
+    }
+
     #[test]
     fn add_of_a_rival_keeps_both_in_the_second_cache() {
         let (mut jumps, mut frame) = tables();
         let mode = Mode(Mode::LONG);
         let (a, b) = (0xffff_ffff_8100_0040, 0xffff_ffff_8101_0040);
         assert_eq!(jump_index(a), jump_index(b));
-        jumps.add(&mut frame, mode, a, 1, 100, LOCAL);
-        jumps.add(&mut frame, mode, b, 2, 200, LOCAL);
+        jumps.add(&mut frame, entry(mode, a, 1), 100, LOCAL);
+        jumps.add(&mut frame, entry(mode, b, 2), 200, LOCAL);
         assert_eq!(found(&frame, 1, a), (200, Some(100)));
         assert_eq!(found(&frame, 1, b), (200, Some(200)));
         jumps.forget(&mut frame, a);
@@ -425,11 +416,11 @@ mod tests {
         let (a, b) = (0x40_0040, 0x41_0040);
         assert_eq!(jump_index(a), jump_index(b));
         assert!(jumps.is_new(mode, a));
-        jumps.offer(&mut frame, mode, a, 1, 100, LOCAL);
+        jumps.offer(&mut frame, entry(mode, a, 1), 100, LOCAL);
         assert_eq!(found(&frame, 0, a), (100, Some(100)));
-        jumps.offer(&mut frame, mode, b, 2, 200, LOCAL);
+        jumps.offer(&mut frame, entry(mode, b, 2), 200, LOCAL);
         assert_eq!(found(&frame, 0, b), (100, Some(200)));
-        jumps.offer(&mut frame, mode, a, 3, 300, LOCAL);
+        jumps.offer(&mut frame, entry(mode, a, 3), 300, LOCAL);
         assert_eq!(found(&frame, 0, a), (100, Some(100)));
         assert!(!jumps.is_new(mode, b + 1));
         jumps.flush_page(&mut frame, b);
@@ -443,7 +434,7 @@ mod tests {
         // The first crosses into the page that is flushed.
         let pcs = [0x40_0ffe, 0x40_1000, 0x40_1fff, 0x40_2000, 0x40_0ff0];
         for (n, pc) in pcs.into_iter().enumerate() {
-            jumps.add(&mut frame, mode, pc, 0, 100 + n as u64, LOCAL);
+            jumps.add(&mut frame, entry(mode, pc, 0), 100 + n as u64, LOCAL);
         }
         jumps.flush_page(&mut frame, 0x40_1234);
         let left = pcs.map(|pc| found(&frame, 0, pc).1);
@@ -455,7 +446,7 @@ mod tests {
     fn take_user_leaves_nothing_and_put_user_brings_it_back() {
         let (mut jumps, mut frame) = tables();
         let mode = Mode(Mode::LONG | Mode::USER);
-        jumps.add(&mut frame, mode, 0x40_1000, 0, 100, LOCAL);
+        jumps.add(&mut frame, entry(mode, 0x40_1000, 0), 100, LOCAL);
         let taken = jumps.take_user(&mut frame, 10);
         assert_eq!(found(&frame, 0, 0x40_1000), (MISS[0], None));
         jumps.put_user(&mut frame, &taken);
