@@ -65,6 +65,8 @@ pub struct Frame {
     pub operand: u64,
     /// How many more times PAUSE is executed in place.
     pub pauses_left: u32,
+    /// How often user code has entered its kernel by itself; wraps.
+    pub kernel_visits: u32,
     /// Where the entry code jumps to.
     pub target: u64,
     pub host_rsp: u64,
@@ -158,6 +160,7 @@ pub const LAYOUT: FrameLayout = {
         jump_mask: offset_of!(Frame, jump_mask) as i32,
         operand: offset_of!(Frame, operand) as i32,
         pauses_left: offset_of!(Frame, pauses_left) as i32,
+        kernel_visits: offset_of!(Frame, kernel_visits) as i32,
     }
 };
 

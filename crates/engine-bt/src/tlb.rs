@@ -241,6 +241,9 @@ impl BtHost {
     /// Forgets what a guest's action makes invalid. `cpu` has the new control registers already.
     pub fn flush(&mut self, cpu: &CpuState, what: TlbFlush) {
         let current = pcid(cpu);
+        if !matches!(what, TlbFlush::Page(_) | TlbFlush::PageOfPcid { .. }) {
+            self.direct.entered(&self.shared.memory, cpu.cr3);
+        }
         match what {
             // Processes belong to one address space each.
             TlbFlush::Switch => {}

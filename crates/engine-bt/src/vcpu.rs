@@ -165,13 +165,27 @@ impl BtVcpu {
 
     pub(crate) fn step(&mut self) -> Step {
         self.host.steps += 1;
+        let user = self.host.frame.cpu.cpl() == 3;
         let cpu = self.host.cpu_ptr();
         // SAFETY: the frame is mapped. While the state is lent out, the host part changes it only where it is handed on to it (`run_native`, `load_fpu`,
         // `store_fpu`); elsewhere it reads it or touches other fields of the frame.
-        exec::step(unsafe { &mut *cpu }, &mut self.host)
+        let step = exec::step(unsafe { &mut *cpu }, &mut self.host);
+        if user && self.host.frame.cpu.cpl() != 3 {
+            self.count_visit();
+        }
+        step
+    }
+
+    /// User code has entered its kernel by itself.
+    fn count_visit(&mut self) {
+        let visits = &mut self.host.frame.kernel_visits;
+        *visits = visits.wrapping_add(1);
     }
 
     pub(crate) fn raise(&mut self, e: Exception) -> Step {
+        if self.host.frame.cpu.cpl() == 3 {
+            self.count_visit();
+        }
         let cpu = self.host.cpu_ptr();
         // SAFETY: as in `step`.
         exec::deliver_exception(unsafe { &mut *cpu }, &mut self.host, e)

@@ -233,6 +233,11 @@ impl Asm {
         self.gs_op(false, &[0xff], 1, offset);
     }
 
+    /// `inc dword gs:[offset]`
+    pub fn inc_mem32(&mut self, offset: i32) {
+        self.gs_op(false, &[0xff], 0, offset);
+    }
+
     /// `mov word gs:[offset], imm`
     pub fn store_imm16(&mut self, offset: i32, imm: u16) {
         self.buf.push(0x66);
@@ -669,6 +674,7 @@ mod tests {
             ),
             (&|a| a.cmp_mem8(8, 1), "cmp byte ptr gs:[8],1"),
             (&|a| a.dec_mem32(8), "dec dword ptr gs:[8]"),
+            (&|a| a.inc_mem32(8), "inc dword ptr gs:[8]"),
             (&|a| a.xor_mem_base(1, 12, 0x20), "xor rcx,gs:[r12+20h]"),
             (&|a| a.add_mem_base(9, 3, 0x20), "add r9,gs:[rbx+20h]"),
             (&|a| a.xor_mem(9, 0x20), "xor r9,gs:[20h]"),

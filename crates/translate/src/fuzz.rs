@@ -43,6 +43,7 @@ pub(crate) const LAYOUT: FrameLayout = FrameLayout {
     cr2: 0x2a0,
     cr3: 0x2a8,
     pauses_left: 0x210,
+    kernel_visits: 0x214,
     jumps: [0x1_0000, 0x4_0000, 0x7_0000],
     tlb: [0xa_0000, 0xd_0000, 0x10_0000],
 };

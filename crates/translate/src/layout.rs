@@ -114,6 +114,8 @@ pub struct FrameLayout {
     pub jump_mask: i32,
     /// 32 bits: how many more times PAUSE is executed before the engine hears that the guest spins.
     pub pauses_left: i32,
+    /// 32 bits: counts system calls that translated code has made; wraps.
+    pub kernel_visits: i32,
     /// 64 bits: where the native-execution snippet finds its operand.
     pub operand: i32,
 }

@@ -24,6 +24,7 @@ mod tables;
 
 use std::collections::HashSet;
 
+use hospes_memory::GuestMemory;
 use hospes_units::Gva;
 
 use mirror::Mirror;
@@ -32,6 +33,8 @@ use process::Process;
 
 use crate::vm::Execution;
 
+/// The address of the tables' root in CR3.
+const ROOT: u64 = ((1 << 46) - 1) & !0xfff;
 /// Address spaces of one vCPU that have a process at a time.
 const SPACES: usize = 12;
 /// Changes of a process's mappings before it is emptied: each makes two of them at most, and the host's default limit is 65,530.
@@ -103,6 +106,14 @@ impl Direct {
     pub fn flush_all(&mut self) {
         for space in &mut self.spaces {
             space.mirror.flush_all();
+        }
+    }
+
+    /// CR3 has been loaded. Where a program is about to begin, what is known of the one that had these tables before is worth nothing.
+    pub fn entered(&mut self, memory: &GuestMemory, cr3: u64) {
+        let root = cr3 & ROOT;
+        if self.enabled && self.policy.knows(root) && tables::begins(memory, root) {
+            self.policy.forget(root);
         }
     }
 

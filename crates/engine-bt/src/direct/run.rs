@@ -12,7 +12,7 @@ use super::fill::Filled;
 use super::mirror::Mirror;
 use super::process::{AFTER_INT1, AFTER_INT3, AFTER_STEP, Process, Registers, Stop, USER_END};
 use super::tables::look_up;
-use super::{SPACES, Space};
+use super::{ROOT, SPACES, Space};
 use crate::exec::{self, Step, debug_active};
 use crate::fpu;
 use crate::vcpu::BtVcpu;
@@ -35,7 +35,6 @@ const XSTATE_SSE: u8 = 2;
 /// Components of the XSAVE image that AVX-512 code uses: mask registers, upper halves, registers from 16 on.
 const XSTATE_AVX512: u8 = 0xe0;
 const PCID: u64 = 0xfff;
-const ROOT: u64 = ((1 << 46) - 1) & !0xfff;
 
 /// What a burst was.
 #[derive(Default)]
@@ -109,7 +108,9 @@ impl BtVcpu {
             return;
         }
         let root = cpu.cr3 & ROOT;
-        if self.host.direct.policy.tick(root) {
+        let visits = self.host.frame.kernel_visits;
+        let policy = &mut self.host.direct.policy;
+        if policy.tick(root, Instant::now(), visits) {
             // From now on every return to user code is to be seen.
             self.host.flush_jumps_all();
         }

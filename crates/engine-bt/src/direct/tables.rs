@@ -21,6 +21,14 @@ pub struct Mapping {
     pub executable: bool,
 }
 
+/// Whether at most one entry of the root is in use for user code: a program that is being started has no more than its stack. 4-level tables.
+pub fn begins(memory: &GuestMemory, root: u64) -> bool {
+    let Ok(entries) = memory.read_obj::<[u64; 256]>(Gpa(root)) else {
+        return false;
+    };
+    entries.iter().filter(|e| **e != 0).take(2).count() <= 1
+}
+
 /// Where the translations of 512 neighbouring pages stand, all of them reached through the same entries above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Table {

@@ -268,6 +268,7 @@ impl Work<'_> {
         let l = self.layout;
         self.flags_image(RCX, RDX);
         self.begin_busy();
+        self.asm.inc_mem32(l.kernel_visits);
         self.asm.mov(R11, RCX);
         self.store_address(self.slot(RCX), self.next_pc(insn));
         // SFMASK is known to clear the status flags, IF and AC.
