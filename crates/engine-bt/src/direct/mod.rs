@@ -62,6 +62,8 @@ struct Space {
     breakpoints: Vec<u64>,
     /// Host CPU time that has been accounted for, ns.
     accounted_ns: u64,
+    /// Where the guest's kernel was called for a page: what it has put there is mapped before the program goes on.
+    awaited: Option<u64>,
     /// The process is in a state that it cannot be brought out of.
     tainted: bool,
     /// The code has used registers that the guest's processor does not have.

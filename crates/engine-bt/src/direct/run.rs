@@ -211,6 +211,7 @@ impl BtVcpu {
                 excluded: HashSet::new(),
                 breakpoints: Vec::new(),
                 accounted_ns: 0,
+                awaited: None,
                 tainted: false,
                 foreign: false,
             });
@@ -222,6 +223,7 @@ impl BtVcpu {
         space.breakpoints.clear();
         space.process.set_breakpoints(&[]).ok()?;
         space.root = root;
+        space.awaited = None;
         Some(space)
     }
 
@@ -249,8 +251,14 @@ impl BtVcpu {
             space.pcid = pcid;
             space.mirror.flush_all();
         }
+        let mut awaited = space.awaited.take();
         loop {
             self.refresh(space)?;
+            if let Some(address) = awaited.take()
+                && let Filled::Mapped { evicted } = self.fill(space, address, regs.rip, false)?
+            {
+                spent.steps += evicted;
+            }
             // Mapping calls use the registers, too.
             space.process.set_registers(regs)?;
             if self.host.control.has_requests() {
@@ -303,7 +311,10 @@ impl BtVcpu {
                     regs.rip -= 2;
                     regs.rax = regs.orig_rax;
                     self.store_native(space, regs)?;
-                    return Ok(End::Pass);
+                    return Ok(match self.step() {
+                        Step::Exit(exit) => End::Exit(exit),
+                        Step::Continue => End::Done,
+                    });
                 }
                 Stop::Vsyscall => {
                     if self.called_by_rax(regs.rsp) {
@@ -339,18 +350,22 @@ impl BtVcpu {
             if let Step::Exit(exit) = self.step() {
                 return Ok(End::Exit(exit));
             }
+            let missing = match stop {
+                Stop::Fault {
+                    signal: libc::SIGSEGV,
+                    address,
+                    ..
+                } => Some(address),
+                _ => None,
+            };
             if !suits(&self.host.frame.cpu) {
+                space.awaited = missing;
                 return Ok(End::Done);
             }
             if spent.steps >= STEPS {
                 return Ok(End::Pass);
             }
-            if let Stop::Fault {
-                signal: libc::SIGSEGV,
-                address,
-                ..
-            } = stop
-            {
+            if let Some(address) = missing {
                 let rip = self.host.frame.cpu.rip;
                 self.fill(space, address, rip, true)?;
             }
