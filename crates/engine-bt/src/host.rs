@@ -76,7 +76,7 @@ impl BtHost {
         miss: [u64; 3],
     ) -> BtHost {
         let snippet_next = shared.snippets(id).start;
-        let direct = Direct::new(shared.options.execution);
+        let direct = Direct::new(shared.options.execution, shared.wide);
         BtHost {
             shared,
             id,

@@ -31,6 +31,7 @@ use mirror::Mirror;
 use policy::Policy;
 use process::Process;
 
+use crate::fpu::{self, Wide};
 use crate::vm::Execution;
 
 /// The address of the tables' root in CR3.
@@ -74,6 +75,8 @@ struct Space {
 #[derive(Debug)]
 pub(crate) struct Direct {
     enabled: bool,
+    /// Components of the XSAVE image that the domain's code may use, as bits of XCR0.
+    components: u64,
     policy: Policy,
     /// The most recently used is the last.
     spaces: Vec<Space>,
@@ -85,10 +88,11 @@ pub(crate) struct Direct {
 }
 
 impl Direct {
-    pub fn new(execution: Execution) -> Direct {
+    pub fn new(execution: Execution, wide: Option<Wide>) -> Direct {
         let wanted = matches!(execution, Execution::Adaptive | Execution::Direct);
         Direct {
-            enabled: wanted && host_suits(),
+            enabled: wanted && host_suits(wide),
+            components: fpu::extent(wide).1,
             policy: Policy::new(execution == Execution::Direct),
             spaces: Vec::new(),
             pass: false,
@@ -119,6 +123,14 @@ impl Direct {
         }
     }
 
+    /// Whether the code at an address has to stay in the translator.
+    fn excludes(&self, root: u64, rip: u64) -> bool {
+        let page = rip >> 12;
+        self.spaces
+            .iter()
+            .any(|s| s.root == root && s.excluded.contains(&page))
+    }
+
     pub fn flush_page(&mut self, gva: Gva) {
         for space in &mut self.spaces {
             space.mirror.flush_page(gva.0 >> 12);
@@ -126,10 +138,11 @@ impl Direct {
     }
 }
 
-/// Whether the host gives user code what guests are told: FS and GS base instructions, and addresses of the same width.
-fn host_suits() -> bool {
+/// Whether the host gives user code what guests are told: FS and GS base instructions, and an XSAVE image of the same layout.
+fn host_suits(wide: Option<Wide>) -> bool {
     const HWCAP2_FSGSBASE: u64 = 1 << 1;
     // SAFETY: reads a word the kernel passed to the process.
     let capabilities = unsafe { libc::getauxval(libc::AT_HWCAP2) };
-    capabilities & HWCAP2_FSGSBASE != 0
+    let same_layout = wide.is_none() || Wide::new(|n| hospes_sys::cpuid(0xd, n)) == Ok(wide);
+    capabilities & HWCAP2_FSGSBASE != 0 && same_layout
 }

@@ -43,6 +43,18 @@ impl Default for Heat {
     }
 }
 
+impl Heat {
+    fn judge(&mut self) {
+        if self.burst < WORTH {
+            self.hot = false;
+            self.ticks = 0;
+            self.wait = (self.wait * 4).min(MOST_TICKS);
+        } else if self.burst > HOPE {
+            self.wait = FIRST_TICKS;
+        }
+    }
+}
+
 #[derive(Debug)]
 pub struct Policy {
     /// By root of the address space's tables.
@@ -118,12 +130,14 @@ impl Policy {
             return;
         }
         heat.burst = (heat.burst * 7 + time.min(HOPE * 4)) / 8;
-        if heat.burst < WORTH {
-            heat.hot = false;
-            heat.ticks = 0;
-            heat.wait = (heat.wait * 4).min(MOST_TICKS);
-        } else if heat.burst > HOPE {
-            heat.wait = FIRST_TICKS;
+        heat.judge();
+    }
+
+    /// An interrupt found a hot address space in code that has to stay translated, which is slow there.
+    pub fn stayed(&mut self, root: u64) {
+        if let Some(heat) = self.heats.get_mut(&root) {
+            heat.burst /= 2;
+            heat.judge();
         }
     }
 
@@ -226,6 +240,20 @@ mod tests {
         guest.policy.forget(1);
         assert!(!guest.policy.knows(1));
         assert_eq!(guest.heat(1), 2);
+    }
+
+    #[test]
+    fn code_that_stays_translated_cools() {
+        let mut guest = Guest::new();
+        guest.heat(1);
+        for _ in 0..100 {
+            guest.policy.burst(1, HOPE * 10, false);
+        }
+        for _ in 0..5 {
+            assert!(guest.policy.is_hot(1));
+            guest.policy.stayed(1);
+        }
+        assert!(!guest.policy.is_hot(1));
     }
 
     #[test]

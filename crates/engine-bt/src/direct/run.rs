@@ -59,7 +59,8 @@ enum End {
     Dead,
 }
 
-fn suits(cpu: &CpuState) -> bool {
+/// `components`: those of the XSAVE image that the guest's code may use, as bits of XCR0.
+fn suits(cpu: &CpuState, components: u64) -> bool {
     const CR4_MUST: u64 = cr::CR4_PAE | cr::CR4_OSFXSR | cr::CR4_OSXSAVE | cr::CR4_FSGSBASE;
     let selector = |s: usize| cpu.seg[s].selector;
     cpu.cpl() == 3
@@ -79,7 +80,7 @@ fn suits(cpu: &CpuState) -> bool {
         && cpu.cr0 & (cr::CR0_TS | cr::CR0_EM | cr::CR0_PG) == cr::CR0_PG
         && cpu.cr4 & (CR4_MUST | cr::CR4_TSD | cr::CR4_LA57) == CR4_MUST
         && cpu.msr.efer & cr::EFER_NXE != 0
-        && cpu.xcr0 == 7
+        && cpu.xcr0 == components
         && cpu.msr.tsc_offset == 0
         && cpu.rip < USER_END
 }
@@ -103,16 +104,23 @@ fn loaded(selector: u16) -> Segment {
 impl BtVcpu {
     /// An interrupt is about to be delivered: if it comes to user code, that may be worth running natively.
     pub(crate) fn direct_tick(&mut self) {
-        let cpu = &self.host.frame.cpu;
-        if !self.host.direct.enabled || !suits(cpu) {
+        let host = &mut self.host;
+        let direct = &mut host.direct;
+        let cpu = &host.frame.cpu;
+        if !direct.enabled || !suits(cpu, direct.components) {
             return;
         }
         let root = cpu.cr3 & ROOT;
-        let visits = self.host.frame.kernel_visits;
-        let policy = &mut self.host.direct.policy;
-        if policy.tick(root, Instant::now(), visits) {
+        if direct.policy.is_hot(root) {
+            if direct.excludes(root, cpu.rip) {
+                direct.policy.stayed(root);
+            }
+        } else if direct
+            .policy
+            .tick(root, Instant::now(), host.frame.kernel_visits)
+        {
             // From now on every return to user code is to be seen.
-            self.host.flush_jumps_all();
+            host.flush_jumps_all();
         }
     }
 
@@ -130,14 +138,8 @@ impl BtVcpu {
             return false;
         }
         direct.hold_jumps = true;
-        if std::mem::take(&mut direct.pass) || !suits(cpu) {
-            return false;
-        }
-        let page = cpu.rip >> 12;
-        !direct
-            .spaces
-            .iter()
-            .any(|s| s.root == root && s.excluded.contains(&page))
+        let pass = std::mem::take(&mut direct.pass);
+        !pass && suits(cpu, direct.components) && !direct.excludes(root, cpu.rip)
     }
 
     /// Runs the guest's user code natively until something stops it.
@@ -358,7 +360,7 @@ impl BtVcpu {
                 } => Some(address),
                 _ => None,
             };
-            if !suits(&self.host.frame.cpu) {
+            if !suits(&self.host.frame.cpu, self.host.direct.components) {
                 space.awaited = missing;
                 return Ok(End::Done);
             }
