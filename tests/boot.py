@@ -387,8 +387,8 @@ def tests(boots):
     yield f"boots_{boots}_times_in_a_row", True, part(boots_every_time, count=boots)
     yield f"boots_{boots}_times_with_2_vcpus", True, part(boots_every_time, count=boots, vcpus=2)
     for vcpus in (1, 2):
-        spec = {"count": boots, "vcpus": vcpus, "settings": ("engine_direct=1",)}
-        yield f"boots_{boots}_times_with_direct_execution_and_{vcpus}_vcpus", False, part(boots_every_time, **spec)
+        spec = {"count": boots, "vcpus": vcpus, "settings": ("engine_direct=0",)}
+        yield f"boots_{boots}_times_without_direct_execution_with_{vcpus}_vcpus", False, part(boots_every_time, **spec)
     yield from direct.tests()
 
 

@@ -157,7 +157,7 @@ def hides_features(bench):
 def has_no_avx512(bench):
     """Without the key a guest sees no AVX-512, and the translator refuses its instructions, whatever the host has."""
     with tempfile.TemporaryDirectory(prefix="hospes-level-") as directory:
-        with boot(bench, directory, [("/check/avx512", compiled(directory))], ()) as guest:
+        with boot(bench, directory, [("/check/avx512", compiled(directory))], ("engine_direct=0",)) as guest:
             found = {flag for flag in guest_flags(guest) if flag.startswith("avx512")}
             check(not found, f"the guest shows {sorted(found)}")
             said = ask(guest, "/check/avx512 probe")

@@ -139,6 +139,10 @@ impl Default for EventActions {
     }
 }
 
+fn yes() -> bool {
+    true
+}
+
 /// A checked configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DomainConfig {
@@ -167,7 +171,7 @@ pub struct DomainConfig {
     #[serde(default)]
     pub cpuid: Vec<(String, FeatureWish)>,
     /// Long-running user code is executed natively where that pays.
-    #[serde(default)]
+    #[serde(default = "yes")]
     pub engine_direct: bool,
     pub on: EventActions,
     /// In the order of the configuration; each device once.
@@ -320,7 +324,7 @@ impl<'a> Reader<'a> {
         let scheduling = self.scheduling();
         let cpu_level = self.cpu_level();
         let cpuid = self.cpuid();
-        let engine_direct = self.number("engine_direct", 0, 1, "") == Some(1);
+        let engine_direct = self.number("engine_direct", 0, 1, "") != Some(0);
         let on = self.actions();
         let disks = self.disks();
         let vifs = self.vifs();

@@ -191,7 +191,7 @@ const FULL: &[Key] = &[
     full(
         "engine_direct",
         Shape::Boolean,
-        "Whether long-running user code of the guest is executed natively where that pays; 0 where it is not given. Not a key of xl.",
+        "Whether long-running user code of the guest is executed natively where that pays; 1 where it is not given. Not a key of xl.",
     ),
     full(
         "cpu_level",

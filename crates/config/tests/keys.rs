@@ -482,8 +482,8 @@ const WITH_EFFECT: &[Case] = &[
         "cpu_level",
     ),
     (
-        "engine_direct=1",
-        |c| c.engine_direct,
+        "engine_direct=0",
+        |c| !c.engine_direct,
         "engine_direct=2",
         "engine_direct",
     ),
@@ -645,6 +645,12 @@ fn load_key_with_effect_gives_its_value() {
         assert!(said.is_empty(), "{text}: {said:?}");
         assert!(config.as_ref().is_some_and(check), "{text}: {config:?}");
     }
+}
+
+#[test]
+fn load_without_engine_direct_takes_it_as_on() {
+    let (config, _) = read("");
+    assert!(config.is_some_and(|c| c.engine_direct));
 }
 
 #[test]
