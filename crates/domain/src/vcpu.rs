@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hospes_builder::{POWER_OFF_REQUEST, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
 use hospes_engine::{Exit, Vcpu, VcpuControl, reg, rflags};
@@ -21,6 +21,9 @@ const PIT_OUTPUT_PORT: u16 = 0x61;
 
 /// Early messages of guests without a console: QEMU's and Xen's debug port.
 const DEBUG_PORT: u16 = 0xe9;
+
+/// How long a vCPU stays awake for a disk that answers promptly.
+const ATTEND_MOST: Duration = Duration::from_micros(200);
 
 /// A vCPU and its place in the domain.
 pub struct VcpuThread {
@@ -176,17 +179,27 @@ impl Loop {
         }
     }
 
-    /// Waits for an interrupt: awake for as long as the last waits lasted, where they were short, else asleep.
+    /// Waits for an interrupt: awake for as long as the last waits lasted, where they were short, or a disk will answer soon; else asleep.
     fn block(&mut self) {
         self.xen.set_idle(self.id, true);
         let start = Instant::now();
         let awake = self.halt_poll.window();
+        let mut attends = false;
         while !self.control.has_wakeup(true) {
-            if start.elapsed() >= awake || self.run.has_ended() || self.run.is_paused() {
+            let expects = self.xen.attend();
+            attends |= expects;
+            let most = if expects { ATTEND_MOST } else { awake };
+            if start.elapsed() >= most || self.run.has_ended() || self.run.is_paused() {
+                if std::mem::take(&mut attends) {
+                    self.xen.leave_attended(expects);
+                }
                 self.sleep(Activity::Blocked, |s| s.control.has_wakeup(true));
                 break;
             }
             std::hint::spin_loop();
+        }
+        if attends {
+            self.xen.leave_attended(false);
         }
         self.halt_poll.waited(start.elapsed());
         self.xen.set_idle(self.id, false);

@@ -87,6 +87,14 @@ impl Queue for RawQueue {
         self.ring.collect(out);
     }
 
+    fn peek(&mut self) -> Option<bool> {
+        self.ring.peek()
+    }
+
+    fn silence(&mut self, silent: bool) {
+        self.ring.silence(silent);
+    }
+
     fn event_fd(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }

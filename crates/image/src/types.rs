@@ -94,6 +94,14 @@ pub trait Queue: Send {
     fn flush_submissions(&mut self);
     /// Appends the completions there are and clears the event.
     fn completions(&mut self, out: &mut Vec<Completion>);
+    /// Whether completions wait, without a call of the host; `None` where only the event tells, or where the other methods may wait for
+    /// somebody. What has another reason for [`Queue::completions`] shows by the event alone.
+    fn peek(&mut self) -> Option<bool> {
+        None
+    }
+    /// Keeps completions that [`Queue::peek`] shows from setting the event, or has them set it again. Who ends the silence looks once
+    /// more, and again a little later: a completion at that moment may set no event and show only then.
+    fn silence(&mut self, _silent: bool) {}
     /// Readable when completions wait, or when the queue wants [`Queue::completions`] called for another reason.
     fn event_fd(&self) -> BorrowedFd<'_>;
 }

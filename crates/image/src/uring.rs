@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{Ordering::SeqCst, fence};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
@@ -294,6 +295,23 @@ impl Queue for Ring {
     fn completions(&mut self, out: &mut Vec<Completion>) {
         self.event.clear();
         self.collect(out);
+    }
+
+    fn peek(&mut self) -> Option<bool> {
+        Some(!self.done.is_empty() || !self.ring.completion().is_empty())
+    }
+
+    fn silence(&mut self, silent: bool) {
+        let completions = self.ring.completion();
+        if silent {
+            completions.disable_eventfd();
+        } else {
+            completions.enable_eventfd();
+            drop(completions);
+            // A completion from here on sets the event, or who looks now sees it. The kernel has no barrier on its side, so that one at this very moment
+            // may do neither: see `Queue::silence`.
+            fence(SeqCst);
+        }
     }
 
     fn event_fd(&self) -> BorrowedFd<'_> {

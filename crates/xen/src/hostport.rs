@@ -9,7 +9,7 @@ use hospes_units::{Port, VcpuId};
 use crate::events::EventError;
 use crate::{Xen, lock};
 
-/// Called when the guest sends an event; from the vCPU's thread, so it must only wake somebody.
+/// Called when the guest sends an event; from the vCPU's thread, so it must not wait for anything.
 pub type Listener = Arc<dyn Fn() + Send + Sync>;
 
 /// A back end's end of an event channel. Dropping it leaves the port unbound, so that another back end can connect.

@@ -11,6 +11,7 @@
 //! Limits: 128 vCPUs, 64 grant frames, 1024 different places for shared pages, 4096 ports.
 #![forbid(unsafe_code)]
 
+mod attend;
 mod callback;
 pub mod clock;
 pub mod console;
@@ -44,6 +45,7 @@ use hospes_memory::{GuestMemory, MemoryError, Page};
 use hospes_units::{DomId, Gfn, Gpa, VcpuId};
 use hospes_xen_abi::{Errno, hypercall};
 
+pub use attend::Attended;
 pub use clock::{Calibration, TscRate};
 pub use console::ConsoleRing;
 pub use events::EventError;
@@ -153,6 +155,7 @@ pub struct Xen {
     shared_offset: u64,
     vcpus: Vec<vcpu::VcpuSlot>,
     ports: Mutex<events::Ports>,
+    attended: attend::AttendedQueues,
     /// vCPUs that wait in a poll.
     pollers: AtomicU32,
     time: time::Time,
@@ -200,6 +203,7 @@ impl Xen {
         let grants = grants::Grants::new(&memory, &config)?;
         Ok(Arc::new(Xen {
             ports: Mutex::new(events::Ports::new(vcpus.len())),
+            attended: attend::AttendedQueues::default(),
             pollers: AtomicU32::new(0),
             timers: timers::Timers::new(vcpus.len()),
             grants: Mutex::new(grants),

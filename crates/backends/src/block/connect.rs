@@ -5,9 +5,10 @@ use std::sync::Arc;
 use hospes_ring::BackRing;
 use hospes_units::GrantRef;
 
-use super::queue::{QueueThread, Serve};
+use super::queue::Serve;
+use super::thread::{QueueThread, Shared};
 use super::{Block, MAX_RING_PAGE_ORDER};
-use crate::frame::{ConnectError, Frontend, RingPages, Wake};
+use crate::frame::{ConnectError, Frontend, RingPages};
 
 impl Block {
     /// Starts all queues or none.
@@ -40,8 +41,8 @@ impl Block {
             serves.push(self.queue(front, &directory, order)?);
         }
         let mut queues = Vec::new();
-        for (number, serve) in serves.into_iter().enumerate() {
-            queues.push(QueueThread::start(number, serve)?);
+        for (number, (shared, serve)) in serves.into_iter().enumerate() {
+            queues.push(QueueThread::start(number, shared, serve)?);
         }
         Ok(queues)
     }
@@ -51,26 +52,26 @@ impl Block {
         front: &Frontend<'_>,
         directory: &str,
         order: u32,
-    ) -> Result<Serve, ConnectError> {
+    ) -> Result<(Arc<Shared>, Serve), ConnectError> {
         let host = |what: &dyn std::fmt::Display| ConnectError::Host(what.to_string());
         let ring = BackRing::attach(ring_pages(front, directory, order)?)
             .ok_or(ConnectError::RingTooSmall)?;
         ring.waiting()?;
-        let wake = Arc::new(Wake::new().map_err(|e| host(&e))?);
+        let shared = Shared::new()?;
         let queue = self.image.queue().map_err(|e| host(&e))?;
         // Last: from here on the guest's events count.
-        let port = front.bind(&format!("{directory}event-channel"), &wake)?;
-        Ok(Serve::new(
+        let port = front.listen(&format!("{directory}event-channel"), shared.listener())?;
+        let serve = Serve::new(
             ring,
             port,
-            wake,
             queue,
             Arc::clone(&self.image),
             Arc::clone(front.xen()),
             Arc::clone(&self.stats),
             front.alarm(),
             self.log.clone(),
-        ))
+        );
+        Ok((shared, serve))
     }
 }
 

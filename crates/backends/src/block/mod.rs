@@ -16,6 +16,7 @@ mod queue;
 mod stats;
 #[cfg(test)]
 mod tests;
+mod thread;
 
 use std::sync::Arc;
 
@@ -26,8 +27,8 @@ use crate::frame::{Backend, ConnectError, Frontend, Log, Monitor, Node};
 
 pub use fuzz::fuzz_request;
 
-use queue::QueueThread;
 use stats::Stats;
+use thread::QueueThread;
 
 /// Most queues of one disk.
 pub const MAX_QUEUES: u32 = 4;

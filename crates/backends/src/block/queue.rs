@@ -1,10 +1,7 @@
-//! The thread of one queue: takes requests, has the image carry them out, answers.
+//! One queue: takes requests, has the image carry them out, answers.
 
-use std::num::NonZeroU64;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::SeqCst;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use hospes_image::{Completion, Geometry, Image, Op, Queue, Request, Status};
@@ -15,54 +12,26 @@ use hospes_xen_abi::blkif;
 
 use super::parse::{Refusal, Work, answered_operation, parse};
 use super::stats::Stats;
-use crate::frame::{Alarm, ConnectError, Log, RingPages, Wake};
+use crate::frame::{Alarm, Log, RingPages};
 
 /// How often a queue that waits for the image looks whether the image makes progress at all.
-const LOOK_AT_STATUS: Duration = Duration::from_secs(2);
+pub const LOOK_AT_STATUS: Duration = Duration::from_secs(2);
+
+/// How soon it looks again after a silence: a completion of that time may show a moment after the silence ended, and had no event.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// How long responses wait for others while the guest works: an interrupt costs it more than the data of a small request.
 const GATHER: Duration = Duration::from_micros(50);
 /// How often it is asked meanwhile whether it still does.
 const GATHER_LOOK: Duration = Duration::from_micros(15);
 
+/// A disk whose requests take no longer than this answers promptly: a vCPU may stay awake for it.
+const PROMPT: Duration = Duration::from_micros(200);
+
+/// Where the image works on more than this, the queue's own thread does better beside the guest.
+const FEW: usize = 2;
+
 type Ring = BackRing<RingPages, blkif::Request, blkif::Response>;
-
-/// A running queue. Dropping it stops it.
-pub struct QueueThread {
-    wake: Arc<Wake>,
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl QueueThread {
-    pub fn start(number: usize, mut serve: Serve) -> Result<QueueThread, ConnectError> {
-        let (wake, stop) = (Arc::clone(&serve.wake), Arc::clone(&serve.stop));
-        let thread = std::thread::Builder::new()
-            .name(format!("disk-queue-{number}"))
-            .spawn(move || serve.run())
-            .map_err(|fault| ConnectError::Host(fault.to_string()))?;
-        Ok(QueueThread {
-            wake,
-            stop,
-            thread: Some(thread),
-        })
-    }
-
-    /// Has the queue take no more requests.
-    pub fn stop(&self) {
-        self.stop.store(true, SeqCst);
-        self.wake.call();
-    }
-}
-
-impl Drop for QueueThread {
-    fn drop(&mut self) {
-        self.stop();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
 
 /// A request of the guest that the image works on.
 struct Open {
@@ -74,14 +43,13 @@ struct Open {
     rest: Vec<Request>,
     written: Vec<(Gpa, u64)>,
     barrier: bool,
+    since: Instant,
 }
 
 /// One queue.
 pub struct Serve {
     ring: Ring,
     port: HostPort,
-    wake: Arc<Wake>,
-    stop: Arc<AtomicBool>,
     queue: Box<dyn Queue>,
     image: Arc<dyn Image>,
     xen: Arc<Xen>,
@@ -98,6 +66,19 @@ pub struct Serve {
     held: bool,
     /// Since when responses wait for others.
     gathering: Option<Instant>,
+    completions: Vec<Completion>,
+    /// The event is to be cleared: it may be what ended a sleep.
+    woken: bool,
+    /// The image sets no event, as a vCPU looks.
+    silent: bool,
+    /// The image worked on something when a silence ended, and the queue's own thread has not slept since: one more look is due.
+    doubtful: bool,
+    /// The last read or write was answered promptly, and the guest had nothing to do meanwhile: it does one after the other.
+    prompt: bool,
+    /// Reads and writes among the requests that the image works on.
+    transfers: usize,
+    /// What was found where only a vCPU's thread could hear of it.
+    broken: Option<Broken>,
 }
 
 impl Serve {
@@ -108,7 +89,6 @@ impl Serve {
     pub fn new(
         ring: Ring,
         port: HostPort,
-        wake: Arc<Wake>,
         queue: Box<dyn Queue>,
         image: Arc<dyn Image>,
         xen: Arc<Xen>,
@@ -120,8 +100,6 @@ impl Serve {
         Serve {
             ring,
             port,
-            wake,
-            stop: Arc::new(AtomicBool::new(false)),
             queue,
             image,
             xen,
@@ -134,49 +112,127 @@ impl Serve {
             fenced: false,
             held: false,
             gathering: None,
+            completions: Vec::new(),
+            woken: true,
+            silent: false,
+            doubtful: false,
+            prompt: false,
+            transfers: 0,
+            broken: None,
         }
     }
 
-    /// Serves the queue until it is stopped and nothing is in flight, or the guest breaks the ring.
-    fn run(&mut self) {
-        // Sleeps would else last up to 50 us longer than asked for.
-        let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1000));
-        let broken = self.serve();
-        // Requests that the image cannot carry out now are given up with its queue.
-        while self.in_flight() > 0 && self.image.status() == Status::Good {
-            self.complete();
-            self.queue.flush_submissions();
-            if self.in_flight() > 0 {
-                self.wake
-                    .sleep(&[self.queue.event_fd()], Some(LOOK_AT_STATUS));
-            }
+    /// A descriptor of its own for the image's event.
+    pub fn event(&self) -> std::io::Result<OwnedFd> {
+        self.queue.event_fd().try_clone_to_owned()
+    }
+
+    pub fn xen(&self) -> &Arc<Xen> {
+        &self.xen
+    }
+
+    /// Does once what there is to do; false where there is nothing, and the guest sends an event for its next request.
+    pub fn turn(&mut self) -> Result<bool, Broken> {
+        let taken = self.take_requests()?;
+        self.queue.flush_submissions();
+        let completed = self.complete();
+        if self.publish_is_due() {
+            self.publish();
         }
-        match broken {
-            Ok(()) => self.publish(),
-            Err(broken) => (self.alarm)(broken.to_string()),
+        if taken || completed {
+            return Ok(true);
+        }
+        Ok(!self.blocked() && self.ring.wait_for(1)?)
+    }
+
+    /// A turn where the image has completed something.
+    pub fn look(&mut self) -> Result<(), Broken> {
+        if self.queue.peek() == Some(true) || self.gathering.is_some() {
+            self.turn()?;
+        }
+        Ok(())
+    }
+
+    /// Whether the last read or write was answered promptly.
+    pub fn is_prompt(&self) -> bool {
+        self.prompt
+    }
+
+    /// Whether a request is done soonest by who sends it: the image answers promptly, and shows it without a call of the host.
+    pub fn takes_one_at_a_time(&mut self) -> bool {
+        self.prompt && self.in_flight() == 0 && self.queue.peek().is_some()
+    }
+
+    /// Whether it pays to stay awake for the next answer.
+    pub fn is_expected(&mut self) -> bool {
+        let few = (1..=FEW).contains(&self.transfers);
+        self.prompt && few && self.queue.peek().is_some()
+    }
+
+    /// Has the image tell of completions by its event, or not. Whoever ends the silence takes a turn after that, and calls the queue's own thread
+    /// where [`Serve::is_doubtful`] says so then.
+    pub fn silence(&mut self, silent: bool) {
+        if std::mem::replace(&mut self.silent, silent) != silent {
+            self.queue.silence(silent);
+            self.doubtful = !silent && self.in_flight() > 0;
         }
     }
 
-    fn serve(&mut self) -> Result<(), Broken> {
-        let mut completions = Vec::new();
-        loop {
-            if self.stop.load(SeqCst) {
-                return Ok(());
-            }
-            let taken = self.take_requests()?;
-            self.queue.flush_submissions();
-            let completed = self.complete_with(&mut completions);
-            if self.publish_is_due() {
-                self.publish();
-            }
-            if taken || completed {
-                continue;
-            }
-            let more = !self.blocked() && self.ring.wait_for(1)?;
-            if !more {
-                self.sleep();
-            }
+    pub fn is_silent(&self) -> bool {
+        self.silent
+    }
+
+    /// Whether something may have been completed during a silence that neither showed when it ended nor set the event.
+    pub fn is_doubtful(&self) -> bool {
+        self.doubtful && self.in_flight() > 0
+    }
+
+    /// Whether answers wait for others.
+    pub fn is_gathering(&self) -> bool {
+        self.gathering.is_some()
+    }
+
+    /// A vCPU stayed awake for the image; if `in_vain`, nobody does again before the image shows that it is prompt.
+    pub fn waited(&mut self, in_vain: bool) {
+        self.prompt &= !in_vain;
+    }
+
+    /// Keeps for the queue's own thread that the guest broke the ring.
+    pub fn breaks(&mut self, broken: Broken) {
+        self.broken = Some(broken);
+    }
+
+    /// Begins a turn of the queue's own thread after it slept.
+    pub fn wakes_up(&mut self) -> Result<(), Broken> {
+        self.silence(false);
+        self.woken = true;
+        if self.in_flight() > 0 {
+            self.look_at_status();
         }
+        self.broken.take().map_or(Ok(()), Err)
+    }
+
+    /// How long the queue's own thread may sleep without an event.
+    pub fn sleep_most(&mut self) -> Option<Duration> {
+        if let Some(since) = self.gathering {
+            return Some(GATHER.saturating_sub(since.elapsed()).min(GATHER_LOOK));
+        }
+        let doubtful = std::mem::take(&mut self.doubtful);
+        (self.in_flight() > 0).then_some(if doubtful { LOOK_AGAIN } else { LOOK_AT_STATUS })
+    }
+
+    /// Ends what is in flight, without new requests; whether there is more that will end.
+    pub fn winds_up(&mut self) -> bool {
+        self.silence(false);
+        self.woken = true;
+        self.complete();
+        self.queue.flush_submissions();
+        self.in_flight() > 0 && self.image.status() == Status::Good
+    }
+
+    /// Has the device closed.
+    pub fn alarm(&self, broken: &Broken) {
+        (self.alarm)(broken.to_string());
     }
 
     /// Requests the image works on.
@@ -199,18 +255,6 @@ impl Serve {
     /// A barrier keeps requests in the ring.
     fn blocked(&self) -> bool {
         self.fenced || self.parked.is_some()
-    }
-
-    fn sleep(&mut self) {
-        let waiting = self.in_flight() > 0;
-        let most = match self.gathering {
-            Some(since) => Some(GATHER.saturating_sub(since.elapsed()).min(GATHER_LOOK)),
-            None => waiting.then_some(LOOK_AT_STATUS),
-        };
-        self.wake.sleep(&[self.queue.event_fd()], most);
-        if waiting {
-            self.look_at_status();
-        }
     }
 
     /// Says once when requests start to wait for the host, and once when they go on.
@@ -287,27 +331,29 @@ impl Serve {
             rest,
             written: work.written,
             barrier: work.barrier,
+            since: Instant::now(),
         });
+        self.transfers += usize::from(is_transfer(op));
         self.queue.submit(Request {
             id: slot as u64,
             ..first
         });
     }
 
-    fn complete(&mut self) {
-        self.complete_with(&mut Vec::new());
-    }
-
     /// Answers what the image has finished; says whether there was anything.
-    fn complete_with(&mut self, completions: &mut Vec<Completion>) -> bool {
-        if self.in_flight() == 0 {
+    fn complete(&mut self) -> bool {
+        let woken = std::mem::take(&mut self.woken);
+        // After a sleep the event has to be cleared even where somebody else has seen the last completion.
+        if !woken && (self.in_flight() == 0 || self.queue.peek() == Some(false)) {
             return false;
         }
-        self.queue.completions(completions);
+        let mut completions = std::mem::take(&mut self.completions);
+        self.queue.completions(&mut completions);
         let any = !completions.is_empty();
         for completion in completions.drain(..) {
             self.completed(completion);
         }
+        self.completions = completions;
         if self.in_flight() == 0
             && let Some((id, operation, work)) = self.parked.take()
         {
@@ -334,6 +380,12 @@ impl Serve {
             return;
         }
         self.free.push(slot);
+        if is_transfer(open.op) {
+            self.transfers -= 1;
+            // With more open in the guest it works on while the image does.
+            let alone = self.in_flight() == 0 && self.ring.unpublished() == 0;
+            self.prompt = alone && open.since.elapsed() < PROMPT && self.port.target_is_idle();
+        }
         if open.barrier {
             self.fenced = false;
         }
@@ -362,11 +414,16 @@ impl Serve {
         });
     }
 
-    fn publish(&mut self) {
+    /// Shows the guest the responses written so far.
+    pub fn publish(&mut self) {
         self.gathering = None;
         if self.ring.publish() {
             self.stats.event();
             self.port.notify();
         }
     }
+}
+
+fn is_transfer(op: Op) -> bool {
+    matches!(op, Op::Read | Op::Write)
 }

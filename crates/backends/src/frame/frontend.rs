@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use hospes_memory::Page;
 use hospes_store::StoreAccess;
 use hospes_units::{GrantRef, Port};
-use hospes_xen::{Access, HostPort, Xen};
+use hospes_xen::{Access, HostPort, Listener, Xen};
 
 use super::{Alarm, ConnectError, RingPages, Wake};
 use crate::lock;
@@ -83,9 +83,14 @@ impl Frontend<'_> {
 
     /// Connects the event channel that a node names; the guest's events call `wake`.
     pub fn bind(&self, node: &str, wake: &Arc<Wake>) -> Result<HostPort, ConnectError> {
-        let port = Port(self.number(node, 1, u32::MAX)?);
         let wake = Arc::clone(wake);
-        let connected = self.xen.connect_port(port, Arc::new(move || wake.call()));
+        self.listen(node, Arc::new(move || wake.call()))
+    }
+
+    /// Connects the event channel that a node names; `listener` hears of the guest's events.
+    pub fn listen(&self, node: &str, listener: Listener) -> Result<HostPort, ConnectError> {
+        let port = Port(self.number(node, 1, u32::MAX)?);
+        let connected = self.xen.connect_port(port, listener);
         lock(&self.ports).push(port);
         connected.map_err(|e| ConnectError::Port(port, e))
     }

@@ -1,9 +1,8 @@
 //! An image in memory that records what it is asked, and can be told to fail or to wait.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::SeqCst;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::ThreadId;
 
 use hospes_image::{Completion, Geometry, Image, ImageError, IoError, Op, Queue, Request, Status};
 use rustix::event::{EventfdFlags, eventfd};
@@ -13,6 +12,7 @@ use crate::lock;
 pub struct MemoryImage {
     pub geometry: Mutex<Geometry>,
     state: Arc<Mutex<State>>,
+    gate: Arc<Mutex<()>>,
 }
 
 #[derive(Default)]
@@ -23,8 +23,18 @@ struct State {
     /// Requests are kept until this is over.
     holding: bool,
     failing: bool,
-    /// How often somebody was about to sleep until its event.
-    sleeps: AtomicU64,
+    /// Completions can be seen without the event.
+    prompt: bool,
+    /// A queue sets no event.
+    silent: bool,
+    /// How many more looks do not see a completion yet.
+    unseen: u32,
+    /// Who carried out the last request.
+    served_by: Option<ThreadId>,
+    /// How often somebody asked for completions, as the queue's thread does after each sleep.
+    looks: u64,
+    /// How often somebody began to ask for them.
+    entries: u64,
     events: Vec<Arc<OwnedFd>>,
 }
 
@@ -43,6 +53,7 @@ impl MemoryImage {
                 discard: Some(4096),
             }),
             state: Arc::new(Mutex::new(state)),
+            gate: Arc::default(),
         }
     }
 
@@ -66,14 +77,48 @@ impl MemoryImage {
     pub fn hold(&self, holding: bool) {
         let mut state = lock(&self.state);
         state.holding = holding;
-        for event in &state.events {
-            rustix::io::write(event, &1u64.to_ne_bytes()).unwrap();
+        if !state.silent {
+            for event in &state.events {
+                rustix::io::write(event, &1u64.to_ne_bytes()).unwrap();
+            }
         }
     }
 
-    /// How often queues went to sleep so far.
-    pub fn sleeps(&self) -> u64 {
-        lock(&self.state).sleeps.load(SeqCst)
+    /// Shows completions as io_uring does.
+    pub fn promptly(self) -> MemoryImage {
+        lock(&self.state).prompt = true;
+        self
+    }
+
+    /// Completes what was held without an event, and so late that this many looks miss it: what a queue may see at the end of a silence.
+    pub fn complete_unseen(&self, looks: u32) {
+        let mut state = lock(&self.state);
+        (state.holding, state.unseen) = (false, looks);
+    }
+
+    /// Whoever asks for completions waits until this is dropped.
+    pub fn close_gate(&self) -> MutexGuard<'_, ()> {
+        lock(&self.gate)
+    }
+
+    /// How often somebody began to ask for completions.
+    pub fn entries(&self) -> u64 {
+        lock(&self.state).entries
+    }
+
+    /// Whether a queue may complete something without an event.
+    pub fn is_silent(&self) -> bool {
+        lock(&self.state).silent
+    }
+
+    /// Whether this thread carried out the last request.
+    pub fn is_served_here(&self) -> bool {
+        lock(&self.state).served_by == Some(std::thread::current().id())
+    }
+
+    /// How often completions were asked for so far.
+    pub fn looks(&self) -> u64 {
+        lock(&self.state).looks
     }
 
     pub fn fail(&self, failing: bool) {
@@ -92,6 +137,7 @@ impl Image for MemoryImage {
         lock(&self.state).events.push(event.clone());
         Ok(Box::new(MemoryQueue {
             state: self.state.clone(),
+            gate: self.gate.clone(),
             event,
             waiting: Vec::new(),
         }))
@@ -113,6 +159,7 @@ impl Image for MemoryImage {
 
 struct MemoryQueue {
     state: Arc<Mutex<State>>,
+    gate: Arc<Mutex<()>>,
     event: Arc<OwnedFd>,
     waiting: Vec<Request>,
 }
@@ -123,15 +170,19 @@ impl Queue for MemoryQueue {
     }
 
     fn flush_submissions(&mut self) {
-        if !self.waiting.is_empty() {
+        let state = lock(&self.state);
+        if !self.waiting.is_empty() && !state.silent && !state.holding {
             rustix::io::write(&self.event, &1u64.to_ne_bytes()).unwrap();
         }
     }
 
     fn completions(&mut self, out: &mut Vec<Completion>) {
+        lock(&self.state).entries += 1;
+        drop(lock(&self.gate));
         let _ = rustix::io::read(&self.event, &mut [0; 8]);
         let mut state = lock(&self.state);
-        if state.holding {
+        state.looks += 1;
+        if !self.waiting.is_empty() && !state.shows() {
             return;
         }
         // The newest first: answers need not come in the order of the requests.
@@ -147,14 +198,34 @@ impl Queue for MemoryQueue {
         }
     }
 
+    fn peek(&mut self) -> Option<bool> {
+        let mut state = lock(&self.state);
+        let ready = !self.waiting.is_empty() && state.shows();
+        state.prompt.then_some(ready)
+    }
+
+    fn silence(&mut self, silent: bool) {
+        lock(&self.state).silent = silent;
+    }
+
     fn event_fd(&self) -> BorrowedFd<'_> {
-        lock(&self.state).sleeps.fetch_add(1, SeqCst);
         self.event.as_fd()
     }
 }
 
 impl State {
+    /// Whether a look sees that requests are done.
+    fn shows(&mut self) -> bool {
+        if self.holding {
+            return false;
+        }
+        let shows = self.unseen == 0;
+        self.unseen = self.unseen.saturating_sub(1);
+        shows
+    }
+
     fn carry_out(&mut self, request: &Request) -> Result<(), IoError> {
+        self.served_by = Some(std::thread::current().id());
         self.done.push((request.op, request.offset));
         let mut at = request.offset as usize;
         if request.op == Op::Discard {

@@ -1,5 +1,6 @@
 //! Disks seen from the guest: a front end that behaves, one that starts over, and hostile ones.
 
+mod attend;
 mod disk;
 mod hostile;
 mod life;
