@@ -7,7 +7,7 @@ use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE};
 use super::mirror::{EXEC, Facts, Page, READ, WRITE};
 use super::process::{BREAKPOINTS, USER_END};
 use super::tables::{Mapping, look_up};
-use super::{MOST_RANGES, Space, Suspects, scan};
+use super::{MOST_RANGES, Space, Suspects, guards, scan};
 use crate::blocks::Blocks;
 use crate::exec::{self, Access};
 use crate::vcpu::BtVcpu;
@@ -28,6 +28,19 @@ pub enum Filled {
     Step,
     /// Code that must not be executed natively.
     Excluded,
+}
+
+/// What the bytes of a page come to.
+fn judged(page: &[u8]) -> Suspects {
+    let all = scan::suspects(page);
+    if all.len() <= BREAKPOINTS {
+        return Suspects::At(all);
+    }
+    let first = guards::guards(page, &all);
+    if first.len() <= BREAKPOINTS {
+        return Suspects::Behind(first);
+    }
+    Suspects::Many
 }
 
 impl BtVcpu {
@@ -183,8 +196,13 @@ impl BtVcpu {
     ) -> io::Result<Option<u32>> {
         let shared = self.host.shared.clone();
         let mut guard = shared.translations.lock().expect("translations");
-        let Suspects::At(suspects) = self.scan(&mut guard, gfn) else {
-            return Ok(None);
+        let suspects = match self.scan(&mut guard, gfn) {
+            Suspects::At(suspects) => suspects,
+            // Whoever comes from the translator may be past them.
+            Suspects::Behind(first) if rip != space.entry && !space.retired.contains(&page) => {
+                first
+            }
+            Suspects::Behind(_) | Suspects::Many => return Ok(None),
         };
         drop(guard);
         let executed = |at: u64| {
@@ -217,6 +235,30 @@ impl BtVcpu {
             space.process.set_breakpoints(&space.breakpoints)?;
         }
         Ok(Some(evicted))
+    }
+
+    /// A breakpoint has been reached: takes its page out of the process where others stand behind that one. True if so.
+    pub(super) fn retire(&mut self, space: &mut Space, rip: u64) -> io::Result<bool> {
+        let page = rip >> 12;
+        let Some(known) = space.mirror.get(page) else {
+            return Ok(false);
+        };
+        let guard = self.host.shared.translations.lock().expect("translations");
+        let behind = matches!(guard.blocks.scan(known.gfn), Some(Suspects::Behind(_)));
+        drop(guard);
+        if behind {
+            space.retired.insert(page);
+            self.drop_code(space, page)?;
+        }
+        Ok(behind)
+    }
+
+    /// Takes a page and its breakpoints out of the process.
+    fn drop_code(&self, space: &mut Space, page: u64) -> io::Result<()> {
+        let call = space.mirror.take_out(page);
+        space.process.batch(&[call])?;
+        space.breakpoints.retain(|a| a >> 12 != page);
+        space.process.set_breakpoints(&space.breakpoints)
     }
 
     /// Addresses of suspects that a page which is to be executed shares with its neighbours; `executed` gives the frames of those that are executed, too. All of them
@@ -253,10 +295,9 @@ impl BtVcpu {
         shared.pages.mark_direct(gfn);
         let mut page = [0; PAGE_SIZE as usize];
         let found = match shared.memory.read(gfn.gpa(), &mut page) {
-            Ok(()) => Some(scan::suspects(&page)).filter(|list| list.len() <= BREAKPOINTS),
-            Err(_) => None,
+            Ok(()) => judged(&page),
+            Err(_) => Suspects::Many,
         };
-        let found = found.map_or(Suspects::Many, Suspects::At);
         t.blocks.set_scan(gfn, found.clone());
         found
     }

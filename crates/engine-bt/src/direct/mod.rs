@@ -14,6 +14,7 @@
 //! cover, the program is back in the translator, which knows no such instructions, from the next burst on.
 
 mod fill;
+mod guards;
 mod mirror;
 mod policy;
 pub mod process;
@@ -46,6 +47,8 @@ const MOST_RANGES: usize = 30_000;
 pub(crate) enum Suspects {
     /// At these offsets, few enough for breakpoints.
     At(Vec<u16>),
+    /// More than that, but all of them behind these: once one has been reached, the page stays translated.
+    Behind(Vec<u16>),
     Many,
 }
 
@@ -59,6 +62,10 @@ struct Space {
     mirror: Mirror,
     /// Pages whose code must stay in the translator.
     excluded: HashSet<u64>,
+    /// Pages that stay there for as long as the process is this address space's.
+    retired: HashSet<u64>,
+    /// Where the program went over to the process.
+    entry: u64,
     /// Addresses that the process stops before.
     breakpoints: Vec<u64>,
     /// Host CPU time that has been accounted for, ns.
@@ -69,6 +76,12 @@ struct Space {
     tainted: bool,
     /// The code has used registers that the guest's processor does not have.
     foreign: bool,
+}
+
+impl Space {
+    fn stays_translated(&self, page: u64) -> bool {
+        self.excluded.contains(&page) || self.retired.contains(&page)
+    }
 }
 
 /// A vCPU's side of direct execution.
@@ -128,7 +141,7 @@ impl Direct {
         let page = rip >> 12;
         self.spaces
             .iter()
-            .any(|s| s.root == root && s.excluded.contains(&page))
+            .any(|s| s.root == root && s.stays_translated(page))
     }
 
     pub fn flush_page(&mut self, gva: Gva) {

@@ -211,6 +211,8 @@ impl BtVcpu {
                 process,
                 mirror: Mirror::default(),
                 excluded: HashSet::new(),
+                retired: HashSet::new(),
+                entry: 0,
                 breakpoints: Vec::new(),
                 accounted_ns: 0,
                 awaited: None,
@@ -222,6 +224,7 @@ impl BtVcpu {
         space.process.unmap_all().ok()?;
         space.mirror.clear();
         space.excluded.clear();
+        space.retired.clear();
         space.breakpoints.clear();
         space.process.set_breakpoints(&[]).ok()?;
         space.root = root;
@@ -253,6 +256,7 @@ impl BtVcpu {
             space.pcid = pcid;
             space.mirror.flush_all();
         }
+        space.entry = regs.rip;
         let mut awaited = space.awaited.take();
         loop {
             self.refresh(space)?;
@@ -300,7 +304,7 @@ impl BtVcpu {
                     Filled::Excluded => {
                         self.store_native(space, regs)?;
                         // An instruction that only ends in that page would come back to it.
-                        let inside = space.excluded.contains(&(regs.rip >> 12));
+                        let inside = space.stays_translated(regs.rip >> 12);
                         return Ok(if inside { End::Done } else { End::Pass });
                     }
                 },
@@ -349,6 +353,7 @@ impl BtVcpu {
             }
             self.store_native(space, regs)?;
             spent.steps += 1;
+            let retired = space.breakpoints.contains(&regs.rip) && self.retire(space, regs.rip)?;
             if let Step::Exit(exit) = self.step() {
                 return Ok(End::Exit(exit));
             }
@@ -362,6 +367,9 @@ impl BtVcpu {
             };
             if !suits(&self.host.frame.cpu, self.host.direct.components) {
                 space.awaited = missing;
+                return Ok(End::Done);
+            }
+            if retired {
                 return Ok(End::Done);
             }
             if spent.steps >= STEPS {
