@@ -1,8 +1,9 @@
-//! The memory of translated code: one memfd, mapped once writable and once executable, never both through one mapping.
+//! The memory of translated code: one file, mapped once writable and once executable, never both through one mapping.
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::MemfdFlags;
+use hospes_memory::{HUGE_PAGE, shared_memory_file, small_memory_file};
 use rustix::mm::{MapFlags, ProtFlags};
 
 /// Bytes kept at the start for the stubs.
@@ -25,20 +26,21 @@ unsafe impl Sync for CodeMemory {}
 
 impl CodeMemory {
     pub fn new(len: usize) -> Result<CodeMemory, rustix::io::Errno> {
-        let fd = rustix::fs::memfd_create("hospes-code", MemfdFlags::CLOEXEC)?;
-        rustix::fs::ftruncate(&fd, len as u64)?;
+        const NAME: &str = "hospes-code";
+        // A host may forbid to execute what is in a file system.
+        shared_memory_file(NAME)
+            .and_then(|fd| CodeMemory::map(&fd, len))
+            .or_else(|_| CodeMemory::map(&small_memory_file(NAME)?, len))
+    }
+
+    fn map(fd: &OwnedFd, len: usize) -> Result<CodeMemory, rustix::io::Errno> {
+        // The file is a whole number of huge pages, as the last one would not be huge otherwise.
+        let bytes = len.next_multiple_of(HUGE_PAGE as usize);
+        rustix::fs::ftruncate(fd, bytes as u64)?;
         let map = |prot| {
-            // SAFETY: a new mapping at an address the kernel chooses overlaps nothing.
-            unsafe {
-                rustix::mm::mmap(
-                    std::ptr::null_mut(),
-                    len,
-                    prot,
-                    MapFlags::SHARED | MapFlags::NORESERVE,
-                    &fd,
-                    0,
-                )
-            }
+            let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+            // SAFETY: a new mapping at an address the kernel chooses, which begins a huge page where it has some, overlaps nothing.
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, prot, flags, fd, 0) }
         };
         Ok(CodeMemory {
             write: map(ProtFlags::READ | ProtFlags::WRITE)?.cast(),
@@ -131,10 +133,11 @@ impl CodeMemory {
 
 impl Drop for CodeMemory {
     fn drop(&mut self) {
-        // SAFETY: both mappings were made in `new`; no vCPU is left that could execute them.
+        let mapped = self.len.next_multiple_of(HUGE_PAGE as usize);
+        // SAFETY: both mappings were made in `map`; no vCPU is left that could execute them.
         unsafe {
-            let _ = rustix::mm::munmap(self.write.cast(), self.len);
-            let _ = rustix::mm::munmap(self.exec.cast(), self.len);
+            let _ = rustix::mm::munmap(self.write.cast(), mapped);
+            let _ = rustix::mm::munmap(self.exec.cast(), mapped);
         }
     }
 }

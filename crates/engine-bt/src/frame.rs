@@ -164,6 +164,9 @@ pub const LAYOUT: FrameLayout = {
     }
 };
 
+/// What a frame takes of the address space: whole huge pages.
+const BYTES: usize = size_of::<Frame>().next_multiple_of(hospes_memory::HUGE_PAGE as usize);
+
 /// A frame in memory of its own, at an address that never changes.
 #[derive(Debug)]
 pub struct FrameBox(*mut Frame);
@@ -173,17 +176,15 @@ unsafe impl Send for FrameBox {}
 
 impl FrameBox {
     pub fn new(miss: [u64; 3], wide: Option<Wide>) -> Result<FrameBox, rustix::io::Errno> {
-        use rustix::mm::{MapFlags, ProtFlags};
-        // SAFETY: a new anonymous mapping overlaps nothing.
+        use rustix::mm::{Advice, MprotectFlags};
+        let p = hospes_memory::reserve(BYTES as u64)?;
+        // SAFETY: the reservation was just made, and nobody else knows it.
         let p = unsafe {
-            rustix::mm::mmap_anonymous(
-                std::ptr::null_mut(),
-                size_of::<Frame>(),
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE,
-            )
-        }?
-        .cast::<Frame>();
+            rustix::mm::mprotect(p.cast(), BYTES, MprotectFlags::READ | MprotectFlags::WRITE)?;
+            // Every access of translated code looks into one of the tables. A host without huge pages does without.
+            let _ = rustix::mm::madvise(p.cast(), BYTES, Advice::LinuxHugepage);
+            p.cast::<Frame>()
+        };
         // SAFETY: the field lies in the mapping and has no valid value yet.
         unsafe { (&raw mut (*p).wide).write(wide) };
         // SAFETY: the mapping is zero-filled, which is valid for every other field but the activity enum, for which 0 is `Running`; bools are false.
@@ -225,6 +226,6 @@ impl std::ops::DerefMut for FrameBox {
 impl Drop for FrameBox {
     fn drop(&mut self) {
         // SAFETY: the mapping was made in `new` and nobody else knows it.
-        let _ = unsafe { rustix::mm::munmap(self.0.cast(), size_of::<Frame>()) };
+        let _ = unsafe { rustix::mm::munmap(self.0.cast(), BYTES) };
     }
 }

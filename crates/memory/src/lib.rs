@@ -1,4 +1,4 @@
-//! Guest memory: one memfd, mapped so that host address = base + guest physical address, for ever.
+//! Guest memory: one file of shared memory, mapped so that host address = base + guest physical address, for ever.
 //!
 //! Everything read from here is under the guest's control and may change between two reads: copy once, validate, use.
 //! The guest reaches only ranges that [`GuestMemory`] knows as RAM or as special pages; what lies between them in the
@@ -6,8 +6,10 @@
 //!
 //! Invariants: the reservation is never unmapped while a `GuestMemory` lives; a frame, once backed, stays backed by
 //! readable and writable memory; special pages replace what lay there in place (`MAP_FIXED`).
+//! Base and offsets in the file agree with guest physical addresses modulo [`HUGE_PAGE`], so that the host can use huge pages.
 //! Limits: the reservation ends [`RESERVE_ABOVE_RAM`] bytes above the highest RAM address.
 
+mod file;
 mod page;
 
 use std::os::fd::OwnedFd;
@@ -15,10 +17,11 @@ use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use hospes_units::{Gfn, Gpa, PAGE_SIZE};
-use rustix::fs::{FallocateFlags, MemfdFlags};
+use rustix::fs::FallocateFlags;
 use rustix::mm::{MapFlags, ProtFlags};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+pub use file::{HUGE_PAGE, shared_memory_file, small_memory_file};
 pub use page::{Area, Page};
 
 /// Address space kept free above the last byte of RAM; guests place grant frames there.
@@ -54,6 +57,8 @@ pub struct GuestMemory {
     fd: OwnedFd,
     fd_len: AtomicU64,
     ram: Vec<Range>,
+    /// Where each range of `ram` begins in the file.
+    offsets: Vec<u64>,
     /// Frames outside `ram` that are backed: special pages placed later (grant frames).
     extra: RwLock<Vec<Gfn>>,
 }
@@ -72,6 +77,43 @@ fn host(what: &'static str, bytes: u64) -> impl Fn(rustix::io::Errno) -> MemoryE
     }
 }
 
+/// Where in the file each range lies, as near one behind the other as huge pages allow; and the size of the file. Bytes.
+fn file_offsets(ram: &[Range]) -> (Vec<u64>, u64) {
+    let mut end = 0;
+    let place = |r: &Range| {
+        let offset = end + r.start.wrapping_sub(end) % HUGE_PAGE;
+        end = offset + (r.end - r.start);
+        offset
+    };
+    (ram.iter().map(place).collect(), end)
+}
+
+/// Reserves address space, inaccessible as yet, at a multiple of [`HUGE_PAGE`].
+pub fn reserve(bytes: u64) -> rustix::io::Result<*mut u8> {
+    // SAFETY: an anonymous reservation at an address the kernel chooses overlaps nothing.
+    let start = unsafe {
+        rustix::mm::mmap_anonymous(
+            std::ptr::null_mut(),
+            (bytes + HUGE_PAGE) as usize,
+            ProtFlags::empty(),
+            MapFlags::PRIVATE | MapFlags::NORESERVE,
+        )
+    }? as *mut u8;
+    let before = start.align_offset(HUGE_PAGE as usize);
+    let after = HUGE_PAGE as usize - before;
+    // SAFETY: both ends lie in the reservation that was just made and that nobody uses yet.
+    unsafe {
+        let base = start.add(before);
+        if before > 0 {
+            rustix::mm::munmap(start.cast(), before)?;
+        }
+        if after > 0 {
+            rustix::mm::munmap(base.add(bytes as usize).cast(), after)?;
+        }
+        Ok(base)
+    }
+}
+
 impl GuestMemory {
     /// Reserves and maps the given RAM ranges (ascending, page aligned, not overlapping), zero filled.
     pub fn new(ram: &[Range]) -> Result<GuestMemory, MemoryError> {
@@ -87,31 +129,21 @@ impl GuestMemory {
         }
         let reserved = last.max(1 << 32) + RESERVE_ABOVE_RAM;
         let total: u64 = ram.iter().map(|r| r.end - r.start).sum();
-        let fd = rustix::fs::memfd_create("hospes-guest", MemfdFlags::CLOEXEC)
-            .map_err(host("create", total))?;
-        rustix::fs::ftruncate(&fd, total).map_err(host("size", total))?;
-        // SAFETY: an anonymous reservation at an address the kernel chooses overlaps nothing.
-        let base = unsafe {
-            rustix::mm::mmap_anonymous(
-                std::ptr::null_mut(),
-                reserved as usize,
-                ProtFlags::empty(),
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        }
-        .map_err(host("reserve", reserved))? as *mut u8;
+        let (offsets, size) = file_offsets(ram);
+        let fd = shared_memory_file("hospes-guest").map_err(host("create", total))?;
+        rustix::fs::ftruncate(&fd, size).map_err(host("size", total))?;
+        let base = reserve(reserved).map_err(host("reserve", reserved))?;
         let memory = GuestMemory {
             base,
             reserved,
             fd,
-            fd_len: AtomicU64::new(total),
+            fd_len: AtomicU64::new(size),
             ram: ram.to_vec(),
+            offsets,
             extra: RwLock::new(Vec::new()),
         };
-        let mut offset = 0;
-        for r in ram {
+        for (r, &offset) in ram.iter().zip(&memory.offsets) {
             memory.map_fixed(r.start, r.end - r.start, offset)?;
-            offset += r.end - r.start;
         }
         Ok(memory)
     }
@@ -237,14 +269,10 @@ impl GuestMemory {
     /// Where a frame of RAM lies in the memory file, whatever it shows.
     fn ram_offset(&self, gfn: Gfn) -> Option<u64> {
         let a = gfn.gpa().0;
-        let mut before = 0;
-        for r in &self.ram {
-            if r.start <= a && a < r.end {
-                return Some(before + (a - r.start));
-            }
-            before += r.end - r.start;
-        }
-        None
+        let mut ranges = self.ram.iter().zip(&self.offsets);
+        ranges
+            .find(|(r, _)| r.start <= a && a < r.end)
+            .map(|(r, offset)| offset + (a - r.start))
     }
 
     /// Host pointer to `len` bytes at `gpa`; an error unless every page of them is backed.
@@ -367,6 +395,22 @@ mod tests {
         m.place_special(gfn, off).unwrap();
         assert!(m.is_backed(gfn));
         assert!(m.place_special(Gfn(u64::MAX >> 12), off).is_err());
+    }
+
+    #[test]
+    fn files_and_addresses_agree_modulo_a_huge_page() {
+        let range = |start, end| Range { start, end };
+        let ram = [
+            range(0, 0x10_1000),
+            range(0xfc00_0000, 0xfc01_1000),
+            range(1 << 32, 5 << 30),
+        ];
+        let (offsets, size) = file_offsets(&ram);
+        assert_eq!(offsets, [0, 0x20_0000, 0x40_0000]);
+        assert_eq!(size, 0x40_0000 + (1 << 30));
+        let m = memory();
+        assert_eq!(m.host_base() as u64 % HUGE_PAGE, 0);
+        assert_eq!(m.fd_offset(Gfn((1 << 20) + 1)), Some(0x20_1000));
     }
 
     #[test]
