@@ -6,7 +6,7 @@ use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE};
 
 use super::mirror::{EXEC, Facts, Page, READ, WRITE};
 use super::process::{BREAKPOINTS, USER_END};
-use super::tables::{Mapping, look_up};
+use super::tables::{Mapping, Table, look_up};
 use super::{MOST_RANGES, Space, Suspects, guards, scan};
 use crate::blocks::Blocks;
 use crate::exec::{self, Access};
@@ -15,6 +15,8 @@ use crate::vm::Translations;
 
 /// Pages looked at around one that is missing: a power of 2.
 const WINDOW: u64 = 64;
+/// The same in a large page of the guest, whose pages are all alike: one mapping, for which the host can use a huge page as well.
+const LARGE_PAGES: u64 = 512;
 /// Pages of code scanned around one that is missing.
 const SCANS: u32 = 16;
 /// Addresses below are the host's to refuse (vm.mmap_min_addr).
@@ -126,10 +128,12 @@ impl BtVcpu {
             return Ok(Filled::Step);
         }
         let cr3 = self.host.frame.cpu.cr3;
-        let first = page & !(WINDOW - 1);
+        let large = Table::of(&shared.memory, cr3, page >> 9).is_some_and(|t| t.is_large());
+        let window = if large { LARGE_PAGES } else { WINDOW };
+        let first = page & !(window - 1);
         let mut list = Vec::new();
         let mut scans = if fetched { SCANS } else { 0 };
-        for at in first..first + WINDOW {
+        for at in first..first + window {
             if at == page {
                 list.push((at, new));
                 continue;

@@ -65,6 +65,11 @@ impl Table {
         None
     }
 
+    /// Whether it is one page of 2 MiB.
+    pub fn is_large(&self) -> bool {
+        self.large
+    }
+
     /// Reads the entries; those of a page of 2 MiB are all that page's.
     pub fn read(&self, memory: &GuestMemory, entries: &mut [u64; 512]) -> bool {
         if self.large {
