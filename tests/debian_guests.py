@@ -120,6 +120,8 @@ def reaches_multi_user(bench):
     state = shell.status("systemctl is-system-running --wait")[1].strip()
     failed = shell.run("systemctl list-units --state=failed --no-legend --plain")
     expect(state == "running" and not failed, f"systemd is {state!r}; failed units:\n{failed}")
+    schedulers = shell.run("cat /sys/block/xvd*/queue/scheduler")
+    expect("[none]" in schedulers, f"the disk has an I/O scheduler: {schedulers}")
     shell.address()
     said = dmesg.complaints(shell.run("dmesg -r"))
     expect(not said, "the kernel says what it must not say:\n" + "\n".join(said))
