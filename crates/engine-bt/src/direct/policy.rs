@@ -2,7 +2,7 @@
 //!
 //! Entering and leaving a process costs some microseconds, so it pays only where user code runs longer than that between two visits to its kernel. A timer interrupt
 //! that finds the vCPU in user code which has hardly visited its kernel since the last one is the sign to try; how long the bursts then are decides whether it goes on. One
-//! that failed is tried again after ever more interrupts.
+//! that failed at once is tried again after ever more interrupts, and one that paid for itself before it failed as soon as it is quiet again.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -20,6 +20,8 @@ const HOPE: Duration = Duration::from_micros(400);
 /// Interrupts in user code before the first attempt.
 const FIRST_TICKS: u32 = 2;
 const MOST_TICKS: u32 = 128;
+/// Native execution in which an attempt has paid for itself.
+const PAID: Duration = Duration::from_millis(20);
 /// Address spaces remembered.
 const SPACES: usize = 512;
 
@@ -30,6 +32,8 @@ struct Heat {
     /// Ticks until the next attempt.
     wait: u32,
     burst: Duration,
+    /// Native execution since it became hot.
+    native: Duration,
 }
 
 impl Default for Heat {
@@ -39,6 +43,7 @@ impl Default for Heat {
             ticks: 0,
             wait: FIRST_TICKS,
             burst: HOPE,
+            native: Duration::ZERO,
         }
     }
 }
@@ -48,9 +53,11 @@ impl Heat {
         if self.burst < WORTH {
             self.hot = false;
             self.ticks = 0;
-            self.wait = (self.wait * 4).min(MOST_TICKS);
-        } else if self.burst > HOPE {
-            self.wait = FIRST_TICKS;
+            self.wait = if self.native >= PAID {
+                FIRST_TICKS
+            } else {
+                (self.wait * 4).min(MOST_TICKS)
+            };
         }
     }
 }
@@ -117,6 +124,7 @@ impl Policy {
             heat.hot = true;
             heat.ticks = 0;
             heat.burst = HOPE;
+            heat.native = Duration::ZERO;
         }
         becomes
     }
@@ -126,6 +134,7 @@ impl Policy {
         let Some(heat) = self.heats.get_mut(&root) else {
             return;
         };
+        heat.native += time;
         if interrupted && time < heat.burst {
             return;
         }
@@ -207,6 +216,23 @@ mod tests {
             guest.cool(1);
         }
         assert_eq!(attempts, [2, 8, 32, 128, 128]);
+    }
+
+    #[test]
+    fn attempts_that_paid_are_made_again_soon() {
+        let mut guest = Guest::new();
+        for _ in 0..3 {
+            guest.heat(1);
+            guest.cool(1);
+        }
+        assert_eq!(guest.heat(1), 128);
+        for _ in 0..20 {
+            guest.policy.burst(1, Duration::from_millis(1), false);
+        }
+        guest.cool(1);
+        assert_eq!(guest.heat(1), 2);
+        guest.cool(1);
+        assert_eq!(guest.heat(1), 8);
     }
 
     #[test]
