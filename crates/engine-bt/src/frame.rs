@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicU8;
 use hospes_engine::{CpuState, Msrs, Segment};
 use hospes_translate::layout::{FrameLayout, JUMP_ENTRIES, JUMP_MASK, TLB_ENTRIES, TlbEntry};
 
+use crate::filled::{Filled, LARGE_KNOWN, Memory, NO_REGION};
 use crate::fpu::Wide;
 
 /// Vector registers, each in a cache line.
@@ -32,6 +33,16 @@ impl SecondEntry {
 /// Index in a second jump cache. The targets of one page have indices that differ in the lowest ten bits only.
 pub const fn second_index(pc: u64) -> usize {
     ((pc ^ pc >> SECOND_SPREAD) >> 2) as usize & (SECOND_ENTRIES - 1)
+}
+
+/// The last data access that missed the TLB.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct LastMiss {
+    /// Position in the code cache where it is repeated.
+    pub site: u32,
+    /// Guest virtual address of its page.
+    pub page: u64,
 }
 
 /// State of one vCPU as the translated code sees it. General registers live in `cpu.gpr` while the monitor runs.
@@ -88,6 +99,12 @@ pub struct Frame {
     pub raw_address: u64,
     pub jumps: [[u64; JUMP_ENTRIES]; 3],
     pub tlb: [[TlbEntry; TLB_ENTRIES]; 3],
+    /// Which of their entries are filled: one list each, and for kernel code another of what is global.
+    pub filled: [Filled; 5],
+    /// For each TLB, gigabytes of address space in which large pages are known to stand behind entries.
+    pub large_known: [[u64; LARGE_KNOWN]; 3],
+    pub memory: Memory,
+    pub last_miss: LastMiss,
     /// Where a jump that finds nothing in the caches of user code and of kernel code looks next.
     pub second: [[SecondEntry; SECOND_ENTRIES]; 2],
 }
@@ -100,6 +117,7 @@ pub const LAYOUT: FrameLayout = {
     let segs = offset_of!(Frame, cpu) + offset_of!(CpuState, seg);
     let seg = segs + offset_of!(Segment, base);
     let selector = (segs + offset_of!(Segment, selector)) as i32;
+    assert!(offset_of!(Segment, selector) == 12 && offset_of!(Segment, attr) == 14);
     let msr = offset_of!(Frame, cpu) + offset_of!(CpuState, msr);
     let jumps = offset_of!(Frame, jumps);
     let tlb = offset_of!(Frame, tlb);
@@ -126,6 +144,8 @@ pub const LAYOUT: FrameLayout = {
             selector + 4 * segment as i32,
             selector + 5 * segment as i32,
         ],
+        gdt: (offset_of!(Frame, cpu) + offset_of!(CpuState, gdtr)) as i32,
+        nmi_blocked: (offset_of!(Frame, cpu) + offset_of!(CpuState, nmi_blocked)) as i32,
         cs_ss: pair(segs + segment, segment),
         syscall_cs_ss: pair(offset_of!(Frame, syscall_cs_ss), segment),
         sysret_cs_ss: pair(offset_of!(Frame, sysret_cs_ss), segment),
@@ -198,6 +218,9 @@ impl FrameBox {
         }
         for table in &mut frame.tlb {
             table.fill(TlbEntry::INVALID);
+        }
+        for known in &mut frame.large_known {
+            known.fill(NO_REGION);
         }
         Ok(FrameBox(p))
     }

@@ -50,8 +50,6 @@ pub(crate) struct BtHost {
     pub steps: u64,
     /// The STAR register that the frame's segment images were made from.
     star: Option<u64>,
-    /// Indices filled since the last flush, for each of the lists in [`LISTS`].
-    pub(crate) filled: [Vec<u16>; 5],
     /// Gigabytes of address space in which large pages stand behind some entries.
     pub(crate) large: [Vec<u64>; 3],
     /// Made when the first atomic access crosses pages.
@@ -91,7 +89,6 @@ impl BtHost {
             dropped_blocks: 0,
             steps: 0,
             star: None,
-            filled: Default::default(),
             large: Default::default(),
             window: None,
             holes: None,

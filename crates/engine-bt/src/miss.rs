@@ -9,6 +9,7 @@ use hospes_units::{Gva, PAGE_SIZE};
 
 use crate::blocks::Chain;
 use crate::exec::{Access, Exception, Step};
+use crate::frame::LastMiss;
 use crate::lookup::By;
 use crate::vcpu::{BtVcpu, Found, canonical};
 
@@ -64,10 +65,13 @@ impl BtVcpu {
         let masked = info & MISS_MASKED != 0;
         let in_page = (ea & (PAGE_SIZE - 1)) + size <= PAGE_SIZE;
         // Two operands of one instruction that need the same TLB entry would evict each other for ever.
-        let miss = (site, Gva(ea).page());
-        let (last_site, last_page) = std::mem::replace(&mut self.last_miss, miss);
+        let miss = LastMiss {
+            site,
+            page: Gva(ea).page().0,
+        };
+        let last = std::mem::replace(&mut self.host.frame.last_miss, miss);
         let conflict =
-            site == last_site && miss.1 != last_page && tlb_index(ea) == tlb_index(last_page.0);
+            site == last.site && miss.page != last.page && tlb_index(ea) == tlb_index(last.page);
         if in_page && canonical(ea) && !conflict {
             // With a mask perhaps nothing is written, and then the page must not become dirty.
             let access = if write && !masked {

@@ -96,6 +96,11 @@ impl CodePages {
         any || self.marks() - seen >= RECENT / 2
     }
 
+    /// Host address of one bit for each frame, set for those with code.
+    pub fn bitmap(&self) -> u64 {
+        self.code.0.as_ptr() as u64
+    }
+
     pub fn contains(&self, gfn: Gfn) -> bool {
         self.code.contains(gfn)
     }

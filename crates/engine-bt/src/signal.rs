@@ -11,6 +11,13 @@ use std::sync::{Once, OnceLock};
 use crate::frame::Frame;
 use crate::stubs::ExitKind;
 
+/// Shared code that translated code takes on the way to other translated code, and where it goes on if it is given up, at any point of it.
+#[derive(Clone, Debug, Default)]
+pub struct Detour {
+    pub code: std::ops::Range<usize>,
+    pub failed: usize,
+}
+
 /// What the handler must know of the thread's vCPU; addresses are executable ones.
 #[derive(Debug)]
 pub struct ThreadInfo {
@@ -19,8 +26,7 @@ pub struct ThreadInfo {
     pub enter_checked: std::ops::Range<usize>,
     pub leave: usize,
     pub turned_back: usize,
-    pub second: std::ops::Range<usize>,
-    pub second_failed: usize,
+    pub detours: [Detour; 2],
     pub snippets: std::ops::Range<usize>,
 }
 
@@ -72,8 +78,10 @@ extern "C" fn handle(signal: i32, _info: *mut libc::siginfo_t, context: *mut lib
         if info.enter_checked.contains(&pc) {
             frame.target = info.turned_back as u64;
         }
-        if info.second.contains(&pc) {
-            regs[libc::REG_RIP as usize] = info.second_failed as i64;
+        for detour in &info.detours {
+            if detour.code.contains(&pc) {
+                regs[libc::REG_RIP as usize] = detour.failed as i64;
+            }
         }
         if frame.busy != 0 {
             // The code looks at `turn_back` as soon as it is through.

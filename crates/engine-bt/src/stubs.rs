@@ -9,6 +9,8 @@ use hospes_translate::Stubs;
 use hospes_translate::asm::{Asm, RAX, RBP, RBX, RCX, RDI, RDX, RSP, cc};
 
 use crate::frame::{Frame, LAYOUT, SECOND_ENTRIES, SECOND_SPREAD, SecondEntry};
+use crate::refill;
+use crate::signal::Detour;
 
 /// Why translated code came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +47,7 @@ impl ExitKind {
 }
 
 /// Where the pieces are, in bytes from the cache's start.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct EntryPoints {
     pub enter: usize,
     /// First byte of `enter` behind its check of `turn_back`.
@@ -54,10 +56,10 @@ pub struct EntryPoints {
     /// Expects an exit kind in EAX and the general registers saved already.
     pub leave: usize,
     pub turned_back: usize,
-    /// The look-up in the second jump caches, and where one goes on that is given up, at any point of it.
-    pub second: usize,
-    pub second_end: usize,
-    pub second_failed: usize,
+    /// The look-up in the second jump caches.
+    pub second: Detour,
+    /// The page walk.
+    pub refill: Detour,
 }
 
 const TARGET: i32 = offset_of!(Frame, target) as i32;
@@ -172,20 +174,21 @@ pub fn assemble(wide: bool) -> (Vec<u8>, Stubs, EntryPoints) {
     for (i, save) in [(0, true), (1, false)] {
         stubs.lookup[i] = exit(&mut a, ExitKind::Lookup, save);
         stubs.chain[i] = exit(&mut a, ExitKind::Chain, save);
-        stubs.mem[i] = exit(&mut a, ExitKind::Mem, save);
         stubs.step[i] = exit(&mut a, ExitKind::Step, save);
     }
     stubs.native = exit(&mut a, ExitKind::Native, true);
+    let missed = exit(&mut a, ExitKind::Mem, false);
+    (stubs.mem, points.refill) = refill::assemble(&mut a, missed);
 
     a.align(16, 0);
-    points.second_failed = a.pos();
+    points.second.failed = a.pos();
     a.load(RCX, gpr(RCX));
     a.load(RDX, gpr(RDX));
     let j = a.jmp();
     a.patch_rel32(j, stubs.lookup[1]);
-    points.second = a.pos();
-    stubs.jump_miss = [0, 1, 2].map(|table| second_look_up(&mut a, table, points.second_failed));
-    points.second_end = a.pos();
+    let begin = a.pos();
+    stubs.jump_miss = [0, 1, 2].map(|table| second_look_up(&mut a, table, points.second.failed));
+    points.second.code = begin..a.pos();
 
     (a.buf, stubs, points)
 }

@@ -5,16 +5,17 @@
 //! * An entry allows what a walk allowed at the same privilege, AC included; what changes rights flushes.
 
 use hospes_engine::{CpuState, cr, rflags};
-use hospes_translate::layout::{TLB_ENTRIES, TLB_INVALID, TlbEntry, tlb_index};
+use hospes_translate::layout::{TLB_INVALID, TlbEntry, tlb_index};
 use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE};
 
 use crate::exec::{Access, PageFault, TlbFlush, Translation, walk};
+use crate::filled::NO_REGION;
 use crate::host::BtHost;
 use crate::parked::{self, Space};
 
 /// Marks of a TLB entry beside its frame number.
-const GLOBAL: u64 = 1 << 63;
-const LARGE: u64 = 1 << 62;
+pub(crate) const GLOBAL: u64 = 1 << 63;
+pub(crate) const LARGE: u64 = 1 << 62;
 pub(crate) const MARKS: u64 = GLOBAL | LARGE;
 /// The tables behind the lists of filled entries: one list each, and for kernel code another of what is global.
 const LISTS: [usize; 5] = [0, 1, 2, 1, 2];
@@ -37,10 +38,12 @@ impl BtHost {
             table.fill(TlbEntry::INVALID);
         }
         self.direct.flush_all();
-        for list in &mut self.filled {
+        for list in &mut self.frame.filled {
             list.clear();
         }
-        self.large.iter_mut().for_each(Vec::clear);
+        for table in 0..3 {
+            self.forget_large(table);
+        }
         self.parked.clear();
         self.pcid = pcid(&self.frame.cpu);
         self.flush_jumps_all();
@@ -63,12 +66,10 @@ impl BtHost {
         for (table, saved) in parked::TABLES.into_iter().zip(space.tlb) {
             for (n, e) in saved.entries {
                 self.frame.tlb[table][usize::from(n)] = e;
-                self.filled[table].push(n);
+                self.frame.filled[table].push(usize::from(n));
             }
             for region in saved.large {
-                if !self.large[table].contains(&region) {
-                    self.large[table].push(region);
-                }
+                self.note_large(table, region);
             }
         }
         self.jumps.put_user(&mut self.frame, &space.jumps);
@@ -76,13 +77,14 @@ impl BtHost {
 
     fn take_out(&mut self, space: &mut Space) {
         for (table, saved) in parked::TABLES.into_iter().zip(&mut space.tlb) {
-            let filled = &self.filled[table];
+            let frame = &mut *self.frame;
+            let filled = frame.filled[table].list();
             if filled.len() > parked::ENTRIES {
                 continue;
             }
             saved.entries.reserve_exact(filled.len());
             for &n in filled {
-                let e = &mut self.frame.tlb[table][usize::from(n)];
+                let e = &mut frame.tlb[table][usize::from(n)];
                 if e.read != TLB_INVALID && e.gfn & GLOBAL == 0 {
                     let e = std::mem::replace(e, TlbEntry::INVALID);
                     saved.entries.push((n, e));
@@ -95,23 +97,24 @@ impl BtHost {
 
     fn flush_local(&mut self) {
         for table in 0..3 {
-            if self.filled[table].len() >= TLB_ENTRIES {
+            if self.frame.filled[table].is_full() {
                 self.frame.tlb[table].fill(TlbEntry::INVALID);
                 if table != 0 {
-                    self.filled[table + 2].clear();
-                    self.large[table].clear();
+                    self.frame.filled[table + 2].clear();
+                    self.forget_large(table);
                 }
             } else {
-                for &n in &self.filled[table] {
-                    let e = &mut self.frame.tlb[table][usize::from(n)];
+                let frame = &mut *self.frame;
+                for &n in frame.filled[table].list() {
+                    let e = &mut frame.tlb[table][usize::from(n)];
                     if e.gfn & GLOBAL == 0 || table == 0 {
                         *e = TlbEntry::INVALID;
                     }
                 }
             }
-            self.filled[table].clear();
+            self.frame.filled[table].clear();
         }
-        self.large[0].clear();
+        self.forget_large(0);
         self.jumps.flush_local(&mut self.frame);
     }
 
@@ -144,9 +147,10 @@ impl BtHost {
                     e.write = unmatched(n);
                 }
             };
-            let table = &mut self.frame.tlb[table];
-            if self.filled[list].len() < TLB_ENTRIES {
-                let filled = self.filled[list].iter();
+            let frame = &mut *self.frame;
+            let (table, filled) = (&mut frame.tlb[table], &frame.filled[list]);
+            if !filled.is_full() {
+                let filled = filled.list().iter();
                 filled.for_each(|&n| drop(usize::from(n), &mut table[usize::from(n)]));
             } else {
                 let all = table.iter_mut().enumerate();
@@ -195,18 +199,34 @@ impl BtHost {
             host: host as u64,
             gfn: gfn.0 | if t.global { GLOBAL } else { 0 } | if large { LARGE } else { 0 },
         };
-        if large && !self.large[table].contains(&(gva.0 >> LARGE_BITS)) {
-            self.large[table].push(gva.0 >> LARGE_BITS);
+        if large {
+            self.note_large(table, gva.0 >> LARGE_BITS);
         }
         let list = if table != 0 && t.global {
             table + 2
         } else {
             table
         };
-        if self.filled[list].len() < TLB_ENTRIES {
-            self.filled[list].push(n as u16);
-        }
+        self.frame.filled[list].push(n);
         true
+    }
+
+    /// Notes that large pages stand behind some entries of a gigabyte of addresses.
+    fn note_large(&mut self, table: usize, region: u64) {
+        let all = &mut self.large[table];
+        if !all.contains(&region) {
+            all.push(region);
+        }
+        let known = &mut self.frame.large_known[table];
+        if !known.contains(&region) {
+            known.rotate_right(1);
+            known[0] = region;
+        }
+    }
+
+    fn forget_large(&mut self, table: usize) {
+        self.large[table].clear();
+        self.frame.large_known[table].fill(NO_REGION);
     }
 
     /// Whether the TLB that code uses now has the page around `ea`, with write access if asked for.

@@ -15,7 +15,7 @@ use crate::fpu::{self, Wide};
 use crate::frame::FrameBox;
 use crate::host::BtHost;
 use crate::lookup::{By, MAX_INSTRUCTION};
-use crate::signal::{Attachment, ThreadInfo, kick_signal};
+use crate::signal::{Attachment, Detour, ThreadInfo, kick_signal};
 use crate::stubs::{ExitKind, enter};
 use crate::vm::{Execution, Shared, host_error};
 
@@ -40,8 +40,6 @@ pub(crate) struct BtVcpu {
     attachment: Option<SendAttachment>,
     /// The XSAVE image is current.
     fpu_fetched: bool,
-    /// Position and page of the last data access that missed the TLB.
-    pub(crate) last_miss: (u32, Gva),
     /// Where guest code is copied to for translation: a page and what an instruction may reach into the next.
     pub(crate) page: Vec<u8>,
 }
@@ -63,11 +61,11 @@ impl BtVcpu {
         let mut frame =
             FrameBox::new(miss, shared.wide).map_err(|e| host_error("memory for a vCPU", e))?;
         frame.pauses_left = PAUSES;
+        frame.memory = shared.memory_for_walks();
         Ok(BtVcpu {
             host: BtHost::new(shared, id, control, frame, miss),
             attachment: None,
             fpu_fetched: false,
-            last_miss: (0, Gva(0)),
             page: vec![0; PAGE_SIZE as usize + MAX_INSTRUCTION],
         })
     }
@@ -94,8 +92,10 @@ impl BtVcpu {
             enter_checked: range(s.points.enter_checked..s.points.enter_end),
             leave: s.code.address(s.points.leave),
             turned_back: s.code.address(s.points.turned_back),
-            second: range(s.points.second..s.points.second_end),
-            second_failed: s.code.address(s.points.second_failed),
+            detours: [&s.points.second, &s.points.refill].map(|d| Detour {
+                code: range(d.code.clone()),
+                failed: s.code.address(d.failed),
+            }),
             snippets: range(s.snippets(self.host.id)),
         };
         let attachment = Attachment::new(info).map_err(|e| host_error("signal set-up", e))?;

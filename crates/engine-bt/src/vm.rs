@@ -12,6 +12,7 @@ use crate::blocks::Blocks;
 use crate::cache::{CodeMemory, SNIPPET_BYTES, STUB_BYTES};
 use crate::control::{Control, request};
 use crate::exec::Vendor;
+use crate::filled::Memory;
 use crate::fpu::Wide;
 use crate::frame::LAYOUT;
 use crate::pages::CodePages;
@@ -124,6 +125,21 @@ impl Shared {
         let others = controls.iter().filter(|(id, _)| *id != except);
         let held = others.filter_map(|(_, c)| c.positions_held());
         held.min().unwrap_or(now)
+    }
+
+    /// What a page walk in emitted code has to know of memory.
+    pub fn memory_for_walks(&self) -> Memory {
+        let ram = self.memory.ram();
+        let low = ram.first().filter(|r| r.start == 0);
+        let high = ram.get(usize::from(low.is_some()));
+        Memory {
+            base: self.memory.host_base() as u64,
+            low_bytes: low.map_or(0, |r| r.end),
+            high_start: high.map_or(0, |r| r.start),
+            high_bytes: high.map_or(0, |r| r.end - r.start),
+            code_pages: self.pages.bitmap(),
+            code_cache: self.code.address(0) as u64,
+        }
     }
 
     pub fn snippets(&self, id: VcpuId) -> std::ops::Range<usize> {

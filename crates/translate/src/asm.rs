@@ -18,6 +18,7 @@ pub const RDI: u8 = 7;
 pub mod cc {
     pub const O: u8 = 0;
     pub const B: u8 = 2;
+    pub const AE: u8 = 3;
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
     /// The same as E and NE, after TEST or AND.
@@ -245,6 +246,27 @@ impl Asm {
         self.bytes(&imm.to_le_bytes());
     }
 
+    /// `cmp reg, gs:[offset]`
+    pub fn cmp_mem(&mut self, reg: u8, offset: i32) {
+        self.gs_op(true, &[0x3b], reg, offset);
+    }
+
+    /// `sub reg, gs:[offset]`
+    pub fn sub_mem(&mut self, reg: u8, offset: i32) {
+        self.gs_op(true, &[0x2b], reg, offset);
+    }
+
+    /// `mov gs:[base + offset], reg`
+    pub fn store_mem_base(&mut self, base: u8, offset: i32, reg: u8) {
+        self.gs_base_op(true, &[0x89], reg, base, offset);
+    }
+
+    /// `mov gs:[base + offset], reg16`
+    pub fn store16_mem_base(&mut self, base: u8, offset: i32, reg: u8) {
+        self.buf.push(0x66);
+        self.gs_base_op(false, &[0x89], reg, base, offset);
+    }
+
     fn rr(&mut self, wide: bool, op: u8, rm: u8, reg: u8) {
         let rex = 0x40 | (wide as u8) << 3 | (reg >> 3) << 2 | rm >> 3;
         if rex != 0x40 {
@@ -256,6 +278,31 @@ impl Asm {
     /// `or dst32, src32`
     pub fn or32(&mut self, dst: u8, src: u8) {
         self.rr(false, 0x09, dst, src);
+    }
+
+    /// `or dst, src`
+    pub fn or(&mut self, dst: u8, src: u8) {
+        self.rr(true, 0x09, dst, src);
+    }
+
+    /// `and dst, src`
+    pub fn and(&mut self, dst: u8, src: u8) {
+        self.rr(true, 0x21, dst, src);
+    }
+
+    /// `bt a32, number32`: the bit's number counts modulo 32.
+    pub fn bt32(&mut self, a: u8, number: u8) {
+        let rex = 0x40 | (number >> 3) << 2 | a >> 3;
+        if rex != 0x40 {
+            self.buf.push(rex);
+        }
+        self.bytes(&[0x0f, 0xa3, 0xc0 | (number & 7) << 3 | a & 7]);
+    }
+
+    /// `shl reg, count`
+    pub fn shl(&mut self, reg: u8, count: u8) {
+        self.rr(true, 0xc1, reg, 4);
+        self.buf.push(count);
     }
 
     /// `xor dst, src`
@@ -732,6 +779,14 @@ mod tests {
             (&|a| a.cmp_mem_imm32(0x10, 7), "cmp dword ptr gs:[10h],7"),
             (&|a| a.store_imm16(0x10, 7), "mov word ptr gs:[10h],7"),
             (&|a| a.or32(9, 1), "or r9d,ecx"),
+            (&|a| a.cmp_mem(9, 0x10), "cmp r9,gs:[10h]"),
+            (&|a| a.sub_mem(1, 0x10), "sub rcx,gs:[10h]"),
+            (&|a| a.store_mem_base(10, 0x10, 2), "mov gs:[r10+10h],rdx"),
+            (&|a| a.store16_mem_base(10, 0x10, 2), "mov gs:[r10+10h],dx"),
+            (&|a| a.or(9, 1), "or r9,rcx"),
+            (&|a| a.and(1, 9), "and rcx,r9"),
+            (&|a| a.bt32(0, 10), "bt eax,r10d"),
+            (&|a| a.shl(9, 12), "shl r9,0Ch"),
             (&|a| a.xor(9, 1), "xor r9,rcx"),
             (&|a| a.sub(1, 9), "sub rcx,r9"),
             (&|a| a.test(1, 1), "test rcx,rcx"),

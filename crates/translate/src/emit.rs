@@ -12,6 +12,7 @@ mod cold;
 mod control;
 mod encode;
 mod group;
+mod iret;
 mod memory;
 mod places;
 mod registers;
@@ -200,7 +201,7 @@ impl Translator {
                 Kind::Jcc(_) | Kind::Jrcxz(_) if i + 1 == insns.len() => STATUS,
                 Kind::Jcc(_) | Kind::Jrcxz(_) => live | target_live,
                 Kind::Ret | Kind::JmpIndirect | Kind::CallIndirect | Kind::Step => STATUS,
-                Kind::Syscall => STATUS,
+                Kind::Syscall | Kind::Iret => STATUS,
                 Kind::Sysret => 0,
                 _ => live,
             };
@@ -410,6 +411,7 @@ impl Work<'_> {
             Kind::Swapgs => self.swapgs(i, insn),
             Kind::Syscall => self.syscall(i, insn),
             Kind::Sysret => self.sysret(insn),
+            Kind::Iret => self.iret(i, insn),
             Kind::ReadSelector => self.read_selector(insn),
             Kind::ReadControl => self.read_control(insn),
             Kind::StoreSelector => self.store_selector(i, insn),

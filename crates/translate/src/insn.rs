@@ -59,6 +59,8 @@ pub enum Kind {
     Swapgs,
     Syscall,
     Sysret,
+    /// IRET of 64 bits, of kernel code.
+    Iret,
     /// Executed one at a time by the engine.
     Step,
 }
@@ -153,7 +155,7 @@ impl Insn {
         factory: &mut InstructionInfoFactory,
     ) -> Insn {
         let mut insn = Insn::without_registers(instr, offset, mode);
-        if matches!(insn.kind, Kind::Step | Kind::Nop) {
+        if matches!(insn.kind, Kind::Step | Kind::Iret | Kind::Nop) {
             return insn;
         }
         let info = factory.info(&instr);
@@ -210,7 +212,8 @@ impl Insn {
             insn.kind = Kind::Step;
         }
         match insn.kind {
-            Kind::Step => {
+            // Where it faults it shows them.
+            Kind::Step | Kind::Iret => {
                 insn.flags_read = STATUS;
                 return insn;
             }
@@ -293,6 +296,7 @@ impl Insn {
             M::Sysretq if long && mode.has(Mode::SYSCALL) && !mode.has(Mode::USER) => {
                 return Kind::Sysret;
             }
+            M::Iretq if long && !mode.has(Mode::USER) && !mode.has(Mode::AC) => return Kind::Iret,
             M::Mov
                 if i.op1_kind() == OpKind::Register
                     && i.op1_register().is_segment_register()

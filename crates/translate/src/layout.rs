@@ -80,8 +80,12 @@ pub struct FrameLayout {
     pub turn_back: i32,
     /// 32 bits each: [`Mode`] bits, without AC, of what the user's and the kernel's jump caches hold.
     pub jump_bases: [i32; 2],
-    /// Selectors of ES, CS, SS, DS, FS, GS; 16 bits each.
+    /// Selectors of ES, CS, SS, DS, FS, GS; 16 bits each, and behind each 16 bits of rights.
     pub selectors: [i32; 6],
+    /// The global descriptor table: base, 64 bits, and limit, 16 bits.
+    pub gdt: i32,
+    /// Byte: an NMI handler has not ended.
+    pub nmi_blocked: i32,
     /// Segment registers CS and SS, 16 bytes each.
     pub cs_ss: [i32; 2],
     /// What SYSCALL loads CS and SS with, and what SYSRET to 64-bit code does.
@@ -125,7 +129,8 @@ pub struct FrameLayout {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stubs {
     pub chain: [i64; 2],
-    pub mem: [i64; 2],
+    /// A data access that missed the TLB; for each of the three.
+    pub mem: [[i64; 2]; 3],
     pub step: [i64; 2],
     pub lookup: [i64; 2],
     pub native: i64,

@@ -24,17 +24,17 @@ pub mod pf {
     pub const FETCH: u32 = 1 << 4;
 }
 
-const P: u64 = 1 << 0;
-const RW: u64 = 1 << 1;
-const US: u64 = 1 << 2;
-const A: u64 = 1 << 5;
-const D: u64 = 1 << 6;
-const PS: u64 = 1 << 7;
-const G: u64 = 1 << 8;
+pub(crate) const P: u64 = 1 << 0;
+pub(crate) const RW: u64 = 1 << 1;
+pub(crate) const US: u64 = 1 << 2;
+pub(crate) const A: u64 = 1 << 5;
+pub(crate) const D: u64 = 1 << 6;
+pub(crate) const PS: u64 = 1 << 7;
+pub(crate) const G: u64 = 1 << 8;
 const XD: u64 = 1 << 63;
-const ADDR: u64 = ((1 << PHYS_BITS) - 1) & !0xfff;
+pub(crate) const ADDR: u64 = ((1 << PHYS_BITS) - 1) & !0xfff;
 /// Address bits that the guest's physical addresses do not have.
-const RSVD_ADDR: u64 = ((1 << 52) - 1) & !((1 << PHYS_BITS) - 1);
+pub(crate) const RSVD_ADDR: u64 = ((1 << 52) - 1) & !((1 << PHYS_BITS) - 1);
 /// Reserved bits of a page-directory-pointer entry of 32-bit PAE paging.
 pub(super) const RSVD_PAE_PDPTE: u64 = 0x1e6 | !((1u64 << PHYS_BITS) - 1);
 

@@ -35,7 +35,8 @@ impl Work<'_> {
                         | if write { MISS_WRITE } else { 0 }
                         | if masked { MISS_MASKED } else { 0 };
                     self.asm.store_imm32(self.layout.exit_info, info);
-                    self.jmp_stub(self.stubs.mem);
+                    let table = self.mode_at(cold.resume).table();
+                    self.jmp_stub(self.stubs.mem[table]);
                 }
                 ColdKind::Group {
                     reg,
@@ -65,12 +66,13 @@ impl Work<'_> {
                         | if write { MISS_WRITE } else { 0 }
                         | if any_write { MISS_ANY_WRITE } else { 0 };
                     self.asm.store_imm32(self.layout.exit_info, info);
-                    self.jmp_stub(self.stubs.mem);
+                    let mode = self.mode_at(cold.resume);
+                    self.jmp_stub(self.stubs.mem[mode.table()]);
                     self.out.chains.push(ChainSite {
                         at: at as u16,
                         unconnected: next as u16,
                         target: (target & 0xfff) as u16,
-                        mode: Mode(self.mode_at(cold.resume).0 | Mode::SINGLE),
+                        mode: Mode(mode.0 | Mode::SINGLE),
                     });
                 }
                 ColdKind::Chain { target } => {

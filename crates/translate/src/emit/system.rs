@@ -8,9 +8,9 @@ use crate::emit::{ColdKind, Flags, Resume, Work, bit};
 use crate::insn::{Insn, gpr};
 use crate::layout::Mode;
 
-const STATUS_BITS: u32 = 0x8d5;
-const IF: u32 = 1 << 9;
-const FIXED: u32 = 2;
+pub(super) const STATUS_BITS: u32 = 0x8d5;
+pub(super) const IF: u32 = 1 << 9;
+pub(super) const FIXED: u32 = 2;
 /// TF, DF, IOPL, NT, AC and ID: a POPF that changes one of them is the engine's.
 const SPECIAL: i32 = 0x100 | 0x400 | 0x3000 | 0x4000 | 0x4_0000 | 0x20_0000;
 /// What SYSRET takes from R11.
@@ -158,7 +158,7 @@ impl Work<'_> {
     }
 
     /// Takes the status flags and IF from the image in `v` into the frame. Changes `t`.
-    fn take_flags(&mut self, v: u8, t: u8) {
+    pub(super) fn take_flags(&mut self, v: u8, t: u8) {
         let l = self.layout;
         self.asm.store8(l.flags + 1, v);
         self.asm.mov32(t, v);
@@ -205,7 +205,7 @@ impl Work<'_> {
         self.cold_jump(cc::NE, ColdKind::Leave { next });
     }
 
-    fn begin_busy(&mut self) {
+    pub(super) fn begin_busy(&mut self) {
         self.asm.store_imm8(self.layout.busy, 1);
     }
 
@@ -227,17 +227,17 @@ impl Work<'_> {
         self.cold_jump(cc::NE, ColdKind::Leave { next });
     }
 
-    fn copy_segments(&mut self, to: [i32; 2], from: [i32; 2], t: u8) {
-        for n in 0..2 {
+    pub(super) fn copy_segments(&mut self, to: &[i32], from: &[i32], t: u8) {
+        for (to, from) in to.iter().zip(from) {
             for half in [0, 8] {
-                self.asm.load(t, from[n] + half);
-                self.asm.store(to[n] + half, t);
+                self.asm.load(t, from + half);
+                self.asm.store(to + half, t);
             }
         }
     }
 
-    /// Ends a change of privilege: RIP is in RCX and goes to the frame; RCX, RDX and the flags are in the frame.
-    fn change_level(&mut self, to: Mode) {
+    /// Ends a change of privilege: RIP is in RCX and goes to the frame; RCX, RDX and the flags are in the frame. `may_enable`: interrupts may be on now.
+    pub(super) fn change_level(&mut self, to: Mode, may_enable: bool) {
         let l = self.layout;
         self.asm.store(l.rip, RCX);
         self.resume = Resume::RipInFrame;
@@ -245,7 +245,7 @@ impl Work<'_> {
         self.asm.store_imm8(l.busy, 0);
         self.asm.cmp_mem8(l.turn_back, 0);
         self.cold_jump(cc::NE, ColdKind::LeaveWithRip);
-        if to.has(Mode::USER) {
+        if may_enable {
             self.asm.cmp_mem8(l.irq_pending, 0);
             self.cold_jump(cc::NE, ColdKind::LeaveWithRip);
         }
@@ -279,10 +279,10 @@ impl Work<'_> {
         self.asm.not(RCX);
         self.asm.and_mem(RCX, l.rest_flags);
         self.asm.store(l.rest_flags, RCX);
-        self.copy_segments(l.cs_ss, l.syscall_cs_ss, RDX);
+        self.copy_segments(&l.cs_ss, &l.syscall_cs_ss, RDX);
         self.asm.load(RCX, l.lstar);
         let to = Mode(self.mode.0 & !Mode::USER & !Mode::AC);
-        self.change_level(to);
+        self.change_level(to, false);
     }
 
     pub(super) fn sysret(&mut self, insn: &Insn) {
@@ -307,9 +307,9 @@ impl Work<'_> {
         self.flags = Flags::Saved;
         self.asm.store_imm32(l.ac_flag, 0);
         self.asm.store_imm64(l.rest_flags, u64::from(FIXED));
-        self.copy_segments(l.cs_ss, l.sysret_cs_ss, RDX);
+        self.copy_segments(&l.cs_ss, &l.sysret_cs_ss, RDX);
         self.spill(RCX);
         let to = Mode(self.mode.0 & !Mode::AC | Mode::USER);
-        self.change_level(to);
+        self.change_level(to, true);
     }
 }

@@ -128,6 +128,18 @@ fn translate_avx512_only_where_it_may_be_used() {
     assert_eq!(checks(wide, &[&masked]), 2);
 }
 
+#[test]
+fn translate_iret_of_a_kernel_stays_in_translated_code() {
+    const IRETQ: &[u8] = &[0x48, 0xcf];
+    // One check for what is popped, one for the descriptors, one for RIP and two for the selectors.
+    let host = hot(Mode::LONG, &[IRETQ]);
+    assert_eq!(count(&host, Mnemonic::Ja), 5);
+    assert_eq!(count(&host, Mnemonic::Pext), 1);
+    for mode in [Mode::LONG | Mode::AC, USER] {
+        assert_eq!(count(&hot(mode, &[IRETQ]), Mnemonic::Pext), 0);
+    }
+}
+
 /// An instruction that the engine executes ends a block.
 #[test]
 fn translate_a_read_of_the_fault_address_goes_on() {

@@ -1,0 +1,487 @@
+//! What translated code does of a kernel's work without the monitor, page walks and IRET, held against the instruction semantics.
+//!
+//! The same guest runs translated and one instruction at a time, on page tables and return frames of all kinds, and must come to the same registers and the same
+//! memory, accessed and dirty bits among it.
+
+use std::sync::Arc;
+
+use hospes_difftest::guest::HostProcessor;
+use hospes_difftest::rng::Rng;
+use hospes_engine::{CpuState, Exit, Segment, Vm, cr, reg, rflags, seg};
+use hospes_engine_bt::{BtVm, Execution, Options};
+use hospes_memory::{GuestMemory, Range};
+use hospes_units::{Gpa, VcpuId};
+use iced_x86::code_asm::*;
+
+const CASES: u64 = 150;
+
+/// Physical addresses; the kernel has the first 2 MiB where they are.
+const CODE: u64 = 0x1000;
+const HANDLERS: u64 = 0x1800;
+const ENTRY: u64 = 0x1c00;
+const GDT: u64 = 0x2000;
+const TSS: u64 = 0x2100;
+const IDT: u64 = 0x2800;
+const SCRIPT: u64 = 0x3000;
+const STACK: u64 = 0x7000;
+const KERNEL_STACK: u64 = 0x8000;
+const LOG: u64 = 0x9000;
+const FAULTS: u64 = 0xc000;
+const ROOT: u64 = 0x10_0000;
+/// The first pages once more, for user code.
+const USER: u64 = 0x20_0000;
+
+const DATA: u64 = 0x20_0000;
+const DATA_BYTES: u64 = 0x4_0000;
+const HIGH: u64 = 1 << 32;
+const RAM: [Range; 2] = [
+    Range {
+        start: 0,
+        end: DATA + DATA_BYTES,
+    },
+    Range {
+        start: HIGH,
+        end: HIGH + DATA + DATA_BYTES,
+    },
+];
+
+const P: u64 = 1;
+const W: u64 = 2;
+const U: u64 = 4;
+const A: u64 = 0x20;
+const D: u64 = 0x40;
+const PS: u64 = 0x80;
+const G: u64 = 0x100;
+const XD: u64 = 1 << 63;
+
+const KERNEL_CS: u16 = 0x08;
+const KERNEL_SS: u16 = 0x10;
+const USER_SS: u16 = 0x1b;
+const USER_CS: u16 = 0x23;
+const DESCRIPTORS: [u64; 8] = [
+    0,
+    0x00af_9b00_0000_ffff,
+    0x00cf_9300_0000_ffff,
+    0x00cf_f300_0000_ffff,
+    0x00af_fb00_0000_ffff,
+    // The TSS, and compatibility-mode code.
+    0x0000_8b00_2100_0067,
+    0,
+    0x00cf_fb00_0000_ffff,
+];
+
+/// Where anything may be written, with its length.
+const USED: [(u64, u64); 4] = [
+    (0, 0x1_0000),
+    (ROOT, 0x4_0000),
+    (DATA, DATA_BYTES),
+    (HIGH + DATA, DATA_BYTES),
+];
+
+struct Machine(GuestMemory);
+
+impl Machine {
+    fn new() -> Machine {
+        let m = Machine(GuestMemory::new(&RAM).unwrap());
+        m.put(GDT, &DESCRIPTORS);
+        m.put(TSS + 4, &[KERNEL_STACK]);
+        for vector in 0..32 {
+            let at = HANDLERS + 32 * vector;
+            let low = at & 0xffff | u64::from(KERNEL_CS) << 16 | 0x8e00 << 32;
+            m.put(IDT + 16 * vector, &[low, 0]);
+            m.code(at, |a| {
+                if vector == 14 {
+                    skip_fault(a);
+                } else {
+                    a.mov(rax, vector).unwrap();
+                    a.vmcall().unwrap();
+                }
+            });
+        }
+        m.code(ENTRY, |a| a.vmcall().unwrap());
+        m.put(ROOT, &[ROOT + 0x1000 + (P | W | U | A)]);
+        m.put(ROOT + 0x1000, &[ROOT + 0x2000 + (P | W | U | A)]);
+        let user = ROOT + 0x3000 + (P | W | U | A);
+        m.put(ROOT + 0x2000, &[P | W | A | D | PS | G, user]);
+        for page in 0..16 {
+            m.put(ROOT + 0x3000 + 8 * page, &[page << 12 | P | W | U | A | D]);
+        }
+        m
+    }
+
+    fn put(&self, gpa: u64, words: &[u64]) {
+        for (n, w) in words.iter().enumerate() {
+            let at = Gpa(gpa + 8 * n as u64);
+            self.0.write(at, &w.to_le_bytes()).unwrap();
+        }
+    }
+
+    fn code(&self, at: u64, f: impl FnOnce(&mut CodeAssembler)) {
+        let mut a = CodeAssembler::new(64).unwrap();
+        f(&mut a);
+        self.0.write(Gpa(at), &a.assemble(at).unwrap()).unwrap();
+    }
+
+    /// Runs to the first hypercall or the end of all; gives which, the registers and memory.
+    fn run(
+        self,
+        execution: Execution,
+        interrupt: bool,
+        set: impl FnOnce(&mut CpuState),
+    ) -> (Exit, CpuState, Vec<u8>) {
+        let memory = Arc::new(self.0);
+        let options = Options {
+            code_bytes: 1 << 20,
+            execution,
+        };
+        let vm = BtVm::new(memory.clone(), Arc::new(HostProcessor::new()), 1, options).unwrap();
+        let mut vcpu = vm.create_vcpu(VcpuId(0)).unwrap();
+        state(vcpu.state());
+        set(vcpu.state());
+        vcpu.state_changed();
+        if interrupt {
+            vcpu.control().set_callback_line(Some(31));
+        }
+        let exit = vcpu.run().unwrap();
+        let mut bytes = Vec::new();
+        for (start, len) in USED {
+            let mut piece = vec![0; len as usize];
+            memory.read(Gpa(start), &mut piece).unwrap();
+            bytes.append(&mut piece);
+        }
+        (exit, vcpu.state().clone(), bytes)
+    }
+}
+
+/// Notes what a page fault says and goes on behind its instruction, which is three bytes long.
+fn skip_fault(a: &mut CodeAssembler) {
+    a.mov(r14, cr2).unwrap();
+    a.mov(qword_ptr(r15), r14).unwrap();
+    a.pop(r14).unwrap();
+    a.mov(qword_ptr(r15 + 8), r14).unwrap();
+    a.add(r15, 16).unwrap();
+    a.add(qword_ptr(rsp), 3).unwrap();
+    // Flags that nothing reads are not kept.
+    a.and(qword_ptr(rsp + 16), !0x8d5).unwrap();
+    a.iretq().unwrap();
+}
+
+fn state(cpu: &mut CpuState) {
+    let segment = |selector: u16, attr: u16| Segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        attr,
+    };
+    cpu.cr0 = cr::CR0_PE | cr::CR0_ET | cr::CR0_NE | cr::CR0_WP | cr::CR0_PG;
+    cpu.cr4 = cr::CR4_PAE | cr::CR4_PGE | cr::CR4_OSFXSR | cr::CR4_SMAP;
+    cpu.cr3 = ROOT;
+    cpu.msr.efer = cr::EFER_SCE | cr::EFER_LME | cr::EFER_LMA | cr::EFER_NXE;
+    cpu.msr.star = 0x13 << 48 | u64::from(KERNEL_CS) << 32;
+    cpu.msr.lstar = ENTRY;
+    cpu.msr.sfmask = 0x25_7fd5;
+    cpu.seg = [Segment::default(); 6];
+    cpu.seg[seg::CS] = segment(KERNEL_CS, 0xa09b);
+    cpu.seg[seg::SS] = segment(KERNEL_SS, 0xc093);
+    cpu.gdtr.base = GDT;
+    cpu.gdtr.limit = 63;
+    cpu.idtr.base = IDT;
+    cpu.idtr.limit = 16 * 32 - 1;
+    cpu.tr = segment(0x28, 0x8b);
+    cpu.tr.base = TSS;
+    cpu.tr.limit = 0x67;
+    cpu.rflags = rflags::FIXED;
+    cpu.gpr[reg::RSP] = STACK;
+    cpu.rip = CODE;
+}
+
+/// Runs the same guest in both ways, `make` being called for each, and compares it all; of the flags those given.
+fn compare(
+    what: &str,
+    (interrupt, flags): (bool, u64),
+    make: impl Fn() -> Machine + Sync,
+    set: impl Fn(&mut CpuState) + Sync,
+) -> CpuState {
+    // A vCPU belongs to the thread that runs it, and its x87 state stays with that.
+    let run = |execution| {
+        std::thread::scope(|s| {
+            s.spawn(|| make().run(execution, interrupt, &set))
+                .join()
+                .unwrap()
+        })
+    };
+    let (ended, single, memory) = run(Execution::Single);
+    let (other_end, translated, other) = run(Execution::Translated);
+    assert_eq!(ended, other_end, "{what}");
+    assert_eq!(single.gpr.map(Hex), translated.gpr.map(Hex), "{what}");
+    assert_eq!(Hex(single.rip), Hex(translated.rip), "{what}");
+    let flags = |cpu: &CpuState| Hex(cpu.rflags & flags);
+    assert_eq!(flags(&single), flags(&translated), "{what}");
+    assert_eq!(Hex(single.cr2), Hex(translated.cr2), "{what}");
+    assert_eq!(single.seg, translated.seg, "{what}");
+    assert_eq!(single.nmi_blocked, translated.nmi_blocked, "{what}");
+    let (mine, _) = memory.as_chunks::<8>();
+    let (others, _) = other.as_chunks::<8>();
+    for (n, (a, b)) in mine.iter().zip(others).enumerate() {
+        let word = |w: &[u8; 8]| Hex(u64::from_le_bytes(*w));
+        assert_eq!(word(a), word(b), "{what}, word {n:#x}");
+    }
+    single
+}
+
+#[derive(PartialEq, Eq)]
+struct Hex(u64);
+
+impl std::fmt::Debug for Hex {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+/// What the script's lines do: RSI is the next line, RDI the end of the log.
+fn accesses(m: &Machine) {
+    m.code(CODE, |a| {
+        let mut next = a.create_label();
+        let (mut write, mut both, mut end) = (a.create_label(), a.create_label(), a.create_label());
+        a.set_label(&mut next).unwrap();
+        a.mov(rax, qword_ptr(rsi)).unwrap();
+        a.mov(rbx, qword_ptr(rsi + 8)).unwrap();
+        a.add(rsi, 16).unwrap();
+        a.cmp(rbx, 1).unwrap();
+        a.je(write).unwrap();
+        a.cmp(rbx, 2).unwrap();
+        a.ja(both).unwrap();
+        a.je(end).unwrap();
+        a.mov(rdx, 0x77u64).unwrap();
+        a.mov(rdx, qword_ptr(rax)).unwrap();
+        a.mov(qword_ptr(rdi), rdx).unwrap();
+        a.add(rdi, 8).unwrap();
+        a.jmp(next).unwrap();
+        a.set_label(&mut write).unwrap();
+        a.mov(qword_ptr(rax), rsi).unwrap();
+        a.jmp(next).unwrap();
+        // From the one address to the other: two checks of one instruction.
+        a.set_label(&mut both).unwrap();
+        a.mov(r8, rsi).unwrap();
+        a.mov(r9, rdi).unwrap();
+        a.mov(rsi, rax).unwrap();
+        a.mov(rdi, rbx).unwrap();
+        a.movsq().unwrap();
+        a.nop().unwrap();
+        a.mov(rsi, r8).unwrap();
+        a.mov(rdi, r9).unwrap();
+        a.jmp(next).unwrap();
+        a.set_label(&mut end).unwrap();
+        a.vmcall().unwrap();
+    });
+}
+
+/// An entry that maps something or refers to the next table, mostly as a kernel would write it.
+fn entry(rng: &mut Rng, target: u64, kernel: bool) -> u64 {
+    let mut e = target | P | W | A | if kernel { 0 } else { U };
+    for (bit, rare) in [(P, 24), (W, 8), (A, 12), (U, 12), (XD, 6), (1 << 46, 40)] {
+        if rng.one_in(rare) {
+            e ^= bit;
+        }
+    }
+    e
+}
+
+fn leaf(rng: &mut Rng, target: u64, kernel: bool) -> u64 {
+    let mut e = entry(rng, target, kernel);
+    e |= if rng.one_in(3) { 0 } else { D };
+    e | if rng.one_in(4) { G } else { 0 }
+}
+
+/// Writes the tables behind slots 8 to 15 of the root; each has a few pages.
+fn tables(m: &Machine, rng: &mut Rng, kernel: bool) -> Vec<u64> {
+    let mut addresses = Vec::new();
+    for slot in 8..16u64 {
+        let table = ROOT + 0x1_0000 + (slot - 8) * 0x3000;
+        let place = |rng: &mut Rng| if rng.one_in(4) { HIGH } else { 0 };
+        m.put(ROOT + 8 * slot, &[entry(rng, table, kernel)]);
+        let kind = rng.below(8);
+        let mut next = table + 0x1000;
+        if rng.one_in(12) {
+            // Not memory.
+            next = 0x9000_0000;
+        }
+        if kind == 0 {
+            let at = place(rng) | if rng.one_in(4) { 1 << 20 } else { 0 };
+            m.put(table, &[leaf(rng, at, kernel) | PS]);
+        } else {
+            m.put(table, &[entry(rng, next, kernel)]);
+        }
+        if kind == 1 {
+            let low = if rng.one_in(4) { 1 << 14 } else { 0 };
+            let at = (place(rng) + DATA) | low;
+            m.put(table + 0x1008, &[leaf(rng, at, kernel) | PS]);
+        } else {
+            m.put(table + 0x1008, &[entry(rng, table + 0x2000, kernel)]);
+        }
+        for page in 0..4u64 {
+            let offset = DATA + rng.below(DATA_BYTES >> 12) * 0x1000;
+            let at = if rng.one_in(10) {
+                0x8000_0000
+            } else {
+                place(rng) + offset
+            };
+            m.put(table + 0x2000 + 8 * page, &[leaf(rng, at, kernel)]);
+            addresses.push(slot << 39 | 1 << 21 | page << 12);
+        }
+    }
+    addresses
+}
+
+#[test]
+fn accesses_through_tables_of_all_kinds_match() {
+    for seed in 0..CASES {
+        let kernel = seed % 2 == 0;
+        let smap = seed % 3 != 0;
+        let alias = if kernel { 0 } else { USER };
+        let make = || {
+            let mut rng = Rng::new(seed);
+            let m = Machine::new();
+            accesses(&m);
+            for n in 0..DATA_BYTES / 8 / 64 {
+                m.put(DATA + 512 * n, &[rng.bits()]);
+                m.put(HIGH + DATA + 512 * n, &[rng.bits()]);
+            }
+            let pages = tables(&m, &mut rng, kernel);
+            let address = |rng: &mut Rng| {
+                let offset = if rng.one_in(8) {
+                    0xffc
+                } else {
+                    8 * rng.below(500)
+                };
+                let strange = if rng.one_in(40) { 1 << 60 } else { 0 };
+                (rng.pick(&pages) + offset) ^ strange
+            };
+            for n in 0..200 {
+                let first = address(&mut rng);
+                let second = match rng.below(4) {
+                    0 => 0,
+                    1 => 1,
+                    2 => address(&mut rng) & !(1 << 60),
+                    // The same place of the TLB.
+                    _ => (first & !(1 << 60)) ^ (3 << 39),
+                };
+                m.put(SCRIPT + 16 * n, &[first & !(1 << 60), second]);
+            }
+            m.put(SCRIPT + 16 * 200, &[0, 2]);
+            m
+        };
+        let flags = !(rflags::RF | rflags::STATUS);
+        compare(&format!("seed {seed}"), (false, flags), make, |cpu| {
+            cpu.rip = CODE + alias;
+            cpu.gpr[reg::RSI] = SCRIPT + alias;
+            cpu.gpr[reg::RDI] = LOG + alias;
+            cpu.gpr[15] = FAULTS;
+            if !smap {
+                cpu.cr4 &= !cr::CR4_SMAP;
+            } else if kernel && seed % 5 == 0 {
+                cpu.rflags |= rflags::AC;
+            }
+            if !kernel {
+                cpu.seg[seg::CS].selector = USER_CS;
+                cpu.seg[seg::CS].attr = 0xa0fb;
+                cpu.seg[seg::SS].selector = USER_SS;
+                cpu.seg[seg::SS].attr = 0xc0f3;
+                cpu.gpr[reg::RSP] = STACK + USER;
+            }
+        });
+    }
+}
+
+#[test]
+fn iret_with_frames_of_all_kinds_matches() {
+    let (mut to_user, mut to_kernel) = (0, 0);
+    for seed in 0..4 * CASES {
+        let mut rng = Rng::new(seed);
+        let user = rng.one_in(2);
+        let mut frame = if user {
+            let (code, stack) = (u64::from(USER_CS), u64::from(USER_SS));
+            [USER + ENTRY, code, 0x202, USER + STACK, stack]
+        } else {
+            let stack = rng.pick(&[0, u64::from(KERNEL_SS)]);
+            [ENTRY, u64::from(KERNEL_CS), 2, STACK - 0x100, stack]
+        };
+        frame[2] |= rng.bits() & 0x8d5;
+        if rng.one_in(3) {
+            frame[2] ^= 0x200;
+        }
+        if rng.one_in(4) {
+            frame[2] |= 1 << rng.pick(&[8, 10, 12, 13, 14, 16, 17, 18, 19, 20, 21, 33]);
+        }
+        if rng.one_in(4) {
+            let n = rng.pick(&[0, 1, 3, 4]);
+            frame[n] = match (n, rng.below(4)) {
+                (0, 0) => 0x8000_0000_0000,
+                (0, _) => 0xffff_0000_0000_0000 | rng.bits(),
+                (3, _) => rng.value(),
+                _ => rng.below(0x48) | rng.pick(&[0, 0, 1 << 16, 1 << 40]),
+            };
+        }
+        let stack = if rng.one_in(6) { 0x6fec } else { 0x6000 } + 8 * rng.below(4);
+        let descriptor = (rng.one_in(5), rng.range(1, 5), rng.below(64));
+        let data = rng
+            .one_in(6)
+            .then(|| (rng.pick(&[0, 3, 4, 5]), rng.pick(&[0x93, 0xf3, 0x13])));
+        let (limit, gdt) = (rng.pick(&[63, 63, 63, 127, 39]), rng.one_in(10));
+        let (nt, blocked, interrupt) = (rng.one_in(12), rng.one_in(8), rng.one_in(3));
+        let null = rng.one_in(2);
+        let make = || {
+            let m = Machine::new();
+            m.code(CODE, |a| {
+                a.mov(rsp, stack).unwrap();
+                // Something for the flags, and all of the table in the TLB.
+                a.mov(rax, qword_ptr(GDT + 8)).unwrap();
+                a.add(rax, rax).unwrap();
+                a.mov(rax, 0x1234u64).unwrap();
+                a.iretq().unwrap();
+            });
+            m.code(HANDLERS + 32 * 14, |a| {
+                a.mov(rax, 14u64).unwrap();
+                a.vmcall().unwrap();
+            });
+            m.put(stack, &frame);
+            let (change, which, bit) = descriptor;
+            if change {
+                m.put(GDT + 8 * which, &[DESCRIPTORS[which as usize] ^ 1 << bit]);
+            }
+            if gdt {
+                m.put(0x5fe8, &DESCRIPTORS);
+            }
+            m
+        };
+        let end = compare(
+            &format!("seed {seed}"),
+            (interrupt, !rflags::RF),
+            make,
+            |cpu| {
+                cpu.gdtr.limit = limit;
+                if gdt {
+                    cpu.gdtr.base = 0x5fe8;
+                }
+                if nt {
+                    cpu.rflags |= rflags::NT;
+                }
+                cpu.nmi_blocked = blocked;
+                if null {
+                    cpu.seg[seg::SS] = Segment::default();
+                }
+                if let Some((n, attr)) = data {
+                    cpu.seg[n].attr = attr;
+                    cpu.seg[n].selector = 0x1b;
+                }
+                for (n, r) in cpu.gpr.iter_mut().enumerate() {
+                    *r = 0x1111 * n as u64;
+                }
+            },
+        );
+        to_user += u32::from(end.rip == USER + ENTRY + 3);
+        to_kernel += u32::from(end.rip == ENTRY + 3);
+    }
+    // Most frames are good ones.
+    assert!(to_user > 50 && to_kernel > 50, "{to_user}, {to_kernel}");
+}
