@@ -60,6 +60,13 @@ const YMM_HIGH: usize = 576;
 #[repr(C, align(16))]
 struct Legacy([u8; 512]);
 
+/// Whether a register, or several, have other bits than zeros; whole ones, of 16 bytes at least.
+fn any(registers: &[u8]) -> bool {
+    let (words, rest) = registers.as_chunks::<16>();
+    debug_assert!(rest.is_empty());
+    words.iter().fold(0, |all, w| all | u128::from_ne_bytes(*w)) != 0
+}
+
 /// Brings the image up to date. The x87 instruction and data pointers in it are zero.
 pub fn store(frame: &mut Frame) {
     let mut legacy = Legacy([0; 512]);
@@ -77,10 +84,10 @@ pub fn store(frame: &mut Frame) {
         let (low, high) = vector[..32].split_at(16);
         image[XMM + 16 * n..XMM + 16 * n + 16].copy_from_slice(low);
         image[YMM_HIGH + 16 * n..YMM_HIGH + 16 * n + 16].copy_from_slice(high);
-        sse |= low.iter().any(|&b| b != 0);
-        avx |= high.iter().any(|&b| b != 0);
+        sse |= any(low);
+        avx |= any(high);
     }
-    let initial_x87 = image[0..5] == [0x7f, 3, 0, 0, 0] && image[32..160].iter().all(|&b| b == 0);
+    let initial_x87 = image[0..5] == [0x7f, 3, 0, 0, 0] && !any(&image[32..160]);
     let mut present = u64::from(!initial_x87) | u64::from(sse) << 1 | u64::from(avx) << 2;
     if let Some(wide) = frame.wide {
         present |= store_wide(frame, wide);
@@ -102,10 +109,10 @@ fn store_wide(frame: &mut Frame, wide: Wide) -> u64 {
     for (n, vector) in frame.vectors.0.iter().enumerate() {
         if n < 16 {
             image[wide.upper + 32 * n..][..32].copy_from_slice(&vector[32..]);
-            upper |= vector[32..].iter().any(|&b| b != 0);
+            upper |= any(&vector[32..]);
         } else {
             image[wide.more + 64 * (n - 16)..][..64].copy_from_slice(vector);
-            more |= vector.iter().any(|&b| b != 0);
+            more |= any(vector);
         }
     }
     u64::from(masks) << 5 | u64::from(upper) << 6 | u64::from(more) << 7
