@@ -20,7 +20,7 @@
 #include <ucontext.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, REGISTERS = 14, SIGNAL_STACK = 1 << 16 };
+enum { PAGE = 4096, REGISTERS = 14, SIGNAL_STACK = 1 << 16, HEAP = 1 << 20 };
 
 /* Code is copied here; the second page is data. What follows is a hole. */
 #define CODE ((unsigned char *)0x20000000)
@@ -630,6 +630,11 @@ int main(int count, char **arguments)
     stack_t other = { .ss_sp = stack, .ss_size = SIGNAL_STACK };
     cpu_set_t first;
 
+    /* The heap begins somewhere in the first gigabyte, perhaps where pages are put below: then once more, with another beginning. */
+    if ((uintptr_t)sbrk(0) > (uintptr_t)CODE - HEAP) {
+        execv("/proc/self/exe", arguments);
+        return 1;
+    }
     guest = count > 1 && strcmp(arguments[1], "guest") == 0;
     CPU_ZERO(&first);
     CPU_SET(0, &first);
