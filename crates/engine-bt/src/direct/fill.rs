@@ -4,7 +4,7 @@ use std::io;
 
 use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE};
 
-use super::mirror::{EXEC, Facts, Page, READ, WRITE};
+use super::mirror::{EXEC, Facts, Page, READ, WRITE, goes_on};
 use super::process::{BREAKPOINTS, USER_END};
 use super::tables::{Mapping, Table, look_up};
 use super::{MOST_RANGES, Space, Suspects, guards, scan};
@@ -17,6 +17,8 @@ use crate::vm::Translations;
 const WINDOW: u64 = 64;
 /// The same in a large page of the guest, whose pages are all alike: one mapping, for which the host can use a huge page as well.
 const LARGE_PAGES: u64 = 512;
+/// Most mappings made around one that is missing: each costs a good part of what a fault does.
+const RUNS: usize = 12;
 /// Pages of code scanned around one that is missing.
 const SCANS: u32 = 16;
 /// Addresses below are the host's to refuse (vm.mmap_min_addr).
@@ -43,6 +45,18 @@ fn judged(page: &[u8]) -> Suspects {
         return Suspects::Behind(first);
     }
     Suspects::Many
+}
+
+/// Of pages in ascending order, those around one that take few mappings; more of what follows it than of what precedes.
+fn nearest(list: &[(u64, Page)], page: u64) -> &[(u64, Page)] {
+    let starts: Vec<usize> = (0..list.len())
+        .filter(|&i| i == 0 || !goes_on(&list[i - 1], &list[i]))
+        .collect();
+    let here = starts.partition_point(|&i| list[i].0 <= page).max(1) - 1;
+    let first = here.saturating_sub(RUNS / 4);
+    let end = starts.get(first + RUNS).copied().unwrap_or(list.len());
+    list.get(starts.get(first).copied().unwrap_or(0)..end)
+        .unwrap_or(list)
 }
 
 impl BtVcpu {
@@ -167,7 +181,7 @@ impl BtVcpu {
             }
         }
         drop(guard);
-        let calls = space.mirror.add(&space.process, &list);
+        let calls = space.mirror.add(&space.process, nearest(&list, page));
         space.process.batch(&calls)?;
         Ok(Filled::Mapped { evicted })
     }
@@ -304,5 +318,43 @@ impl BtVcpu {
         };
         t.blocks.set_scan(gfn, found.clone());
         found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Pages from 0 on in frames that follow each other `together` at a time.
+    fn pages(count: u64, together: u64) -> Vec<(u64, Page)> {
+        let page = |at: u64| Page {
+            gfn: Gfn(at),
+            offset: (at + at / together * 100) * PAGE_SIZE,
+            prot: READ,
+        };
+        (0..count).map(|at| (at, page(at))).collect()
+    }
+
+    fn ends(list: &[(u64, Page)]) -> (u64, u64) {
+        (list[0].0, list[list.len() - 1].0)
+    }
+
+    #[test]
+    fn pages_that_follow_each_other_are_all_taken() {
+        assert_eq!(ends(nearest(&pages(64, 64), 40)), (0, 63));
+        assert_eq!(ends(nearest(&pages(64, 6), 40)), (18, 63));
+    }
+
+    #[test]
+    fn of_scattered_pages_the_nearest_are_taken() {
+        let before = RUNS as u64 / 4;
+        let list = pages(64, 1);
+        assert_eq!(
+            ends(nearest(&list, 20)),
+            (20 - before, 19 - before + RUNS as u64)
+        );
+        assert_eq!(ends(nearest(&list, 0)), (0, RUNS as u64 - 1));
+        assert_eq!(ends(nearest(&list, 63)), (63 - before, 63));
+        assert_eq!(ends(nearest(&list[5..6], 5)), (5, 5));
     }
 }

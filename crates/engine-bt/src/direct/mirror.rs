@@ -73,6 +73,11 @@ pub struct Mirror {
     exec_seen: u64,
 }
 
+/// Whether one mapping serves both of two pages, the second as well as the first.
+pub fn goes_on((at, page): &(u64, Page), (next, p): &(u64, Page)) -> bool {
+    *next == at + 1 && p.prot == page.prot && p.offset == page.offset + 4096
+}
+
 /// Single pages remembered as stale before all are.
 const STALE_MAX: usize = 256;
 
@@ -160,10 +165,7 @@ impl Mirror {
         for i in 0..new.len() {
             let (at, page) = new[i];
             self.put(at, page);
-            let goes_on = new.get(i + 1).is_some_and(|&(next, p)| {
-                next == at + 1 && p.prot == page.prot && p.offset == page.offset + 4096
-            });
-            if !goes_on {
+            if !new.get(i + 1).is_some_and(|next| goes_on(&new[i], next)) {
                 let (start, first) = new[from];
                 let bytes = (i + 1 - from) as u64 * 4096;
                 calls.push(process.map_call(start << 12, bytes, first.prot.into(), first.offset));

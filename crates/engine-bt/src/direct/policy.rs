@@ -1,64 +1,87 @@
 //! Which address spaces are worth running natively.
 //!
-//! Entering and leaving a process costs some microseconds, so it pays only where user code runs longer than that between two visits to its kernel. A timer interrupt
-//! that finds the vCPU in user code which has hardly visited its kernel since the last one is the sign to try; how long the bursts then are decides whether it goes on. One
-//! that failed at once is tried again after ever more interrupts, and one that paid for itself before it failed as soon as it is quiet again.
+//! Entering and leaving a process costs some microseconds, and mapping what it needs some more, so it pays only where user code runs long enough between two visits to its kernel. A timer
+//! interrupt that finds the vCPU in user code which has hardly visited its kernel since the last one is the sign to try. From then on each burst has a value: the time that the translator would have
+//! taken, less the time it took. Values below zero on average end the attempt. What it was worth as a whole decides how soon the next one is made, in this address space and in others that run the same program.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-/// Bursts shorter than this on average do not pay.
-const WORTH: Duration = Duration::from_micros(60);
-/// Translated, and with the visits themselves, the same takes about twice as long.
+use hospes_units::Gfn;
+
+/// Translated, user code takes about so many times as long. Compute loops take 2 to 3 times, interpreters and code that is executed seldom up to 9 times.
+const TRANSLATED: i64 = 4;
+/// Of the time of native execution, what each stop takes: two switches between processes, ns.
+const STOP_NS: i64 = 8_000;
+/// With visits to the kernel more often than that, native execution hardly pays.
 const QUIET: Duration = Duration::from_micros(120);
 /// Interrupts that follow each other more quickly count as one.
 const TICK: Duration = Duration::from_millis(1);
 /// Time without an interrupt in user code that counts at most: the rest may have been sleep.
 const MOST_TICK: Duration = Duration::from_millis(8);
-/// What an address space is believed to do before it was tried.
-const HOPE: Duration = Duration::from_micros(400);
+/// What a burst is believed to be worth before any was seen, ns.
+const HOPE: i64 = 1_200_000;
+/// Most and least that a burst counts for in the average, ns. The least leaves a program time for the pages that it needs first.
+const MOST: i64 = 4 * HOPE;
+const LEAST: i64 = -100_000;
+/// What it costs when an interrupt finds code that must stay translated, ns.
+const STAYED: i64 = 400_000;
 /// Interrupts in user code before the first attempt.
 const FIRST_TICKS: u32 = 2;
+/// The same for a program to which attempts were worth their cost.
+const GOOD_TICKS: u32 = 1;
 const MOST_TICKS: u32 = 128;
-/// Native execution in which an attempt has paid for itself.
-const PAID: Duration = Duration::from_millis(20);
-/// Address spaces remembered.
-const SPACES: usize = 512;
+/// Of what one address space has learnt, what others of the same program begin with at most.
+const MOST_INHERITED: u32 = 32;
+/// Address spaces, and programs, remembered.
+const REMEMBERED: usize = 512;
+
+/// What a burst was.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Burst {
+    /// In the process, switches to it and back included.
+    pub native: Duration,
+    /// From the decision to run natively to the state being the vCPU's again.
+    pub whole: Duration,
+    /// Times the process stopped.
+    pub stops: u32,
+    /// It was ended by an interrupt, not by what the code did.
+    pub interrupted: bool,
+}
+
+impl Burst {
+    /// The time it has saved, ns.
+    fn value(&self) -> i64 {
+        let ns = |d: Duration| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX / 16);
+        let user = (ns(self.native) - STOP_NS * i64::from(self.stops)).max(0);
+        TRANSLATED * user - ns(self.whole)
+    }
+}
 
 #[derive(Clone, Copy, Debug)]
 struct Heat {
+    /// Something by which the program that runs there is known again.
+    program: Option<Gfn>,
     hot: bool,
     ticks: u32,
     /// Ticks until the next attempt.
     wait: u32,
-    burst: Duration,
-    /// Native execution since it became hot.
-    native: Duration,
-}
-
-impl Default for Heat {
-    fn default() -> Self {
-        Heat {
-            hot: false,
-            ticks: 0,
-            wait: FIRST_TICKS,
-            burst: HOPE,
-            native: Duration::ZERO,
-        }
-    }
+    /// Of a burst on average, ns.
+    value: i64,
+    /// Of all bursts since it became hot, ns.
+    total: i64,
 }
 
 impl Heat {
-    fn judge(&mut self) {
-        if self.burst < WORTH {
-            self.hot = false;
-            self.ticks = 0;
-            self.wait = if self.native >= PAID {
-                FIRST_TICKS
-            } else {
-                (self.wait * 4).min(MOST_TICKS)
-            };
-        }
+    /// The attempt has ended.
+    fn end(&mut self) {
+        self.hot = false;
+        self.ticks = 0;
+        self.wait = if self.total > 0 {
+            GOOD_TICKS
+        } else {
+            (self.wait.max(FIRST_TICKS) * 4).min(MOST_TICKS)
+        };
     }
 }
 
@@ -66,6 +89,8 @@ impl Heat {
 pub struct Policy {
     /// By root of the address space's tables.
     heats: HashMap<u64, Heat>,
+    /// Ticks until an attempt, by program.
+    programs: HashMap<Gfn, u32>,
     always: bool,
     /// When an interrupt last counted, and how many visits there had been.
     last: Option<(Instant, u32)>,
@@ -76,6 +101,7 @@ impl Policy {
     pub fn new(always: bool) -> Policy {
         Policy {
             heats: HashMap::new(),
+            programs: HashMap::new(),
             always,
             last: None,
         }
@@ -92,7 +118,23 @@ impl Policy {
 
     /// The tables belong to another program now.
     pub fn forget(&mut self, root: u64) {
-        self.heats.remove(&root);
+        if let Some(mut heat) = self.heats.remove(&root)
+            && heat.hot
+        {
+            heat.end();
+            self.learn(heat);
+        }
+    }
+
+    /// Others that run the same program begin with what this one has come to.
+    fn learn(&mut self, heat: Heat) {
+        let Some(program) = heat.program else {
+            return;
+        };
+        if self.programs.len() >= REMEMBERED {
+            self.programs.clear();
+        }
+        self.programs.insert(program, heat.wait.min(MOST_INHERITED));
     }
 
     /// Whether user code has mostly gone on by itself since the last interrupt that counted.
@@ -109,53 +151,83 @@ impl Policy {
         passed.min(MOST_TICK) > QUIET.saturating_mul(visits.wrapping_sub(before))
     }
 
-    /// An interrupt found the vCPU in user code, which had visited its kernel so many times by then. True if the address space becomes one to run natively.
-    pub fn tick(&mut self, root: u64, now: Instant, visits: u32) -> bool {
+    /// An interrupt found the vCPU in user code, which had visited its kernel so many times by then. `program` gives something that all address spaces of one program share. True if
+    /// the address space becomes one to run natively.
+    pub fn tick(
+        &mut self,
+        root: u64,
+        now: Instant,
+        visits: u32,
+        program: impl FnOnce() -> Option<Gfn>,
+    ) -> bool {
         if !self.is_quiet(now, visits) {
             return false;
         }
-        if self.heats.len() >= SPACES && !self.heats.contains_key(&root) {
+        if self.heats.len() >= REMEMBERED && !self.heats.contains_key(&root) {
             self.heats.clear();
         }
-        let heat = self.heats.entry(root).or_default();
+        let programs = &self.programs;
+        let heat = self.heats.entry(root).or_insert_with(|| {
+            let program = program();
+            let known = program.and_then(|p| programs.get(&p));
+            Heat {
+                program,
+                hot: false,
+                ticks: 0,
+                wait: known.copied().unwrap_or(FIRST_TICKS),
+                value: HOPE,
+                total: 0,
+            }
+        });
         heat.ticks += 1;
         let becomes = !heat.hot && heat.ticks >= heat.wait;
         if becomes {
             heat.hot = true;
             heat.ticks = 0;
-            heat.burst = HOPE;
-            heat.native = Duration::ZERO;
+            heat.value = HOPE;
+            heat.total = 0;
         }
         becomes
     }
 
-    /// A burst ended after this time of native execution: by an interrupt, or by what the code did.
-    pub fn burst(&mut self, root: u64, time: Duration, interrupted: bool) {
-        let Some(heat) = self.heats.get_mut(&root) else {
-            return;
-        };
-        heat.native += time;
-        if interrupted && time < heat.burst {
-            return;
-        }
-        heat.burst = (heat.burst * 7 + time.min(HOPE * 4)) / 8;
-        heat.judge();
+    /// A burst has ended.
+    pub fn burst(&mut self, root: u64, burst: Burst) {
+        let value = burst.value();
+        self.count(root, value, |average| {
+            // One that was cut short says nothing of those that are not.
+            if burst.interrupted && (0..average).contains(&value) {
+                average
+            } else {
+                (average * 7 + value.clamp(LEAST, MOST)) / 8
+            }
+        });
     }
 
     /// An interrupt found a hot address space in code that has to stay translated, which is slow there.
     pub fn stayed(&mut self, root: u64) {
-        if let Some(heat) = self.heats.get_mut(&root) {
-            heat.burst /= 2;
-            heat.judge();
+        self.count(root, -STAYED, |average| average / 2 - STAYED / 8);
+    }
+
+    fn count(&mut self, root: u64, value: i64, average: impl FnOnce(i64) -> i64) {
+        let Some(heat) = self.heats.get_mut(&root).filter(|h| h.hot) else {
+            return;
+        };
+        heat.total = heat.total.saturating_add(value);
+        heat.value = average(heat.value);
+        if heat.value < 0 {
+            heat.end();
+            let heat = *heat;
+            self.learn(heat);
         }
     }
 
     /// The address space cannot be run natively for now.
     pub fn give_up(&mut self, root: u64) {
-        let heat = self.heats.entry(root).or_default();
-        heat.hot = false;
-        heat.ticks = 0;
-        heat.wait = MOST_TICKS;
+        if let Some(heat) = self.heats.get_mut(&root) {
+            heat.hot = false;
+            heat.ticks = 0;
+            heat.wait = MOST_TICKS;
+        }
     }
 }
 
@@ -164,6 +236,26 @@ mod tests {
     use super::*;
 
     const PERIOD: Duration = Duration::from_millis(4);
+    /// A page fault of the program.
+    const SHORT: Burst = Burst {
+        native: Duration::from_micros(11),
+        whole: Duration::from_micros(40),
+        stops: 1,
+        interrupted: false,
+    };
+    const LONG: Burst = Burst {
+        native: Duration::from_micros(1000),
+        whole: Duration::from_micros(1020),
+        stops: 1,
+        interrupted: false,
+    };
+    /// Much of it went into mapping what the program needs.
+    const WARM_UP: Burst = Burst {
+        native: Duration::from_micros(300),
+        whole: Duration::from_micros(4000),
+        stops: 15,
+        interrupted: true,
+    };
 
     /// A guest whose timer ticks, and so many visits to its kernel in each period.
     struct Guest {
@@ -181,21 +273,38 @@ mod tests {
             }
         }
 
-        fn tick(&mut self, root: u64, visits: u32) -> bool {
+        fn tick_of(&mut self, program: u64, root: u64, visits: u32) -> bool {
             self.now += PERIOD;
             self.visits = self.visits.wrapping_add(visits);
-            self.policy.tick(root, self.now, self.visits)
+            let program = || Some(Gfn(program));
+            self.policy.tick(root, self.now, self.visits, program)
+        }
+
+        /// Every address space has a program of its own.
+        fn tick(&mut self, root: u64, visits: u32) -> bool {
+            self.tick_of(root, root, visits)
         }
 
         /// Ticks until it becomes hot.
-        fn heat(&mut self, root: u64) -> u32 {
-            1 + (0..1000).take_while(|_| !self.tick(root, 1)).count() as u32
+        fn heat_of(&mut self, program: u64, root: u64) -> u32 {
+            1 + (0..1000)
+                .take_while(|_| !self.tick_of(program, root, 1))
+                .count() as u32
         }
 
-        fn cool(&mut self, root: u64) {
-            while self.policy.is_hot(root) {
-                self.policy.burst(root, Duration::from_micros(1), false);
+        fn heat(&mut self, root: u64) -> u32 {
+            self.heat_of(root, root)
+        }
+
+        /// Bursts of a kind until it cools.
+        fn cool(&mut self, root: u64, burst: Burst) -> u32 {
+            for n in 0..1000 {
+                if !self.policy.is_hot(root) {
+                    return n;
+                }
+                self.policy.burst(root, burst);
             }
+            panic!("it stays hot");
         }
     }
 
@@ -213,26 +322,60 @@ mod tests {
         let mut attempts = Vec::new();
         for _ in 0..5 {
             attempts.push(guest.heat(1));
-            guest.cool(1);
+            guest.cool(1, SHORT);
         }
         assert_eq!(attempts, [2, 8, 32, 128, 128]);
     }
 
     #[test]
-    fn attempts_that_paid_are_made_again_soon() {
+    fn attempts_that_paid_are_made_again_at_once() {
         let mut guest = Guest::new();
         for _ in 0..3 {
             guest.heat(1);
-            guest.cool(1);
+            guest.cool(1, SHORT);
         }
         assert_eq!(guest.heat(1), 128);
         for _ in 0..20 {
-            guest.policy.burst(1, Duration::from_millis(1), false);
+            guest.policy.burst(1, LONG);
         }
-        guest.cool(1);
-        assert_eq!(guest.heat(1), 2);
-        guest.cool(1);
+        guest.cool(1, SHORT);
+        assert_eq!(guest.heat(1), GOOD_TICKS);
+        guest.cool(1, SHORT);
         assert_eq!(guest.heat(1), 8);
+    }
+
+    #[test]
+    fn pages_that_are_needed_first_do_not_cool() {
+        let mut guest = Guest::new();
+        guest.heat(1);
+        for _ in 0..5 {
+            guest.policy.burst(1, WARM_UP);
+        }
+        assert!(guest.policy.is_hot(1));
+        // All the time is another matter.
+        assert!(guest.cool(1, WARM_UP) < 50);
+    }
+
+    #[test]
+    fn programs_are_known_again() {
+        let (mut guest, good, bad) = (Guest::new(), 100, 200);
+        assert_eq!((guest.heat_of(good, 1), guest.heat_of(bad, 2)), (2, 2));
+        guest.policy.burst(1, LONG);
+        // It ends before it has cooled.
+        guest.policy.forget(1);
+        guest.cool(2, SHORT);
+        assert_eq!(guest.heat_of(good, 3), GOOD_TICKS);
+        assert_eq!(guest.heat_of(bad, 4), 8);
+        guest.policy.burst(4, SHORT);
+        guest.policy.forget(4);
+        assert_eq!(guest.heat_of(bad, 5), MOST_INHERITED);
+        guest.cool(5, SHORT);
+        assert_eq!(guest.heat_of(bad, 6), MOST_INHERITED);
+        for _ in 0..10 {
+            guest.policy.burst(6, LONG);
+        }
+        guest.cool(6, SHORT);
+        assert_eq!(guest.heat_of(bad, 7), GOOD_TICKS);
     }
 
     #[test]
@@ -250,7 +393,7 @@ mod tests {
         let mut guest = Guest::new();
         guest.tick(1, 0);
         for _ in 0..100 {
-            assert!(!guest.policy.tick(1, guest.now, guest.visits));
+            assert!(!guest.policy.tick(1, guest.now, guest.visits, || None));
         }
         assert!(guest.tick(1, 0));
     }
@@ -260,12 +403,12 @@ mod tests {
         let mut guest = Guest::new();
         for _ in 0..3 {
             guest.heat(1);
-            guest.cool(1);
+            guest.cool(1, SHORT);
         }
         assert!(guest.policy.knows(1));
         guest.policy.forget(1);
         assert!(!guest.policy.knows(1));
-        assert_eq!(guest.heat(1), 2);
+        assert_eq!(guest.heat_of(2, 1), 2);
     }
 
     #[test]
@@ -273,10 +416,13 @@ mod tests {
         let mut guest = Guest::new();
         guest.heat(1);
         for _ in 0..100 {
-            guest.policy.burst(1, HOPE * 10, false);
+            guest.policy.burst(1, LONG);
         }
         for _ in 0..5 {
             assert!(guest.policy.is_hot(1));
+            guest.policy.stayed(1);
+        }
+        for _ in 0..5 {
             guest.policy.stayed(1);
         }
         assert!(!guest.policy.is_hot(1));
@@ -286,8 +432,14 @@ mod tests {
     fn interrupts_do_not_make_bursts_short() {
         let mut guest = Guest::new();
         guest.heat(1);
+        let cut = Burst {
+            native: Duration::from_micros(20),
+            whole: Duration::from_micros(30),
+            stops: 1,
+            interrupted: true,
+        };
         for _ in 0..1000 {
-            guest.policy.burst(1, Duration::from_micros(1), true);
+            guest.policy.burst(1, cut);
         }
         assert!(guest.policy.is_hot(1));
     }

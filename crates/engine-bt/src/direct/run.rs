@@ -10,8 +10,9 @@ use hospes_units::{Gpa, PAGE_SIZE};
 
 use super::fill::Filled;
 use super::mirror::Mirror;
+use super::policy::Burst;
 use super::process::{AFTER_INT1, AFTER_INT3, AFTER_STEP, Process, Registers, Stop, USER_END};
-use super::tables::look_up;
+use super::tables::{look_up, lowest};
 use super::{ROOT, SPACES, Space};
 use crate::exec::{self, Step, debug_active};
 use crate::fpu;
@@ -36,11 +37,13 @@ const XSTATE_SSE: u8 = 2;
 const XSTATE_AVX512: u8 = 0xe0;
 const PCID: u64 = 0xfff;
 
-/// What a burst was.
+/// What a burst has taken so far.
 #[derive(Default)]
 struct Spent {
     /// In the process.
     time: Duration,
+    /// Times it stopped.
+    stops: u32,
     /// Instructions that the engine executed in between.
     steps: u32,
 }
@@ -115,10 +118,11 @@ impl BtVcpu {
             if direct.excludes(root, cpu.rip) {
                 direct.policy.stayed(root);
             }
-        } else if direct
-            .policy
-            .tick(root, Instant::now(), host.frame.kernel_visits)
-        {
+            return;
+        }
+        let program = || lowest(&host.shared.memory, root);
+        let visits = host.frame.kernel_visits;
+        if direct.policy.tick(root, Instant::now(), visits, program) {
             // From now on every return to user code is to be seen.
             host.flush_jumps_all();
         }
@@ -144,6 +148,7 @@ impl BtVcpu {
 
     /// Runs the guest's user code natively until something stops it.
     pub(crate) fn run_direct(&mut self) -> Result<Option<Exit>, EngineError> {
+        let start = Instant::now();
         let root = self.host.frame.cpu.cr3 & ROOT;
         let Some(mut space) = self.take_space(root) else {
             self.host.direct.policy.give_up(root);
@@ -172,10 +177,13 @@ impl BtVcpu {
             End::Pass => direct.pass = true,
             _ => {}
         }
-        let interrupted = matches!(end, End::Interrupted);
-        direct
-            .policy
-            .burst(root, spent.time / (1 + spent.steps), interrupted);
+        let burst = Burst {
+            native: spent.time,
+            whole: start.elapsed(),
+            stops: spent.stops,
+            interrupted: matches!(end, End::Interrupted),
+        };
+        direct.policy.burst(root, burst);
         if std::mem::take(&mut space.foreign) {
             direct.policy.give_up(root);
         }
@@ -286,6 +294,7 @@ impl BtVcpu {
             if stop == Stop::Dead {
                 return Ok(End::Dead);
             }
+            spent.stops += 1;
             *regs = space.process.registers()?;
             match stop {
                 Stop::Fault {

@@ -29,6 +29,27 @@ pub fn begins(memory: &GuestMemory, root: u64) -> bool {
     entries.iter().filter(|e| **e != 0).take(2).count() <= 1
 }
 
+/// The frame of the lowest page that user code may read, 4-level tables: that of the program's file, as a rule, and the same wherever the program runs. A few empty tables are
+/// passed over.
+pub fn lowest(memory: &GuestMemory, root: u64) -> Option<Gfn> {
+    const TABLES: u32 = 16;
+    fn within(memory: &GuestMemory, table: u64, level: u32, left: &mut u32) -> Option<Gfn> {
+        *left = left.checked_sub(1)?;
+        let entries: [u64; 512] = memory.read_obj(Gpa(table)).ok()?;
+        let user = if level == 3 { 256 } else { 512 };
+        let mut present = entries[..user]
+            .iter()
+            .filter(|e| *e & PRESENT_USER == PRESENT_USER);
+        present.find_map(|entry| {
+            if level == 0 || *entry & LARGE != 0 {
+                return Some(Gfn((entry & ADDRESS) >> 12));
+            }
+            within(memory, entry & ADDRESS, level - 1, left)
+        })
+    }
+    within(memory, root & ADDRESS, 3, &mut TABLES.clone())
+}
+
 /// Where the translations of 512 neighbouring pages stand, all of them reached through the same entries above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Table {
