@@ -79,7 +79,7 @@ impl BtVcpu {
             space.process.unmap_all()?;
             space.mirror.clear();
         } else {
-            space.process.batch(&calls)?;
+            space.process.queue(calls);
         }
         let mirror = &space.mirror;
         let before = space.breakpoints.len();
@@ -182,7 +182,7 @@ impl BtVcpu {
         }
         drop(guard);
         let calls = space.mirror.add(&space.process, nearest(&list, page));
-        space.process.batch(&calls)?;
+        space.process.queue(calls);
         Ok(Filled::Mapped { evicted })
     }
 
@@ -244,7 +244,7 @@ impl BtVcpu {
                 return Ok(None);
             };
             let call = space.mirror.take_out(oldest);
-            space.process.batch(&[call])?;
+            space.process.queue([call]);
             space.breakpoints.retain(|a| a >> 12 != oldest);
             evicted += 1;
         }
@@ -274,7 +274,7 @@ impl BtVcpu {
     /// Takes a page and its breakpoints out of the process.
     fn drop_code(&self, space: &mut Space, page: u64) -> io::Result<()> {
         let call = space.mirror.take_out(page);
-        space.process.batch(&[call])?;
+        space.process.queue([call]);
         space.breakpoints.retain(|a| a >> 12 != page);
         space.process.set_breakpoints(&space.breakpoints)
     }

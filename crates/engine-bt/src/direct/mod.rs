@@ -4,8 +4,8 @@
 //! the engine, with the guest's own tables. Memory is the guest's: the process maps pages of the same memory file, as far as the guest's tables allow.
 //!
 //! Invariants
-//! * Nothing of the monitor and no page that guest user code may not reach is mapped in such a process, but for a page of mapping calls and their table.
-//! * No system call of guest code is carried out by the host.
+//! * Nothing of the monitor and no page that guest user code may not reach is mapped in such a process, but for a page of code that makes mapping calls, their table, and a page of registers.
+//! * No system call of guest code is carried out by the host: those that the filter lets pass carry a key which is not in the process when guest code runs.
 //! * A page is mapped writable only where the guest's entry is dirty and the frame has no translations, and executable only where it has been scanned since it was
 //!   last written.
 //! * Each vCPU has its own processes: they are flushed when its TLB is.
@@ -24,6 +24,7 @@ mod stub;
 mod tables;
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use hospes_memory::GuestMemory;
 use hospes_units::Gva;
@@ -70,6 +71,10 @@ struct Space {
     breakpoints: Vec<u64>,
     /// Host CPU time that has been accounted for, ns.
     accounted_ns: u64,
+    /// Native execution since then.
+    unaccounted: Duration,
+    /// The vector state that the process has, as the vCPU's image shows it; empty if that is not known.
+    vectors: Vec<u8>,
     /// Where the guest's kernel was called for a page: what it has put there is mapped before the program goes on.
     awaited: Option<u64>,
     /// The process is in a state that it cannot be brought out of.

@@ -1,8 +1,8 @@
 //! An address-space process: an otherwise empty process in which guest user code runs natively, traced by one vCPU's thread.
 //!
 //! It holds nothing but what is mapped into it from the guest's memory file, and one small area of ours at a random address: a page of code that
-//! makes mapping calls, the table of those calls, and a page that the code writes for us to read. It runs guest code under `PTRACE_SYSEMU` only, so no system call of the guest is ever
-//! carried out by the host; a filter allows mapping calls alone should one get through. It dies with the tracing thread.
+//! makes mapping calls, the table of those calls, and a page that the code and we share. No system call of the guest is ever carried out by the host: a filter
+//! allows mapping calls alone, and those with a key in the upper halves of two arguments, 64 random bits which the process has in its memory only until it has made the calls and before guest code goes on. It dies with the tracing thread.
 
 use std::ffi::{CStr, c_int, c_void};
 use std::io::{Error, Result};
@@ -10,13 +10,9 @@ use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
-use super::stub::{self, Call};
+use super::stub::{self, Call, SCRATCH, Start, TABLE, TABLE_PAGES};
 
 const PAGE: usize = 4096;
-/// Pages of the table of calls.
-const TABLE_PAGES: usize = 16;
-/// A page behind the table that code of ours writes.
-const SCRATCH: usize = (1 + TABLE_PAGES) * PAGE;
 const AREA_BYTES: usize = SCRATCH + PAGE;
 /// Most calls of one batch.
 pub const BATCH_CALLS: usize = TABLE_PAGES * PAGE / size_of::<Call>();
@@ -75,6 +71,10 @@ pub struct Process {
     memory_fd: RawFd,
     template: Registers,
     xstate_bytes: usize,
+    /// What mapping calls carry in the upper halves of their third and fifth arguments, where the kernel takes none of it; zero until there is a filter.
+    key: [u64; 2],
+    /// Calls to be made before guest code runs again.
+    queue: Vec<Call>,
 }
 
 // SAFETY: the mapping behind `area` is owned by this value alone. Only the thread that made the process can trace it; in another all calls fail, and dropping it there
@@ -106,6 +106,13 @@ fn memfd(name: &CStr, bytes: &[u8]) -> Result<OwnedFd> {
         }
         Ok(fd)
     }
+}
+
+fn random() -> Result<u64> {
+    let mut bytes = [0u8; 8];
+    // SAFETY: the buffer has the given size.
+    check(unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) } as i64)?;
+    Ok(u64::from_le_bytes(bytes))
 }
 
 struct Setup {
@@ -273,6 +280,8 @@ impl Process {
             memory_fd,
             template,
             xstate_bytes: 0,
+            key: [0; 2],
+            queue: Vec::new(),
         };
         process.prepare()?;
         Ok(process)
@@ -310,11 +319,8 @@ impl Process {
     /// Maps the area at a new random address, by a system-call instruction at `via`.
     fn map_area(&mut self, via: u64) -> Result<()> {
         for _ in 0..16 {
-            let mut random = [0u8; 8];
-            // SAFETY: the buffer has the given size.
-            check(unsafe { libc::getrandom(random.as_mut_ptr().cast(), 8, 0) } as i64)?;
             // Between 4 GiB and 64 TiB.
-            let base = (u64::from_le_bytes(random) & 0x3fff_ffff_f000) | 1 << 32;
+            let base = (random()? & 0x3fff_ffff_f000) | 1 << 32;
             let map = |offset: usize, bytes: usize, prot: i32, flags: i32| {
                 [
                     libc::SYS_mmap as u64,
@@ -326,22 +332,16 @@ impl Process {
                     offset as u64,
                 ]
             };
-            // The whole of it, where nothing else is; then its parts with other rights, by the first one's code.
+            // The whole of it, where nothing else is; then what is not code with other rights, by that code.
             let code = libc::PROT_READ | libc::PROT_EXEC;
             let whole = map(0, AREA_BYTES, code, libc::MAP_FIXED_NOREPLACE);
             if self.call(via, whole)? as u64 != base {
                 continue;
             }
             let one = base + stub::ONE;
-            let table = map(PAGE, SCRATCH - PAGE, libc::PROT_READ, libc::MAP_FIXED);
-            self.call_checked(one, table)?;
-            let scratch = map(
-                SCRATCH,
-                PAGE,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_FIXED,
-            );
-            self.call_checked(one, scratch)?;
+            let data = libc::PROT_READ | libc::PROT_WRITE;
+            let rest = map(TABLE, AREA_BYTES - TABLE, data, libc::MAP_FIXED);
+            self.call_checked(one, rest)?;
             self.base = base;
             return Ok(());
         }
@@ -362,26 +362,33 @@ impl Process {
             .collect())
     }
 
-    /// From here on the process can make mapping calls and no others.
-    fn install_filter(&self) -> Result<()> {
+    /// From here on the process can make mapping calls with the key and no others: they stop it.
+    fn install_filter(&mut self) -> Result<()> {
         const LOAD: u64 = 0x20;
         const JUMP_EQUAL: u64 = 0x15;
         const RETURN: u64 = 0x06;
         const X86_64: u64 = 0xc000_003e;
         const ALLOW: u64 = 0x7fff_0000;
         const TRACE: u64 = 0x7ff0_0000;
+        // Of struct seccomp_data: the number, the architecture, the upper halves of the third and fifth arguments.
+        let [number, architecture, third_argument, fifth_argument] = [0, 4, 36, 52];
         let op = |code: u64, yes: u64, no: u64, k: u64| code | yes << 16 | no << 24 | k << 32;
+        let random = random()?;
+        let [third, fifth] = [random >> 32, random & 0xffff_ffff];
         let filter = [
-            op(LOAD, 0, 0, 4),
-            op(JUMP_EQUAL, 0, 4, X86_64),
-            op(LOAD, 0, 0, 0),
-            op(JUMP_EQUAL, 3, 0, libc::SYS_mmap as u64),
-            op(JUMP_EQUAL, 2, 0, libc::SYS_munmap as u64),
-            op(JUMP_EQUAL, 1, 0, libc::SYS_mprotect as u64),
+            op(LOAD, 0, 0, architecture),
+            op(JUMP_EQUAL, 0, 7, X86_64),
+            op(LOAD, 0, 0, number),
+            op(JUMP_EQUAL, 1, 0, libc::SYS_mmap as u64),
+            op(JUMP_EQUAL, 0, 4, libc::SYS_munmap as u64),
+            op(LOAD, 0, 0, third_argument),
+            op(JUMP_EQUAL, 0, 2, third),
+            op(LOAD, 0, 0, fifth_argument),
+            op(JUMP_EQUAL, 1, 0, fifth),
             op(RETURN, 0, 0, TRACE),
             op(RETURN, 0, 0, ALLOW),
         ];
-        let table = self.base + PAGE as u64;
+        let table = self.base + TABLE as u64;
         self.put(0, &[filter.len() as u64, table + 16]);
         self.put(2, &filter);
         let one = self.base + stub::ONE;
@@ -389,8 +396,17 @@ impl Process {
         self.call_checked(one, [libc::SYS_prctl as u64, no_new, 1, 0, 0, 0, 0])?;
         let mode = u64::from(libc::SECCOMP_SET_MODE_FILTER);
         self.call_checked(one, [libc::SYS_seccomp as u64, mode, 0, table, 0, 0, 0])?;
-        self.put(0, &[0; 10]);
+        self.put(0, &[0; 2]);
+        self.put(2, &[0; 11]);
+        self.key = [third << 32, fifth << 32];
         Ok(())
+    }
+
+    /// A mapping call with the key.
+    fn keyed(&self, mut call: Call) -> Call {
+        call[3] |= self.key[0];
+        call[5] |= self.key[1];
+        call
     }
 
     /// Writes words into the table of calls.
@@ -398,7 +414,7 @@ impl Process {
         assert!((at + words.len()) * 8 <= TABLE_PAGES * PAGE);
         // SAFETY: the range lies in the mapped table, which is aligned; the process that shares it is stopped.
         unsafe {
-            let table = self.area.add(PAGE).cast::<u64>();
+            let table = self.area.add(TABLE).cast::<u64>();
             ptr::copy_nonoverlapping(words.as_ptr(), table.add(at), words.len());
         }
     }
@@ -437,8 +453,14 @@ impl Process {
         [libc::SYS_munmap as u64, address, bytes, 0, 0, 0, 0]
     }
 
+    /// Has calls made, in order, before guest code runs again.
+    pub fn queue(&mut self, calls: impl IntoIterator<Item = Call>) {
+        self.queue.extend(calls);
+    }
+
     /// Unmaps everything but the area.
-    pub fn unmap_all(&self) -> Result<()> {
+    pub fn unmap_all(&mut self) -> Result<()> {
+        self.queue.clear();
         let end = self.base + AREA_BYTES as u64;
         let start = PAGE as u64;
         self.batch(&[
@@ -461,26 +483,40 @@ impl Process {
         regs.rip = via;
         [
             regs.rax, regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9,
-        ] = call;
+        ] = self.keyed(call);
         Ok(self.run_stub(&mut regs)?.rax as i64)
     }
 
-    /// Makes all these calls in the process, in order; fails with the first that does.
+    /// Makes all these calls in the process at once, in order; fails with the first that does.
     pub fn batch(&self, calls: &[Call]) -> Result<()> {
         for part in calls.chunks(BATCH_CALLS) {
-            self.put(0, part.as_flattened());
+            self.put_calls(part);
             let mut regs = self.template;
             regs.rip = self.base + stub::BATCH;
-            regs.r12 = self.base + PAGE as u64;
+            regs.r12 = self.base + TABLE as u64;
             regs.r13 = part.len() as u64;
-            let after = self.run_stub(&mut regs)?;
-            // What the table says of guest memory is none of the guest program's business.
-            self.put(0, &vec![0; part.as_flattened().len()]);
+            let after = self.run_stub(&mut regs);
+            self.clear_calls(part.len());
+            let after = after?;
             if after.r13 != 0 {
                 return Err(Error::from_raw_os_error(-(after.rax as i64) as i32));
             }
         }
         Ok(())
+    }
+
+    fn put_calls(&self, calls: &[Call]) {
+        for (n, call) in calls.iter().enumerate() {
+            self.put(n * call.len(), &self.keyed(*call));
+        }
+    }
+
+    /// What the table says, of guest memory and the key, is none of the guest program's business.
+    fn clear_calls(&self, calls: usize) {
+        let none: Call = [0; 7];
+        for n in 0..calls {
+            self.put(n * none.len(), &none);
+        }
     }
 
     fn run_stub(&self, regs: &mut Registers) -> Result<Registers> {
@@ -540,10 +576,11 @@ impl Process {
     pub fn mxcsr(&self) -> Result<u32> {
         let mut regs = self.template;
         regs.rip = self.base + stub::MXCSR;
-        regs.r12 = self.base + SCRATCH as u64;
+        let slot = SCRATCH + stub::MXCSR_SLOT;
+        regs.r12 = self.base + slot as u64;
         self.run_stub(&mut regs)?;
-        // SAFETY: the page lies in the mapped area; the process that shares it is stopped.
-        let value = unsafe { ptr::read_volatile(self.area.add(SCRATCH).cast::<u32>()) };
+        // SAFETY: the word lies in the mapped area; the process that shares it is stopped.
+        let value = unsafe { ptr::read_volatile(self.area.add(slot).cast::<u32>()) };
         // Whoever else wrote there, no reserved bit gets any further.
         Ok(value & 0xffff)
     }
@@ -563,16 +600,105 @@ impl Process {
         ptrace(libc::PTRACE_SETREGSET, self.pid, NT_X86_XSTATE, p)
     }
 
-    /// Lets guest code run until it stops.
-    pub fn run(&self) -> Result<Stop> {
-        ptrace(libc::PTRACE_SYSEMU, self.pid, 0, ptr::null_mut())?;
-        let status = wait(self.pid)?;
+    /// Makes the calls that are due and lets guest code run until it stops; the registers are its own, before and after. Fails if a call does, with the registers as they were.
+    pub fn run(&mut self, regs: &mut Registers) -> Result<Stop> {
+        if self.queue.is_empty() {
+            self.set_registers(regs)?;
+            ptrace(libc::PTRACE_SYSEMU, self.pid, 0, ptr::null_mut())?;
+            let status = wait(self.pid)?;
+            if libc::WIFSTOPPED(status) {
+                *regs = self.registers()?;
+            }
+            return self.stop(status, regs);
+        }
+        let mut queue = mem::take(&mut self.queue);
+        let (first, last) = queue.split_at(queue.len().saturating_sub(BATCH_CALLS));
+        self.batch(first)?;
+        let stop = self.go(regs, last);
+        queue.clear();
+        self.queue = queue;
+        stop
+    }
+
+    /// Makes calls, and guest code goes on behind them without a stop in between.
+    fn go(&self, regs: &mut Registers, calls: &[Call]) -> Result<Stop> {
+        let start = Start {
+            general: [
+                regs.r15, regs.r14, regs.r13, regs.r12, regs.r11, regs.r10, regs.r9, regs.r8,
+                regs.rbp, regs.rdi, regs.rsi, regs.rdx, regs.rcx, regs.rbx, regs.rax,
+            ],
+            rip: regs.rip,
+            cs: regs.cs,
+            rflags: regs.eflags,
+            rsp: regs.rsp,
+            ss: regs.ss,
+            calls: calls.len() as u64,
+            words: calls.as_flattened().len() as u64,
+        };
+        self.put_start(&start);
+        self.put_calls(calls);
+        let mut through = *regs;
+        through.rip = self.base + stub::GO;
+        through.eflags = self.template.eflags;
+        self.set_registers(&through)?;
+        let mut kicked = false;
+        loop {
+            ptrace(libc::PTRACE_CONT, self.pid, 0, ptr::null_mut())?;
+            let status = wait(self.pid)?;
+            if !libc::WIFSTOPPED(status) {
+                return Ok(Stop::Dead);
+            }
+            let now = self.registers()?;
+            let inside = (self.base..self.base + PAGE as u64).contains(&now.rip.wrapping_sub(1));
+            match libc::WSTOPSIG(status) {
+                // The calls are made first, for what is mapped is known by them; then it is as if the kick had come before.
+                KICK if inside => {
+                    kicked = true;
+                    let rip = self.base + stub::STOP;
+                    self.put_start(&Start { rip, ..start });
+                }
+                libc::SIGTRAP if kicked && now.rip == self.base + stub::STOP + 1 => {
+                    return Ok(Stop::Kick);
+                }
+                // Not cleared: a call has failed. Else it is guest code that has come here by itself.
+                libc::SIGTRAP if inside && self.first_call() != 0 => {
+                    self.clear_calls(calls.len());
+                    return Err(Error::from_raw_os_error(now.rax.wrapping_neg() as i32));
+                }
+                _ => {
+                    *regs = now;
+                    return self.stop(status, regs);
+                }
+            }
+        }
+    }
+
+    /// The number of the first call in the table.
+    fn first_call(&self) -> u64 {
+        // SAFETY: the word lies in the mapped area and is aligned; the process that shares it is stopped.
+        unsafe { ptr::read_volatile(self.area.add(TABLE).cast()) }
+    }
+
+    fn put_start(&self, start: &Start) {
+        // SAFETY: the page lies in the mapped area and is aligned; the process that shares it is stopped.
+        unsafe { ptr::write_volatile(self.area.add(SCRATCH).cast(), *start) };
+    }
+
+    /// What the status means of a process that has stopped with these registers.
+    fn stop(&self, status: c_int, regs: &Registers) -> Result<Stop> {
+        const VSYSCALL: u64 = 0xffff_ffff_ff60_0000;
         if !libc::WIFSTOPPED(status) {
             return Ok(Stop::Dead);
         }
         Ok(match libc::WSTOPSIG(status) {
             signal if signal == libc::SIGTRAP | 0x80 => Stop::Syscall,
-            libc::SIGTRAP if status >> 16 != 0 => Stop::Vsyscall,
+            libc::SIGTRAP if status >> 16 != 0 => {
+                if regs.rip & !(PAGE as u64 - 1) == VSYSCALL {
+                    Stop::Vsyscall
+                } else {
+                    Stop::Syscall
+                }
+            }
             KICK => Stop::Kick,
             signal => {
                 let (code, address) = self.fault()?;

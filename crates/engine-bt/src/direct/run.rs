@@ -33,6 +33,8 @@ const FORBIDDEN_FLAGS: u64 =
 /// Instructions that the engine executes within one burst before the translator takes over.
 const STEPS: u32 = 64;
 const XSTATE_SSE: u8 = 2;
+/// Native execution after which the host is asked how much CPU time it was.
+const ACCOUNTED: Duration = Duration::from_millis(1);
 /// Components of the XSAVE image that AVX-512 code uses: mask registers, upper halves, registers from 16 on.
 const XSTATE_AVX512: u8 = 0xe0;
 const PCID: u64 = 0xfff;
@@ -156,11 +158,14 @@ impl BtVcpu {
         };
         let mut spent = Spent::default();
         let end = self.run_space(&mut space, &mut spent).unwrap_or(End::Dead);
-        let used_ns = space.process.cpu_time_ns();
-        self.host
-            .control
-            .add_direct_ns(used_ns.saturating_sub(space.accounted_ns));
-        space.accounted_ns = used_ns;
+        space.unaccounted += spent.time;
+        if space.unaccounted >= ACCOUNTED {
+            space.unaccounted = Duration::ZERO;
+            let used_ns = space.process.cpu_time_ns();
+            let new_ns = used_ns.saturating_sub(space.accounted_ns);
+            self.host.control.add_direct_ns(new_ns);
+            space.accounted_ns = used_ns;
+        }
         let direct = &mut self.host.direct;
         match end {
             End::Broken => {
@@ -223,6 +228,8 @@ impl BtVcpu {
                 entry: 0,
                 breakpoints: Vec::new(),
                 accounted_ns: 0,
+                unaccounted: Duration::ZERO,
+                vectors: Vec::new(),
                 awaited: None,
                 tainted: false,
                 foreign: false,
@@ -273,8 +280,6 @@ impl BtVcpu {
             {
                 spent.steps += evicted;
             }
-            // Mapping calls use the registers, too.
-            space.process.set_registers(regs)?;
             if self.host.control.has_requests() {
                 self.store_native(space, regs)?;
                 return Ok(End::Interrupted);
@@ -285,8 +290,9 @@ impl BtVcpu {
                 Ok(Stop::Kick)
             } else {
                 let start = Instant::now();
-                let stop = space.process.run();
+                let stop = space.process.run(regs);
                 spent.time += start.elapsed();
+                spent.stops += 1;
                 stop
             };
             self.host.control.leave_direct();
@@ -294,8 +300,6 @@ impl BtVcpu {
             if stop == Stop::Dead {
                 return Ok(End::Dead);
             }
-            spent.stops += 1;
-            *regs = space.process.registers()?;
             match stop {
                 Stop::Fault {
                     signal: libc::SIGSEGV,
@@ -393,14 +397,17 @@ impl BtVcpu {
     }
 
     /// Loads the guest's vector state into the process; gives its registers for it.
-    fn load_native(&mut self, space: &Space) -> io::Result<Registers> {
+    fn load_native(&mut self, space: &mut Space) -> io::Result<Registers> {
         fpu::store(&mut self.host.frame);
         let cpu = &self.host.frame.cpu;
         let (bytes, _) = fpu::extent(self.host.frame.wide);
         let image = &cpu.xsave.0[..bytes];
-        space
-            .process
-            .write_xstate(image, &mut self.host.direct.scratch)?;
+        if *space.vectors != *image {
+            space.vectors.clear();
+            space
+                .process
+                .write_xstate(image, &mut self.host.direct.scratch)?;
+        }
         let mut regs = space.process.template();
         let g = &cpu.gpr;
         regs.rax = g[reg::RAX];
@@ -468,6 +475,10 @@ impl BtVcpu {
         space.foreign |= image[512] & XSTATE_AVX512 & !(components as u8) != 0;
         image[512] &= components as u8;
         image[513..576].fill(0);
+        space.vectors.clear();
+        if !space.foreign {
+            space.vectors.extend_from_slice(&image[..bytes]);
+        }
         fpu::load(&mut self.host.frame);
         Ok(())
     }

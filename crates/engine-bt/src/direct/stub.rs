@@ -17,9 +17,40 @@ pub type Call = [u64; 7];
 pub const ONE: u64 = 0;
 pub const BATCH: u64 = 16;
 pub const MXCSR: u64 = 80;
+pub const GO: u64 = 96;
+/// A breakpoint outside of all of them, and the last byte of the page.
+pub const STOP: u64 = 4095;
+
+/// Distance of the table of calls from the start of the code page, and pages of it.
+pub const TABLE: usize = 4096;
+pub const TABLE_PAGES: usize = 16;
+/// Distance of the page behind the table.
+pub const SCRATCH: usize = TABLE + TABLE_PAGES * 4096;
+
+/// What `GO` finds at the start of the page behind the table.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Start {
+    /// R15 down to R8, RBP, RDI, RSI, RDX, RCX, RBX, RAX.
+    pub general: [u64; 15],
+    pub rip: u64,
+    pub cs: u64,
+    pub rflags: u64,
+    pub rsp: u64,
+    pub ss: u64,
+    /// Calls in the table.
+    pub calls: u64,
+    /// Words that they take there.
+    pub words: u64,
+}
+
+/// Where in that page MXCSR goes.
+pub const MXCSR_SLOT: usize = 1024;
 
 // `ONE`: one system call with what the tracer put into the registers, then a breakpoint.
 // `MXCSR`: stores that register at R12, then a breakpoint.
+// `GO`: the calls of the table, up to one that fails and a breakpoint behind it. When all have been made it clears the table, takes the registers from [`Start`] and goes on
+// where that says. It trusts in no register: guest code may jump here as well.
 // `BATCH`: R13 calls of the table at R12, up to the first that fails; then a breakpoint. R13 is what was left.
 global_asm!(
     ".pushsection .rodata",
@@ -48,9 +79,56 @@ global_asm!(
     ".org hospes_direct_stub + 80, 0xcc",
     "stmxcsr [r12]",
     "int3",
+    ".org hospes_direct_stub + 96, 0xcc",
+    "lea r12, [rip + hospes_direct_stub + {table}]",
+    "mov r13, [rip + hospes_direct_stub + {calls}]",
+    "4:",
+    "test r13, r13",
+    "jz 5f",
+    "mov rax, [r12]",
+    "mov rdi, [r12 + 8]",
+    "mov rsi, [r12 + 16]",
+    "mov rdx, [r12 + 24]",
+    "mov r10, [r12 + 32]",
+    "mov r8, [r12 + 40]",
+    "mov r9, [r12 + 48]",
+    "syscall",
+    "add r12, 56",
+    "dec r13",
+    "cmp rax, -4096",
+    "jbe 4b",
+    "int3",
+    "5:",
+    "lea rdi, [rip + hospes_direct_stub + {table}]",
+    "mov rcx, [rip + hospes_direct_stub + {words}]",
+    "xor eax, eax",
+    "cld",
+    "rep stosq",
+    "lea rsp, [rip + hospes_direct_stub + {start}]",
+    "pop r15",
+    "pop r14",
+    "pop r13",
+    "pop r12",
+    "pop r11",
+    "pop r10",
+    "pop r9",
+    "pop r8",
+    "pop rbp",
+    "pop rdi",
+    "pop rsi",
+    "pop rdx",
+    "pop rcx",
+    "pop rbx",
+    "pop rax",
+    "iretq",
+    "int3",
     ".globl hospes_direct_stub_end",
     "hospes_direct_stub_end:",
     ".popsection",
+    table = const TABLE,
+    start = const SCRATCH,
+    calls = const SCRATCH + std::mem::offset_of!(Start, calls),
+    words = const SCRATCH + std::mem::offset_of!(Start, words),
 );
 
 unsafe extern "C" {
@@ -111,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn code_page_has_both_entries() {
+    fn code_page_has_all_entries() {
         let page = code_page();
         assert_eq!(page.len(), 4096);
         assert_eq!(page[ONE as usize..][..3], [0x0f, 0x05, 0xcc]);
@@ -122,5 +200,10 @@ mod tests {
             page[MXCSR as usize..][..6],
             [0x41, 0x0f, 0xae, 0x1c, 0x24, 0xcc]
         );
+        // lea r12, [rip + what lies from the end of this instruction to the table]
+        let to_table = (TABLE as u32 - GO as u32 - 7).to_le_bytes();
+        assert_eq!(page[GO as usize..][..3], [0x4c, 0x8d, 0x25]);
+        assert_eq!(page[GO as usize + 3..][..4], to_table);
+        assert_eq!(page[STOP as usize], 0xcc);
     }
 }
