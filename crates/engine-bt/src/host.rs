@@ -15,8 +15,8 @@ use crate::blocks::{Blocks, Key};
 use crate::control::{Control, request};
 use crate::direct::Direct;
 use crate::exec::{
-    Access, Delivery, Host, Ipi, NativeFault, Operand, PageFault, Shorthand, TlbFlush, Vendor,
-    lapic, vector, walk,
+    Access, Decoded, Delivery, Host, Ipi, NativeFault, Operand, PageFault, Shorthand, TlbFlush,
+    Vendor, lapic, vector, walk,
 };
 use crate::fpu;
 use crate::frame::FrameBox;
@@ -61,6 +61,7 @@ pub(crate) struct BtHost {
     pub(crate) parked: Parked,
     /// The current space has been current before: others, as those of processes that only start a program, are not worth keeping.
     pub(crate) came_back: bool,
+    decoded: Decoded,
     snippets: HashMap<Instruction, usize>,
     snippet_next: usize,
 }
@@ -95,6 +96,7 @@ impl BtHost {
             pcid: 0,
             parked: Parked::default(),
             came_back: false,
+            decoded: Decoded::default(),
             snippets: HashMap::new(),
             snippet_next,
         }
@@ -424,5 +426,14 @@ impl Host for BtHost {
         if self.attached {
             fpu::load(&mut self.frame);
         }
+    }
+
+    fn is_all_fpu(&self, components: u64) -> bool {
+        let (_, all) = fpu::extent(self.shared.wide);
+        components & all == all
+    }
+
+    fn decoded(&mut self) -> Option<&mut Decoded> {
+        Some(&mut self.decoded)
     }
 }

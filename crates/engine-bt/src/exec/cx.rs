@@ -337,27 +337,12 @@ impl<H: Host> Cx<'_, H> {
 
     /// Copies a piece inside one page out of guest memory; what is not memory reads as ones.
     pub fn phys_read(&self, gpa: Gpa, buf: &mut [u8]) {
-        match self.host.memory().page(gpa.gfn()) {
-            // SAFETY: the page is backed, and the caller's piece does not leave it.
-            Some(p) => unsafe {
-                copy_sized(
-                    p.add(gpa.page_offset() as usize),
-                    buf.as_mut_ptr(),
-                    buf.len(),
-                )
-            },
-            None => buf.fill(0xff),
-        }
+        phys_read(self.host, gpa, buf);
     }
 
     /// Copies a piece inside one page into guest memory; what is not memory ignores it.
     pub fn phys_write(&mut self, gpa: Gpa, buf: &[u8]) {
-        let Some(p) = self.host.memory().page(gpa.gfn()) else {
-            return;
-        };
-        // SAFETY: the page is backed, and the caller's piece does not leave it.
-        unsafe { copy_sized(buf.as_ptr(), p.add(gpa.page_offset() as usize), buf.len()) };
-        self.host.written(gpa, buf.len());
+        phys_write(self.host, gpa, buf);
     }
 
     #[inline]
@@ -524,6 +509,31 @@ impl<H: Host> Cx<'_, H> {
         self.set_sp(sp);
         Ok(v)
     }
+}
+
+/// Copies a piece inside one page out of guest memory; what is not memory reads as ones.
+pub(super) fn phys_read(host: &impl Host, gpa: Gpa, buf: &mut [u8]) {
+    match host.memory().page(gpa.gfn()) {
+        // SAFETY: the page is backed, and the caller's piece does not leave it.
+        Some(p) => unsafe {
+            copy_sized(
+                p.add(gpa.page_offset() as usize),
+                buf.as_mut_ptr(),
+                buf.len(),
+            )
+        },
+        None => buf.fill(0xff),
+    }
+}
+
+/// Copies a piece inside one page into guest memory; what is not memory ignores it.
+pub(super) fn phys_write(host: &mut impl Host, gpa: Gpa, buf: &[u8]) {
+    let Some(p) = host.memory().page(gpa.gfn()) else {
+        return;
+    };
+    // SAFETY: the page is backed, and the caller's piece does not leave it.
+    unsafe { copy_sized(buf.as_ptr(), p.add(gpa.page_offset() as usize), buf.len()) };
+    host.written(gpa, buf.len());
 }
 
 /// Writes the low `size` bytes of a register; 4 bytes clear the upper half.

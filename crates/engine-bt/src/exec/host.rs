@@ -5,6 +5,7 @@ use hospes_memory::GuestMemory;
 use hospes_units::{Gpa, Gva};
 use iced_x86::Instruction;
 
+use super::decoded::Decoded;
 use super::walk::{Access, PageFault, walk};
 
 /// Whose manual the processor follows where the two differ. Hygon counts as AMD.
@@ -162,6 +163,16 @@ pub trait Host {
 
     /// Makes `cpu.xsave` the state the guest goes on with, after it was changed.
     fn store_fpu(&mut self, _cpu: &mut CpuState) {}
+
+    /// Whether these components are all of the x87 and vector state: where they are all replaced, `cpu.xsave` need not be current before.
+    fn is_all_fpu(&self, _components: u64) -> bool {
+        false
+    }
+
+    /// Where decoded instructions are kept; the host's vendor must stay what it is.
+    fn decoded(&mut self) -> Option<&mut Decoded> {
+        None
+    }
 
     /// The guest has just enabled its local APIC by software: interrupts that were lost before may be raised again.
     fn apic_enabled(&mut self) {}

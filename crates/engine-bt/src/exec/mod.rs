@@ -13,6 +13,7 @@
 mod class;
 mod cx;
 mod debug;
+mod decoded;
 mod event;
 mod far;
 mod flow;
@@ -36,9 +37,11 @@ use hospes_engine::{CpuState, Exit, rflags, seg};
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 use cx::{Cx, Exec, Flow, canonical, mask, sign_extend};
+use decoded::Source;
 use xsave::Save;
 
 pub use debug::{DR6_RESET, DR7_RESET, debug_active};
+pub use decoded::Decoded;
 pub use host::{
     Delivery, Exception, HOLES_MEMORY, Host, Ipi, NativeFault, Operand, Shorthand, Step, TlbFlush,
     Vendor, vector,
@@ -145,6 +148,11 @@ impl<'a, H: Host> Cx<'a, H> {
             let i = d.decode();
             (i, d.last_error())
         };
+        let source = Source { rip, bytes };
+        let whole = bits == 64 && first == MAX_INSTRUCTION;
+        if whole && let Some(i) = self.host.decoded().and_then(|d| d.get(&source)) {
+            return Ok(i);
+        }
         let (mut i, mut error) = decode(&bytes[..first]);
         if error == DecoderError::NoMoreBytes && first < room {
             let mut next = lin.wrapping_add(first as u64);
@@ -158,7 +166,12 @@ impl<'a, H: Host> Cx<'a, H> {
             (i, error) = decode(&bytes[..room]);
         }
         match error {
-            DecoderError::None => Ok(i),
+            DecoderError::None => {
+                if whole && let Some(d) = self.host.decoded() {
+                    d.add(source, i);
+                }
+                Ok(i)
+            }
             // Too long, or it runs over the end of the code segment.
             DecoderError::NoMoreBytes => Err(Exception::gp(0)),
             // The decoder calls an instruction of more than 15 bytes invalid; with 14 it still asks for more.
@@ -431,7 +444,7 @@ impl<'a, H: Host> Cx<'a, H> {
             M::Xsave | M::Xsave64 => self.reading_fpu(|cx| cx.xsave(i, Save::Plain)),
             M::Xsaveopt | M::Xsaveopt64 => self.reading_fpu(|cx| cx.xsave(i, Save::Optimised)),
             M::Xsavec | M::Xsavec64 => self.reading_fpu(|cx| cx.xsave(i, Save::Compact)),
-            M::Xrstor | M::Xrstor64 => self.with_fpu(|cx| cx.xrstor(i)),
+            M::Xrstor | M::Xrstor64 => self.xrstor(i),
             M::Fxsave | M::Fxsave64 => self.reading_fpu(|cx| cx.fxsave(i)),
             M::Fxrstor | M::Fxrstor64 => self.with_fpu(|cx| cx.fxrstor(i)),
             M::Xgetbv => self.xgetbv(),

@@ -3,11 +3,14 @@
 //! Source: Intel SDM volume 1, chapter 13. What the guest has not enabled in its XCR0 is never read or written. The layout of components is
 //! that of the guest's CPUID leaf 0xD, which the vCPU's own image shares. Supervisor states (XSAVES, XRSTORS) are not offered.
 
+use std::ops::Range;
+
 use hospes_engine::{cr, reg};
 use iced_x86::{Code, Instruction};
 
-use super::cx::{Cx, Exec, Flow};
+use super::cx::{Cx, Exec, Flow, phys_read, phys_write};
 use super::host::{Exception, Host};
+use super::walk::Access;
 
 const LEGACY: usize = 512;
 const HEADER: usize = 64;
@@ -25,8 +28,12 @@ const COMPONENT_MAX: usize = 1024;
 /// Components that a guest can enable at all.
 const KNOWN: u64 = X87 | SSE | YMM | AVX512;
 
-fn word(b: &[u8]) -> u64 {
-    b.iter().rev().fold(0, |v, &x| v << 8 | u64::from(x))
+fn word(b: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(b[at..at + 8].try_into().expect("eight bytes"))
+}
+
+fn half(b: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(b[at..at + 4].try_into().expect("four bytes"))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,15 +76,15 @@ impl<H: Host> Cx<'_, H> {
 
     /// XSTATE_BV of the vCPU's own state.
     fn in_use(&self) -> u64 {
-        let mut bv = word(&self.cpu.xsave.0[LEGACY..LEGACY + 8]);
-        if word(&self.cpu.xsave.0[MXCSR..MXCSR + 4]) as u32 != MXCSR_RESET {
+        let mut bv = word(&self.cpu.xsave.0, LEGACY);
+        if half(&self.cpu.xsave.0, MXCSR) != MXCSR_RESET {
             bv |= SSE;
         }
         bv & KNOWN
     }
 
     fn mark_in_use(&mut self, bits: u64, on: bool) {
-        let old = word(&self.cpu.xsave.0[LEGACY..LEGACY + 8]);
+        let old = word(&self.cpu.xsave.0, LEGACY);
         let new = if on { old | bits } else { old & !bits };
         self.cpu.xsave.0[LEGACY..LEGACY + 8].copy_from_slice(&new.to_le_bytes());
     }
@@ -140,8 +147,8 @@ impl<H: Host> Cx<'_, H> {
         let used = self.in_use() & wanted;
         let compact = kind == Save::Compact;
         let written = if kind == Save::Plain { wanted } else { used };
-        let end = self
-            .layout(if compact { wanted } else { written }, compact)
+        let places = self.collect_layout(if compact { wanted } else { written }, compact);
+        let end = (places.iter().flatten())
             .filter(|p| written & (1 << p.0) != 0)
             .map(|p| p.1 + p.3)
             .max()
@@ -155,26 +162,22 @@ impl<H: Host> Cx<'_, H> {
 
         let mut bv = [0; 8];
         self.read_lin(lin.wrapping_add(LEGACY as u64), &mut bv, self.access(false))?;
-        let old_bv = if compact { 0 } else { word(&bv) & !wanted };
-        if written & X87 != 0 {
-            let h = self.x87_header(wide);
-            self.write_lin(lin, &h, access)?;
-            self.store_own(lin, 32..XMM)?;
+        let old_bv = if compact {
+            0
+        } else {
+            u64::from_le_bytes(bv) & !wanted
+        };
+        let legacy = X87 | SSE;
+        if written & legacy == legacy && wide && self.code64() {
+            // All of it, as it lies in the vCPU's own image.
+            self.write_image(lin, 0..XMM + 16 * 16, access)?;
+        } else {
+            self.xsave_legacy(lin, written, wide, compact, wanted)?;
         }
-        let mxcsr = if compact { SSE } else { SSE | YMM };
-        if written & mxcsr != 0 || (!compact && wanted & mxcsr != 0) {
-            self.store_own(lin, MXCSR..MXCSR + 8)?;
-        }
-        if written & SSE != 0 {
-            self.store_own(lin, XMM..XMM + 16 * self.xmm_count())?;
-        }
-        let places: [_; 8] = self.collect_layout(if compact { wanted } else { written }, compact);
         for (n, at, own, size) in places.into_iter().flatten() {
             if written & (1 << n) != 0 {
-                let mut copy = [0; COMPONENT_MAX];
-                let copy = &mut copy[..self.component_reach(n, size.min(COMPONENT_MAX))];
-                copy.copy_from_slice(&self.cpu.xsave.0[own..own + copy.len()]);
-                self.write_lin(lin.wrapping_add(at as u64), copy, access)?;
+                let size = self.component_reach(n, size.min(COMPONENT_MAX));
+                self.write_image(lin.wrapping_add(at as u64), own..own + size, access)?;
             }
         }
         let header = lin.wrapping_add(LEGACY as u64);
@@ -187,6 +190,53 @@ impl<H: Host> Cx<'_, H> {
         Ok(Flow::Next)
     }
 
+    /// The legacy area, part by part.
+    fn xsave_legacy(
+        &mut self,
+        lin: u64,
+        written: u64,
+        wide: bool,
+        compact: bool,
+        wanted: u64,
+    ) -> Exec<()> {
+        let access = self.access(true);
+        if written & X87 != 0 {
+            let h = self.x87_header(wide);
+            self.write_lin(lin, &h, access)?;
+            self.store_own(lin, 32..XMM)?;
+        }
+        let mxcsr = if compact { SSE } else { SSE | YMM };
+        if written & mxcsr != 0 || (!compact && wanted & mxcsr != 0) {
+            self.store_own(lin, MXCSR..MXCSR + 8)?;
+        }
+        if written & SSE != 0 {
+            self.store_own(lin, XMM..XMM + 16 * self.xmm_count())?;
+        }
+        Ok(())
+    }
+
+    /// Writes a part of the XSAVE image (at most a page) at a linear address, all or nothing.
+    fn write_image(&mut self, lin: u64, part: Range<usize>, access: Access) -> Exec<()> {
+        let s = self.span(lin, part.len(), access)?;
+        let (a, b) = self.cpu.xsave.0[part].split_at(s.first_len);
+        phys_write(self.host, s.first, a);
+        if s.second_len != 0 {
+            phys_write(self.host, s.second, b);
+        }
+        Ok(())
+    }
+
+    /// Reads a part of the XSAVE image (at most a page) from a linear address.
+    fn read_image(&mut self, lin: u64, part: Range<usize>, access: Access) -> Exec<()> {
+        let s = self.span(lin, part.len(), access)?;
+        let (a, b) = self.cpu.xsave.0[part].split_at_mut(s.first_len);
+        phys_read(self.host, s.first, a);
+        if s.second_len != 0 {
+            phys_read(self.host, s.second, b);
+        }
+        Ok(())
+    }
+
     fn collect_layout(&self, map: u64, compact: bool) -> [Option<(u32, usize, usize, usize)>; 8] {
         let mut all = [None; 8];
         for (slot, p) in all.iter_mut().zip(self.layout(map, compact)) {
@@ -196,12 +246,9 @@ impl<H: Host> Cx<'_, H> {
     }
 
     /// Writes a part of the vCPU's own image, at the same offset, to memory.
-    fn store_own(&mut self, lin: u64, part: std::ops::Range<usize>) -> Exec<()> {
+    fn store_own(&mut self, lin: u64, part: Range<usize>) -> Exec<()> {
         let access = self.access(true);
-        let mut copy = [0; LEGACY];
-        let copy = &mut copy[..part.len()];
-        copy.copy_from_slice(&self.cpu.xsave.0[part.clone()]);
-        self.write_lin(lin.wrapping_add(part.start as u64), copy, access)
+        self.write_image(lin.wrapping_add(part.start as u64), part, access)
     }
 
     /// Checks that all pages of a range allow the access, before any byte moves.
@@ -216,6 +263,7 @@ impl<H: Host> Cx<'_, H> {
         Ok(())
     }
 
+    /// Brings the XSAVE image up to date as far as it is needed, and makes it the state that the guest goes on with.
     pub fn xrstor(&mut self, i: &Instruction) -> Exec<Flow> {
         self.need_xsave()?;
         let wide = i.code() == Code::Xrstor64_mem;
@@ -229,7 +277,7 @@ impl<H: Host> Cx<'_, H> {
         let mut area = [0; LEGACY + HEADER];
         self.read_lin(lin, &mut area, access)?;
         let header = &area[LEGACY..];
-        let (bv, comp) = (word(&header[..8]), word(&header[8..16]));
+        let (bv, comp) = (word(header, 0), word(header, 8));
         let xcr0 = self.cpu.xcr0;
         let compact = comp & COMPACT != 0;
         let bad = if compact {
@@ -245,10 +293,14 @@ impl<H: Host> Cx<'_, H> {
         }
         let wanted = self.edx_eax() & xcr0;
         let load = wanted & bv;
+        // Outside of 64-bit code registers that are out of reach keep their values.
+        if !(self.code64() && self.host.is_all_fpu(wanted)) {
+            self.host.load_fpu(self.cpu);
+        }
         let mxcsr = if compact {
-            (load & SSE != 0).then(|| word(&area[MXCSR..MXCSR + 4]) as u32)
+            (load & SSE != 0).then(|| half(&area, MXCSR))
         } else {
-            (wanted & (SSE | YMM) != 0).then(|| word(&area[MXCSR..MXCSR + 4]) as u32)
+            (wanted & (SSE | YMM) != 0).then(|| half(&area, MXCSR))
         };
         if mxcsr.is_some_and(|m| m & !self.mxcsr_mask() != 0) {
             return Err(gp);
@@ -279,12 +331,13 @@ impl<H: Host> Cx<'_, H> {
         for n in (2..8u32).filter(|n| wanted & (1 << n) != 0) {
             let (own, size) = self.component_place(n);
             let size = self.component_reach(n, size.min(COMPONENT_MAX));
-            let mut data = [0; COMPONENT_MAX];
             let place = places.iter().flatten().find(|p| p.0 == n);
-            if let Some(p) = place.filter(|_| load & (1 << n) != 0) {
-                self.read_lin(lin.wrapping_add(p.1 as u64), &mut data[..size], access)?;
+            match place.filter(|_| load & (1 << n) != 0) {
+                Some(p) => {
+                    self.read_image(lin.wrapping_add(p.1 as u64), own..own + size, access)?
+                }
+                None => self.cpu.xsave.0[own..own + size].fill(0),
             }
-            self.cpu.xsave.0[own..own + size].copy_from_slice(&data[..size]);
         }
         self.mark_in_use(load, true);
         // The registers out of reach keep their values.
@@ -292,11 +345,12 @@ impl<H: Host> Cx<'_, H> {
         self.mark_in_use(wanted & !load & !kept, false);
         self.mark_in_use(kept, true);
         self.watch(lin, LEGACY + HEADER, false);
+        self.host.store_fpu(self.cpu);
         Ok(Flow::Next)
     }
 
     fn mxcsr_mask(&self) -> u32 {
-        match word(&self.cpu.xsave.0[MXCSR + 4..MXCSR + 8]) as u32 {
+        match half(&self.cpu.xsave.0, MXCSR + 4) {
             0 => 0xffbf,
             m => m,
         }
@@ -367,7 +421,7 @@ impl<H: Host> Cx<'_, H> {
         let mut area = [0; LEGACY];
         let access = self.access(false);
         self.read_lin(lin, &mut area, access)?;
-        let m = word(&area[MXCSR..MXCSR + 4]) as u32;
+        let m = half(&area, MXCSR);
         let sse = self.cpu.cr4 & cr::CR4_OSFXSR != 0;
         if sse && m & !self.mxcsr_mask() != 0 {
             return Err(Exception::gp(0));

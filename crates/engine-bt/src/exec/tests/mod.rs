@@ -64,6 +64,7 @@ pub struct TestHost {
     pub ipis: Vec<Ipi>,
     pub writes: Vec<(u64, usize)>,
     pub tsc: u64,
+    pub decoded: Decoded,
 }
 
 impl Host for TestHost {
@@ -124,6 +125,10 @@ impl Host for TestHost {
 
     fn arch_capabilities(&self) -> u64 {
         0x2b
+    }
+
+    fn decoded(&mut self) -> Option<&mut Decoded> {
+        Some(&mut self.decoded)
     }
 }
 
@@ -200,6 +205,7 @@ impl Machine {
                 ipis: Vec::new(),
                 writes: Vec::new(),
                 tsc: 1000,
+                decoded: Decoded::default(),
             },
             next_table: TABLES,
         }
