@@ -5,7 +5,7 @@
 
 use std::cell::Cell;
 use std::ptr;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Once, OnceLock};
 
 use crate::frame::Frame;
@@ -33,6 +33,9 @@ pub struct ThreadInfo {
 thread_local! {
     static CURRENT: Cell<*const ThreadInfo> = const { Cell::new(ptr::null()) };
 }
+
+/// This process, as kicks name it: noted by each thread that attaches, so that a kick takes one system call.
+static PROCESS: AtomicI32 = AtomicI32::new(0);
 
 /// The signal that makes a vCPU leave translated code.
 pub fn kick_signal() -> i32 {
@@ -211,7 +214,7 @@ impl Drop for AltStack {
 #[derive(Debug)]
 pub struct Attachment {
     _stack: AltStack,
-    _info: Box<ThreadInfo>,
+    info: Box<ThreadInfo>,
     pub tid: i32,
     not_send: std::marker::PhantomData<*const ()>,
 }
@@ -219,6 +222,7 @@ pub struct Attachment {
 impl Attachment {
     pub fn new(info: ThreadInfo) -> std::io::Result<Attachment> {
         install();
+        PROCESS.store(std::process::id() as i32, Ordering::Relaxed);
         let stack = AltStack::new()?;
         let info = Box::new(info);
         const ARCH_SET_GS: i32 = 0x1001;
@@ -232,10 +236,15 @@ impl Attachment {
         CURRENT.set(&raw const *info);
         Ok(Attachment {
             _stack: stack,
-            _info: info,
+            info,
             tid,
             not_send: std::marker::PhantomData,
         })
+    }
+
+    /// Whether the calling thread is the one that is attached; asked at each entry, so without a system call.
+    pub fn is_of_this_thread(&self) -> bool {
+        ptr::eq(CURRENT.get(), &raw const *self.info)
     }
 }
 
@@ -245,10 +254,11 @@ impl Drop for Attachment {
     }
 }
 
-/// Sends the kick signal to a thread of this process.
+/// Sends the kick signal to a thread of this process that is or was attached.
 pub fn kick_thread(tid: i32) {
     // SAFETY: a plain system call; a thread that is gone gives an error that does not matter.
     unsafe {
-        libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, kick_signal());
+        let process = PROCESS.load(Ordering::Relaxed);
+        libc::syscall(libc::SYS_tgkill, process, tid, kick_signal());
     }
 }

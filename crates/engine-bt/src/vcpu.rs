@@ -72,9 +72,7 @@ impl BtVcpu {
 
     fn attach(&mut self) -> Result<(), EngineError> {
         if let Some(a) = &self.attachment {
-            // SAFETY: no preconditions.
-            let tid = unsafe { libc::syscall(libc::SYS_gettid) } as i32;
-            if a.0.tid == tid {
+            if a.0.is_of_this_thread() {
                 return Ok(());
             }
             return Err(EngineError::Internal {
