@@ -64,6 +64,8 @@ struct RawQueue {
     event: Event,
     file: Arc<RawFile>,
     side_discards: bool,
+    /// The event may be set: not so where the ring had completed nothing when a silence began.
+    may_be_set: bool,
 }
 
 impl Queue for RawQueue {
@@ -82,7 +84,10 @@ impl Queue for RawQueue {
     }
 
     fn completions(&mut self, out: &mut Vec<Completion>) {
-        self.event.clear();
+        // If it is set although it seemed not to be, its sleeper wakes up, ends the silence and clears it.
+        if self.may_be_set {
+            self.event.clear();
+        }
         self.side.collect(out);
         self.ring.collect(out);
     }
@@ -93,6 +98,7 @@ impl Queue for RawQueue {
 
     fn silence(&mut self, silent: bool) {
         self.ring.silence(silent);
+        self.may_be_set = !silent || self.peek() == Some(true);
     }
 
     fn event_fd(&self) -> BorrowedFd<'_> {
@@ -174,6 +180,7 @@ impl Image for Raw {
             event,
             file: self.file.clone(),
             side_discards: self.is_block(),
+            may_be_set: true,
         }))
     }
 
@@ -231,6 +238,7 @@ mod tests {
     use super::*;
     use crate::testing::{Directory, discard, flush, pattern, raw, read, spec, write};
     use crate::{Format, open};
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
     #[test]
     fn read_of_what_was_written_returns_it() {
@@ -257,6 +265,55 @@ mod tests {
         assert!(matches!(odd, Err(IoError::Unaligned { .. })), "{odd:?}");
         let short = crate::testing::once(&mut *queue, Op::Read, 0, 512, Vec::new());
         assert!(matches!(short, Err(IoError::BufferLength)), "{short:?}");
+    }
+
+    #[test]
+    fn event_is_cleared_after_a_silence_whenever_it_was_set() {
+        let directory = Directory::new();
+        let image = raw(&directory.file("a.img", 8192));
+        let mut queue = image.queue().unwrap();
+        if queue.peek().is_none() {
+            return;
+        }
+        let event = queue.event_fd().try_clone_to_owned().unwrap();
+        let is_set = || {
+            let mut fds = [PollFd::new(&event, PollFlags::IN)];
+            poll(&mut fds, Some(&Timespec::default())).unwrap() > 0
+        };
+        let submit = |queue: &mut dyn Queue, offset| {
+            queue.submit(Request {
+                id: 0,
+                op: Op::Discard,
+                offset,
+                bytes: 4096,
+                buffers: Vec::new(),
+            });
+            queue.flush_submissions();
+        };
+        let take = |queue: &mut dyn Queue| {
+            let mut out = Vec::new();
+            while out.is_empty() {
+                if queue.peek() == Some(true) {
+                    queue.completions(&mut out);
+                }
+            }
+            assert_eq!(out.len(), 1);
+        };
+        // Completed before the silence, and in it.
+        submit(&mut *queue, 0);
+        while !is_set() {}
+        queue.silence(true);
+        take(&mut *queue);
+        assert!(!is_set());
+        submit(&mut *queue, 4096);
+        take(&mut *queue);
+        assert!(!is_set());
+        // Refused in the silence, which sets the event: it is there for its sleeper, who clears it.
+        submit(&mut *queue, 1);
+        assert!(is_set());
+        queue.silence(false);
+        take(&mut *queue);
+        assert!(!is_set());
     }
 
     #[test]

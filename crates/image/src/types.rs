@@ -92,7 +92,7 @@ pub trait Queue: Send {
     fn submit(&mut self, request: Request);
     /// Starts everything submitted so far; without it a request may wait for ever.
     fn flush_submissions(&mut self);
-    /// Appends the completions there are and clears the event.
+    /// Appends the completions there are and clears the event; during a silence an event that no completion set may stay.
     fn completions(&mut self, out: &mut Vec<Completion>);
     /// Whether completions wait, without a call of the host; `None` where only the event tells, or where the other methods may wait for
     /// somebody. What has another reason for [`Queue::completions`] shows by the event alone.
