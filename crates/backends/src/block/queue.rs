@@ -28,6 +28,10 @@ const GATHER_LOOK: Duration = Duration::from_micros(15);
 /// A disk whose requests take no longer than this answers promptly: a vCPU may stay awake for it.
 const PROMPT: Duration = Duration::from_micros(200);
 
+/// So many prompt answers have to find the guest at work before its requests are left to the queue's own thread: one that waits for each may still be
+/// on its way there when a fast disk has answered.
+pub const WORKS: u32 = 4;
+
 /// Where the image works on more than this, the queue's own thread does better beside the guest.
 const FEW: usize = 2;
 
@@ -73,8 +77,9 @@ pub struct Serve {
     silent: bool,
     /// The image worked on something when a silence ended, and the queue's own thread has not slept since: one more look is due.
     doubtful: bool,
-    /// The last read or write was answered promptly, and the guest had nothing to do meanwhile: it does one after the other.
-    prompt: bool,
+    /// Above 0 where the last read or write was answered promptly, and the guest does one after the other: [`WORKS`] where it had nothing to do
+    /// meanwhile, one less each time it worked.
+    prompt: u32,
     /// Reads and writes among the requests that the image works on.
     transfers: usize,
     /// What was found where only a vCPU's thread could hear of it.
@@ -116,7 +121,7 @@ impl Serve {
             woken: true,
             silent: false,
             doubtful: false,
-            prompt: false,
+            prompt: 0,
             transfers: 0,
             broken: None,
         }
@@ -153,20 +158,20 @@ impl Serve {
         Ok(())
     }
 
-    /// Whether the last read or write was answered promptly.
+    /// Whether the last read or write was answered promptly, to a guest that waited.
     pub fn is_prompt(&self) -> bool {
-        self.prompt
+        self.prompt > 0
     }
 
     /// Whether a request is done soonest by who sends it: the image answers promptly, and shows it without a call of the host.
     pub fn takes_one_at_a_time(&mut self) -> bool {
-        self.prompt && self.in_flight() == 0 && self.queue.peek().is_some()
+        self.is_prompt() && self.in_flight() == 0 && self.queue.peek().is_some()
     }
 
     /// Whether it pays to stay awake for the next answer.
     pub fn is_expected(&mut self) -> bool {
         let few = (1..=FEW).contains(&self.transfers);
-        self.prompt && few && self.queue.peek().is_some()
+        self.is_prompt() && few && self.queue.peek().is_some()
     }
 
     /// Has the image tell of completions by its event, or not. Whoever ends the silence takes a turn after that, and calls the queue's own thread
@@ -194,7 +199,9 @@ impl Serve {
 
     /// A vCPU stayed awake for the image; if `in_vain`, nobody does again before the image shows that it is prompt.
     pub fn waited(&mut self, in_vain: bool) {
-        self.prompt &= !in_vain;
+        if in_vain {
+            self.prompt = 0;
+        }
     }
 
     /// Keeps for the queue's own thread that the guest broke the ring.
@@ -384,7 +391,11 @@ impl Serve {
             self.transfers -= 1;
             // With more open in the guest it works on while the image does.
             let alone = self.in_flight() == 0 && self.ring.unpublished() == 0;
-            self.prompt = alone && open.since.elapsed() < PROMPT && self.port.target_is_idle();
+            self.prompt = match alone && open.since.elapsed() < PROMPT {
+                true if self.port.target_is_idle() => WORKS,
+                true => self.prompt.saturating_sub(1),
+                false => 0,
+            };
         }
         if open.barrier {
             self.fenced = false;

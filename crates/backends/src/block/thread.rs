@@ -165,12 +165,16 @@ impl Attended for Shared {
         // Whoever serves it right now may do so for long; staying awake for that would take the CPU from them.
         self.prompt.load(Relaxed)
             && self.help(|serve| {
-                if serve.is_expected() {
+                let awaited = serve.is_expected();
+                if awaited {
                     serve.silence(true);
-                    if let Err(broken) = serve.look() {
-                        serve.breaks(broken);
-                        self.wake.call();
-                    }
+                }
+                // Answers that waited for others while the vCPU worked need not wait any longer.
+                if (awaited || serve.is_gathering())
+                    && let Err(broken) = serve.look()
+                {
+                    serve.breaks(broken);
+                    self.wake.call();
                 }
                 let expected = serve.is_expected();
                 if !expected {

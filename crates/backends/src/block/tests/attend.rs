@@ -3,6 +3,7 @@
 use hospes_units::VcpuId;
 use hospes_xen_abi::blkif;
 
+use super::super::queue::WORKS;
 use super::*;
 
 const MIB: usize = 1 << 20;
@@ -52,11 +53,31 @@ fn guest_that_works_meanwhile_leaves_its_requests_to_the_queues_thread() {
     let write = write(&m);
     becomes_prompt(&mut m, write);
     m.guest.xen.set_idle(VcpuId(0), false);
-    m.ask(write);
+    for _ in 0..WORKS {
+        m.ask(write);
+    }
     for _ in 0..1000 {
         m.ask(write);
         assert!(!m.image.is_served_here() && !m.guest.xen.attend());
     }
+}
+
+#[test]
+fn answer_before_the_guest_waits_for_it_leaves_its_requests_to_who_sends_them() {
+    let mut m = machine();
+    let write = write(&m);
+    // The queue's own thread may be at work, with what the event of the one before woke it for.
+    wait(
+        "a request served by its sender after such an answer",
+        || {
+            m.guest.xen.set_idle(VcpuId(0), true);
+            becomes_prompt(&mut m, write);
+            m.guest.xen.set_idle(VcpuId(0), false);
+            m.ask(write);
+            m.ask(write);
+            m.image.is_served_here()
+        },
+    );
 }
 
 #[test]
