@@ -167,11 +167,15 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_):
-        for pid in self.processes():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        # One that is being killed may still start another, or make a file.
+        deadline = time.monotonic() + 30
+        while (left := self.processes()) and time.monotonic() < deadline:
+            for pid in left:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.05)
         self.holder.cleanup()
 
 
