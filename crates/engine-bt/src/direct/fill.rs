@@ -78,6 +78,7 @@ impl BtVcpu {
         if full {
             space.process.unmap_all()?;
             space.mirror.clear();
+            space.forget_alone();
         } else {
             space.process.queue(calls);
         }
@@ -122,6 +123,9 @@ impl BtVcpu {
             return Ok(Filled::Step);
         }
         let fetched = fetched && !stepped && here.executable;
+        if fetched {
+            self.end_alone(space, page)?;
+        }
         let mut evicted = 0;
         if fetched {
             let Some(pages) = self.may_execute(space, page, here.gfn, rip)? else {
@@ -137,6 +141,8 @@ impl BtVcpu {
         };
         if fetched {
             new.prot = READ | EXEC;
+        } else if space.alone.is_some() {
+            new.prot &= !EXEC;
         }
         if old.is_some_and(|o| o.gfn == new.gfn && o.prot & new.prot == new.prot) {
             return Ok(Filled::Step);
@@ -165,6 +171,9 @@ impl BtVcpu {
                 self.scan(&mut guard, m.gfn);
             }
             if let Some(mut p) = self.page(&guard.blocks, m) {
+                if space.alone.is_some() {
+                    p.prot &= !EXEC;
+                }
                 if p.prot & EXEC != 0 {
                     let executed = |at: u64| {
                         let known = list.iter().find(|(n, _)| *n == at).map(|&(_, p)| p);
@@ -220,7 +229,11 @@ impl BtVcpu {
             Suspects::Behind(first) if rip != space.entry && !space.retired.contains(&page) => {
                 first
             }
-            Suspects::Behind(_) | Suspects::Many => return Ok(None),
+            Suspects::Behind(_) | Suspects::Many => {
+                drop(guard);
+                let begun = self.begin_alone(space, page, gfn, rip)?;
+                return Ok(begun.then_some(0));
+            }
         };
         drop(guard);
         let executed = |at: u64| {
@@ -272,7 +285,7 @@ impl BtVcpu {
     }
 
     /// Takes a page and its breakpoints out of the process.
-    fn drop_code(&self, space: &mut Space, page: u64) -> io::Result<()> {
+    pub(super) fn drop_code(&self, space: &mut Space, page: u64) -> io::Result<()> {
         let call = space.mirror.take_out(page);
         space.process.queue([call]);
         space.breakpoints.retain(|a| a >> 12 != page);

@@ -4,7 +4,7 @@
 //! long as the page goes back to the translator once one has been reached. Ways that the page does not show (a jump through a register, or from another page, into the middle of a
 //! function) can miss the breakpoint: this is for instructions that tell facts about the host's processor and do nothing else.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
 
 const PAGE: u64 = 4096;
 
@@ -107,6 +107,39 @@ pub fn guards(page: &[u8], suspects: &[u16]) -> Vec<u16> {
     found
 }
 
+/// Those of the suspects of a page that code which begins at some offsets of it can come to by ways that the page shows, while nothing outside of the page is executed.
+pub fn reachable(page: &[u8], suspects: &[u16], from: impl IntoIterator<Item = u16>) -> Vec<u16> {
+    let mut decoder = Decoder::with_ip(64, page, 0, DecoderOptions::NONE);
+    let mut instruction = Instruction::default();
+    let mut seen = vec![false; page.len()];
+    let mut left: Vec<u64> = from.into_iter().map(u64::from).collect();
+    while let Some(at) = left.pop() {
+        let new = seen
+            .get_mut(at as usize)
+            .is_some_and(|s| !std::mem::replace(s, true));
+        if !new || decoder.set_position(at as usize).is_err() {
+            continue;
+        }
+        decoder.set_ip(at);
+        decoder.decode_out(&mut instruction);
+        let flow = instruction.flow_control();
+        if instruction.op0_kind() == OpKind::NearBranch64 {
+            left.push(instruction.near_branch_target());
+        }
+        if !matches!(
+            flow,
+            FlowControl::UnconditionalBranch
+                | FlowControl::IndirectBranch
+                | FlowControl::Return
+                | FlowControl::Exception
+        ) {
+            left.push(instruction.next_ip());
+        }
+    }
+    let found = suspects.iter().copied();
+    found.filter(|&at| seen[usize::from(at)]).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use iced_x86::IcedError;
@@ -197,6 +230,46 @@ mod tests {
         });
         assert_eq!(suspects.len(), 4);
         assert_eq!(guards(&page, &suspects), suspects[..3]);
+    }
+
+    #[test]
+    fn reachable_are_those_that_code_leads_to() {
+        let (page, suspects) = page(|a| {
+            let (mut again, mut other, mut called) =
+                (a.create_label(), a.create_label(), a.create_label());
+            // At 256: a loop, a way out of it, a call, and nothing of it behind the jump.
+            a.set_label(&mut again)?;
+            a.dec(ecx)?;
+            a.jnz(again)?;
+            a.test(eax, eax)?;
+            a.jz(other)?;
+            a.call(called)?;
+            a.call(rax)?;
+            a.jmp(5000u64)?;
+            a.cpuid()?;
+            a.set_label(&mut other)?;
+            a.rdpid(rax)?;
+            a.xgetbv()?;
+            a.ret()?;
+            a.cpuid()?;
+            a.set_label(&mut called)?;
+            a.xor(eax, eax)?;
+            a.cpuid()?;
+            a.ret()?;
+            a.cpuid()?;
+            a.ret()
+        });
+        assert_eq!(suspects.len(), 6);
+        let [_, pid, xgetbv, _, called, last] = suspects[..] else {
+            unreachable!()
+        };
+        assert_eq!(reachable(&page, &suspects, [256]), [pid, xgetbv, called]);
+        assert_eq!(reachable(&page, &suspects, [xgetbv]), [xgetbv]);
+        assert_eq!(reachable(&page, &suspects, [last]), [last]);
+        assert_eq!(reachable(&page, &suspects, [last + 2]), [0; 0]);
+        assert_eq!(reachable(&page, &suspects, [last, xgetbv]), [xgetbv, last]);
+        // From the start, over the NOPs.
+        assert_eq!(reachable(&page, &suspects, [0]), [pid, xgetbv, called]);
     }
 
     #[test]

@@ -298,6 +298,12 @@ impl Mirror {
         Process::unmap_call(at << 12, 4096)
     }
 
+    /// Takes all pages out that are executable; gives the calls that do so.
+    pub fn take_out_code(&mut self) -> Vec<Call> {
+        let pages = std::mem::take(&mut self.executable);
+        pages.iter().map(|&at| self.take_out(at)).collect()
+    }
+
     fn remove(&mut self, at: u64) {
         self.executable.remove(&at);
         let Some(region) = self.regions.get_mut(&(at >> 9)) else {

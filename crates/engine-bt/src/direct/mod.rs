@@ -13,6 +13,7 @@
 //! Limits: 64-bit code with flat selectors and 4-level paging; without debug registers, single stepping or a shifted TSC. Instructions that the host has and the guest's CPUID does not show are executed; where they use registers that the guest's XCR0 does not
 //! cover, the program is back in the translator, which knows no such instructions, from the next burst on.
 
+mod alone;
 mod fill;
 mod guards;
 mod mirror;
@@ -29,6 +30,7 @@ use std::time::Duration;
 use hospes_memory::GuestMemory;
 use hospes_units::Gva;
 
+use alone::Alone;
 use mirror::Mirror;
 use policy::Policy;
 use process::Process;
@@ -65,6 +67,12 @@ struct Space {
     excluded: HashSet<u64>,
     /// Pages that stay there for as long as the process is this address space's.
     retired: HashSet<u64>,
+    /// The page that is executed while no other is.
+    alone: Option<Alone>,
+    /// One that is to be, when it is reached the next time.
+    wanted: Option<u64>,
+    /// Those that are to be whenever they are reached.
+    lone: HashSet<u64>,
     /// Where the program went over to the process.
     entry: u64,
     /// Addresses that the process stops before.
@@ -146,7 +154,14 @@ impl Direct {
         let page = rip >> 12;
         self.spaces
             .iter()
-            .any(|s| s.root == root && s.stays_translated(page))
+            .any(|s| s.root == root && s.stays_translated(page) && !s.wants_alone(page))
+    }
+
+    /// An interrupt found code that has to stay in the translator: where it can be executed alone it is from now on.
+    fn want_alone(&mut self, root: u64, rip: u64) {
+        if let Some(space) = self.spaces.iter_mut().find(|s| s.root == root) {
+            space.want_alone(rip >> 12);
+        }
     }
 
     pub fn flush_page(&mut self, gva: Gva) {

@@ -119,6 +119,7 @@ impl BtVcpu {
         if direct.policy.is_hot(root) {
             if direct.excludes(root, cpu.rip) {
                 direct.policy.stayed(root);
+                direct.want_alone(root, cpu.rip);
             }
             return;
         }
@@ -225,6 +226,9 @@ impl BtVcpu {
                 mirror: Mirror::default(),
                 excluded: HashSet::new(),
                 retired: HashSet::new(),
+                alone: None,
+                wanted: None,
+                lone: HashSet::new(),
                 entry: 0,
                 breakpoints: Vec::new(),
                 accounted_ns: 0,
@@ -240,6 +244,8 @@ impl BtVcpu {
         space.mirror.clear();
         space.excluded.clear();
         space.retired.clear();
+        space.lone.clear();
+        space.forget_alone();
         space.breakpoints.clear();
         space.process.set_breakpoints(&[]).ok()?;
         space.root = root;
@@ -253,6 +259,7 @@ impl BtVcpu {
             return Ok(End::Broken);
         };
         let end = self.run_from(space, &mut regs, spent);
+        space.leave_alone(self.host.frame.cpu.rip);
         if end.is_err() {
             self.store_native(space, &regs)?;
             return Ok(End::Broken);
@@ -272,6 +279,7 @@ impl BtVcpu {
             space.mirror.flush_all();
         }
         space.entry = regs.rip;
+        self.resume_alone(space, regs.rip)?;
         let mut awaited = space.awaited.take();
         loop {
             self.refresh(space)?;
