@@ -47,6 +47,7 @@ pub struct Control {
     /// Set while the vCPU may execute translated code.
     in_code: AtomicBool,
     direct_ns: AtomicU64,
+    direct_wait_ns: AtomicU64,
     place_changed: AtomicBool,
     /// 1 more than the descriptor that stops the address-space process which runs for this vCPU; 0 without one.
     direct: AtomicI32,
@@ -186,9 +187,10 @@ impl Control {
         self.enter_code();
     }
 
-    /// Adds host CPU time of an address-space process.
-    pub fn add_direct_ns(&self, ns: u64) {
-        self.direct_ns.fetch_add(ns, Ordering::Relaxed);
+    /// Adds host CPU time of an address-space process, and the time that it waited for a host CPU, ns.
+    pub fn add_direct_ns(&self, used: u64, waited: u64) {
+        self.direct_ns.fetch_add(used, Ordering::Relaxed);
+        self.direct_wait_ns.fetch_add(waited, Ordering::Relaxed);
     }
 
     /// Whether the thread's place on the host has changed since the last call.
@@ -312,6 +314,10 @@ impl VcpuControl for Control {
 
     fn time_elsewhere_ns(&self) -> u64 {
         self.direct_ns.load(Ordering::Relaxed)
+    }
+
+    fn wait_elsewhere_ns(&self) -> u64 {
+        self.direct_wait_ns.load(Ordering::Relaxed)
     }
 
     fn place_changed(&self) {

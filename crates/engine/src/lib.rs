@@ -139,6 +139,11 @@ pub trait VcpuControl: Send + Sync {
         0
     }
 
+    /// Time, ns, that the vCPU has waited for a host CPU outside of its thread.
+    fn wait_elsewhere_ns(&self) -> u64 {
+        0
+    }
+
     /// The vCPU's thread has been given other host CPUs, another priority or another group: what the engine runs for it elsewhere follows.
     fn place_changed(&self) {}
 }

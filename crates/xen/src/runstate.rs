@@ -29,6 +29,8 @@ pub(crate) struct RunstateAccount {
     time: [u64; 4],
     area: Option<Area>,
     schedstat: Option<Schedstat>,
+    /// Time that the vCPU has waited for a host CPU outside of its thread, as far as it is counted, ns.
+    elsewhere: u64,
 }
 
 #[derive(Debug)]
@@ -56,8 +58,14 @@ impl RunstateAccount {
         self.entry = now;
     }
 
-    /// Time the thread has waited for a CPU since the last look, ns.
-    fn stolen(&mut self, now: u64) -> u64 {
+    /// Time the vCPU has waited for a host CPU since the last look, ns. `elsewhere`: all of that outside of its thread.
+    fn stolen(&mut self, now: u64, elsewhere: u64) -> u64 {
+        let outside = elsewhere.saturating_sub(self.elsewhere);
+        self.elsewhere = elsewhere;
+        outside + self.stolen_from_thread(now)
+    }
+
+    fn stolen_from_thread(&mut self, now: u64) -> u64 {
         let Some(stat) = &mut self.schedstat else {
             return 0;
         };
@@ -71,9 +79,9 @@ impl RunstateAccount {
         stolen
     }
 
-    fn change(&mut self, state: Runstate, now: u64, flag: bool) {
+    fn change(&mut self, state: Runstate, now: u64, elsewhere: u64, flag: bool) {
         let elapsed = now.saturating_sub(self.entry);
-        let stolen = self.stolen(now).min(elapsed);
+        let stolen = self.stolen(now, elsewhere).min(elapsed);
         self.time[self.state as usize] += elapsed - stolen;
         self.time[Runstate::Runnable as usize] += stolen;
         self.state = state;
@@ -137,20 +145,29 @@ impl Xen {
     pub fn set_runstate(&self, id: VcpuId, state: Runstate) {
         let now = self.time.now_ns();
         if let Some(slot) = self.vcpus.get(id.0 as usize) {
-            lock(&slot.run).change(state, now, self.runstate_flag.load(Relaxed));
+            let flag = self.runstate_flag.load(Relaxed);
+            lock(&slot.run).change(state, now, slot.waited_elsewhere(), flag);
         }
     }
 
     /// Brings the accounts of vCPUs that run without a break up to date.
     pub(crate) fn refresh_runstates(&self) {
+        for id in 0..self.vcpus.len() {
+            self.refresh_runstate(VcpuId(id as u32));
+        }
+    }
+
+    /// The same for one: its kernel is about to look at the time, and takes what was stolen off what a thread of its own has used.
+    pub(crate) fn refresh_runstate(&self, id: VcpuId) {
+        let Some(slot) = self.vcpus.get(id.0 as usize) else {
+            return;
+        };
         let now = self.time.now_ns();
         let flag = self.runstate_flag.load(Relaxed);
-        for slot in &self.vcpus {
-            let mut run = lock(&slot.run);
-            // A vCPU reads its own account; only with the flag can it tell that another thread is writing.
-            if run.state == Runstate::Running && (flag || run.area.is_none()) {
-                run.change(Runstate::Running, now, flag);
-            }
+        let mut run = lock(&slot.run);
+        // A vCPU reads its own account; only with the flag can it tell that another thread is writing.
+        if run.state == Runstate::Running && (flag || run.area.is_none()) {
+            run.change(Runstate::Running, now, slot.waited_elsewhere(), flag);
         }
     }
 

@@ -236,7 +236,10 @@ impl Xen {
 
     fn fire(&self, timer: Timer) {
         match timer {
-            Timer::Singleshot(id) | Timer::Periodic(id) => self.post_virq(id, event::VIRQ_TIMER),
+            Timer::Singleshot(id) | Timer::Periodic(id) => {
+                self.refresh_runstate(VcpuId(id as u32));
+                self.post_virq(id, event::VIRQ_TIMER);
+            }
             Timer::Poll(id) => self.host.wake(VcpuId(id as u32)),
             Timer::Watchdog(_) => self.host.watchdog_expired(),
         }

@@ -36,6 +36,11 @@ impl VcpuSlot {
     pub fn info(&self) -> &Area {
         self.registered_info.get().unwrap_or(&self.default_info)
     }
+
+    /// Time, ns, that the vCPU has waited for a host CPU outside of its thread.
+    pub fn waited_elsewhere(&self) -> u64 {
+        self.control.get().map_or(0, |c| c.wait_elsewhere_ns())
+    }
 }
 
 /// Makes the vCPUs and gives the time areas that are to be filled from the start.

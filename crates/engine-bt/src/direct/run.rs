@@ -161,10 +161,11 @@ impl BtVcpu {
         let end = self.run_space(&mut space, &mut spent).unwrap_or(End::Dead);
         space.unaccounted += spent.time;
         if space.unaccounted >= ACCOUNTED {
-            space.unaccounted = Duration::ZERO;
+            let passed_ns = std::mem::take(&mut space.unaccounted).as_nanos() as u64;
             let used_ns = space.process.cpu_time_ns();
             let new_ns = used_ns.saturating_sub(space.accounted_ns);
-            self.host.control.add_direct_ns(new_ns);
+            let waited_ns = passed_ns.saturating_sub(new_ns);
+            self.host.control.add_direct_ns(new_ns, waited_ns);
             space.accounted_ns = used_ns;
         }
         let direct = &mut self.host.direct;

@@ -61,6 +61,34 @@ fn runstate_area_across_pages_accounts_all_time() {
 }
 
 #[test]
+fn runstate_is_up_to_date_when_a_timer_fires() {
+    let mut m = Machine::new(1);
+    boot(&mut m);
+    let at = 0x4_0000u64;
+    m.xen.memory().write_obj(Gpa(ARG), &at).unwrap();
+    m.call(
+        nr::VM_ASSIST,
+        [nr::VMASST_ENABLE, nr::VMASST_RUNSTATE_UPDATE_FLAG, 0],
+    );
+    m.call(nr::VCPU_OP, [vcpu::REGISTER_RUNSTATE_AREA, 0, ARG]);
+    let _clock = m.xen.start_clock().unwrap();
+    m.xen.set_runstate(VcpuId(0), Runstate::Running);
+    let port = bind_virq(&mut m, event::VIRQ_TIMER, 0).unwrap();
+    let deadline = m.xen.system_time_ns() + 3_000_000;
+    let t = vcpu::SetSingleshot {
+        timeout_abs_ns: deadline,
+        ..Default::default()
+    };
+    m.xen.memory().write_obj(Gpa(ARG), &t).unwrap();
+    assert_eq!(m.call(nr::VCPU_OP, [vcpu::SET_SINGLESHOT_TIMER, 0, ARG]), 0);
+    while !m.xen.is_pending(port) {
+        std::thread::yield_now();
+    }
+    let info: RunstateInfo = m.xen.memory().read_obj(Gpa(at)).unwrap();
+    assert!(info.state_entry_time >= deadline, "{info:?}");
+}
+
+#[test]
 fn singleshot_timer_fires_not_before_its_time() {
     let mut m = Machine::new(1);
     boot(&mut m);
