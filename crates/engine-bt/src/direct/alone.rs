@@ -15,10 +15,20 @@ use super::tables::look_up;
 use super::{Space, guards, scan};
 use crate::vcpu::BtVcpu;
 
-/// A page that was executed alone for as long is so from then on whenever it is called.
+/// A page that was executed alone for as long is so from then on whenever it is called; another is tried ever more rarely, for all other code has to be mapped anew behind it.
 const WORTH: Duration = Duration::from_micros(300);
+/// Interrupts in a row that find the program in one page before it is tried, and by how many times more after each failure.
+const TICKS: u32 = 2;
+const MORE: u32 = 4;
 /// Words of the stack that are looked at.
 const STACK: u64 = 512;
+
+/// Where interrupts have found the program.
+#[derive(Debug)]
+pub(super) struct Found {
+    page: u64,
+    ticks: u32,
+}
 
 /// The page that is executed alone.
 #[derive(Debug)]
@@ -32,13 +42,28 @@ pub(super) struct Alone {
 impl Space {
     /// An interrupt has found the program in a page that stays translated.
     pub(super) fn want_alone(&mut self, page: u64) {
-        self.wanted = Some(page);
+        let ticks = match &self.found {
+            Some(found) if found.page == page => found.ticks.saturating_add(1),
+            _ => 1,
+        };
+        self.found = Some(Found { page, ticks });
+    }
+
+    fn wanted(&self, page: u64) -> bool {
+        let ticks = self.poor.get(&page).copied().unwrap_or(TICKS);
+        let found = self.found.as_ref();
+        found.is_some_and(|f| f.page == page && f.ticks >= ticks)
+    }
+
+    fn was_poor(&mut self, page: u64) {
+        let ticks = self.poor.entry(page).or_insert(TICKS);
+        *ticks = ticks.saturating_mul(MORE);
     }
 
     /// Whether the page is to be executed alone when it is reached.
     pub(super) fn wants_alone(&self, page: u64) -> bool {
         let is_alone = self.alone.as_ref().is_some_and(|a| a.page == page);
-        is_alone || self.wanted == Some(page) || self.lone.contains(&page)
+        is_alone || self.wanted(page) || self.lone.contains(&page)
     }
 
     /// A burst has ended at an address.
@@ -51,7 +76,7 @@ impl Space {
     /// Nothing is executed alone any more, for everything has been unmapped.
     pub(super) fn forget_alone(&mut self) {
         self.alone = None;
-        self.wanted = None;
+        self.found = None;
     }
 }
 
@@ -67,7 +92,7 @@ impl BtVcpu {
         if !space.wants_alone(page) || rip >> 12 != page {
             return Ok(false);
         }
-        space.wanted = None;
+        space.found = None;
         let mut bytes = [0; PAGE_SIZE as usize];
         if self.host.shared.memory.read(gfn.gpa(), &mut bytes).is_err() {
             return Ok(false);
@@ -76,6 +101,7 @@ impl BtVcpu {
         ways.push((rip & (PAGE_SIZE - 1)) as u16);
         let found = guards::reachable(&bytes, &scan::suspects(&bytes), ways);
         if found.len() > BREAKPOINTS {
+            space.was_poor(page);
             return Ok(false);
         }
         let calls = space.mirror.take_out_code();
@@ -96,7 +122,10 @@ impl BtVcpu {
         let Some(alone) = space.alone.take_if(moved) else {
             return Ok(());
         };
-        space.wanted = Some(alone.page);
+        space.found = Some(Found {
+            page: alone.page,
+            ticks: u32::MAX,
+        });
         self.drop_code(space, alone.page)
     }
 
@@ -109,6 +138,7 @@ impl BtVcpu {
             space.lone.insert(alone.page);
         } else {
             space.lone.remove(&alone.page);
+            space.was_poor(alone.page);
         }
         self.drop_code(space, alone.page)
     }

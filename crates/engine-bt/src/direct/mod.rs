@@ -24,13 +24,13 @@ mod scan;
 mod stub;
 mod tables;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use hospes_memory::GuestMemory;
 use hospes_units::Gva;
 
-use alone::Alone;
+use alone::{Alone, Found};
 use mirror::Mirror;
 use policy::Policy;
 use process::Process;
@@ -69,10 +69,12 @@ struct Space {
     retired: HashSet<u64>,
     /// The page that is executed while no other is.
     alone: Option<Alone>,
-    /// One that is to be, when it is reached the next time.
-    wanted: Option<u64>,
-    /// Those that are to be whenever they are reached.
+    /// Where interrupts find the program that stays translated there.
+    found: Option<Found>,
+    /// Those that are to be executed so whenever they are reached.
     lone: HashSet<u64>,
+    /// How many interrupts in a row have to find the program in a page for which that has not paid.
+    poor: HashMap<u64, u32>,
     /// Where the program went over to the process.
     entry: u64,
     /// Addresses that the process stops before.

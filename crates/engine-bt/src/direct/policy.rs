@@ -30,6 +30,8 @@ const STAYED: i64 = 400_000;
 const FIRST_TICKS: u32 = 2;
 /// The same for a program to which attempts were worth their cost.
 const GOOD_TICKS: u32 = 1;
+/// Most ticks between attempts where all of them together were worth their cost, and where not.
+const MOST_GOOD_TICKS: u32 = 8;
 const MOST_TICKS: u32 = 128;
 /// Of what one address space has learnt, what others of the same program begin with at most.
 const MOST_INHERITED: u32 = 32;
@@ -39,7 +41,7 @@ const REMEMBERED: usize = 512;
 /// What a burst was.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Burst {
-    /// In the process, switches to it and back included.
+    /// In the process: guest code, and switches there and back, without mapping calls.
     pub native: Duration,
     /// From the decision to run natively to the state being the vCPU's again.
     pub whole: Duration,
@@ -70,6 +72,8 @@ struct Heat {
     value: i64,
     /// Of all bursts since it became hot, ns.
     total: i64,
+    /// Of all attempts before, ns.
+    before: i64,
 }
 
 impl Heat {
@@ -77,8 +81,11 @@ impl Heat {
     fn end(&mut self) {
         self.hot = false;
         self.ticks = 0;
+        self.before = self.before.saturating_add(self.total);
         self.wait = if self.total > 0 {
             GOOD_TICKS
+        } else if self.before > 0 {
+            (self.wait * 2).min(MOST_GOOD_TICKS)
         } else {
             (self.wait.max(FIRST_TICKS) * 4).min(MOST_TICKS)
         };
@@ -134,7 +141,12 @@ impl Policy {
         if self.programs.len() >= REMEMBERED {
             self.programs.clear();
         }
-        self.programs.insert(program, heat.wait.min(MOST_INHERITED));
+        let wait = if heat.before > 0 {
+            GOOD_TICKS
+        } else {
+            heat.wait.min(MOST_INHERITED)
+        };
+        self.programs.insert(program, wait);
     }
 
     /// Whether user code has mostly gone on by itself since the last interrupt that counted.
@@ -177,6 +189,7 @@ impl Policy {
                 wait: known.copied().unwrap_or(FIRST_TICKS),
                 value: HOPE,
                 total: 0,
+                before: 0,
             }
         });
         heat.ticks += 1;
@@ -339,9 +352,13 @@ mod tests {
             guest.policy.burst(1, LONG);
         }
         guest.cool(1, SHORT);
-        assert_eq!(guest.heat(1), GOOD_TICKS);
-        guest.cool(1, SHORT);
-        assert_eq!(guest.heat(1), 8);
+        let mut attempts = Vec::new();
+        for _ in 0..6 {
+            attempts.push(guest.heat(1));
+            guest.cool(1, SHORT);
+        }
+        // As long as all of them together have paid.
+        assert_eq!(attempts, [1, 2, 4, 8, 8, 8]);
     }
 
     #[test]

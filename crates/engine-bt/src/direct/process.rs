@@ -12,12 +12,16 @@ use std::io::{Error, Result};
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::time::{Duration, Instant};
 
 use self::spawn::{Setup, check, kill_and_reap, memfd, ptrace, spawn, wait};
 use super::stub::{self, Call, SCRATCH, TABLE_PAGES};
 
 const PAGE: usize = 4096;
 const AREA_BYTES: usize = SCRATCH + PAGE;
+/// A run that is over sooner is short, and so many of them in a row make a difference.
+const SHORT_RUN: Duration = Duration::from_micros(500);
+const SHORT_RUNS: u32 = 2;
 /// Most calls of one batch.
 pub const BATCH_CALLS: usize = TABLE_PAGES * PAGE / size_of::<Call>();
 
@@ -77,6 +81,12 @@ pub struct Process {
     key: [u64; 2],
     /// Calls to be made before guest code runs again.
     queue: Vec<Call>,
+    /// The only host CPU that it may run on; where the thread may if there is none.
+    cpu: Option<i32>,
+    /// Runs in a row that were short, at most as many as matter.
+    short_runs: u32,
+    /// Of the last run, the share that such calls took.
+    calls_share: f64,
 }
 
 // SAFETY: the mapping behind `area` is owned by this value alone. Only the thread that made the process can trace it; in another all calls fail, and dropping it there
@@ -135,6 +145,9 @@ impl Process {
             xstate_bytes: 0,
             key: [0; 2],
             queue: Vec::new(),
+            cpu: None,
+            short_runs: 0,
+            calls_share: 0.0,
         };
         process.prepare()?;
         Ok(process)
@@ -250,6 +263,19 @@ impl Process {
 
     /// Makes the calls that are due and lets guest code run until it stops; the registers are its own, before and after. Fails if a call does, with the registers as they were.
     pub fn run(&mut self, regs: &mut Registers) -> Result<Stop> {
+        self.follow();
+        let start = Instant::now();
+        let stop = self.run_here(regs);
+        self.short_runs = if start.elapsed() < SHORT_RUN {
+            (self.short_runs + 1).min(SHORT_RUNS)
+        } else {
+            0
+        };
+        stop
+    }
+
+    fn run_here(&mut self, regs: &mut Registers) -> Result<Stop> {
+        self.calls_share = 0.0;
         if self.queue.is_empty() {
             self.set_registers(regs)?;
             ptrace(libc::PTRACE_SYSEMU, self.pid, 0, ptr::null_mut())?;
@@ -261,8 +287,16 @@ impl Process {
         }
         let mut queue = mem::take(&mut self.queue);
         let (first, last) = queue.split_at(queue.len().saturating_sub(BATCH_CALLS));
+        let began = tsc();
         self.batch(first)?;
         let stop = self.go(regs, last);
+        let (made, ended) = (self.made(), tsc());
+        // Guest code can have written there.
+        self.calls_share = if (began..ended).contains(&made) {
+            (made - began) as f64 / (ended - began) as f64
+        } else {
+            0.0
+        };
         queue.clear();
         self.queue = queue;
         stop
@@ -293,6 +327,33 @@ impl Process {
                 }
             }
         })
+    }
+
+    /// While runs are short, keeps the process on the host CPU that this thread is on: the thread sleeps while the process runs, so neither has to be woken on an idle CPU, which
+    /// takes several times as long as all else. In longer runs the host has to be free to share its CPUs out.
+    fn follow(&mut self) {
+        // SAFETY: an all-zero set is an empty one; the rest are system calls on sets of this size and plain values. Where one is refused the process runs where the host likes.
+        unsafe {
+            let mut set: libc::cpu_set_t = mem::zeroed();
+            let bytes = size_of_val(&set);
+            let cpu = Some(libc::sched_getcpu())
+                .filter(|c| self.short_runs >= SHORT_RUNS && (0..libc::CPU_SETSIZE).contains(c));
+            if cpu == self.cpu {
+                return;
+            }
+            if let Some(cpu) = cpu {
+                libc::CPU_SET(cpu as usize, &mut set);
+            } else if libc::sched_getaffinity(0, bytes, &mut set) != 0 {
+                return;
+            }
+            libc::sched_setaffinity(self.pid, bytes, &set);
+            self.cpu = cpu;
+        }
+    }
+
+    /// What share of the last run, from 0 to 1, calls took; the rest was guest code.
+    pub fn calls_share(&self) -> f64 {
+        self.calls_share
     }
 
     /// Host CPU time the process has used, ns.
@@ -335,6 +396,11 @@ impl Process {
             Ok((info.si_code, info.si_addr() as u64))
         }
     }
+}
+
+fn tsc() -> u64 {
+    // SAFETY: reads a counter that every x86-64 processor has.
+    unsafe { core::arch::x86_64::_rdtsc() }
 }
 
 impl Drop for Process {

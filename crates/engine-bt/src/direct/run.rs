@@ -1,6 +1,6 @@
 //! A burst of native execution, from the guest's state to the guest's state.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
@@ -44,6 +44,8 @@ const PCID: u64 = 0xfff;
 struct Spent {
     /// In the process.
     time: Duration,
+    /// The same without mapping calls.
+    native: Duration,
     /// Times it stopped.
     stops: u32,
     /// Instructions that the engine executed in between.
@@ -185,7 +187,7 @@ impl BtVcpu {
             _ => {}
         }
         let burst = Burst {
-            native: spent.time,
+            native: spent.native,
             whole: start.elapsed(),
             stops: spent.stops,
             interrupted: matches!(end, End::Interrupted),
@@ -228,8 +230,9 @@ impl BtVcpu {
                 excluded: HashSet::new(),
                 retired: HashSet::new(),
                 alone: None,
-                wanted: None,
+                found: None,
                 lone: HashSet::new(),
+                poor: HashMap::new(),
                 entry: 0,
                 breakpoints: Vec::new(),
                 accounted_ns: 0,
@@ -246,6 +249,7 @@ impl BtVcpu {
         space.excluded.clear();
         space.retired.clear();
         space.lone.clear();
+        space.poor.clear();
         space.forget_alone();
         space.breakpoints.clear();
         space.process.set_breakpoints(&[]).ok()?;
@@ -300,7 +304,9 @@ impl BtVcpu {
             } else {
                 let start = Instant::now();
                 let stop = space.process.run(regs);
-                spent.time += start.elapsed();
+                let passed = start.elapsed();
+                spent.time += passed;
+                spent.native += passed.mul_f64(1.0 - space.process.calls_share());
                 spent.stops += 1;
                 stop
             };

@@ -42,6 +42,8 @@ pub struct Start {
     pub calls: u64,
     /// Words that they take there.
     pub words: u64,
+    /// The time-stamp counter when they have been made.
+    pub made: u64,
 }
 
 /// Where in that page MXCSR goes.
@@ -104,6 +106,10 @@ global_asm!(
     "xor eax, eax",
     "cld",
     "rep stosq",
+    "rdtsc",
+    "shl rdx, 32",
+    "or rax, rdx",
+    "mov [rip + hospes_direct_stub + {made}], rax",
     "lea rsp, [rip + hospes_direct_stub + {start}]",
     "pop r15",
     "pop r14",
@@ -129,6 +135,7 @@ global_asm!(
     start = const SCRATCH,
     calls = const SCRATCH + std::mem::offset_of!(Start, calls),
     words = const SCRATCH + std::mem::offset_of!(Start, words),
+    made = const SCRATCH + std::mem::offset_of!(Start, made),
 );
 
 unsafe extern "C" {

@@ -228,6 +228,7 @@ impl Process {
             ss: regs.ss,
             calls: calls.len() as u64,
             words: calls.as_flattened().len() as u64,
+            made: 0,
         };
         self.put_start(&start);
         self.put_calls(calls);
@@ -265,6 +266,12 @@ impl Process {
                 }
             }
         }
+    }
+
+    /// When the process had made the last calls, by the time-stamp counter.
+    pub(super) fn made(&self) -> u64 {
+        // SAFETY: the page lies in the mapped area and is aligned; where the process runs still, no sense is made of what is read.
+        unsafe { ptr::read_volatile(&raw const (*self.area.add(SCRATCH).cast::<Start>()).made) }
     }
 
     /// The number of the first call in the table.

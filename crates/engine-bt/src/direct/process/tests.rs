@@ -174,6 +174,44 @@ fn registers_pass_the_calls_unchanged() {
     assert_eq!(words(&regs), words(&expected));
 }
 
+/// Host CPUs that a process, or this thread for 0, may run on.
+fn cpus(pid: i32) -> i32 {
+    // SAFETY: an all-zero set is an empty one, and the call is given its size.
+    unsafe {
+        let mut set: libc::cpu_set_t = mem::zeroed();
+        assert_eq!(libc::sched_getaffinity(pid, size_of_val(&set), &mut set), 0);
+        libc::CPU_COUNT(&set)
+    }
+}
+
+#[test]
+fn process_is_bound_to_a_cpu_while_runs_are_short() {
+    // int3
+    let (mut process, _memory) = with_code(&[0xcc]);
+    process.short_runs = SHORT_RUNS;
+    process.run(&mut start(&process, CODE)).unwrap();
+    assert_eq!(cpus(process.pid), 1);
+    process.short_runs = 0;
+    process.run(&mut start(&process, CODE)).unwrap();
+    assert_eq!(cpus(process.pid), cpus(0));
+}
+
+#[test]
+fn calls_have_their_share_of_a_run() {
+    // int3
+    let (mut process, _memory) = with_code(&[0xcc]);
+    let mut regs = start(&process, CODE);
+    process.run(&mut regs).unwrap();
+    assert_eq!(process.calls_share(), 0.0);
+    regs.rip = CODE;
+    for _ in 0..500 {
+        remap(&mut process);
+    }
+    process.run(&mut regs).unwrap();
+    let share = process.calls_share();
+    assert!(share > 0.0 && share < 1.0, "{share}");
+}
+
 #[test]
 fn call_that_fails_leaves_the_registers() {
     let (mut process, _memory) = with_code(&[0xcc]);
