@@ -31,6 +31,8 @@ pub(crate) struct RunstateAccount {
     schedstat: Option<Schedstat>,
     /// Time that the vCPU has waited for a host CPU outside of its thread, as far as it is counted, ns.
     elsewhere: u64,
+    /// Time in which the whole process was stopped and which is not in `time` yet, ns.
+    stopped: u64,
 }
 
 #[derive(Debug)]
@@ -62,7 +64,7 @@ impl RunstateAccount {
     fn stolen(&mut self, now: u64, elsewhere: u64) -> u64 {
         let outside = elsewhere.saturating_sub(self.elsewhere);
         self.elsewhere = elsewhere;
-        outside + self.stolen_from_thread(now)
+        outside + std::mem::take(&mut self.stopped) + self.stolen_from_thread(now)
     }
 
     fn stolen_from_thread(&mut self, now: u64) -> u64 {
@@ -168,6 +170,16 @@ impl Xen {
         // A vCPU reads its own account; only with the flag can it tell that another thread is writing.
         if run.state == Runstate::Running && (flag || run.area.is_none()) {
             run.change(Runstate::Running, now, slot.waited_elsewhere(), flag);
+        }
+    }
+
+    /// The domain's process was stopped for so long: that was stolen from all vCPUs that ran, as a pause is on Xen.
+    pub(crate) fn note_stopped(&self, ns: u64) {
+        for slot in &self.vcpus {
+            let mut run = lock(&slot.run);
+            if run.state == Runstate::Running {
+                run.stopped += ns;
+            }
         }
     }
 

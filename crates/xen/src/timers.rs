@@ -205,6 +205,7 @@ impl Xen {
             if now.saturating_sub(expected) > STOPPED_NS {
                 // Before any timer fires: the guest's watchdogs run in its timer interrupt.
                 self.time.mark_stopped();
+                self.note_stopped(now - expected);
             }
             expected = now;
             let earliest = inner.take_due(now, &mut due);

@@ -23,7 +23,7 @@ const MOST_TICK: Duration = Duration::from_millis(8);
 const HOPE: i64 = 1_200_000;
 /// Most and least that a burst counts for in the average, ns. The least leaves a program time for the pages that it needs first.
 const MOST: i64 = 4 * HOPE;
-const LEAST: i64 = -100_000;
+const LEAST: i64 = -400_000;
 /// What it costs when an interrupt finds code that must stay translated, ns.
 const STAYED: i64 = 400_000;
 /// Interrupts in user code before the first attempt.

@@ -89,6 +89,20 @@ fn runstate_is_up_to_date_when_a_timer_fires() {
 }
 
 #[test]
+fn time_in_which_the_process_was_stopped_is_stolen() {
+    let m = Machine::new(2);
+    m.xen.set_runstate(VcpuId(0), Runstate::Running);
+    std::thread::sleep(Duration::from_millis(4));
+    m.xen.note_stopped(3_000_000);
+    m.xen.set_runstate(VcpuId(0), Runstate::Blocked);
+    let stolen = |id: u32| {
+        let info = crate::lock(&m.xen.vcpus[id as usize].run).info();
+        info.time[Runstate::Runnable as usize]
+    };
+    assert_eq!((stolen(0), stolen(1)), (3_000_000, 0));
+}
+
+#[test]
 fn singleshot_timer_fires_not_before_its_time() {
     let mut m = Machine::new(1);
     boot(&mut m);
