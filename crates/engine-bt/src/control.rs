@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{
     AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering,
 };
+use std::time::Duration;
 
 use hospes_engine::{VcpuControl, Waker};
 
@@ -187,10 +188,12 @@ impl Control {
         self.enter_code();
     }
 
-    /// Adds host CPU time of an address-space process, and the time that it waited for a host CPU, ns.
-    pub fn add_direct_ns(&self, used: u64, waited: u64) {
-        self.direct_ns.fetch_add(used, Ordering::Relaxed);
-        self.direct_wait_ns.fetch_add(waited, Ordering::Relaxed);
+    /// Adds host CPU time of an address-space process, and the time that it waited for a host CPU.
+    pub fn add_direct(&self, used: Duration, waited: Duration) {
+        let add =
+            |sum: &AtomicU64, d: Duration| sum.fetch_add(d.as_nanos() as u64, Ordering::Relaxed);
+        add(&self.direct_ns, used);
+        add(&self.direct_wait_ns, waited);
     }
 
     /// Whether the thread's place on the host has changed since the last call.

@@ -25,7 +25,6 @@ mod stub;
 mod tables;
 
 use std::collections::{HashMap, HashSet};
-use std::time::Duration;
 
 use hospes_memory::GuestMemory;
 use hospes_units::Gva;
@@ -81,8 +80,6 @@ struct Space {
     breakpoints: Vec<u64>,
     /// Host CPU time that has been accounted for, ns.
     accounted_ns: u64,
-    /// Native execution since then.
-    unaccounted: Duration,
     /// The vector state that the process has, as the vCPU's image shows it; empty if that is not known.
     vectors: Vec<u8>,
     /// Where the guest's kernel was called for a page: what it has put there is mapped before the program goes on.

@@ -12,7 +12,7 @@ use hospes_units::Gfn;
 /// Translated, user code takes about so many times as long. Compute loops take 2 to 3 times, interpreters and code that is executed seldom up to 9 times.
 const TRANSLATED: i64 = 4;
 /// Of the time of native execution, what each stop takes: two switches between processes, ns.
-const STOP_NS: i64 = 8_000;
+pub const STOP_NS: i64 = 8_000;
 /// With visits to the kernel more often than that, native execution hardly pays.
 const QUIET: Duration = Duration::from_micros(120);
 /// Interrupts that follow each other more quickly count as one.
@@ -41,9 +41,9 @@ const REMEMBERED: usize = 512;
 /// What a burst was.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Burst {
-    /// In the process: guest code, and switches there and back, without mapping calls.
+    /// In the process, as far as it had a host CPU: guest code, and switches there and back, without mapping calls.
     pub native: Duration,
-    /// From the decision to run natively to the state being the vCPU's again.
+    /// From the decision to run natively to the state being the vCPU's again, without waiting for a host CPU.
     pub whole: Duration,
     /// Times the process stopped.
     pub stops: u32,

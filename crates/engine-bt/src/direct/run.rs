@@ -10,7 +10,7 @@ use hospes_units::{Gpa, PAGE_SIZE};
 
 use super::fill::Filled;
 use super::mirror::Mirror;
-use super::policy::Burst;
+use super::policy::{Burst, STOP_NS};
 use super::process::{AFTER_INT1, AFTER_INT3, AFTER_STEP, Process, Registers, Stop, USER_END};
 use super::tables::{look_up, lowest};
 use super::{ROOT, SPACES, Space};
@@ -33,8 +33,6 @@ const FORBIDDEN_FLAGS: u64 =
 /// Instructions that the engine executes within one burst before the translator takes over.
 const STEPS: u32 = 64;
 const XSTATE_SSE: u8 = 2;
-/// Native execution after which the host is asked how much CPU time it was.
-const ACCOUNTED: Duration = Duration::from_millis(1);
 /// Components of the XSAVE image that AVX-512 code uses: mask registers, upper halves, registers from 16 on.
 const XSTATE_AVX512: u8 = 0xe0;
 const PCID: u64 = 0xfff;
@@ -161,15 +159,13 @@ impl BtVcpu {
         };
         let mut spent = Spent::default();
         let end = self.run_space(&mut space, &mut spent).unwrap_or(End::Dead);
-        space.unaccounted += spent.time;
-        if space.unaccounted >= ACCOUNTED {
-            let passed_ns = std::mem::take(&mut space.unaccounted).as_nanos() as u64;
-            let used_ns = space.process.cpu_time_ns();
-            let new_ns = used_ns.saturating_sub(space.accounted_ns);
-            let waited_ns = passed_ns.saturating_sub(new_ns);
-            self.host.control.add_direct_ns(new_ns, waited_ns);
-            space.accounted_ns = used_ns;
-        }
+        let used_ns = space.process.cpu_time_ns();
+        let used = Duration::from_nanos(used_ns.saturating_sub(space.accounted_ns));
+        space.accounted_ns = used_ns;
+        // Switches to the process and back are partly this thread's.
+        let switches = Duration::from_nanos(STOP_NS as u64) * spent.stops;
+        let waited = spent.time.saturating_sub(used + switches);
+        self.host.control.add_direct(used, waited);
         let direct = &mut self.host.direct;
         match end {
             End::Broken => {
@@ -187,8 +183,8 @@ impl BtVcpu {
             _ => {}
         }
         let burst = Burst {
-            native: spent.native,
-            whole: start.elapsed(),
+            native: spent.native.saturating_sub(waited),
+            whole: start.elapsed().saturating_sub(waited),
             stops: spent.stops,
             interrupted: matches!(end, End::Interrupted),
         };
@@ -236,7 +232,6 @@ impl BtVcpu {
                 entry: 0,
                 breakpoints: Vec::new(),
                 accounted_ns: 0,
-                unaccounted: Duration::ZERO,
                 vectors: Vec::new(),
                 awaited: None,
                 tainted: false,
