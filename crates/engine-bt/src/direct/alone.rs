@@ -1,7 +1,7 @@
 //! A page with too many suspects for breakpoints, executed natively while no other is.
 //!
 //! Programs that are linked statically keep their own loops and the functions in which their C library asks CPUID in one page. An interrupt that finds the program there is the
-//! sign to try: as long as no other page is executable, only the suspects matter which the code can come to from where it is. Whatever leads out of the page ends it. A
+//! sign to try: as long as no other page is executable, of the suspects that only tell something those matter which the code can come to from where it is; all others have breakpoints in any case. Whatever leads out of the page ends it. A
 //! return into the middle of a function of the same page is not seen in the code; where it may lead is looked for on the stack.
 
 use std::io;

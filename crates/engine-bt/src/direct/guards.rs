@@ -21,6 +21,12 @@ struct Node {
     target: Option<u64>,
 }
 
+/// Whether an instruction tells something about the host's processor and does nothing else.
+fn tells(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(i.mnemonic(), Cpuid | Xgetbv | Rdtscp | Rdpid)
+}
+
 fn nodes(page: &[u8]) -> Vec<Node> {
     let mut decoder = Decoder::with_ip(64, page, 0, DecoderOptions::NONE);
     let mut instruction = Instruction::default();
@@ -40,10 +46,7 @@ fn nodes(page: &[u8]) -> Vec<Node> {
         let stops = nodes.last().is_none_or(|n| !n.goes_on);
         nodes.push(Node {
             at,
-            tells: matches!(
-                instruction.mnemonic(),
-                Mnemonic::Cpuid | Mnemonic::Xgetbv | Mnemonic::Rdtscp | Mnemonic::Rdpid
-            ),
+            tells: tells(&instruction),
             goes_on: !matches!(
                 flow,
                 FlowControl::UnconditionalBranch
@@ -107,7 +110,8 @@ pub fn guards(page: &[u8], suspects: &[u16]) -> Vec<u16> {
     found
 }
 
-/// Those of the suspects of a page that code which begins at some offsets of it can come to by ways that the page shows, while nothing outside of the page is executed.
+/// Those of the suspects of a page that need a breakpoint while nothing outside of the page is executed: what code which begins at some offsets of it can come to by ways
+/// that the page shows, and all that do more than tell something, whatever leads there.
 pub fn reachable(page: &[u8], suspects: &[u16], from: impl IntoIterator<Item = u16>) -> Vec<u16> {
     let mut decoder = Decoder::with_ip(64, page, 0, DecoderOptions::NONE);
     let mut instruction = Instruction::default();
@@ -136,8 +140,14 @@ pub fn reachable(page: &[u8], suspects: &[u16], from: impl IntoIterator<Item = u
             left.push(instruction.next_ip());
         }
     }
-    let found = suspects.iter().copied();
-    found.filter(|&at| seen[usize::from(at)]).collect()
+    let mut needs = |at: u16| {
+        seen[usize::from(at)] || {
+            // Any offset of the page can be decoded from; what is no instruction is taken for the worst.
+            let set = decoder.set_position(at.into());
+            set.is_err() || !tells(&decoder.decode())
+        }
+    };
+    suspects.iter().copied().filter(|&at| needs(at)).collect()
 }
 
 #[cfg(test)]
@@ -270,6 +280,21 @@ mod tests {
         assert_eq!(reachable(&page, &suspects, [last, xgetbv]), [xgetbv, last]);
         // From the start, over the NOPs.
         assert_eq!(reachable(&page, &suspects, [0]), [pid, xgetbv, called]);
+    }
+
+    #[test]
+    fn reachable_are_all_that_do_more_than_tell() {
+        let (page, suspects) = page(|a| {
+            a.ret()?;
+            a.cpuid()?;
+            a.vmmcall()?;
+            a.db(&[0xcd, 0x80])?;
+            a.xsave(ptr(rax))?;
+            a.cpuid()?;
+            a.ret()
+        });
+        assert_eq!(suspects.len(), 5);
+        assert_eq!(reachable(&page, &suspects, [256]), suspects[1..4]);
     }
 
     #[test]
