@@ -15,9 +15,8 @@ pub type Call = [u64; 7];
 
 /// Distances of the entry points from the start of the code page.
 pub const ONE: u64 = 0;
-pub const BATCH: u64 = 16;
-pub const MXCSR: u64 = 80;
-pub const GO: u64 = 96;
+pub const MXCSR: u64 = 16;
+pub const GO: u64 = 32;
 /// A breakpoint outside of all of them, and the last byte of the page.
 pub const STOP: u64 = 4095;
 
@@ -53,7 +52,6 @@ pub const MXCSR_SLOT: usize = 1024;
 // `MXCSR`: stores that register at R12, then a breakpoint.
 // `GO`: the calls of the table, up to one that fails and a breakpoint behind it. When all have been made it clears the table, takes the registers from [`Start`] and goes on
 // where that says. It trusts in no register: guest code may jump here as well.
-// `BATCH`: R13 calls of the table at R12, up to the first that fails; then a breakpoint. R13 is what was left.
 global_asm!(
     ".pushsection .rodata",
     ".balign 16",
@@ -61,27 +59,10 @@ global_asm!(
     "hospes_direct_stub:",
     "syscall",
     "int3",
-    ".balign 16, 0xcc",
-    "2:",
-    "mov rax, [r12]",
-    "mov rdi, [r12 + 8]",
-    "mov rsi, [r12 + 16]",
-    "mov rdx, [r12 + 24]",
-    "mov r10, [r12 + 32]",
-    "mov r8, [r12 + 40]",
-    "mov r9, [r12 + 48]",
-    "syscall",
-    "cmp rax, -4096",
-    "ja 3f",
-    "add r12, 56",
-    "dec r13",
-    "jnz 2b",
-    "3:",
-    "int3",
-    ".org hospes_direct_stub + 80, 0xcc",
+    ".org hospes_direct_stub + 16, 0xcc",
     "stmxcsr [r12]",
     "int3",
-    ".org hospes_direct_stub + 96, 0xcc",
+    ".org hospes_direct_stub + 32, 0xcc",
     "lea r12, [rip + hospes_direct_stub + {table}]",
     "mov r13, [rip + hospes_direct_stub + {calls}]",
     "4:",
@@ -200,8 +181,6 @@ mod tests {
         let page = code_page();
         assert_eq!(page.len(), 4096);
         assert_eq!(page[ONE as usize..][..3], [0x0f, 0x05, 0xcc]);
-        // mov rax, [r12]
-        assert_eq!(page[BATCH as usize..][..4], [0x49, 0x8b, 0x04, 0x24]);
         // stmxcsr [r12]; int3
         assert_eq!(
             page[MXCSR as usize..][..6],

@@ -60,6 +60,18 @@ fn runstate_area_across_pages_accounts_all_time() {
     );
 }
 
+/// Sets the timer of vCPU 0 to fire in 3 ms; gives the system time of that, ns.
+fn set_timer(m: &mut Machine) -> u64 {
+    let deadline = m.xen.system_time_ns() + 3_000_000;
+    let t = vcpu::SetSingleshot {
+        timeout_abs_ns: deadline,
+        ..Default::default()
+    };
+    m.xen.memory().write_obj(Gpa(ARG), &t).unwrap();
+    assert_eq!(m.call(nr::VCPU_OP, [vcpu::SET_SINGLESHOT_TIMER, 0, ARG]), 0);
+    deadline
+}
+
 #[test]
 fn runstate_is_up_to_date_when_a_timer_fires() {
     let mut m = Machine::new(1);
@@ -74,13 +86,7 @@ fn runstate_is_up_to_date_when_a_timer_fires() {
     let _clock = m.xen.start_clock().unwrap();
     m.xen.set_runstate(VcpuId(0), Runstate::Running);
     let port = bind_virq(&mut m, event::VIRQ_TIMER, 0).unwrap();
-    let deadline = m.xen.system_time_ns() + 3_000_000;
-    let t = vcpu::SetSingleshot {
-        timeout_abs_ns: deadline,
-        ..Default::default()
-    };
-    m.xen.memory().write_obj(Gpa(ARG), &t).unwrap();
-    assert_eq!(m.call(nr::VCPU_OP, [vcpu::SET_SINGLESHOT_TIMER, 0, ARG]), 0);
+    let deadline = set_timer(&mut m);
     while !m.xen.is_pending(port) {
         std::thread::yield_now();
     }
@@ -108,13 +114,7 @@ fn singleshot_timer_fires_not_before_its_time() {
     boot(&mut m);
     let clock = m.xen.start_clock().unwrap();
     let port = bind_virq(&mut m, event::VIRQ_TIMER, 0).unwrap();
-    let deadline = m.xen.system_time_ns() + 3_000_000;
-    let t = vcpu::SetSingleshot {
-        timeout_abs_ns: deadline,
-        ..Default::default()
-    };
-    m.xen.memory().write_obj(Gpa(ARG), &t).unwrap();
-    assert_eq!(m.call(nr::VCPU_OP, [vcpu::SET_SINGLESHOT_TIMER, 0, ARG]), 0);
+    let deadline = set_timer(&mut m);
     while !m.xen.is_pending(port) {
         std::thread::sleep(Duration::from_micros(100));
     }
@@ -128,8 +128,9 @@ fn singleshot_timer_fires_not_before_its_time() {
         "a deadline in the past fires at once"
     );
     let late = vcpu::SetSingleshot {
+        timeout_abs_ns: deadline,
         flags: vcpu::SINGLESHOT_FUTURE,
-        ..t
+        ..Default::default()
     };
     m.xen.memory().write_obj(Gpa(ARG), &late).unwrap();
     assert_eq!(

@@ -164,16 +164,11 @@ impl Process {
     /// Makes all these calls in the process at once, in order; fails with the first that does.
     pub fn batch(&self, calls: &[Call]) -> Result<()> {
         for part in calls.chunks(BATCH_CALLS) {
-            self.put_calls(part);
             let mut regs = self.template;
-            regs.rip = self.base + stub::BATCH;
-            regs.r12 = self.base + TABLE as u64;
-            regs.r13 = part.len() as u64;
-            let after = self.run_stub(&mut regs);
-            self.clear_calls(part.len());
-            let after = after?;
-            if after.r13 != 0 {
-                return Err(Error::from_raw_os_error(-(after.rax as i64) as i32));
+            regs.rip = self.base + stub::STOP;
+            regs.orig_rax = u64::MAX;
+            if self.go(&mut regs, part)? == Stop::Dead {
+                return Err(died());
             }
         }
         Ok(())
@@ -200,7 +195,7 @@ impl Process {
             ptrace(libc::PTRACE_CONT, self.pid, 0, ptr::null_mut())?;
             let status = wait(self.pid)?;
             if !libc::WIFSTOPPED(status) {
-                return Err(Error::other("an address-space process has died"));
+                return Err(died());
             }
             match libc::WSTOPSIG(status) {
                 libc::SIGTRAP if status >> 16 == 0 => return self.registers(),
@@ -284,4 +279,8 @@ impl Process {
         // SAFETY: the page lies in the mapped area and is aligned; the process that shares it is stopped.
         unsafe { ptr::write_volatile(self.area.add(SCRATCH).cast(), *start) };
     }
+}
+
+fn died() -> Error {
+    Error::other("an address-space process has died")
 }
