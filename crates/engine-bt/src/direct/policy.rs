@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use hospes_units::Gfn;
 
-/// Translated, user code takes about so many times as long. Compute loops take 2 to 3 times, interpreters and code that is executed seldom up to 9 times.
-const TRANSLATED: i64 = 4;
+/// Translated, user code takes up to so many times as long: interpreters, and code that is executed seldom. Compute loops take 2 to 3 times, but stop too seldom for that to matter.
+const TRANSLATED: i64 = 8;
 /// Of the time of native execution, what each stop takes: two switches between processes, ns.
 pub const STOP_NS: i64 = 8_000;
 /// With visits to the kernel more often than that, native execution hardly pays.
