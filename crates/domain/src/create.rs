@@ -93,6 +93,8 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
             _ => ap_cpu_state(id),
         };
         vcpu.state_changed();
+        let places = Arc::clone(&placement);
+        vcpu.set_stay(Arc::new(move |stay| places.stay(id, stay)));
         xen.attach_vcpu(id, vcpu.control());
         run.attach(id, vcpu.control());
         vcpus.push(VcpuThread {

@@ -17,6 +17,8 @@ struct Place {
     thread: Option<Pid>,
     hard: Affinity,
     soft: Affinity,
+    /// The host CPU that the thread is to stay on for the moment.
+    held: Option<u32>,
 }
 
 /// The places of all vCPUs of a domain.
@@ -36,6 +38,19 @@ impl Placement {
         let _ = place.apply();
         drop(place);
         self.0[id.0 as usize].1.notify_all();
+    }
+
+    /// Keeps the calling thread, which is this vCPU's, on the host CPU where it is, or lets it go. What [`Placement::set`] changes lets it go as well.
+    pub fn stay(&self, id: VcpuId, stay: bool) {
+        let mut place = lock(&self.0[id.0 as usize].0);
+        let cpu = stay.then(|| thread::sched_getcpu() as u32);
+        if cpu == place.held {
+            return;
+        }
+        let set = cpu.map(|cpu| [cpu].into_iter().collect());
+        // A host that refuses one has given the thread other CPUs by itself.
+        let _ = thread::sched_setaffinity(None, &mask(set.as_ref().or(place.hard.as_ref())));
+        place.held = cpu;
     }
 
     /// The threads of all vCPUs. Waits for those that are just being started.
@@ -67,6 +82,7 @@ impl Placement {
         if let Some(soft) = soft {
             place.soft.clone_from(soft);
         }
+        place.held = None;
         if let Err(error) = place.apply() {
             (place.hard, place.soft) = before;
             let _ = place.apply();
@@ -102,13 +118,13 @@ impl Place {
         // Linux knows no preference. The thread is moved there once; as it then has its caches there, the host's scheduler leaves it until
         // another CPU has nothing to do.
         if let Some(preferred) = preferred.filter(|set| !set.is_empty()) {
-            let _ = thread::sched_setaffinity(self.thread, &mask(&Some(preferred)));
+            let _ = thread::sched_setaffinity(self.thread, &mask(Some(&preferred)));
         }
-        thread::sched_setaffinity(self.thread, &mask(&self.hard)).map_err(Into::into)
+        thread::sched_setaffinity(self.thread, &mask(self.hard.as_ref())).map_err(Into::into)
     }
 }
 
-fn mask(affinity: &Affinity) -> Mask {
+fn mask(affinity: Option<&CpuSet>) -> Mask {
     let mut mask = Mask::new();
     match affinity {
         Some(set) => set.iter().for_each(|cpu| mask.set(cpu as usize)),
@@ -159,6 +175,36 @@ mod tests {
                 let now = thread::sched_getaffinity(None).unwrap();
                 assert_eq!(now.count(), allowed.count());
                 assert_eq!(placement.affinity(id), (None, one.clone()));
+            });
+        });
+    }
+
+    #[test]
+    fn thread_stays_until_it_may_go_or_its_affinity_is_set() {
+        let count = || thread::sched_getaffinity(None).unwrap().count();
+        let all = count();
+        let id = VcpuId(0);
+        let placement = Placement::new(1);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                placement.thread_starts(id);
+                for _ in 0..2 {
+                    placement.stay(id, true);
+                    placement.stay(id, true);
+                    assert_eq!(count(), 1);
+                    placement.stay(id, false);
+                    assert_eq!(count(), all);
+                }
+                placement.stay(id, true);
+                assert_eq!(placement.affinity(id), (None, None));
+                placement.set(id, Some(&None), None).unwrap();
+                assert_eq!(count(), all);
+                let here = thread::sched_getcpu() as u32;
+                let one: Affinity = Some([here].into_iter().collect());
+                placement.set(id, Some(&one), None).unwrap();
+                placement.stay(id, true);
+                placement.stay(id, false);
+                assert_eq!(count(), 1);
             });
         });
     }

@@ -46,6 +46,7 @@ impl VcpuThread {
             id,
             xen: self.xen,
             run: self.run,
+            placement: self.placement,
             runstate: Runstate::Offline,
             halt_poll: HaltPoll::default(),
         };
@@ -66,6 +67,7 @@ struct Loop {
     control: Arc<dyn VcpuControl>,
     xen: Arc<Xen>,
     run: Arc<Run>,
+    placement: Arc<Placement>,
     runstate: Runstate,
     halt_poll: HaltPoll,
 }
@@ -113,6 +115,8 @@ impl Loop {
     fn note(&mut self, runstate: Runstate) {
         if self.runstate != runstate {
             self.runstate = runstate;
+            // When it goes on, it is where there is room.
+            self.placement.stay(self.id, false);
             self.xen.set_runstate(self.id, runstate);
         }
     }

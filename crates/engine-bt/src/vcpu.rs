@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use hospes_engine::{Activity, CpuState, EngineError, Exit, Segment, Vcpu, VcpuControl, VirtFault};
-use hospes_engine::{cr, rflags, seg};
+use hospes_engine::{Activity, CpuState, EngineError, Exit, Segment, Stay, Vcpu, VcpuControl};
+use hospes_engine::{VirtFault, cr, rflags, seg};
 use hospes_translate::Mode;
 use hospes_units::{Gpa, Gva, PAGE_SIZE, VcpuId};
 
@@ -485,6 +485,10 @@ impl Vcpu for BtVcpu {
         let exit = self.run_loop();
         self.host.control.leave_run();
         exit
+    }
+
+    fn set_stay(&mut self, stay: Stay) {
+        self.host.direct.stay = Some(stay);
     }
 
     fn state(&mut self) -> &mut CpuState {

@@ -94,6 +94,10 @@ pub trait Vcpu: Send {
     /// before, or before the first run.
     fn state_changed(&mut self);
 
+    /// Sets what the engine calls where it goes to and fro between this thread and another so often that finding each a host CPU would take longer than
+    /// all else. To be set once, before the first run.
+    fn set_stay(&mut self, _stay: Stay) {}
+
     /// The part that other threads may use.
     fn control(&self) -> Arc<dyn VcpuControl>;
 
@@ -106,6 +110,9 @@ pub trait Vcpu: Send {
     /// Guest physical address behind a virtual one, as the kernel sees it.
     fn translate(&mut self, gva: Gva) -> Option<Gpa>;
 }
+
+/// Keeps the calling thread, which is the vCPU's, on the host CPU where it is (true), or lets it go again; may be called too often.
+pub type Stay = Arc<dyn Fn(bool) + Send + Sync>;
 
 /// Wakes the thread of a vCPU that sleeps outside the engine; may be called from any thread, at any time, too often.
 pub type Waker = Arc<dyn Fn() + Send + Sync>;

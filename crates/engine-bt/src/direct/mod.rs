@@ -26,6 +26,7 @@ mod tables;
 
 use std::collections::{HashMap, HashSet};
 
+use hospes_engine::Stay;
 use hospes_memory::GuestMemory;
 use hospes_units::Gva;
 
@@ -97,7 +98,6 @@ impl Space {
 }
 
 /// A vCPU's side of direct execution.
-#[derive(Debug)]
 pub(crate) struct Direct {
     enabled: bool,
     /// Components of the XSAVE image that the domain's code may use, as bits of XCR0.
@@ -110,6 +110,11 @@ pub(crate) struct Direct {
     /// User code runs in an address space that is run natively: jumps are not remembered, so that each comes back here.
     pub hold_jumps: bool,
     scratch: Vec<u8>,
+    pub stay: Option<Stay>,
+    /// Interrupts.
+    ticks: u32,
+    /// The thread may go to another host CPU with the next run.
+    roams: bool,
 }
 
 impl Direct {
@@ -123,6 +128,22 @@ impl Direct {
             pass: false,
             hold_jumps: false,
             scratch: Vec::new(),
+            stay: None,
+            ticks: 0,
+            roams: false,
+        }
+    }
+
+    /// The host is to have the choice again where the thread runs.
+    fn go(&mut self) {
+        self.stay(false);
+        self.roams = true;
+    }
+
+    /// Keeps the vCPU's thread on the host CPU where it is, or lets it go.
+    fn stay(&self, stay: bool) {
+        if let Some(keep) = &self.stay {
+            keep(stay);
         }
     }
 

@@ -12,16 +12,12 @@ use std::io::{Error, Result};
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
-use std::time::{Duration, Instant};
 
 use self::spawn::{Setup, check, kill_and_reap, memfd, ptrace, spawn, wait};
 use super::stub::{self, Call, SCRATCH, TABLE_PAGES};
 
 const PAGE: usize = 4096;
 const AREA_BYTES: usize = SCRATCH + PAGE;
-/// A run that is over sooner is short, and so many of them in a row make a difference.
-const SHORT_RUN: Duration = Duration::from_micros(500);
-const SHORT_RUNS: u32 = 2;
 /// Most calls of one batch.
 pub const BATCH_CALLS: usize = TABLE_PAGES * PAGE / size_of::<Call>();
 
@@ -83,8 +79,6 @@ pub struct Process {
     queue: Vec<Call>,
     /// The only host CPU that it may run on; where the thread may if there is none.
     cpu: Option<i32>,
-    /// Runs in a row that were short, at most as many as matter.
-    short_runs: u32,
     /// Of the last run, the share that such calls took.
     calls_share: f64,
 }
@@ -146,7 +140,6 @@ impl Process {
             key: [0; 2],
             queue: Vec::new(),
             cpu: None,
-            short_runs: 0,
             calls_share: 0.0,
         };
         process.prepare()?;
@@ -263,18 +256,6 @@ impl Process {
 
     /// Makes the calls that are due and lets guest code run until it stops; the registers are its own, before and after. Fails if a call does, with the registers as they were.
     pub fn run(&mut self, regs: &mut Registers) -> Result<Stop> {
-        self.follow();
-        let start = Instant::now();
-        let stop = self.run_here(regs);
-        self.short_runs = if start.elapsed() < SHORT_RUN {
-            (self.short_runs + 1).min(SHORT_RUNS)
-        } else {
-            0
-        };
-        stop
-    }
-
-    fn run_here(&mut self, regs: &mut Registers) -> Result<Stop> {
         self.calls_share = 0.0;
         if self.queue.is_empty() {
             self.set_registers(regs)?;
@@ -329,15 +310,15 @@ impl Process {
         })
     }
 
-    /// While runs are short, keeps the process on the host CPU that this thread is on: the thread sleeps while the process runs, so neither has to be woken on an idle CPU, which
-    /// takes several times as long as all else. In longer runs the host has to be free to share its CPUs out.
-    fn follow(&mut self) {
+    /// Keeps the process on the host CPU that this thread is on, or lets it go where the thread may. The thread sleeps while the process runs: where both stay, neither has to be
+    /// woken on an idle CPU, which takes several times as long as all else, nor to fill that CPU's caches.
+    pub fn follow(&mut self, stay: bool) {
         // SAFETY: an all-zero set is an empty one; the rest are system calls on sets of this size and plain values. Where one is refused the process runs where the host likes.
         unsafe {
             let mut set: libc::cpu_set_t = mem::zeroed();
             let bytes = size_of_val(&set);
-            let cpu = Some(libc::sched_getcpu())
-                .filter(|c| self.short_runs >= SHORT_RUNS && (0..libc::CPU_SETSIZE).contains(c));
+            let cpu =
+                Some(libc::sched_getcpu()).filter(|c| stay && (0..libc::CPU_SETSIZE).contains(c));
             if cpu == self.cpu {
                 return;
             }

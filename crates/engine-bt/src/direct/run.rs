@@ -32,6 +32,10 @@ const FORBIDDEN_FLAGS: u64 =
     rflags::TF | rflags::RF | rflags::AC | rflags::NT | rflags::ID | rflags::IOPL | rflags::VM;
 /// Instructions that the engine executes within one burst before the translator takes over.
 const STEPS: u32 = 64;
+/// Interrupts for which the thread stays on a host CPU at most.
+const STAY_TICKS: u32 = 16;
+/// A longer wait for that CPU says that another may be better.
+const MOST_WAIT: Duration = Duration::from_micros(200);
 const XSTATE_SSE: u8 = 2;
 /// Components of the XSAVE image that AVX-512 code uses: mask registers, upper halves, registers from 16 on.
 const XSTATE_AVX512: u8 = 0xe0;
@@ -112,7 +116,14 @@ impl BtVcpu {
         let host = &mut self.host;
         let direct = &mut host.direct;
         let cpu = &host.frame.cpu;
-        if !direct.enabled || !suits(cpu, direct.components) {
+        if !direct.enabled {
+            return;
+        }
+        direct.ticks = direct.ticks.wrapping_add(1);
+        if direct.ticks.is_multiple_of(STAY_TICKS) {
+            direct.go();
+        }
+        if !suits(cpu, direct.components) {
             return;
         }
         let root = cpu.cr3 & ROOT;
@@ -167,6 +178,9 @@ impl BtVcpu {
         let waited = spent.time.saturating_sub(used + switches);
         self.host.control.add_direct(used, waited);
         let direct = &mut self.host.direct;
+        if waited > MOST_WAIT {
+            direct.go();
+        }
         match end {
             End::Broken => {
                 drop(space);
@@ -292,6 +306,9 @@ impl BtVcpu {
                 self.store_native(space, regs)?;
                 return Ok(End::Interrupted);
             }
+            let stays = !std::mem::take(&mut self.host.direct.roams);
+            self.host.direct.stay(stays);
+            space.process.follow(stays);
             self.host.control.enter_direct(space.process.kick_fd());
             // Whoever posts a request now sees that we are inside; who did before is seen here.
             let stop = if self.host.control.has_requests() {

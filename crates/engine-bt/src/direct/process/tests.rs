@@ -185,14 +185,11 @@ fn cpus(pid: i32) -> i32 {
 }
 
 #[test]
-fn process_is_bound_to_a_cpu_while_runs_are_short() {
-    // int3
+fn process_stays_or_goes_where_the_thread_may() {
     let (mut process, _memory) = with_code(&[0xcc]);
-    process.short_runs = SHORT_RUNS;
-    process.run(&mut start(&process, CODE)).unwrap();
+    process.follow(true);
     assert_eq!(cpus(process.pid), 1);
-    process.short_runs = 0;
-    process.run(&mut start(&process, CODE)).unwrap();
+    process.follow(false);
     assert_eq!(cpus(process.pid), cpus(0));
 }
 
