@@ -45,7 +45,7 @@ pub(crate) struct PowerCut {
     state: Mutex<State>,
     /// Bytes that are written wholly or not at all.
     sector: u64,
-    /// Called after the cut, by who made the write that was one too many.
+    /// Called after the cut by whoever comes to the disk, without any lock.
     then: fn(),
 }
 
@@ -84,6 +84,8 @@ impl PowerCut {
     fn powered(&self) -> io::Result<MutexGuard<'_, State>> {
         let state = self.state.lock().expect("no thread panics with it");
         if state.cut {
+            drop(state);
+            (self.then)();
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         Ok(state)
@@ -156,8 +158,7 @@ impl Storage for PowerCut {
         if state.left == 0 {
             self.lose_power(&mut state)?;
             drop(state);
-            (self.then)();
-            return Err(io::Error::from_raw_os_error(libc::EIO));
+            return self.powered().map(drop);
         }
         Ok(())
     }
@@ -230,7 +231,7 @@ pub(crate) fn from_environment(storage: Arc<dyn Storage>) -> io::Result<Arc<dyn 
     Ok(disk)
 }
 
-/// The end of the machine: who holds a disk is not waited for but until the disk is cut.
+/// The end of the machine: who holds a disk is not waited for but until the disk is cut. Nobody returns from here, so that no guest ever sees a disk without power.
 #[cfg(feature = "power-cut")]
 fn all_lose_power() {
     let disks = DISKS.lock().expect("no thread panics with it");
