@@ -2,7 +2,7 @@
 //!
 //! Entering and leaving a process costs some microseconds, and mapping what it needs some more, so it pays only where user code runs long enough between two visits to its kernel. A timer
 //! interrupt that finds the vCPU in user code which has hardly visited its kernel since the last one is the sign to try. From then on each burst has a value: the time that the translator would have
-//! taken, less the time it took. Values below zero on average end the attempt. What it was worth as a whole decides how soon the next one is made, in this address space and in others that run the same program.
+//! taken, less the time it took. When bursts have lost a few milliseconds, the attempt ends. What it was worth as a whole decides how soon the next one is made, in this address space and in others that run the same program.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -14,16 +14,17 @@ const TRANSLATED: i64 = 8;
 /// Of the time of native execution, what each stop takes: two switches between processes, ns.
 pub const STOP_NS: i64 = 8_000;
 /// With visits to the kernel more often than that, native execution hardly pays.
-const QUIET: Duration = Duration::from_micros(120);
+const QUIET: Duration = Duration::from_micros(60);
 /// Interrupts that follow each other more quickly count as one.
 const TICK: Duration = Duration::from_millis(1);
 /// Time without an interrupt in user code that counts at most: the rest may have been sleep.
 const MOST_TICK: Duration = Duration::from_millis(8);
-/// What a burst is believed to be worth before any was seen, ns.
+/// What bursts may lose, ns, before any was worth its cost.
 const HOPE: i64 = 1_200_000;
-/// Most and least that a burst counts for in the average, ns. The least leaves a program time for the pages that it needs first.
-const MOST: i64 = 4 * HOPE;
-const LEAST: i64 = -400_000;
+/// What they may lose at most since the attempt was worth most, ns. Programs have phases, and another attempt takes ticks until it begins and pages that are mapped anew.
+const CREDIT: i64 = 3_000_000;
+/// What a burst counts for at least, ns: the first ones have to map all that the program needs.
+const LEAST: i64 = -200_000;
 /// What it costs when an interrupt finds code that must stay translated, ns.
 const STAYED: i64 = 400_000;
 /// Interrupts in user code before the first attempt.
@@ -47,8 +48,6 @@ pub struct Burst {
     pub whole: Duration,
     /// Times the process stopped.
     pub stops: u32,
-    /// It was ended by an interrupt, not by what the code did.
-    pub interrupted: bool,
 }
 
 impl Burst {
@@ -68,8 +67,8 @@ struct Heat {
     ticks: u32,
     /// Ticks until the next attempt.
     wait: u32,
-    /// Of a burst on average, ns.
-    value: i64,
+    /// What bursts may lose from now on, ns.
+    credit: i64,
     /// Of all bursts since it became hot, ns.
     total: i64,
     /// Of all attempts before, ns.
@@ -187,7 +186,7 @@ impl Policy {
                 hot: false,
                 ticks: 0,
                 wait: known.copied().unwrap_or(FIRST_TICKS),
-                value: HOPE,
+                credit: HOPE,
                 total: 0,
                 before: 0,
             }
@@ -197,7 +196,7 @@ impl Policy {
         if becomes {
             heat.hot = true;
             heat.ticks = 0;
-            heat.value = HOPE;
+            heat.credit = HOPE;
             heat.total = 0;
         }
         becomes
@@ -206,28 +205,21 @@ impl Policy {
     /// A burst has ended.
     pub fn burst(&mut self, root: u64, burst: Burst) {
         let value = burst.value();
-        self.count(root, value, |average| {
-            // One that was cut short says nothing of those that are not.
-            if burst.interrupted && (0..average).contains(&value) {
-                average
-            } else {
-                (average * 7 + value.clamp(LEAST, MOST)) / 8
-            }
-        });
+        self.count(root, value, value.max(LEAST));
     }
 
     /// An interrupt found a hot address space in code that has to stay translated, which is slow there.
     pub fn stayed(&mut self, root: u64) {
-        self.count(root, -STAYED, |average| average / 2 - STAYED / 8);
+        self.count(root, -STAYED, -STAYED);
     }
 
-    fn count(&mut self, root: u64, value: i64, average: impl FnOnce(i64) -> i64) {
+    fn count(&mut self, root: u64, value: i64, counted: i64) {
         let Some(heat) = self.heats.get_mut(&root).filter(|h| h.hot) else {
             return;
         };
         heat.total = heat.total.saturating_add(value);
-        heat.value = average(heat.value);
-        if heat.value < 0 {
+        heat.credit = (heat.credit + counted).min(CREDIT);
+        if heat.credit < 0 {
             heat.end();
             let heat = *heat;
             self.learn(heat);
@@ -254,20 +246,17 @@ mod tests {
         native: Duration::from_micros(11),
         whole: Duration::from_micros(40),
         stops: 1,
-        interrupted: false,
     };
     const LONG: Burst = Burst {
         native: Duration::from_micros(1000),
         whole: Duration::from_micros(1020),
         stops: 1,
-        interrupted: false,
     };
     /// Much of it went into mapping what the program needs.
     const WARM_UP: Burst = Burst {
         native: Duration::from_micros(300),
         whole: Duration::from_micros(4000),
         stops: 15,
-        interrupted: true,
     };
 
     /// A guest whose timer ticks, and so many visits to its kernel in each period.
@@ -400,9 +389,9 @@ mod tests {
         let mut guest = Guest::new();
         guest.tick(1, 0);
         for _ in 0..100 {
-            assert!(!guest.tick(1, 40));
+            assert!(!guest.tick(1, 80));
         }
-        assert!(guest.tick(1, 20));
+        assert!(guest.tick(1, 40));
     }
 
     #[test]
@@ -446,18 +435,19 @@ mod tests {
     }
 
     #[test]
-    fn interrupts_do_not_make_bursts_short() {
+    fn phases_of_short_bursts_do_not_cool() {
         let mut guest = Guest::new();
         guest.heat(1);
-        let cut = Burst {
-            native: Duration::from_micros(20),
-            whole: Duration::from_micros(30),
-            stops: 1,
-            interrupted: true,
-        };
-        for _ in 0..1000 {
-            guest.policy.burst(1, cut);
+        for _ in 0..10 {
+            for _ in 0..3 {
+                guest.policy.burst(1, LONG);
+            }
+            for _ in 0..150 {
+                guest.policy.burst(1, SHORT);
+            }
+            assert!(guest.policy.is_hot(1));
         }
-        assert!(guest.policy.is_hot(1));
+        // Whatever it has been worth before.
+        assert!(guest.cool(1, SHORT) < 200);
     }
 }

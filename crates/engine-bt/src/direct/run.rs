@@ -200,7 +200,6 @@ impl BtVcpu {
             native: spent.native.saturating_sub(waited),
             whole: start.elapsed().saturating_sub(waited),
             stops: spent.stops,
-            interrupted: matches!(end, End::Interrupted),
         };
         direct.policy.burst(root, burst);
         if std::mem::take(&mut space.foreign) {
