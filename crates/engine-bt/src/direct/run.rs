@@ -501,11 +501,16 @@ impl BtVcpu {
         space.foreign |= image[512] & XSTATE_AVX512 & !(components as u8) != 0;
         image[512] &= components as u8;
         image[513..576].fill(0);
+        // Pointers of the last x87 instruction, which the guest does not see: another program must not find them in the process.
+        let pointers = image[6..24].iter().any(|byte| *byte != 0);
+        fpu::load(&mut self.host.frame);
         space.vectors.clear();
-        if !space.foreign {
+        if !space.foreign && !pointers {
+            // As it will be compared: the processor's image of the same state differs in what it says of components in their initial state.
+            fpu::store(&mut self.host.frame);
+            let image = &self.host.frame.cpu.xsave.0;
             space.vectors.extend_from_slice(&image[..bytes]);
         }
-        fpu::load(&mut self.host.frame);
         Ok(())
     }
 
