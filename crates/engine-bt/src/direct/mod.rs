@@ -135,7 +135,7 @@ impl Direct {
     }
 
     /// The host is to have the choice again where the thread runs.
-    fn go(&mut self) {
+    fn let_go(&mut self) {
         self.stay(false);
         self.roams = true;
     }

@@ -121,7 +121,7 @@ impl BtVcpu {
         }
         direct.ticks = direct.ticks.wrapping_add(1);
         if direct.ticks.is_multiple_of(STAY_TICKS) {
-            direct.go();
+            direct.let_go();
         }
         if !suits(cpu, direct.components) {
             return;
@@ -179,7 +179,7 @@ impl BtVcpu {
         self.host.control.add_direct(used, waited);
         let direct = &mut self.host.direct;
         if waited > MOST_WAIT {
-            direct.go();
+            direct.let_go();
         }
         match end {
             End::Broken => {
