@@ -13,6 +13,8 @@ use hospes_units::Gfn;
 const TRANSLATED: i64 = 8;
 /// Of the time of native execution, what each stop takes: two switches between processes, ns.
 pub const STOP_NS: i64 = 8_000;
+/// The same with all that makes one slow now and then, ns. What a run took beyond that is user code for sure; with less, stops would be taken for user code, eight times.
+const SLOW_STOP_NS: i64 = 14_000;
 /// With visits to the kernel more often than that, native execution hardly pays.
 const QUIET: Duration = Duration::from_micros(60);
 /// Interrupts that follow each other more quickly count as one.
@@ -54,7 +56,7 @@ impl Burst {
     /// The time it has saved, ns.
     fn value(&self) -> i64 {
         let ns = |d: Duration| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX / 16);
-        let user = (ns(self.native) - STOP_NS * i64::from(self.stops)).max(0);
+        let user = (ns(self.native) - SLOW_STOP_NS * i64::from(self.stops)).max(0);
         TRANSLATED * user - ns(self.whole)
     }
 }
@@ -442,7 +444,7 @@ mod tests {
             for _ in 0..3 {
                 guest.policy.burst(1, LONG);
             }
-            for _ in 0..150 {
+            for _ in 0..60 {
                 guest.policy.burst(1, SHORT);
             }
             assert!(guest.policy.is_hot(1));
