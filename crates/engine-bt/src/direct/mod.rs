@@ -110,6 +110,7 @@ pub(crate) struct Direct {
     /// User code runs in an address space that is run natively: jumps are not remembered, so that each comes back here.
     pub hold_jumps: bool,
     scratch: Vec<u8>,
+    /// Keeps the vCPU's thread where it is; none where nobody has given it.
     pub stay: Option<Stay>,
     /// Interrupts.
     ticks: u32,

@@ -11,10 +11,9 @@ use hospes_units::Gfn;
 
 /// Translated, user code takes up to so many times as long: interpreters, and code that is executed seldom. Compute loops take 2 to 3 times, but stop too seldom for that to matter.
 const TRANSLATED: i64 = 8;
-/// Of the time of native execution, what each stop takes: two switches between processes, ns.
-pub const STOP_NS: i64 = 8_000;
-/// The same with all that makes one slow now and then, ns. What a run took beyond that is user code for sure; with less, stops would be taken for user code, eight times.
-const SLOW_STOP_NS: i64 = 14_000;
+/// Of the time of native execution, what each stop takes, with all that makes one slow now and then, ns. What a run took beyond that is user code for sure; with less, stops would be taken
+/// for user code, eight times.
+const STOP_NS: i64 = 14_000;
 /// With visits to the kernel more often than that, native execution hardly pays.
 const QUIET: Duration = Duration::from_micros(60);
 /// Interrupts that follow each other more quickly count as one.
@@ -56,7 +55,7 @@ impl Burst {
     /// The time it has saved, ns.
     fn value(&self) -> i64 {
         let ns = |d: Duration| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX / 16);
-        let user = (ns(self.native) - SLOW_STOP_NS * i64::from(self.stops)).max(0);
+        let user = (ns(self.native) - STOP_NS * i64::from(self.stops)).max(0);
         TRANSLATED * user - ns(self.whole)
     }
 }

@@ -10,7 +10,7 @@ use hospes_units::{Gpa, PAGE_SIZE};
 
 use super::fill::Filled;
 use super::mirror::Mirror;
-use super::policy::{Burst, STOP_NS};
+use super::policy::Burst;
 use super::process::{AFTER_INT1, AFTER_INT3, AFTER_STEP, Process, Registers, Stop, USER_END};
 use super::tables::{look_up, lowest};
 use super::{ROOT, SPACES, Space};
@@ -32,6 +32,8 @@ const FORBIDDEN_FLAGS: u64 =
     rflags::TF | rflags::RF | rflags::AC | rflags::NT | rflags::ID | rflags::IOPL | rflags::VM;
 /// Instructions that the engine executes within one burst before the translator takes over.
 const STEPS: u32 = 64;
+/// What the switches to the process and back take of this thread's own time, for each stop.
+const SWITCHES: Duration = Duration::from_micros(8);
 /// Interrupts for which the thread stays on a host CPU at most.
 const STAY_TICKS: u32 = 16;
 /// A longer wait for that CPU says that another may be better.
@@ -173,8 +175,7 @@ impl BtVcpu {
         let used_ns = space.process.cpu_time_ns();
         let used = Duration::from_nanos(used_ns.saturating_sub(space.accounted_ns));
         space.accounted_ns = used_ns;
-        // Switches to the process and back are partly this thread's.
-        let switches = Duration::from_nanos(STOP_NS as u64) * spent.stops;
+        let switches = SWITCHES * spent.stops;
         let waited = spent.time.saturating_sub(used + switches);
         self.host.control.add_direct(used, waited);
         let direct = &mut self.host.direct;
@@ -506,7 +507,7 @@ impl BtVcpu {
         fpu::load(&mut self.host.frame);
         space.vectors.clear();
         if !space.foreign && !pointers {
-            // As it will be compared: the processor's image of the same state differs in what it says of components in their initial state.
+            // As it will be compared: the processor's image of the same state differs in MXCSR_MASK and in what it says of components in their initial state.
             fpu::store(&mut self.host.frame);
             let image = &self.host.frame.cpu.xsave.0;
             space.vectors.extend_from_slice(&image[..bytes]);
