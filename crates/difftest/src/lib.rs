@@ -8,7 +8,7 @@
 //! `HOSPES_DIFF_SECONDS=n` runs each for n seconds in place of a fixed number of cases, `HOSPES_DIFF_SEED=s` takes other seeds, `HOSPES_DIFF_TRACE=1` prints every
 //! case before it runs.
 //!
-//! [`smp`] runs programs on several vCPUs at once, without the oracle.
+//! [`smp`] runs programs on several vCPUs at once, and [`kernel`] a guest with privileged code, without the oracle.
 //!
 //! Not tested here: what needs privilege or devices, and instructions whose answer is the machine's own (CPUID, RDTSC, RDRAND).
 
@@ -18,6 +18,7 @@ pub mod engine;
 pub mod forms;
 pub mod grouped;
 pub mod guest;
+pub mod kernel;
 pub mod layout;
 pub mod operands;
 pub mod oracle;

@@ -3,72 +3,14 @@
 //! The same guest runs translated and one instruction at a time, on page tables and return frames of all kinds, and must come to the same registers and the same
 //! memory, accessed and dirty bits among it.
 
-use std::sync::Arc;
-
-use hospes_difftest::guest::HostProcessor;
+use hospes_difftest::kernel::*;
 use hospes_difftest::rng::Rng;
-use hospes_engine::{CpuState, Exit, Segment, Vm, cr, reg, rflags, seg};
-use hospes_engine_bt::{BtVm, Execution, Options};
-use hospes_memory::{GuestMemory, Range};
-use hospes_units::{Gpa, VcpuId};
+use hospes_engine::{CpuState, Exit, Segment, cr, reg, rflags, seg};
+use hospes_engine_bt::Execution;
+use hospes_units::Gpa;
 use iced_x86::code_asm::*;
 
 const CASES: u64 = 150;
-
-/// Physical addresses; the kernel has the first 2 MiB where they are.
-const CODE: u64 = 0x1000;
-const HANDLERS: u64 = 0x1800;
-const ENTRY: u64 = 0x1c00;
-const GDT: u64 = 0x2000;
-const TSS: u64 = 0x2100;
-const IDT: u64 = 0x2800;
-const SCRIPT: u64 = 0x3000;
-const STACK: u64 = 0x7000;
-const KERNEL_STACK: u64 = 0x8000;
-const LOG: u64 = 0x9000;
-const FAULTS: u64 = 0xc000;
-const ROOT: u64 = 0x10_0000;
-/// The first pages once more, for user code.
-const USER: u64 = 0x20_0000;
-
-const DATA: u64 = 0x20_0000;
-const DATA_BYTES: u64 = 0x4_0000;
-const HIGH: u64 = 1 << 32;
-const RAM: [Range; 2] = [
-    Range {
-        start: 0,
-        end: DATA + DATA_BYTES,
-    },
-    Range {
-        start: HIGH,
-        end: HIGH + DATA + DATA_BYTES,
-    },
-];
-
-const P: u64 = 1;
-const W: u64 = 2;
-const U: u64 = 4;
-const A: u64 = 0x20;
-const D: u64 = 0x40;
-const PS: u64 = 0x80;
-const G: u64 = 0x100;
-const XD: u64 = 1 << 63;
-
-const KERNEL_CS: u16 = 0x08;
-const KERNEL_SS: u16 = 0x10;
-const USER_SS: u16 = 0x1b;
-const USER_CS: u16 = 0x23;
-const DESCRIPTORS: [u64; 8] = [
-    0,
-    0x00af_9b00_0000_ffff,
-    0x00cf_9300_0000_ffff,
-    0x00cf_f300_0000_ffff,
-    0x00af_fb00_0000_ffff,
-    // The TSS, and compatibility-mode code.
-    0x0000_8b00_2100_0067,
-    0,
-    0x00cf_fb00_0000_ffff,
-];
 
 /// Where anything may be written, with its length.
 const USED: [(u64, u64); 4] = [
@@ -78,121 +20,26 @@ const USED: [(u64, u64); 4] = [
     (HIGH + DATA, DATA_BYTES),
 ];
 
-struct Machine(GuestMemory);
-
-impl Machine {
-    fn new() -> Machine {
-        let m = Machine(GuestMemory::new(&RAM).unwrap());
-        m.put(GDT, &DESCRIPTORS);
-        m.put(TSS + 4, &[KERNEL_STACK]);
-        for vector in 0..32 {
-            let at = HANDLERS + 32 * vector;
-            let low = at & 0xffff | u64::from(KERNEL_CS) << 16 | 0x8e00 << 32;
-            m.put(IDT + 16 * vector, &[low, 0]);
-            m.code(at, |a| {
-                if vector == 14 {
-                    skip_fault(a);
-                } else {
-                    a.mov(rax, vector).unwrap();
-                    a.vmcall().unwrap();
-                }
-            });
-        }
-        m.code(ENTRY, |a| a.vmcall().unwrap());
-        m.put(ROOT, &[ROOT + 0x1000 + (P | W | U | A)]);
-        m.put(ROOT + 0x1000, &[ROOT + 0x2000 + (P | W | U | A)]);
-        let user = ROOT + 0x3000 + (P | W | U | A);
-        m.put(ROOT + 0x2000, &[P | W | A | D | PS | G, user]);
-        for page in 0..16 {
-            m.put(ROOT + 0x3000 + 8 * page, &[page << 12 | P | W | U | A | D]);
-        }
-        m
+/// Runs to the first hypercall or the end of all; gives which, the registers and memory.
+fn run(
+    machine: Machine,
+    execution: Execution,
+    interrupt: bool,
+    set: impl FnOnce(&mut CpuState),
+) -> (Exit, CpuState, Vec<u8>) {
+    let mut started = machine.start(execution, set);
+    if interrupt {
+        started.vcpu.control().set_callback_line(Some(31));
     }
-
-    fn put(&self, gpa: u64, words: &[u64]) {
-        for (n, w) in words.iter().enumerate() {
-            let at = Gpa(gpa + 8 * n as u64);
-            self.0.write(at, &w.to_le_bytes()).unwrap();
-        }
+    let exit = started.vcpu.run().unwrap();
+    assert_ne!(exit, Exit::Kicked);
+    let mut bytes = Vec::new();
+    for (start, len) in USED {
+        let mut piece = vec![0; len as usize];
+        started.memory.read(Gpa(start), &mut piece).unwrap();
+        bytes.append(&mut piece);
     }
-
-    fn code(&self, at: u64, f: impl FnOnce(&mut CodeAssembler)) {
-        let mut a = CodeAssembler::new(64).unwrap();
-        f(&mut a);
-        self.0.write(Gpa(at), &a.assemble(at).unwrap()).unwrap();
-    }
-
-    /// Runs to the first hypercall or the end of all; gives which, the registers and memory.
-    fn run(
-        self,
-        execution: Execution,
-        interrupt: bool,
-        set: impl FnOnce(&mut CpuState),
-    ) -> (Exit, CpuState, Vec<u8>) {
-        let memory = Arc::new(self.0);
-        let options = Options {
-            code_bytes: 1 << 20,
-            execution,
-        };
-        let vm = BtVm::new(memory.clone(), Arc::new(HostProcessor::new()), 1, options).unwrap();
-        let mut vcpu = vm.create_vcpu(VcpuId(0)).unwrap();
-        state(vcpu.state());
-        set(vcpu.state());
-        vcpu.state_changed();
-        if interrupt {
-            vcpu.control().set_callback_line(Some(31));
-        }
-        let exit = vcpu.run().unwrap();
-        let mut bytes = Vec::new();
-        for (start, len) in USED {
-            let mut piece = vec![0; len as usize];
-            memory.read(Gpa(start), &mut piece).unwrap();
-            bytes.append(&mut piece);
-        }
-        (exit, vcpu.state().clone(), bytes)
-    }
-}
-
-/// Notes what a page fault says and goes on behind its instruction, which is three bytes long.
-fn skip_fault(a: &mut CodeAssembler) {
-    a.mov(r14, cr2).unwrap();
-    a.mov(qword_ptr(r15), r14).unwrap();
-    a.pop(r14).unwrap();
-    a.mov(qword_ptr(r15 + 8), r14).unwrap();
-    a.add(r15, 16).unwrap();
-    a.add(qword_ptr(rsp), 3).unwrap();
-    // Flags that nothing reads are not kept.
-    a.and(qword_ptr(rsp + 16), !0x8d5).unwrap();
-    a.iretq().unwrap();
-}
-
-fn state(cpu: &mut CpuState) {
-    let segment = |selector: u16, attr: u16| Segment {
-        base: 0,
-        limit: u32::MAX,
-        selector,
-        attr,
-    };
-    cpu.cr0 = cr::CR0_PE | cr::CR0_ET | cr::CR0_NE | cr::CR0_WP | cr::CR0_PG;
-    cpu.cr4 = cr::CR4_PAE | cr::CR4_PGE | cr::CR4_OSFXSR | cr::CR4_SMAP;
-    cpu.cr3 = ROOT;
-    cpu.msr.efer = cr::EFER_SCE | cr::EFER_LME | cr::EFER_LMA | cr::EFER_NXE;
-    cpu.msr.star = 0x13 << 48 | u64::from(KERNEL_CS) << 32;
-    cpu.msr.lstar = ENTRY;
-    cpu.msr.sfmask = 0x25_7fd5;
-    cpu.seg = [Segment::default(); 6];
-    cpu.seg[seg::CS] = segment(KERNEL_CS, 0xa09b);
-    cpu.seg[seg::SS] = segment(KERNEL_SS, 0xc093);
-    cpu.gdtr.base = GDT;
-    cpu.gdtr.limit = 63;
-    cpu.idtr.base = IDT;
-    cpu.idtr.limit = 16 * 32 - 1;
-    cpu.tr = segment(0x28, 0x8b);
-    cpu.tr.base = TSS;
-    cpu.tr.limit = 0x67;
-    cpu.rflags = rflags::FIXED;
-    cpu.gpr[reg::RSP] = STACK;
-    cpu.rip = CODE;
+    (exit, started.vcpu.state().clone(), bytes)
 }
 
 /// Runs the same guest in both ways, `make` being called for each, and compares it all; of the flags those given.
@@ -205,7 +52,7 @@ fn compare(
     // A vCPU belongs to the thread that runs it, and its x87 state stays with that.
     let run = |execution| {
         std::thread::scope(|s| {
-            s.spawn(|| make().run(execution, interrupt, &set))
+            s.spawn(|| run(make(), execution, interrupt, &set))
                 .join()
                 .unwrap()
         })
@@ -383,11 +230,7 @@ fn accesses_through_tables_of_all_kinds_match() {
                 cpu.rflags |= rflags::AC;
             }
             if !kernel {
-                cpu.seg[seg::CS].selector = USER_CS;
-                cpu.seg[seg::CS].attr = 0xa0fb;
-                cpu.seg[seg::SS].selector = USER_SS;
-                cpu.seg[seg::SS].attr = 0xc0f3;
-                cpu.gpr[reg::RSP] = STACK + USER;
+                to_user(cpu);
             }
         });
     }

@@ -386,7 +386,7 @@ impl Work<'_> {
             Kind::Mem => self.mem(i, insn),
             Kind::Push => self.push(i, insn),
             Kind::Pop => self.pop(i, insn),
-            Kind::Leave => self.leave(i),
+            Kind::Leave => self.leave(i, insn),
             Kind::Jmp(target) => self.leave_direct(target, self.live_out[i]),
             Kind::Jcc(target) => self.jcc(i, insn, target),
             Kind::Call(target) => self.call(i, insn, Some(target)),

@@ -5,6 +5,7 @@ use iced_x86::{Instruction, OpKind, Register};
 use super::group::{OPERAND, Place, STACK};
 use super::{ColdKind, Flags, Tag, Work, bit, encode_into, redirect};
 use crate::asm::{RAX, RSP, cc};
+use crate::block::Resume;
 use crate::insn::{Insn, gpr};
 use crate::layout::{TLB_ENTRIES, TLB_ENTRY_BYTES, tlb_index};
 use crate::relocate::PlaceKind;
@@ -291,7 +292,7 @@ impl Work<'_> {
         self.adjust_rsp(self.stack_bytes());
     }
 
-    pub(super) fn leave(&mut self, i: usize) {
+    pub(super) fn leave(&mut self, i: usize, insn: &Insn) {
         const RBP: u8 = 5;
         self.unspill(bit(RSP) | bit(RBP));
         self.save_flags_for(i, STACK);
@@ -300,12 +301,11 @@ impl Work<'_> {
         let s = self.slot_at(i, RBP, 0, false, avoid);
         let v = self.value_scratch(i, s, avoid);
         self.asm.load_at(self.long(), v, s.reg, s.disp);
+        // Once RSP has moved an interrupt overwrites the slot, so that nothing can be repeated: RBP is in the frame by then.
+        self.asm.store(self.slot(RBP), v);
         self.asm.lea(self.long(), RSP, Some(RBP), None, w);
-        // RSP does not matter to LEAVE, so up to here it can be repeated.
-        if self.long() {
-            self.asm.mov(RBP, v);
-        } else {
-            self.asm.mov32(RBP, v);
-        }
+        self.spilled |= bit(RBP);
+        self.resume = Resume::Offset(insn.offset + u16::from(insn.len));
+        self.note();
     }
 }
