@@ -17,9 +17,10 @@ use crate::vcpu::BtVcpu;
 
 /// A page that was executed alone for as long is so from then on whenever it is called; another is tried ever more rarely, for all other code has to be mapped anew behind it.
 const WORTH: Duration = Duration::from_micros(300);
-/// Interrupts in a row that find the program in one page before it is tried, and by how many times more after each failure.
+/// Interrupts in a row that find the program in one page before it is tried, by how many times more after each failure, and how many at most.
 const TICKS: u32 = 2;
 const MORE: u32 = 4;
+const MOST_TICKS: u32 = 32;
 /// Words of the stack that are looked at.
 const STACK: u64 = 512;
 
@@ -35,8 +36,8 @@ pub(super) struct Found {
 pub(super) struct Alone {
     page: u64,
     since: Instant,
-    /// Where the program was when its last burst ended.
-    left: u64,
+    /// Where the program was when its last burst ended; `None` where another program has begun since.
+    left: Option<u64>,
 }
 
 impl Space {
@@ -57,7 +58,7 @@ impl Space {
 
     fn was_poor(&mut self, page: u64) {
         let ticks = self.poor.entry(page).or_insert(TICKS);
-        *ticks = ticks.saturating_mul(MORE);
+        *ticks = (*ticks * MORE).min(MOST_TICKS);
     }
 
     /// Whether the page is to be executed alone when it is reached.
@@ -69,7 +70,18 @@ impl Space {
     /// A burst has ended at an address.
     pub(super) fn leave_alone(&mut self, rip: u64) {
         if let Some(alone) = &mut self.alone {
-            alone.left = rip;
+            alone.left = Some(rip);
+        }
+    }
+
+    /// Another program begins in this address space: what the last one has come to says nothing about it.
+    pub(super) fn begin_program(&mut self) {
+        self.retired.clear();
+        self.lone.clear();
+        self.poor.clear();
+        self.found = None;
+        if let Some(alone) = &mut self.alone {
+            alone.left = None;
         }
     }
 
@@ -111,18 +123,18 @@ impl BtVcpu {
         space.alone = Some(Alone {
             page,
             since: Instant::now(),
-            left: rip,
+            left: Some(rip),
         });
         Ok(true)
     }
 
     /// A burst begins. What can be reached is known from where the last one ended, and from nowhere else.
     pub(super) fn resume_alone(&mut self, space: &mut Space, rip: u64) -> io::Result<()> {
-        let moved = |a: &mut Alone| a.page == rip >> 12 && a.left != rip;
+        let moved = |a: &mut Alone| a.page == rip >> 12 && a.left != Some(rip);
         let Some(alone) = space.alone.take_if(moved) else {
             return Ok(());
         };
-        space.found = Some(Found {
+        space.found = alone.left.map(|_| Found {
             page: alone.page,
             ticks: u32::MAX,
         });
@@ -134,11 +146,13 @@ impl BtVcpu {
         let Some(alone) = space.alone.take_if(|a| a.page != next) else {
             return Ok(());
         };
-        if alone.since.elapsed() >= WORTH {
-            space.lone.insert(alone.page);
-        } else {
-            space.lone.remove(&alone.page);
-            space.was_poor(alone.page);
+        if alone.left.is_some() {
+            if alone.since.elapsed() >= WORTH {
+                space.lone.insert(alone.page);
+            } else {
+                space.lone.remove(&alone.page);
+                space.was_poor(alone.page);
+            }
         }
         self.drop_code(space, alone.page)
     }

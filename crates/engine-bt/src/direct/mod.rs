@@ -167,6 +167,9 @@ impl Direct {
         let root = cr3 & ROOT;
         if self.enabled && self.policy.knows(root) && tables::begins(memory, root) {
             self.policy.forget(root);
+            for space in self.spaces.iter_mut().filter(|s| s.root == root) {
+                space.begin_program();
+            }
         }
     }
 
