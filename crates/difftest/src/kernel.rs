@@ -44,6 +44,9 @@ const RAM: [Range; 2] = [
     },
 ];
 
+/// vCPUs a machine may have.
+const VCPUS: u32 = 2;
+
 // Bits of a page table's entry.
 pub const P: u64 = 1;
 pub const W: u64 = 2;
@@ -118,9 +121,14 @@ impl Machine {
 
     /// Assembles code to an address.
     pub fn code(&self, at: u64, f: impl FnOnce(&mut CodeAssembler)) {
+        self.code_for(at, at, f);
+    }
+
+    /// Assembles code to a physical address that is executed at another one.
+    pub fn code_for(&self, gpa: u64, at: u64, f: impl FnOnce(&mut CodeAssembler)) {
         let mut a = CodeAssembler::new(64).unwrap();
         f(&mut a);
-        self.0.write(Gpa(at), &a.assemble(at).unwrap()).unwrap();
+        self.0.write(Gpa(gpa), &a.assemble(at).unwrap()).unwrap();
     }
 
     /// The machine with a vCPU in the state of [`state`], changed by `set`.
@@ -130,17 +138,19 @@ impl Machine {
             code_bytes: 1 << 20,
             execution,
         };
-        let vm = BtVm::new(memory.clone(), Arc::new(HostProcessor::new()), 1, options).unwrap();
-        let mut vcpu = vm.create_vcpu(VcpuId(0)).unwrap();
-        state(vcpu.state());
-        set(vcpu.state());
-        vcpu.state_changed();
-        Started {
-            vcpu,
-            memory,
-            _vm: vm,
-        }
+        let processor = Arc::new(HostProcessor::new());
+        let vm = BtVm::new(memory.clone(), processor, VCPUS, options).unwrap();
+        let vcpu = make_vcpu(&vm, 0, set);
+        Started { vcpu, memory, vm }
     }
+}
+
+fn make_vcpu(vm: &BtVm, id: u32, set: impl FnOnce(&mut CpuState)) -> Box<dyn Vcpu> {
+    let mut vcpu = vm.create_vcpu(VcpuId(id)).unwrap();
+    state(vcpu.state());
+    set(vcpu.state());
+    vcpu.state_changed();
+    vcpu
 }
 
 /// A machine that can run.
@@ -148,7 +158,14 @@ pub struct Started {
     pub vcpu: Box<dyn Vcpu>,
     pub memory: Arc<GuestMemory>,
     /// Its end would stop the vCPU.
-    _vm: BtVm,
+    vm: BtVm,
+}
+
+impl Started {
+    /// The second vCPU.
+    pub fn another(&self, set: impl FnOnce(&mut CpuState)) -> Box<dyn Vcpu> {
+        make_vcpu(&self.vm, 1, set)
+    }
 }
 
 /// Puts the processor into 64-bit user code with flat segments.

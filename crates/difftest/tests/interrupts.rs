@@ -24,6 +24,9 @@ const VECTOR: u8 = 31;
 const HANDLER: u64 = 0x5000;
 const COUNT: u64 = 0x5800;
 const SAVED_RSP: u64 = 0x5808;
+/// The first pages once more, where kernels have their code: jumps from one of them to another are connected.
+const TOP: u64 = 0xffff_ffff_8000_0000;
+const TOP_TABLES: u64 = ROOT + 0x8000;
 const SYSCALL_STACK: u64 = 0xc000;
 const WORDS: u64 = 0x9000;
 const WORDS_BYTES: u64 = 0x2000;
@@ -257,6 +260,13 @@ fn machine(seed: u64, user: bool) -> Machine {
         a.inc(qword_ptr(COUNT)).unwrap();
         a.iretq().unwrap();
     });
+    m.put(ROOT + 8 * 511, &[TOP_TABLES + (P | W | A)]);
+    m.put(TOP_TABLES + 8 * 510, &[TOP_TABLES + 0x1000 + (P | W | A)]);
+    m.put(TOP_TABLES + 0x1000, &[TOP_TABLES + 0x2000 + (P | W | A)]);
+    for page in 0..16 {
+        let entry = page << 12 | P | W | A | D | G;
+        m.put(TOP_TABLES + 0x2000 + 8 * page, &[entry]);
+    }
     let gate = HANDLER | u64::from(KERNEL_CS) << 16 | 0x8e00 << 32;
     m.put(IDT + 16 * u64::from(VECTOR), &[gate, 0]);
     for n in 0..WORDS_BYTES / 8 {
@@ -267,7 +277,11 @@ fn machine(seed: u64, user: bool) -> Machine {
 
 /// Runs to the hypercall, with interrupts all the time or none at all. Gives the registers, the data and how many interrupts there were.
 fn run(seed: u64, user: bool, interrupts: bool) -> ([u64; 16], Vec<u8>, u64) {
-    let alias = if user { USER } else { 0 };
+    let alias = match (user, seed % 4) {
+        (true, _) => USER,
+        (_, 0) => TOP,
+        _ => 0,
+    };
     let set = |cpu: &mut CpuState| {
         cpu.gpr = std::array::from_fn(|n| 0x0123_4567_89ab_cdef * n as u64);
         cpu.gpr[4] = STACK;

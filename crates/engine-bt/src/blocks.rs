@@ -6,15 +6,18 @@
 use std::mem;
 use std::num::NonZeroU32;
 
-use hospes_translate::{ChainSite, Mode, Place, Resume, SideEntry, Translation};
+use hospes_translate::layout::KERNEL_CODE;
+use hospes_translate::{Mode, Resume, Translation};
 use hospes_units::{Gfn, Gpa, PAGE_SIZE};
 use rustc_hash::FxHashMap;
 
 use crate::cache::CodeMemory;
 use crate::copies::{Copies, is_copy};
 use crate::direct::Suspects;
+use crate::links::Links;
 use crate::pages::CodePages;
 use crate::past::Past;
+use crate::positions::{Tables, search};
 
 /// Writes to a page with code that hit none of its blocks before the blocks are dropped so that the page can be written at full speed.
 const STRAY_WRITES: u32 = 64;
@@ -33,17 +36,18 @@ pub struct Block {
     pub key: Key,
     pub pos: u32,
     /// Where this block's entries begin in the shared tables.
-    side: u32,
-    chains: u32,
-    places: u32,
+    pub(crate) side: u32,
+    pub(crate) chains: u32,
+    pub(crate) places: u32,
     /// For an instruction that lies in two pages: the frame of the second one, plus 1.
     second: Option<NonZeroU32>,
     pub len: u16,
     direct: u16,
+    saved: u16,
     stale: u16,
-    side_len: u16,
-    chains_len: u16,
-    places_len: u16,
+    pub(crate) side_len: u16,
+    pub(crate) chains_len: u16,
+    pub(crate) places_len: u16,
     /// Guest bytes the block depends on, in front of its address and from it on.
     before: u16,
     extent: u16,
@@ -69,6 +73,16 @@ pub struct Chain {
     pub mode: Mode,
     /// Frame of the block that has the jump.
     pub gfn: Gfn,
+    /// Where it leaves by if it leads to another page.
+    pub exit: Option<Leaving>,
+}
+
+/// The jump by which one to another page leaves while it is not connected.
+#[derive(Clone, Copy, Debug)]
+pub struct Leaving {
+    /// Position of its displacement.
+    pub at: u32,
+    pub flags_saved: bool,
 }
 
 impl Block {
@@ -80,6 +94,11 @@ impl Block {
     /// Position for transfers that know their target.
     pub fn direct(&self) -> u32 {
         self.pos + u32::from(self.direct)
+    }
+
+    /// The same for those that have the flags in the frame.
+    pub fn saved(&self) -> u32 {
+        self.pos + u32::from(self.saved)
     }
 
     /// Frame of the second page that the block's only instruction reaches into.
@@ -115,7 +134,7 @@ impl Block {
         }
     }
 
-    fn guest(&self, offset: u16) -> u64 {
+    pub(crate) fn guest(&self, offset: u16) -> u64 {
         let rip = self.key.pc.wrapping_add(u64::from(offset));
         if self.key.mode.has(Mode::LONG) {
             rip
@@ -203,65 +222,6 @@ pub(crate) fn page_of(address: u64) -> u64 {
     address & !(PAGE_SIZE - 1)
 }
 
-/// What is known of positions in the code cache: blocks in the order of theirs, and what belongs to them.
-#[derive(Debug)]
-pub(crate) struct Tables {
-    pub list: Vec<Block>,
-    side: Vec<SideEntry>,
-    chains: Vec<ChainSite>,
-    places: Vec<Place>,
-}
-
-impl Tables {
-    /// Address space for as much as a cache of this size can hold, so that the tables never move; pages come as they are used.
-    fn new(bytes: usize) -> Tables {
-        Tables {
-            list: Vec::with_capacity(bytes / 256),
-            side: Vec::with_capacity(bytes / 16),
-            chains: Vec::with_capacity(bytes / 64),
-            places: Vec::with_capacity(bytes / 16),
-        }
-    }
-
-    pub fn chains_of(&self, block: &Block) -> &[ChainSite] {
-        &self.chains[block.chains as usize..][..block.chains_len.into()]
-    }
-
-    pub fn places_of(&self, block: &Block) -> &[Place] {
-        &self.places[block.places as usize..][..block.places_len.into()]
-    }
-
-    fn side_of(&self, block: &Block) -> &[SideEntry] {
-        &self.side[block.side as usize..][..block.side_len.into()]
-    }
-
-    /// Where the guest is when the host is at `pos`, in this block.
-    fn point(&self, block: &Block, pos: u32) -> Option<Point> {
-        let host = pos - block.pos;
-        let side = self.side_of(block);
-        let n = side.partition_point(|e| u32::from(e.host) <= host);
-        let entry = side[n.checked_sub(1)?];
-        let (rip, in_shadow) = match entry.resume() {
-            Resume::Offset(o) => (Some(block.guest(o)), false),
-            Resume::OffsetInShadow(o) => (Some(block.guest(o)), true),
-            Resume::RipInFrame => (None, false),
-        };
-        Some(Point {
-            rip,
-            in_shadow,
-            spilled: entry.spilled,
-            flags_saved: entry.flags_saved,
-        })
-    }
-}
-
-/// The block, dead or alive, that lies around a position; they are in the order of theirs.
-pub(crate) fn search(blocks: &[Block], pos: u32) -> Option<&Block> {
-    let n = blocks.partition_point(|b| b.pos <= pos);
-    let block = &blocks[n.checked_sub(1)?];
-    (pos < block.pos + u32::from(block.len)).then_some(block)
-}
-
 /// All blocks of the present generation.
 #[derive(Debug)]
 pub struct Blocks {
@@ -278,6 +238,7 @@ pub struct Blocks {
     pub(crate) pages: FxHashMap<u64, Page>,
     /// What the frames that address-space processes execute hold, for as long as they are not written.
     scans: FxHashMap<u64, Suspects>,
+    pub(crate) links: Links,
 }
 
 impl Blocks {
@@ -297,6 +258,7 @@ impl Blocks {
             by_key: FxHashMap::default(),
             pages: FxHashMap::default(),
             scans: FxHashMap::default(),
+            links: Links::default(),
         }
     }
 
@@ -368,9 +330,13 @@ impl Blocks {
             .iter()
             .find(|c| block.pos + u32::from(c.at) == site)
             .map(|c| Chain {
-                target: page_of(block.key.pc) | u64::from(c.target),
+                target: c.target_from(block.key.pc),
                 mode: c.mode,
                 gfn: block.key.gpa.gfn(),
+                exit: c.leaves_page().then(|| Leaving {
+                    at: block.pos + u32::from(c.exit),
+                    flags_saved: c.flags_saved,
+                }),
             })
     }
 
@@ -406,6 +372,7 @@ impl Blocks {
             second: second.and_then(|g| NonZeroU32::new(g.gfn().0 as u32 + 1)),
             len: small(t.code.len()),
             direct: small(t.direct_entry as usize),
+            saved: small(t.saved_entry as usize),
             stale: small(t.stale_stub as usize),
             side_len: small(t.side.len()),
             chains_len: small(t.chains.len()),
@@ -475,6 +442,7 @@ impl Blocks {
         let (start, end) = (gpa.0, gpa.0 + len);
         let (list, copies) = (&mut self.tables.list, &mut self.copies);
         let by_key = &mut self.by_key;
+        let mut unlinked = Vec::new();
         // True if there was one.
         let mut drop_if = |all: bool, page: &mut Page| {
             let mut any = false;
@@ -490,6 +458,9 @@ impl Blocks {
                         by_key.remove(&b.key);
                     }
                     code.divert(b.direct() as usize, (b.pos + u32::from(b.stale)) as usize);
+                    if b.key.pc >= KERNEL_CODE {
+                        unlinked.push(page_of(b.key.pc));
+                    }
                 }
                 any |= hit;
                 !hit
@@ -508,6 +479,9 @@ impl Blocks {
         if page.variants.is_empty() && page.reaching.is_empty() {
             self.pages.remove(&gfn.0);
             pages.unmark(gfn);
+        }
+        for page in unlinked {
+            self.unlink_page(code, page);
         }
         dropped
     }
@@ -542,14 +516,7 @@ impl Blocks {
     /// Forgets the copies. No vCPU may be inside translated code, and all must forget their jump caches before they go back.
     pub fn clear_copies(&mut self, code: &CodeMemory) {
         for site in self.copies.take_links() {
-            let Some(block) = search(&self.tables.list, site) else {
-                continue;
-            };
-            let chains = self.tables.chains_of(block).iter();
-            for c in chains.filter(|c| block.pos + u32::from(c.at) == site) {
-                let to = block.pos + u32::from(c.unconnected);
-                code.patch_jump(site as usize, to as usize);
-            }
+            self.tables.disconnect(code, site);
         }
         self.by_key.retain(|_, n| !is_copy(*n));
         for page in self.pages.values_mut() {
@@ -570,6 +537,7 @@ impl Blocks {
         self.by_key.clear();
         self.pages.clear();
         self.scans.clear();
+        self.links = Links::default();
         pages.clear();
     }
 }

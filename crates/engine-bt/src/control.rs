@@ -60,6 +60,8 @@ pub struct Control {
     nmi: AtomicBool,
     /// 1 more than the generation of blocks whose positions the vCPU's thread may hold; 0 where it holds none.
     positions: AtomicU64,
+    /// What the vCPU's top table maps kernel code by; 0 where it has none. See `links.rs`.
+    kernel_entry: AtomicU64,
     sipi_vector: AtomicU32,
     apic_disabled: AtomicBool,
 }
@@ -87,6 +89,14 @@ impl Control {
     /// learns of the present generation first.
     pub fn positions_held(&self) -> Option<u64> {
         self.positions.load(Ordering::SeqCst).checked_sub(1)
+    }
+
+    pub fn kernel_entry(&self) -> u64 {
+        self.kernel_entry.load(Ordering::SeqCst)
+    }
+
+    pub fn set_kernel_entry(&self, entry: u64) {
+        self.kernel_entry.store(entry, Ordering::SeqCst);
     }
 
     /// Declares that `run` has begun. Who posts a request from now on sees that, or the request is seen by `run`.

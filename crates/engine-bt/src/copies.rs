@@ -9,7 +9,7 @@
 use std::mem;
 
 use hospes_translate::{ChainSite, Move};
-use hospes_units::Gpa;
+use hospes_units::{Gpa, PAGE_SIZE};
 
 use crate::blocks::{Block, Blocks, Key, page_of};
 use crate::cache::CodeMemory;
@@ -166,10 +166,10 @@ impl Blocks {
     /// The block that a jump of a living block is connected with.
     fn connected(&self, code: &CodeMemory, from: &Block, chain: &ChainSite) -> Option<u32> {
         let target = code.jump_target((from.pos + u32::from(chain.at)) as usize);
-        let offset = u64::from(chain.target);
+        let pc = chain.target_from(from.key.pc);
         let n = *self.by_key.get(&Key {
-            gpa: Gpa(page_of(from.key.gpa.0) | offset),
-            pc: page_of(from.key.pc) | offset,
+            gpa: Gpa(page_of(from.key.gpa.0) | pc & (PAGE_SIZE - 1)),
+            pc,
             mode: chain.mode,
         })?;
         (self.block(n).direct() as usize == target).then_some(n)
@@ -205,7 +205,6 @@ fn moved(key: &Key, by: u64) -> Key {
 #[cfg(test)]
 mod tests {
     use hospes_translate::{Mode, Request, Stubs, Translation, Translator};
-    use hospes_units::PAGE_SIZE;
 
     use super::*;
     use crate::pages::CodePages;
@@ -302,6 +301,17 @@ mod tests {
         );
         let made = rig.translate(&target.key, TARGET_CODE, target.pos as usize);
         assert_eq!(rig.bytes(&target), made.code);
+    }
+
+    #[test]
+    fn jump_of_a_copy_leads_to_its_own_page() {
+        let mut rig = Rig::with_page(HERE);
+        rig.blocks
+            .copy_from_other_address(&rig.code, &key(THERE, BRANCH));
+        for page in [HERE, THERE] {
+            let chain = rig.blocks.chain(rig.site(page) as u32).unwrap();
+            assert_eq!(chain.target, page + TARGET);
+        }
     }
 
     #[test]

@@ -4,8 +4,8 @@
 //! translated code, runs it and decides which of the two takes the next instruction.
 //!
 //! Invariants
-//! * A block is found by guest physical address, virtual address and mode. Direct jumps between blocks stay inside one guest page; all others go through
-//!   per-vCPU jump caches, which are reset with the TLB.
+//! * A block is found by guest physical address, virtual address and mode. Direct jumps between blocks stay inside one guest page, but for those of kernel
+//!   code whose mapping is watched (`links.rs`); all others go through per-vCPU jump caches, which are reset with the TLB.
 //! * A frame from which code was translated is marked before its bytes are read; every store to it, on any vCPU, takes the slow path and drops the blocks
 //!   that overlap.
 //! * A vCPU that is not inside translated code looks at its requests before it goes back, so whoever posts one needs to wait only for vCPUs that are inside.
@@ -26,11 +26,13 @@ mod fpu;
 mod frame;
 mod host;
 mod jumps;
+mod links;
 mod lookup;
 mod miss;
 mod pages;
 mod parked;
 mod past;
+mod positions;
 mod refill;
 mod signal;
 mod stubs;

@@ -20,7 +20,13 @@ impl BtVcpu {
         let present = guard.blocks.generation() == self.host.blocks_generation;
         let found = guard.blocks.chain(site).filter(|_| present);
         drop(guard);
-        let Some(Chain { target, mode, gfn }) = found else {
+        let Some(Chain {
+            target,
+            mode,
+            gfn,
+            exit,
+        }) = found
+        else {
             return self.lost_chain(site);
         };
         self.host.frame.cpu.rip = target;
@@ -33,13 +39,17 @@ impl BtVcpu {
                 let mut guard = shared.translations.lock().expect("translations");
                 // Nobody else may have emptied the cache between the two locks: the target may come from the jump cache.
                 let present = guard.blocks.generation() == self.host.blocks_generation;
-                let target_ok = guard
-                    .blocks
-                    .at(direct)
-                    .is_some_and(|b| b.alive && b.key.gpa.gfn() == gfn && b.second_gfn().is_none());
                 let source_ok = guard.blocks.at(site).is_some_and(|b| b.alive);
-                if present && target_ok && source_ok && generation == self.host.generation {
-                    guard.blocks.connect(&shared.code, site, direct);
+                if present && source_ok && generation == self.host.generation {
+                    let block = guard.blocks.at(direct).copied();
+                    let block = block.filter(|b| b.alive && b.second_gfn().is_none());
+                    match (exit, block) {
+                        (Some(exit), _) => self.link(&mut guard.blocks, site, exit, block),
+                        (None, Some(b)) if b.key.gpa.gfn() == gfn => {
+                            guard.blocks.connect(&shared.code, site, direct);
+                        }
+                        _ => {}
+                    }
                 }
                 if mode.has(Mode::SINGLE) {
                     self.host.resume_at = Some(direct);

@@ -26,7 +26,7 @@ pub struct ThreadInfo {
     pub enter_checked: std::ops::Range<usize>,
     pub leave: usize,
     pub turned_back: usize,
-    pub detours: [Detour; 2],
+    pub detours: [Detour; 3],
     pub snippets: std::ops::Range<usize>,
 }
 

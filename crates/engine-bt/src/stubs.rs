@@ -60,6 +60,10 @@ pub struct EntryPoints {
     pub second: Detour,
     /// The page walk.
     pub refill: Detour,
+    /// A jump to the address in RIP through the jump cache, from where the registers are in place: for kernel code without and with AC, each with the flags in the
+    /// host's register and in the frame.
+    pub through_cache: [[usize; 2]; 2],
+    pub cached: Detour,
 }
 
 const TARGET: i32 = offset_of!(Frame, target) as i32;
@@ -189,8 +193,41 @@ pub fn assemble(wide: bool) -> (Vec<u8>, Stubs, EntryPoints) {
     let begin = a.pos();
     stubs.jump_miss = [0, 1, 2].map(|table| second_look_up(&mut a, table, points.second.failed));
     points.second.code = begin..a.pos();
+    through_cache(&mut a, &mut points);
 
     (a.buf, stubs, points)
+}
+
+/// Assembles the jumps through a cache. A kick before the look at `turn_back` is seen there; one behind it goes to the way out.
+fn through_cache(a: &mut Asm, points: &mut EntryPoints) {
+    let mut bodies = Vec::new();
+    for ways in &mut points.through_cache {
+        a.align(16, 0);
+        ways[0] = a.pos();
+        a.store(gpr(RAX), RAX);
+        a.flags_to_ax();
+        a.store16(LAYOUT.flags, RAX);
+        a.load(RAX, gpr(RAX));
+        ways[1] = a.pos();
+        a.store(gpr(RCX), RCX);
+        a.store(gpr(RDX), RDX);
+        bodies.push(a.jmp());
+    }
+    let begin = a.pos();
+    for (table, from) in (1..).zip(bodies) {
+        let here = a.pos() as i64;
+        a.patch_rel32(from, here);
+        a.cmp_mem8(TURN_BACK, 0);
+        let back = a.jcc(cc::NE);
+        a.patch_rel32(back, points.second.failed as i64);
+        a.load(RCX, LAYOUT.rip);
+        a.pext_mem(RDX, RCX, LAYOUT.jump_mask);
+        a.jmp_mem_index8(RDX, LAYOUT.jumps[table]);
+    }
+    points.cached = Detour {
+        code: begin..a.pos(),
+        failed: points.second.failed,
+    };
 }
 
 /// Assembles what a miss of a jump cache comes to. Changes RCX, RDX and the flags only, which are in the frame.

@@ -5,7 +5,7 @@
 //! * An entry allows what a walk allowed at the same privilege, AC included; what changes rights flushes.
 
 use hospes_engine::{CpuState, cr, rflags};
-use hospes_translate::layout::{TLB_INVALID, TlbEntry, tlb_index};
+use hospes_translate::layout::{KERNEL_CODE, TLB_INVALID, TlbEntry, tlb_index};
 use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE};
 
 use crate::exec::{Access, PageFault, TlbFlush, Translation, walk};
@@ -47,6 +47,8 @@ impl BtHost {
         self.parked.clear();
         self.pcid = pcid(&self.frame.cpu);
         self.flush_jumps_all();
+        self.follow_tables();
+        self.check_links();
     }
 
     /// CR3 names another address space: what is cached of the old one is put aside, what is still good of the new one comes back.
@@ -136,6 +138,10 @@ impl BtHost {
             }
         }
         self.jumps.flush_page(&mut self.frame, gva);
+        if gva >= KERNEL_CODE {
+            // Whatever size the page had: all are looked up.
+            self.check_links();
+        }
     }
 
     /// Makes stores to a frame take the slow path.
@@ -263,6 +269,7 @@ impl BtHost {
         let current = pcid(cpu);
         if !matches!(what, TlbFlush::Page(_) | TlbFlush::PageOfPcid { .. }) {
             self.direct.entered(&self.shared.memory, cpu.cr3);
+            self.follow_tables();
         }
         match what {
             // Processes belong to one address space each.

@@ -90,7 +90,7 @@ impl BtVcpu {
             enter_checked: range(s.points.enter_checked..s.points.enter_end),
             leave: s.code.address(s.points.leave),
             turned_back: s.code.address(s.points.turned_back),
-            detours: [&s.points.second, &s.points.refill].map(|d| Detour {
+            detours: [&s.points.second, &s.points.refill, &s.points.cached].map(|d| Detour {
                 code: range(d.code.clone()),
                 failed: s.code.address(d.failed),
             }),

@@ -1,6 +1,6 @@
 //! One virtual machine: the state its vCPUs share.
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, RwLock};
 
 use hospes_engine::{CpuState, EngineError, Vcpu, VcpuControl, Vm};
@@ -77,6 +77,8 @@ pub(crate) struct Shared {
     /// The vCPUs made so far, by number.
     pub controls: RwLock<Vec<(VcpuId, Arc<Control>)>>,
     pub max_vcpus: usize,
+    /// What all vCPUs' top tables map kernel code by while jumps between its pages are connected; 0 while none are.
+    pub linked: AtomicU64,
     /// Guests have AVX-512.
     pub wide: Option<Wide>,
 }
@@ -211,6 +213,7 @@ impl BtVm {
                 }),
                 controls: RwLock::default(),
                 max_vcpus: max_vcpus as usize,
+                linked: AtomicU64::new(0),
                 wide,
                 code,
             }),

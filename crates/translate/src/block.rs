@@ -79,16 +79,39 @@ impl SideEntry {
     }
 }
 
-/// A jump to another block in the same guest page that may be connected directly.
+/// A jump to another block that may be connected directly: in the same guest page, or from one page of the kernel's code to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChainSite {
     /// Position of the 4-byte aligned displacement, from the block's start.
     pub at: u16,
     /// Where the jump goes while it is not connected, from the block's start.
     pub unconnected: u16,
-    /// Offset of the target in the page.
-    pub target: u16,
+    /// Of a jump to another page: position of the 4-byte aligned displacement by which it leaves while it is not connected, with the target's address
+    /// in the frame; otherwise 0.
+    pub exit: u16,
     pub mode: Mode,
+    /// Offset of the target in the page; of one in another page the lower half of its address.
+    pub target: u32,
+    /// The jump is made with the flags in the frame.
+    pub flags_saved: bool,
+}
+
+impl ChainSite {
+    /// Whether the target is in another page.
+    pub fn leaves_page(&self) -> bool {
+        self.exit != 0
+    }
+
+    /// The target of a jump of a block at this address.
+    pub fn target_from(&self, pc: u64) -> u64 {
+        const PAGE: u64 = 0xfff;
+        let kept = if self.leaves_page() {
+            u32::MAX.into()
+        } else {
+            PAGE
+        };
+        pc & !kept | u64::from(self.target)
+    }
 }
 
 /// Translated code, position-dependent (see [`Request::cache_pos`] and [`crate::relocate`]).
@@ -98,6 +121,8 @@ pub struct Translation {
     /// Entry for transfers that know their target: registers and flags live. Begins with a 5-byte no-operation, 8-byte aligned, that can be
     /// replaced by a jump to `stale_stub` with one atomic store.
     pub direct_entry: u32,
+    /// The same with the flags in the frame.
+    pub saved_entry: u32,
     /// Code that leaves to the engine at the block's own address.
     pub stale_stub: u32,
     /// Ascending by host position.

@@ -30,6 +30,7 @@ use crate::block::{Request, Resume, Translation};
 use crate::insn::{Insn, Kind, STATUS, gpr};
 use crate::layout::*;
 use crate::relocate::{self, PlaceKind};
+use control::Reach;
 use encode::{encode_into, redirect, reg32, reg64};
 
 /// Instructions in one block at most.
@@ -68,8 +69,8 @@ enum ColdKind {
         start: Start,
         target: u64,
     },
-    /// A taken conditional jump inside the page.
-    Chain { target: u64 },
+    /// A jump that may be connected, inside the page or to another.
+    Chain { target: u64, reach: Reach },
     /// A taken conditional jump out of the page.
     Far { target: u64 },
     /// The engine has to look at its requests before the instruction at `next`.
@@ -313,6 +314,7 @@ impl Work<'_> {
         self.resume = Resume::Offset(0);
         self.note();
         self.unspill(bit(RCX) | bit(RDX));
+        self.out.saved_entry = self.asm.pos() as u32;
         if live_in != 0 {
             self.restore_flags();
         } else {

@@ -93,6 +93,8 @@ pub fn fuzz_translate(data: &[u8]) {
     for c in &t.chains {
         assert_eq!(c.at % 4, 0, "a displacement is not aligned");
         assert!(usize::from(c.at) + 4 <= t.code.len());
+        assert_eq!(c.exit % 4, 0, "a displacement is not aligned");
+        assert!(!c.leaves_page() || t.code[usize::from(c.exit) - 1] == 0xe9);
     }
     if !request.crossing && mode.has(Mode::LONG) && mode.has(Mode::USER) {
         for (from, to) in MOVES {

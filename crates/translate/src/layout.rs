@@ -10,6 +10,9 @@ pub const JUMP_ENTRIES: usize = 16384;
 pub const JUMP_MASK: u64 = ((JUMP_ENTRIES as u64) - 1) << JUMP_SHIFT;
 const JUMP_SHIFT: u32 = 2;
 
+/// From here on the code of kernels lies: in what the last entry of the top table maps.
+pub const KERNEL_CODE: u64 = 0xffff_ff80_0000_0000;
+
 /// A page address that is not canonical. An access to it matches all the same: an entry with a good host address at its index needs another one.
 pub const TLB_INVALID: u64 = 0x8000_0000_0000_0000;
 

@@ -1,10 +1,14 @@
 //! Code off the hot path: what happens when a check fails or a jump leaves.
 
+use super::control::Reach;
 use super::{ColdKind, Flags, Start, Tag, Work, bit};
 use crate::block::{ChainSite, Resume};
 use crate::insn::{Kind, STATUS};
 use crate::layout::{MISS_ANY_WRITE, MISS_GROUP, MISS_MASKED, MISS_WRITE, Mode};
 use crate::relocate::PlaceKind;
+
+/// Of an address, what is the same wherever its page is mapped.
+const IN_PAGE: u64 = 0xfff;
 
 impl Work<'_> {
     pub(super) fn cold_paths(&mut self) {
@@ -71,11 +75,13 @@ impl Work<'_> {
                     self.out.chains.push(ChainSite {
                         at: at as u16,
                         unconnected: next as u16,
-                        target: (target & 0xfff) as u16,
+                        exit: 0,
                         mode: Mode(mode.0 | Mode::SINGLE),
+                        target: (target & IN_PAGE) as u32,
+                        flags_saved: false,
                     });
                 }
-                ColdKind::Chain { target } => {
+                ColdKind::Chain { target, reach } => {
                     self.note();
                     let (site, unconnected) = if cold.spilled == 0 {
                         // The hot jump itself is what will be connected.
@@ -91,12 +97,23 @@ impl Work<'_> {
                         (at, next)
                     };
                     self.store_position(self.layout.exit_arg, self.position(site));
+                    let (mut exit, mut kept) = (0, IN_PAGE);
+                    if reach == Reach::Kernel {
+                        kept = u64::MAX;
+                        if self.resume != Resume::RipInFrame {
+                            self.store_address(self.layout.rip, target);
+                        }
+                        self.asm.align(4, 3);
+                        exit = self.asm.pos() + 1;
+                    }
                     self.jmp_stub(self.stubs.chain);
                     self.out.chains.push(ChainSite {
                         at: site as u16,
                         unconnected: unconnected as u16,
-                        target: (target & 0xfff) as u16,
+                        exit: exit as u16,
                         mode: self.mode_at(cold.resume),
+                        target: (target & kept) as u32,
+                        flags_saved: self.flags == Flags::Saved,
                     });
                 }
                 ColdKind::Far { target } => {

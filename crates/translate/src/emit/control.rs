@@ -7,12 +7,35 @@ use super::{Cold, ColdKind, Flags, Work, bit, decode};
 use crate::asm::{RAX, RCX, RDX};
 use crate::block::Resume;
 use crate::insn::{Insn, STATUS, gpr};
-use crate::layout::jump_index;
+use crate::layout::{KERNEL_CODE, Mode, jump_index};
 use crate::relocate::PlaceKind;
 
 const PAGE: u32 = 4096;
+/// How a direct transfer gets to its target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// Connected as long as the block lives: the target is in its page.
+    Page,
+    /// Connected as long as the engine finds the mapping of the target's page unchanged.
+    Kernel,
+    /// Through the jump cache.
+    Cache,
+}
 
 impl Work<'_> {
+    pub(super) fn reach(&self, target: u64) -> Reach {
+        const KIND: u16 = Mode::LONG | Mode::USER | Mode::UNPAGED;
+        let other_page = (self.pc ^ target) >> 12 != 0;
+        let kernel = self.initial.0 & KIND == Mode::LONG && self.pc.min(target) >= KERNEL_CODE;
+        if self.same_page(target) {
+            Reach::Page
+        } else if kernel && !self.crossing && other_page && (self.pc ^ target) >> 32 == 0 {
+            Reach::Kernel
+        } else {
+            Reach::Cache
+        }
+    }
+
     /// Whether a target is inside the page of this block, so that a direct chain stays valid as long as the block does.
     /// An instruction that lies in two pages is not: its block depends on both.
     pub(super) fn same_page(&self, target: u64) -> bool {
@@ -53,10 +76,9 @@ impl Work<'_> {
         let from = self.asm.jmp();
         self.cold.push(Cold {
             from,
-            kind: if self.same_page(target) {
-                ColdKind::Chain { target }
-            } else {
-                ColdKind::Far { target }
+            kind: match self.reach(target) {
+                Reach::Cache => ColdKind::Far { target },
+                reach => ColdKind::Chain { target, reach },
             },
             spilled: 0,
             flags: self.flags,
@@ -67,19 +89,20 @@ impl Work<'_> {
     pub(super) fn jcc(&mut self, i: usize, insn: &Insn, target: u64) {
         self.restore_flags();
         let backward = target <= self.pc.wrapping_add(u64::from(insn.offset));
-        let same = self.same_page(target);
-        if backward && same || i + 1 == self.insns.len() {
+        let reach = self.reach(target);
+        let connected = reach != Reach::Cache;
+        if backward && connected || i + 1 == self.insns.len() {
             self.unspill(!0);
         }
         let condition = insn.instr.condition_code();
         let code = condition_code(condition);
-        if same && self.spilled == 0 {
+        if connected && self.spilled == 0 {
             self.asm.align(4, 2);
             self.note();
             let from = self.asm.jcc(code);
             self.cold.push(Cold {
                 from,
-                kind: ColdKind::Chain { target },
+                kind: ColdKind::Chain { target, reach },
                 spilled: 0,
                 flags: self.flags,
                 resume: self.resume,
@@ -89,8 +112,8 @@ impl Work<'_> {
         let from = self.asm.jcc(code);
         self.cold.push(Cold {
             from,
-            kind: if same {
-                ColdKind::Chain { target }
+            kind: if connected {
+                ColdKind::Chain { target, reach }
             } else {
                 ColdKind::Far { target }
             },
@@ -102,24 +125,34 @@ impl Work<'_> {
 
     /// Ends the block with a transfer to a known address.
     pub(super) fn leave_direct(&mut self, target: u64, live: u32) {
-        if self.same_page(target) {
-            if live != 0 {
-                self.restore_flags();
+        match self.reach(target) {
+            Reach::Page => {
+                if live != 0 {
+                    self.restore_flags();
+                }
+                self.flags = Flags::Host;
+                self.unspill(!0);
+                self.leave_connected(target, Reach::Page);
             }
-            self.flags = Flags::Host;
-            self.unspill(!0);
-            self.asm.align(4, 3);
-            let at = self.asm.jmp();
-            self.cold.push(Cold {
-                from: at,
-                kind: ColdKind::Chain { target },
-                spilled: 0,
-                flags: Flags::Host,
-                resume: self.resume,
-            });
-        } else {
-            self.leave_far(target, live);
+            Reach::Kernel => {
+                self.unspill(!0);
+                self.leave_connected(target, Reach::Kernel);
+            }
+            Reach::Cache => self.leave_far(target, live),
         }
+    }
+
+    /// Ends the block with a jump that may be connected; all registers are in place.
+    fn leave_connected(&mut self, target: u64, reach: Reach) {
+        self.asm.align(4, 3);
+        let from = self.asm.jmp();
+        self.cold.push(Cold {
+            from,
+            kind: ColdKind::Chain { target, reach },
+            spilled: 0,
+            flags: self.flags,
+            resume: self.resume,
+        });
     }
 
     /// Ends the block with a transfer to a known address through the jump cache.
@@ -186,7 +219,7 @@ impl Work<'_> {
         if target.is_none() || self.held(i, STACK).is_none() {
             self.save_flags(i, live);
         }
-        let direct = target.filter(|&t| self.same_page(t));
+        let connected = target.map(|t| (t, self.reach(t)));
         let return_to = self.next_pc(insn);
         let reads = insn.reads;
         let mut keep = 0;
@@ -203,26 +236,20 @@ impl Work<'_> {
             self.mov_address(t, return_to);
             self.asm.store_at(true, s.reg, s.disp, t);
         }
-        if let Some(target) = direct {
-            if live != 0 {
-                self.restore_flags();
+        if let Some((target, reach @ (Reach::Page | Reach::Kernel))) = connected {
+            if reach == Reach::Page {
+                if live != 0 {
+                    self.restore_flags();
+                }
+                self.flags = Flags::Host;
             }
-            self.flags = Flags::Host;
             self.unspill(!0);
             // From here on the call has happened; the frame knows where it went.
             self.store_address(self.layout.rip, target);
             self.adjust_rsp(-w);
             self.resume = Resume::RipInFrame;
             self.note();
-            self.asm.align(4, 3);
-            let at = self.asm.jmp();
-            self.cold.push(Cold {
-                from: at,
-                kind: ColdKind::Chain { target },
-                spilled: 0,
-                flags: Flags::Host,
-                resume: Resume::RipInFrame,
-            });
+            self.leave_connected(target, reach);
         } else {
             self.far_save_flags(live);
             self.far_tail(target, -w);
