@@ -119,6 +119,10 @@ impl Machine {
         }
     }
 
+    pub fn put_bytes(&self, gpa: u64, bytes: &[u8]) {
+        self.0.write(Gpa(gpa), bytes).unwrap();
+    }
+
     /// Assembles code to an address.
     pub fn code(&self, at: u64, f: impl FnOnce(&mut CodeAssembler)) {
         self.code_for(at, at, f);

@@ -328,3 +328,33 @@ fn iret_with_frames_of_all_kinds_matches() {
     // Most frames are good ones.
     assert!(to_user > 50 && to_kernel > 50, "{to_user}, {to_kernel}");
 }
+
+#[test]
+fn interrupt_that_waits_comes_behind_the_instruction_after_sti() {
+    // Where STI is the first of a block, the last that fits in one, and the last of its page.
+    for (at, before) in [
+        (0x5000, 0),
+        (0x5000, 1),
+        (0x5000, 46),
+        (0x5000, 47),
+        (0x5ffe, 1),
+        (0x5fff, 0),
+    ] {
+        for behind in [0xf4, 0x90, 0x9d] {
+            let make = || {
+                let m = Machine::new();
+                let mut code = vec![0x90; before];
+                code.extend([0xfb, behind, 0x90, 0x0f, 0x01, 0xc1]);
+                m.put_bytes(at, &code);
+                // What POPF takes: interrupts off again.
+                m.put(STACK - 8, &[2]);
+                m
+            };
+            let what = format!("{before} before, {behind:#x} behind");
+            compare(&what, (true, !rflags::RF), make, |cpu| {
+                cpu.rip = at;
+                cpu.gpr[reg::RSP] = STACK - 8;
+            });
+        }
+    }
+}

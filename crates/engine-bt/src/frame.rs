@@ -154,6 +154,7 @@ pub const LAYOUT: FrameLayout = {
         kernel_gs_base: (msr + offset_of!(Msrs, kernel_gs_base)) as i32,
         tsc_aux: (msr + offset_of!(Msrs, tsc_aux)) as i32,
         irq_pending: offset_of!(Frame, irq_pending) as i32,
+        interrupt_shadow: (offset_of!(Frame, cpu) + offset_of!(CpuState, interrupt_shadow)) as i32,
         seg_base: [
             seg as i32,
             (seg + segment) as i32,

@@ -75,6 +75,8 @@ enum ColdKind {
     Far { target: u64 },
     /// The engine has to look at its requests before the instruction at `next`.
     Leave { next: u64 },
+    /// The same behind an STI.
+    LeaveInShadow { next: u64 },
     /// The same, with the next instruction's address in the frame.
     LeaveWithRip,
     /// The engine executes the instruction at this offset.
@@ -348,11 +350,7 @@ impl Work<'_> {
         if !ended {
             let last = self.insns[self.insns.len() - 1];
             let next = last.offset + u16::from(last.len);
-            self.resume = if last.kind == Kind::Sti {
-                Resume::OffsetInShadow(next)
-            } else {
-                Resume::Offset(next)
-            };
+            self.resume = Resume::Offset(next);
             self.note();
             let target = self.wrap(self.pc.wrapping_add(u64::from(next)));
             if checked_end {
@@ -506,7 +504,7 @@ impl Work<'_> {
         self.note();
         self.asm.cmp_mem8(self.layout.irq_pending, 0);
         let next = self.next_pc(insn);
-        self.cold_jump(cc::NE, ColdKind::Leave { next });
+        self.cold_jump(cc::NE, ColdKind::LeaveInShadow { next });
     }
 
     /// Leaves to the engine, which executes this instruction and goes on from there.

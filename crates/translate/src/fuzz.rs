@@ -44,6 +44,7 @@ pub(crate) const LAYOUT: FrameLayout = FrameLayout {
     cr3: 0x2a8,
     gdt: 0x2b0,
     nmi_blocked: 0x2bc,
+    interrupt_shadow: 0x2bd,
     pauses_left: 0x210,
     kernel_visits: 0x214,
     jumps: [0x1_0000, 0x4_0000, 0x7_0000],

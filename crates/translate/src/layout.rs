@@ -101,6 +101,8 @@ pub struct FrameLayout {
     pub tsc_aux: i32,
     /// Byte: an interrupt waits for the interrupt flag.
     pub irq_pending: i32,
+    /// Byte: no interrupt before the next instruction has been executed.
+    pub interrupt_shadow: i32,
     /// Bases of ES, CS, SS, DS, FS, GS; 64 bits each, in encoding order.
     pub seg_base: [i32; 6],
     /// 32 bits: what an exit concerns.

@@ -66,7 +66,15 @@ impl Translator {
                 return (insns, true);
             }
         }
-        (insns, false)
+        // Its shadow ends with the next instruction, so the two are not parted.
+        match insns.last_mut() {
+            Some(last) if last.kind == Kind::Sti => {
+                last.kind = Kind::Step;
+                self.cut = false;
+                (insns, true)
+            }
+            _ => (insns, false),
+        }
     }
 
     /// Status flags that code at a target in the same page may read before it writes them. Bytes looked at join the block's extent.

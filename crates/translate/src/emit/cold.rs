@@ -123,10 +123,13 @@ impl Work<'_> {
                     self.far_save_flags(STATUS);
                     self.far_tail(Some(target), 0);
                 }
-                ColdKind::Leave { next } => {
+                ColdKind::Leave { next } | ColdKind::LeaveInShadow { next } => {
                     self.asm.patch_rel32(cold.from, here);
                     self.note();
                     self.unspill(!0);
+                    if matches!(cold.kind, ColdKind::LeaveInShadow { .. }) {
+                        self.asm.store_imm8(self.layout.interrupt_shadow, 1);
+                    }
                     self.store_address(self.layout.rip, next);
                     self.jmp_stub(self.stubs.lookup);
                 }
