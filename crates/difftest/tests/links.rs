@@ -48,9 +48,8 @@ type Change = fn(&mut CodeAssembler);
 
 /// Calls the function so many times, always by the same instruction, before and behind each of the changes. RCX counts down, R14 up. Flags reach the function as they are.
 fn program(a: &mut CodeAssembler, changes: &[Change]) {
-    let (mut begin, mut again) = (a.create_label(), a.create_label());
+    let mut again = a.create_label();
     a.xor(r14d, r14d).unwrap();
-    a.set_label(&mut begin).unwrap();
     a.mov(rcx, CALLS).unwrap();
     a.set_label(&mut again).unwrap();
     a.bt(rcx, 0).unwrap();
@@ -63,7 +62,8 @@ fn program(a: &mut CodeAssembler, changes: &[Change]) {
         a.jne(next).unwrap();
         a.inc(r14).unwrap();
         change(a);
-        a.jmp(begin).unwrap();
+        a.mov(rcx, CALLS).unwrap();
+        a.jmp(again).unwrap();
         a.set_label(&mut next).unwrap();
         a.nop().unwrap();
     }

@@ -11,6 +11,7 @@
 //! * When a block is dropped, jumps to its page are taken apart: they would leave through the stub of the dropped block each time.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::atomic::Ordering;
 
 use hospes_engine::{CpuState, cr};
@@ -23,9 +24,14 @@ use crate::exec::walk::{A, ADDR, P};
 use crate::exec::{Access, walk};
 use crate::host::BtHost;
 use crate::vcpu::BtVcpu;
+use crate::vm::Translations;
 
 /// Which entry of the top table kernel code is mapped through.
 const ENTRY: u64 = 511;
+
+/// Jumps to pages that are not global, and more than there are others, or changes of the tables, after which a guest's kernel is taken for one that maps itself in
+/// several ways, as those do that keep user code's tables apart: the rest of its code goes through the cache, to which the translator knows a shorter way.
+const HOPELESS: u32 = 64;
 
 /// What connected jumps rely on.
 #[derive(Debug, Default)]
@@ -34,8 +40,14 @@ pub(crate) struct Links {
     pages: BTreeMap<u64, Linked>,
     /// Jumps that could not be connected and go through the cache instead.
     refused: Vec<Leaving>,
-    /// Some were refused when the processor had no global pages yet.
-    without_global: bool,
+    /// For some of them that was so at that time only.
+    try_again: bool,
+    /// Jumps to pages that are not global.
+    not_global: u32,
+    /// How often other tables were loaded while some were connected.
+    taken_apart: u32,
+    /// Nothing is connected any more.
+    given_up: bool,
 }
 
 #[derive(Debug)]
@@ -45,32 +57,39 @@ struct Linked {
     sites: Vec<u32>,
 }
 
+/// Whether a jump may be connected.
+#[derive(PartialEq, Eq)]
+enum Verdict {
+    Yes,
+    NotNow,
+    NotGlobal,
+    Never,
+}
+
 impl Blocks {
     /// Takes the connected jumps to one virtual page apart.
     pub fn unlink_page(&mut self, code: &CodeMemory, page: u64) {
-        for site in self
-            .links
-            .pages
-            .remove(&page)
-            .into_iter()
-            .flat_map(|l| l.sites)
-        {
+        let linked = self.links.pages.remove(&page);
+        for site in linked.into_iter().flat_map(|l| l.sites) {
             self.tables.disconnect(code, site);
         }
     }
 
-    /// Takes the jumps to all pages apart for which `keep` does not hold. True if some are left.
-    fn retain_links(&mut self, code: &CodeMemory, mut keep: impl FnMut(u64, Gfn) -> bool) -> bool {
-        let tables = &self.tables;
-        self.links.pages.retain(|&page, linked| {
-            let kept = keep(page, linked.gfn);
-            if !kept {
-                let sites = linked.sites.iter();
-                sites.for_each(|&site| tables.disconnect(code, site));
-            }
-            kept
-        });
-        !self.links.pages.is_empty()
+    /// Takes the jumps to all pages in a range apart for which `keep` does not hold.
+    fn retain_links(
+        &mut self,
+        code: &CodeMemory,
+        range: RangeInclusive<u64>,
+        mut keep: impl FnMut(u64, Gfn) -> bool,
+    ) {
+        let pages = self.links.pages.range(range);
+        let lost: Vec<u64> = pages
+            .filter(|(page, linked)| !keep(**page, linked.gfn))
+            .map(|(page, _)| *page)
+            .collect();
+        for page in lost {
+            self.unlink_page(code, page);
+        }
     }
 }
 
@@ -83,7 +102,7 @@ fn kernel_entry(memory: &GuestMemory, cpu: &CpuState) -> u64 {
     entry.ok().filter(|e| e & P != 0).map_or(0, |e| e & !A)
 }
 
-/// Frames behind addresses that are asked for in ascending order, and global: walks once for each large page.
+/// Frames behind addresses that are asked for in ascending order: walks once for each large page.
 struct Lookup<'a> {
     cpu: &'a CpuState,
     memory: &'a GuestMemory,
@@ -92,18 +111,28 @@ struct Lookup<'a> {
 }
 
 impl Lookup<'_> {
+    /// The frame of kernel code at an address, where it is in a global page or the processor has none.
     fn gfn(&mut self, address: u64) -> Option<Gfn> {
         if let Some((page, size, gpa)) = self.last
             && address - page < size
         {
             return Some(Gpa(gpa + (address - page)).gfn());
         }
+        self.last = None;
         let t = walk(self.cpu, self.memory, Gva(address), Access::exec(false)).ok()?;
+        if t.user || !t.global && self.cpu.cr4 & cr::CR4_PGE != 0 {
+            return None;
+        }
         let size = 1 << t.page_bits;
-        self.last = t
-            .global
-            .then_some((address & !(size - 1), size, t.gpa.0 & !(size - 1)));
-        t.global.then_some(t.gpa.gfn())
+        self.last = Some((address & !(size - 1), size, t.gpa.0 & !(size - 1)));
+        Some(t.gpa.gfn())
+    }
+}
+
+impl Translations {
+    fn give_up_links(&mut self) {
+        self.blocks.links.given_up = true;
+        self.translator.kernel_links = false;
     }
 }
 
@@ -116,7 +145,7 @@ impl BtHost {
         }
     }
 
-    /// CR3 has been loaded, or paging has changed.
+    /// CR3 has been loaded, or what it leads to may have changed.
     pub(crate) fn follow_tables(&mut self) {
         let entry = kernel_entry(&self.shared.memory, &self.frame.cpu);
         if entry == self.control.kernel_entry() {
@@ -127,68 +156,88 @@ impl BtHost {
         let linked = self.shared.linked.load(Ordering::SeqCst);
         if entry != 0 && linked != 0 && entry != linked {
             let mut t = self.shared.translations.lock().expect("translations");
-            t.blocks.retain_links(&self.shared.code, |_, _| false);
+            let links = &mut t.blocks.links;
+            links.taken_apart += u32::from(!links.pages.is_empty());
+            if links.taken_apart >= HOPELESS {
+                t.give_up_links();
+            }
+            t.blocks
+                .retain_links(&self.shared.code, 0..=u64::MAX, |_, _| false);
             self.shared.linked.store(0, Ordering::SeqCst);
         }
     }
 
-    /// Global pages may have changed: takes jumps apart whose target is not where it was.
-    pub(crate) fn check_links(&mut self) {
+    /// Global pages of these addresses may have changed: takes jumps apart whose target is not where it was.
+    pub(crate) fn check_links(&mut self, range: RangeInclusive<u64>) {
+        if self.control.kernel_entry() == 0 {
+            return;
+        }
         let shared = &self.shared;
         let mut t = shared.translations.lock().expect("translations");
         let links = &mut t.blocks.links;
-        if links.without_global && self.frame.cpu.cr4 & cr::CR4_PGE != 0 {
-            links.without_global = false;
+        if links.try_again && self.frame.cpu.cr4 & cr::CR4_PGE != 0 {
+            links.try_again = false;
             for exit in std::mem::take(&mut links.refused) {
                 let to = shared.stubs.chain[usize::from(exit.flags_saved)];
                 shared.code.patch_jump(exit.at as usize, to as usize);
             }
         }
         let mut lookup = self.lookup();
-        let keep = |page: u64, gfn: Gfn| lookup.gfn(page) == Some(gfn);
-        if !t.blocks.retain_links(&shared.code, keep) {
-            shared.linked.store(0, Ordering::SeqCst);
-        }
+        t.blocks.retain_links(&shared.code, range, |page, gfn| {
+            lookup.gfn(page) == Some(gfn)
+        });
     }
 
-    /// Whether jumps to this block may be connected. The caller has the tables.
-    fn may_link(&self, block: &Block) -> bool {
+    /// The caller has the tables.
+    fn may_link(&self, links: &Links, block: &Block) -> Verdict {
+        if links.given_up || block.second_gfn().is_some() {
+            return Verdict::Never;
+        }
         let entry = kernel_entry(&self.shared.memory, &self.frame.cpu);
-        if entry == 0 || self.lookup().gfn(block.key.pc) != Some(block.key.gpa.gfn()) {
-            return false;
+        let before = self.shared.linked.load(Ordering::SeqCst);
+        if self.frame.cpu.cr4 & cr::CR4_PGE == 0
+            || entry == 0
+            || entry != self.control.kernel_entry()
+            || before != 0 && before != entry
+        {
+            return Verdict::NotNow;
         }
-        let before = self.shared.linked.swap(entry, Ordering::SeqCst);
+        match self.lookup().gfn(block.key.pc) {
+            None => return Verdict::NotGlobal,
+            Some(gfn) if gfn != block.key.gpa.gfn() => return Verdict::NotNow,
+            Some(_) => {}
+        }
+        // Only who has the tables changes it.
+        self.shared.linked.store(entry, Ordering::SeqCst);
         let controls = self.shared.controls.read().expect("vCPU list");
-        let same = |entry: u64, other: u64| other == 0 || other == entry;
-        let all =
-            same(entry, before) && controls.iter().all(|(_, c)| same(entry, c.kernel_entry()));
-        if !all {
-            self.shared.linked.store(before, Ordering::SeqCst);
+        let mut entries = controls.iter().map(|(_, c)| c.kernel_entry());
+        if entries.all(|other| other == 0 || other == entry) {
+            return Verdict::Yes;
         }
-        all
+        self.shared.linked.store(before, Ordering::SeqCst);
+        Verdict::NotNow
     }
 }
 
 impl BtVcpu {
-    /// Connects a jump of kernel code to another page with its target, or else has it go through the jump cache. The caller has the tables.
-    pub(crate) fn link(
-        &mut self,
-        blocks: &mut Blocks,
-        site: u32,
-        exit: Leaving,
-        target: Option<Block>,
-    ) {
+    /// Connects a jump of kernel code to another page with its target, or else has it go through the jump cache.
+    pub(crate) fn link(&mut self, t: &mut Translations, site: u32, exit: Leaving, target: &Block) {
         let shared = &self.host.shared;
-        if let Some(block) = target.filter(|b| self.host.may_link(b)) {
+        let verdict = self.host.may_link(&t.blocks.links, target);
+        if verdict == Verdict::Yes {
             let to = if exit.flags_saved {
-                block.saved()
+                target.saved()
             } else {
-                block.direct()
+                target.direct()
             };
+            let (page, gfn) = (page_of(target.key.pc), target.key.gpa.gfn());
+            let known = t.blocks.links.pages.get(&page);
+            if known.is_some_and(|l| l.gfn != gfn) {
+                t.blocks.unlink_page(&shared.code, page);
+            }
             shared.code.patch_jump(site as usize, to as usize);
-            let linked = blocks.links.pages.entry(page_of(block.key.pc));
-            let linked = linked.or_insert_with(|| Linked {
-                gfn: block.key.gpa.gfn(),
+            let linked = t.blocks.links.pages.entry(page).or_insert_with(|| Linked {
+                gfn,
                 sites: Vec::new(),
             });
             linked.sites.push(site);
@@ -199,7 +248,17 @@ impl BtVcpu {
         };
         let to = shared.points.through_cache[table][usize::from(exit.flags_saved)];
         shared.code.patch_jump(exit.at as usize, to);
-        blocks.links.without_global |= self.host.frame.cpu.cr4 & cr::CR4_PGE == 0;
-        blocks.links.refused.push(exit);
+        let links = &mut t.blocks.links;
+        links.refused.push(exit);
+        match verdict {
+            Verdict::NotNow => links.try_again = true,
+            Verdict::NotGlobal => {
+                links.not_global += 1;
+                if links.not_global as usize >= links.pages.len() + HOPELESS as usize {
+                    t.give_up_links();
+                }
+            }
+            Verdict::Yes | Verdict::Never => {}
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! From a program counter to translated code, made where there is none yet.
 
+use hospes_translate::layout::KERNEL_CODE;
 use hospes_translate::{Mode, Request};
 use hospes_units::{Gpa, Gva, PAGE_SIZE};
 
@@ -42,6 +43,9 @@ impl BtVcpu {
             return Found::Code(direct);
         }
         let user = mode.has(Mode::USER);
+        if rip >= KERNEL_CODE && !user && self.host.control.kernel_entry() == 0 {
+            self.host.follow_tables();
+        }
         if !canonical(rip) {
             return Found::Stepped(self.step());
         }

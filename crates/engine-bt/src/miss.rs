@@ -30,6 +30,9 @@ impl BtVcpu {
             return self.lost_chain(site);
         };
         self.host.frame.cpu.rip = target;
+        if exit.is_some() {
+            self.host.follow_tables();
+        }
         let generation = self.host.generation;
         if self.mode() != Some(Mode(mode.0 & !Mode::SINGLE)) {
             return None;
@@ -40,15 +43,18 @@ impl BtVcpu {
                 // Nobody else may have emptied the cache between the two locks: the target may come from the jump cache.
                 let present = guard.blocks.generation() == self.host.blocks_generation;
                 let source_ok = guard.blocks.at(site).is_some_and(|b| b.alive);
+                let block = guard.blocks.at(direct).filter(|b| b.alive).copied();
+                let Some(block) = block else {
+                    self.host.jumps.forget(&mut self.host.frame, target);
+                    return None;
+                };
                 if present && source_ok && generation == self.host.generation {
-                    let block = guard.blocks.at(direct).copied();
-                    let block = block.filter(|b| b.alive && b.second_gfn().is_none());
-                    match (exit, block) {
-                        (Some(exit), _) => self.link(&mut guard.blocks, site, exit, block),
-                        (None, Some(b)) if b.key.gpa.gfn() == gfn => {
+                    match exit {
+                        Some(exit) => self.link(&mut guard, site, exit, &block),
+                        None if block.key.gpa.gfn() == gfn && block.second_gfn().is_none() => {
                             guard.blocks.connect(&shared.code, site, direct);
                         }
-                        _ => {}
+                        None => {}
                     }
                 }
                 if mode.has(Mode::SINGLE) {

@@ -48,7 +48,7 @@ impl BtHost {
         self.pcid = pcid(&self.frame.cpu);
         self.flush_jumps_all();
         self.follow_tables();
-        self.check_links();
+        self.check_links(0..=u64::MAX);
     }
 
     /// CR3 names another address space: what is cached of the old one is put aside, what is still good of the new one comes back.
@@ -139,8 +139,10 @@ impl BtHost {
         }
         self.jumps.flush_page(&mut self.frame, gva);
         if gva >= KERNEL_CODE {
-            // Whatever size the page had: all are looked up.
-            self.check_links();
+            self.follow_tables();
+            // Whatever size the page had.
+            let first = gva >> LARGE_BITS << LARGE_BITS;
+            self.check_links(first..=(first | ((1 << LARGE_BITS) - 1)));
         }
     }
 
@@ -270,6 +272,10 @@ impl BtHost {
         if !matches!(what, TlbFlush::Page(_) | TlbFlush::PageOfPcid { .. }) {
             self.direct.entered(&self.shared.memory, cpu.cr3);
             self.follow_tables();
+            if cpu.cr4 & cr::CR4_PGE == 0 && what != TlbFlush::All {
+                // Nothing is global.
+                self.check_links(0..=u64::MAX);
+            }
         }
         match what {
             // Processes belong to one address space each.

@@ -118,6 +118,8 @@ pub struct Translator {
     snippet_encoder: Encoder,
     /// The last block decoded ended in front of an instruction that crosses the page.
     cut: bool,
+    /// Jumps from one page of kernel code to another may be connected.
+    pub kernel_links: bool,
 }
 
 impl std::fmt::Debug for Translator {
@@ -154,6 +156,7 @@ struct Work<'a> {
     cold: Vec<Cold>,
     /// The places that a copy for another address differs in are being noted.
     movable: bool,
+    kernel_links: bool,
 }
 
 fn bit(reg: u8) -> u16 {
@@ -178,6 +181,7 @@ impl Translator {
             encoder: Encoder::new(64),
             snippet_encoder: Encoder::new(64),
             cut: false,
+            kernel_links: true,
         }
     }
 
@@ -251,6 +255,7 @@ impl Translator {
             },
             cold: Vec::with_capacity(length),
             movable,
+            kernel_links: self.kernel_links,
         };
         work.entry(live_in);
         work.body(ended, self.cut || request.crossing);

@@ -29,7 +29,12 @@ impl Work<'_> {
         let kernel = self.initial.0 & KIND == Mode::LONG && self.pc.min(target) >= KERNEL_CODE;
         if self.same_page(target) {
             Reach::Page
-        } else if kernel && !self.crossing && other_page && (self.pc ^ target) >> 32 == 0 {
+        } else if self.kernel_links
+            && kernel
+            && !self.crossing
+            && other_page
+            && (self.pc ^ target) >> 32 == 0
+        {
             Reach::Kernel
         } else {
             Reach::Cache
