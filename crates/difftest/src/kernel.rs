@@ -29,6 +29,9 @@ pub const ROOT: u64 = 0x10_0000;
 /// The first pages once more, for user code.
 pub const USER: u64 = 0x20_0000;
 
+/// Where kernels have their code.
+pub const TOP: u64 = 0xffff_ffff_8000_0000;
+
 /// Memory that only page tables made by a test lead to; the same once more from [`HIGH`] on.
 pub const DATA: u64 = 0x20_0000;
 pub const DATA_BYTES: u64 = 0x4_0000;
@@ -121,6 +124,17 @@ impl Machine {
 
     pub fn put_bytes(&self, gpa: u64, bytes: &[u8]) {
         self.0.write(Gpa(gpa), bytes).unwrap();
+    }
+
+    /// Maps frames at [`TOP`], one page after the other, by three pages of tables: nothing else is there in this root.
+    pub fn map_top(&self, root: u64, tables: u64, frames: &[u64], bits: u64) {
+        self.put(root + 8 * 511, &[tables + (P | W | A)]);
+        self.put(tables + 8 * 510, &[tables + 0x1000 + (P | W | A)]);
+        self.put(tables + 0x1000, &[tables + 0x2000 + (P | W | A)]);
+        for (page, frame) in (0..).zip(frames) {
+            let entry = frame | P | W | A | D | bits;
+            self.put(tables + 0x2000 + 8 * page, &[entry]);
+        }
     }
 
     /// Assembles code to an address.

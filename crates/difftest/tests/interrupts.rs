@@ -24,8 +24,6 @@ const VECTOR: u8 = 31;
 const HANDLER: u64 = 0x5000;
 const COUNT: u64 = 0x5800;
 const SAVED_RSP: u64 = 0x5808;
-/// The first pages once more, where kernels have their code: jumps from one of them to another are connected.
-const TOP: u64 = 0xffff_ffff_8000_0000;
 const TOP_TABLES: u64 = ROOT + 0x8000;
 const SYSCALL_STACK: u64 = 0xc000;
 const WORDS: u64 = 0x9000;
@@ -260,13 +258,9 @@ fn machine(seed: u64, user: bool) -> Machine {
         a.inc(qword_ptr(COUNT)).unwrap();
         a.iretq().unwrap();
     });
-    m.put(ROOT + 8 * 511, &[TOP_TABLES + (P | W | A)]);
-    m.put(TOP_TABLES + 8 * 510, &[TOP_TABLES + 0x1000 + (P | W | A)]);
-    m.put(TOP_TABLES + 0x1000, &[TOP_TABLES + 0x2000 + (P | W | A)]);
-    for page in 0..16 {
-        let entry = page << 12 | P | W | A | D | G;
-        m.put(TOP_TABLES + 0x2000 + 8 * page, &[entry]);
-    }
+    // The first pages once more: jumps from one of them to another are connected there.
+    let frames: [u64; 16] = std::array::from_fn(|page| (page as u64) << 12);
+    m.map_top(ROOT, TOP_TABLES, &frames, G);
     let gate = HANDLER | u64::from(KERNEL_CS) << 16 | 0x8e00 << 32;
     m.put(IDT + 16 * u64::from(VECTOR), &[gate, 0]);
     for n in 0..WORDS_BYTES / 8 {

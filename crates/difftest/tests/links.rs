@@ -10,8 +10,7 @@ use hospes_engine::{CpuState, Exit, Vcpu, cr, reg};
 use hospes_engine_bt::Execution;
 use iced_x86::code_asm::*;
 
-/// Where the kernel's code is mapped, page by page, and its tables.
-const TOP: u64 = 0xffff_ffff_8000_0000;
+/// The tables of the kernel's code.
 const TOP_TABLES: u64 = ROOT + 0x8000;
 /// Another root, with tables of its own for the top.
 const OTHER_ROOT: u64 = ROOT + 0x1_0000;
@@ -32,15 +31,6 @@ const BEHIND: u64 = 1000 * CALLS;
 
 fn entry_of(page: u64) -> u64 {
     TOP_TABLES + 0x2000 + 8 * page
-}
-
-/// Tables that map the kernel's pages to these frames, and nothing else at the top.
-fn map(m: &Machine, root: u64, tables: u64, frames: [u64; 4], bits: u64) {
-    let all = P | W | A | D | bits;
-    m.put(root + 8 * 511, &[tables + (P | W | A)]);
-    m.put(tables + 8 * 510, &[tables + 0x1000 + (P | W | A)]);
-    m.put(tables + 0x1000, &[tables + 0x2000 + (P | W | A)]);
-    m.put(tables + 0x2000, &frames.map(|frame| frame | all));
 }
 
 /// A change of the kernel's pages.
@@ -72,10 +62,10 @@ fn program(a: &mut CodeAssembler, changes: &[Change]) {
 
 fn machine(bits: u64, changes: &[Change]) -> Machine {
     let m = Machine::new();
-    map(&m, ROOT, TOP_TABLES, FRAMES, bits);
+    m.map_top(ROOT, TOP_TABLES, &FRAMES, bits);
     let mut replaced = FRAMES;
     replaced[1] = REPLACED;
-    map(&m, OTHER_ROOT, OTHER_TABLES, replaced, bits);
+    m.map_top(OTHER_ROOT, OTHER_TABLES, &replaced, bits);
     m.put(OTHER_ROOT, &[ROOT + 0x1000 + (P | W | A)]);
     let put = |frame: u64, page: u64, f: &dyn Fn(&mut CodeAssembler)| {
         m.code_for(frame, TOP + page * 0x1000, |a| f(a));

@@ -11,6 +11,7 @@ use crate::layout::{KERNEL_CODE, Mode, jump_index};
 use crate::relocate::PlaceKind;
 
 const PAGE: u32 = 4096;
+
 /// How a direct transfer gets to its target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reach {
