@@ -94,6 +94,7 @@ deny: $(DENY_TOOL)
 	$(DENY_TOOL) --log-level error check bans licenses sources
 
 unit-test:
+	guests/install.sh test
 	python3 -m unittest discover --quiet --start-directory bench
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
 	    $(CARGO) nextest run --release --workspace --no-fail-fast && $(CARGO) test --release --workspace --doc; \

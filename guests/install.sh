@@ -65,6 +65,8 @@ for purpose; do
         have qemu-img || install_packages qemu-utils
         # The clients of the tests of the store.
         have xenstore-ls || install_packages xenstore-utils
+        # The tests that make networks in namespaces of their own, which needs root.
+        [ "$(id -u)" != 0 ] || install_packages iproute2 nftables dnsmasq-base
         ;;
     run) image_tools ;;
     debian)
