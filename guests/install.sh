@@ -83,7 +83,7 @@ for purpose; do
         install_packages nftables dnsmasq-base iproute2 util-linux xenstore-utils
         ;;
     net)
-        install_packages nftables dnsmasq-base iproute2 passt util-linux busybox
+        install_packages nftables dnsmasq-base iproute2 passt util-linux busybox iputils-ping
         ;;
     soak)
         have go || install_packages golang-go
