@@ -4,7 +4,9 @@ use std::mem::offset_of;
 use std::sync::atomic::AtomicU8;
 
 use hospes_engine::{CpuState, Msrs, Segment};
-use hospes_translate::layout::{FrameLayout, JUMP_ENTRIES, JUMP_MASK, TLB_ENTRIES, TlbEntry};
+use hospes_translate::layout::{
+    FrameLayout, KERNEL_JUMPS, TLB_ENTRIES, TlbEntry, USER_JUMPS, jump_mask,
+};
 
 use crate::filled::{Filled, LARGE_KNOWN, Memory, NO_REGION};
 use crate::fpu::Wide;
@@ -13,7 +15,7 @@ use crate::fpu::Wide;
 #[repr(C, align(64))]
 pub struct Vectors(pub [[u8; 64]; 32]);
 /// Entries of each second jump cache; a power of two.
-pub const SECOND_ENTRIES: usize = 32768;
+pub const SECOND_ENTRIES: usize = 16384;
 /// How far the page number is shifted onto the offset in the page.
 pub const SECOND_SPREAD: u8 = 14;
 
@@ -72,7 +74,7 @@ pub struct Frame {
     pub exit_chain: u32,
     /// Host addresses that a repeated instruction needs in registers.
     pub held: [u64; 16],
-    pub jump_mask: u64,
+    pub jump_masks: [u64; 3],
     pub operand: u64,
     /// How many more times PAUSE is executed in place.
     pub pauses_left: u32,
@@ -97,7 +99,8 @@ pub struct Frame {
     pub wide: Option<Wide>,
     /// CR2 at an interruption.
     pub raw_address: u64,
-    pub jumps: [[u64; JUMP_ENTRIES]; 3],
+    pub user_jumps: [u64; USER_JUMPS],
+    pub kernel_jumps: [[u64; KERNEL_JUMPS]; 2],
     pub tlb: [[TlbEntry; TLB_ENTRIES]; 3],
     /// Which of their entries are filled: one list each, and for kernel code another of what is global.
     pub filled: [Filled; 5],
@@ -107,6 +110,16 @@ pub struct Frame {
     pub last_miss: LastMiss,
     /// Where a jump that finds nothing in the caches of user code and of kernel code looks next.
     pub second: [[SecondEntry; SECOND_ENTRIES]; 2],
+}
+
+impl Frame {
+    /// A jump cache by its number: user code's, the kernel's, the kernel's with AC set.
+    pub fn jumps(&mut self, table: usize) -> &mut [u64] {
+        match table {
+            0 => &mut self.user_jumps,
+            _ => &mut self.kernel_jumps[table - 1],
+        }
+    }
 }
 
 /// Offsets of the frame's fields for the translator.
@@ -119,9 +132,10 @@ pub const LAYOUT: FrameLayout = {
     let selector = (segs + offset_of!(Segment, selector)) as i32;
     assert!(offset_of!(Segment, selector) == 12 && offset_of!(Segment, attr) == 14);
     let msr = offset_of!(Frame, cpu) + offset_of!(CpuState, msr);
-    let jumps = offset_of!(Frame, jumps);
+    let kernel_jumps = offset_of!(Frame, kernel_jumps);
+    let masks = offset_of!(Frame, jump_masks) as i32;
     let tlb = offset_of!(Frame, tlb);
-    let jump_bytes = JUMP_ENTRIES * 8;
+    let jump_bytes = KERNEL_JUMPS * 8;
     let tlb_bytes = TLB_ENTRIES * size_of::<TlbEntry>();
     let segment = size_of::<Segment>();
     FrameLayout {
@@ -174,11 +188,11 @@ pub const LAYOUT: FrameLayout = {
             (tlb + 2 * tlb_bytes) as i32,
         ],
         jumps: [
-            jumps as i32,
-            (jumps + jump_bytes) as i32,
-            (jumps + 2 * jump_bytes) as i32,
+            offset_of!(Frame, user_jumps) as i32,
+            kernel_jumps as i32,
+            (kernel_jumps + jump_bytes) as i32,
         ],
-        jump_mask: offset_of!(Frame, jump_mask) as i32,
+        jump_masks: [masks, masks + 8, masks + 16],
         operand: offset_of!(Frame, operand) as i32,
         pauses_left: offset_of!(Frame, pauses_left) as i32,
         kernel_visits: offset_of!(Frame, kernel_visits) as i32,
@@ -211,11 +225,11 @@ impl FrameBox {
         // SAFETY: the mapping is zero-filled, which is valid for every other field but the activity enum, for which 0 is `Running`; bools are false.
         let frame = unsafe { &mut *p };
         frame.cpu = CpuState::default();
-        frame.jump_mask = JUMP_MASK;
+        frame.jump_masks = [0, 1, 2].map(jump_mask);
         frame.host_mxcsr = 0x1f80;
         frame.guest_mxcsr = 0x1f80;
-        for (table, miss) in frame.jumps.iter_mut().zip(miss) {
-            table.fill(miss);
+        for (table, miss) in miss.into_iter().enumerate() {
+            frame.jumps(table).fill(miss);
         }
         for table in &mut frame.tlb {
             table.fill(TlbEntry::INVALID);

@@ -1,7 +1,7 @@
 //! Where code is, by virtual address: the jump caches of the frame, and beside each a table the monitor can read back.
 
 use hospes_translate::Mode;
-use hospes_translate::layout::{JUMP_ENTRIES, jump_index};
+use hospes_translate::layout::{jump_entries, jump_index};
 use hospes_units::PAGE_SIZE;
 
 use crate::exec;
@@ -45,6 +45,48 @@ const _: () = assert!(SECOND_ENTRIES <= 1 << 16);
 /// Entries remembered for a flush one by one; with more, the whole table is reset.
 const LIST_MAX: usize = 4096;
 
+/// What one jump cache of the frame holds. Memory that is all zero stands for nothing: what is not used takes none.
+struct Table {
+    pcs: Vec<u64>,
+    /// Position of the direct entry in the lower half, the mode and [`Table::THERE`] in the upper one.
+    rest: Vec<u64>,
+}
+
+impl Table {
+    const THERE: u64 = 1 << 63;
+
+    fn new(entries: usize) -> Table {
+        Table {
+            pcs: vec![0; entries],
+            rest: vec![0; entries],
+        }
+    }
+
+    fn get(&self, n: usize) -> Option<Entry> {
+        let rest = self.rest[n];
+        (rest != 0).then(|| Entry {
+            pc: self.pcs[n],
+            direct: rest as u32,
+            mode: Mode((rest >> 32) as u16),
+        })
+    }
+
+    fn set(&mut self, n: usize, entry: Entry) {
+        self.pcs[n] = entry.pc;
+        self.rest[n] = Table::THERE | u64::from(entry.mode.0) << 32 | u64::from(entry.direct);
+    }
+
+    fn take(&mut self, n: usize) -> Option<Entry> {
+        let entry = self.get(n);
+        self.rest[n] = 0;
+        entry
+    }
+
+    fn clear(&mut self) {
+        self.rest.fill(0);
+    }
+}
+
 /// A set of guest pages that may hold more than was put into it.
 struct PageSet(Box<[u64; PageSet::WORDS]>);
 
@@ -73,13 +115,6 @@ impl Default for PageSet {
         PageSet(Box::new([0; PageSet::WORDS]))
     }
 }
-
-/// No code lies at an address that is not canonical.
-const NOWHERE: Entry = Entry {
-    pc: 0x8000_0000_0000_0000,
-    direct: 0,
-    mode: Mode(0),
-};
 
 /// What of a code page's mapping decides when a jump to it must be forgotten.
 #[derive(Clone, Copy, Debug)]
@@ -110,7 +145,7 @@ impl Mapping {
 /// The monitor's side of a vCPU's jump caches. Invariant: wherever a cache of the frame does not hold `miss`, the entry here says what it holds.
 pub(crate) struct Jumps {
     miss: [u64; 3],
-    tables: [Box<[Entry]>; 3],
+    tables: [Table; 3],
     filled: [Vec<u16>; 3],
     /// The same for the second caches.
     second: [Vec<u16>; 2],
@@ -126,10 +161,9 @@ pub(crate) struct Jumps {
 
 impl Jumps {
     pub fn new(miss: [u64; 3]) -> Jumps {
-        let table = || vec![NOWHERE; JUMP_ENTRIES].into_boxed_slice();
         Jumps {
             miss,
-            tables: [table(), table(), table()],
+            tables: [0, 1, 2].map(|table| Table::new(jump_entries(table))),
             filled: Default::default(),
             second: Default::default(),
             pages: Default::default(),
@@ -141,7 +175,7 @@ impl Jumps {
 
     /// Position of the direct entry for `pc`, if it is known.
     pub fn get(&self, table: usize, mode: Mode, pc: u64) -> Option<u32> {
-        let e = &self.tables[table][jump_index(pc)];
+        let e = self.tables[table].get(jump_index(table, pc))?;
         (e.pc == pc && e.mode == mode).then_some(e.direct)
     }
 
@@ -150,9 +184,9 @@ impl Jumps {
         let Entry { pc, mode, .. } = entry;
         let table = mode.table();
         self.enter_mode(frame, mode);
-        let n = jump_index(pc);
-        self.tables[table][n] = entry;
-        frame.jumps[table][n] = address;
+        let n = jump_index(table, pc);
+        self.tables[table].set(n, entry);
+        frame.jumps(table)[n] = address;
         if self.filled[table].len() < LIST_MAX {
             self.filled[table].push(n as u16);
         }
@@ -165,7 +199,7 @@ impl Jumps {
         let Entry { pc, mode, .. } = entry;
         let table = mode.table();
         self.enter_mode(frame, mode);
-        if self.tables[table][jump_index(pc)].pc == NOWHERE.pc {
+        if self.tables[table].get(jump_index(table, pc)).is_none() {
             return self.add(frame, entry, address, mapping);
         }
         let second = frame.second.get(table).map(|s| s[second_index(pc)].address);
@@ -203,12 +237,13 @@ impl Jumps {
 
     fn flush(&mut self, frame: &mut Frame, table: usize) {
         if self.filled[table].len() >= LIST_MAX {
-            self.tables[table].fill(NOWHERE);
-            frame.jumps[table].fill(self.miss[table]);
+            self.tables[table].clear();
+            frame.jumps(table).fill(self.miss[table]);
         } else {
+            let jumps = frame.jumps(table);
             for &n in &self.filled[table] {
-                self.tables[table][usize::from(n)] = NOWHERE;
-                frame.jumps[table][usize::from(n)] = self.miss[table];
+                self.tables[table].take(usize::from(n));
+                jumps[usize::from(n)] = self.miss[table];
             }
         }
         self.filled[table].clear();
@@ -245,9 +280,8 @@ impl Jumps {
         taken.list.reserve_exact(self.filled[0].len());
         for &index in &self.filled[0] {
             let n = usize::from(index);
-            let entry = std::mem::replace(&mut self.tables[0][n], NOWHERE);
-            let address = std::mem::replace(&mut frame.jumps[0][n], self.miss[0]);
-            if entry.pc != NOWHERE.pc {
+            let address = std::mem::replace(&mut frame.user_jumps[n], self.miss[0]);
+            if let Some(entry) = self.tables[0].take(n) {
                 taken.list.push(UserJump {
                     index,
                     entry,
@@ -267,8 +301,8 @@ impl Jumps {
         }
         for j in &jumps.list {
             let n = usize::from(j.index);
-            self.tables[0][n] = j.entry;
-            frame.jumps[0][n] = j.address;
+            self.tables[0].set(n, j.entry);
+            frame.user_jumps[n] = j.address;
             self.filled[0].push(j.index);
             self.pages[0].insert(j.entry.pc);
             self.add_second(frame, 0, j.entry.pc, j.address);
@@ -311,14 +345,24 @@ impl Jumps {
         }
     }
 
+    /// Forgets an entry if it is one of those.
+    fn forget_at(
+        &mut self,
+        frame: &mut Frame,
+        table: usize,
+        n: usize,
+        which: impl Fn(Entry) -> bool,
+    ) {
+        if self.tables[table].get(n).is_some_and(which) {
+            self.tables[table].take(n);
+            frame.jumps(table)[n] = self.miss[table];
+        }
+    }
+
     /// Forgets the target at one address.
     pub fn forget(&mut self, frame: &mut Frame, pc: u64) {
-        let n = jump_index(pc);
         for table in 0..3 {
-            if self.tables[table][n].pc == pc {
-                self.tables[table][n] = NOWHERE;
-                frame.jumps[table][n] = self.miss[table];
-            }
+            self.forget_at(frame, table, jump_index(table, pc), |e| e.pc == pc);
         }
         for second in &mut frame.second {
             let e = &mut second[second_index(pc)];
@@ -345,18 +389,15 @@ impl Jumps {
                 self.forget(frame, page.wrapping_sub(back));
             }
         }
-        let first = jump_index(page);
-        let last = jump_index(page + (PAGE_SIZE - 1));
         let second = second_index(page) & !(SECOND_OF_PAGE - 1);
         for table in 0..3 {
             if !self.pages[table].may_have(page) {
                 continue;
             }
+            let first = jump_index(table, page);
+            let last = jump_index(table, page + (PAGE_SIZE - 1));
             for n in first..=last {
-                if self.tables[table][n].pc & !(PAGE_SIZE - 1) == page {
-                    self.tables[table][n] = NOWHERE;
-                    frame.jumps[table][n] = self.miss[table];
-                }
+                self.forget_at(frame, table, n, |e| e.pc & !(PAGE_SIZE - 1) == page);
             }
             if let Some(entries) = frame.second.get_mut(table) {
                 for e in &mut entries[second..second + SECOND_OF_PAGE] {
@@ -385,10 +426,10 @@ mod tests {
     }
 
     /// What the emitted code would find: in the first cache, in the second.
-    fn found(frame: &Frame, table: usize, pc: u64) -> (u64, Option<u64>) {
+    fn found(frame: &mut Frame, table: usize, pc: u64) -> (u64, Option<u64>) {
         let e = frame.second[table][second_index(pc)];
         let second = (e.pc == pc && e.address != 0).then_some(e.address);
-        (frame.jumps[table][jump_index(pc)], second)
+        (frame.jumps(table)[jump_index(table, pc)], second)
     }
 
     fn entry(mode: Mode, pc: u64, direct: u32) -> Entry {
@@ -400,31 +441,31 @@ mod tests {
         let (mut jumps, mut frame) = tables();
         let mode = Mode(Mode::LONG);
         let (a, b) = (0xffff_ffff_8100_0040, 0xffff_ffff_8101_0040);
-        assert_eq!(jump_index(a), jump_index(b));
+        assert_eq!(jump_index(1, a), jump_index(1, b));
         jumps.add(&mut frame, entry(mode, a, 1), 100, LOCAL);
         jumps.add(&mut frame, entry(mode, b, 2), 200, LOCAL);
-        assert_eq!(found(&frame, 1, a), (200, Some(100)));
-        assert_eq!(found(&frame, 1, b), (200, Some(200)));
+        assert_eq!(found(&mut frame, 1, a), (200, Some(100)));
+        assert_eq!(found(&mut frame, 1, b), (200, Some(200)));
         jumps.forget(&mut frame, a);
-        assert_eq!(found(&frame, 1, a), (200, None));
+        assert_eq!(found(&mut frame, 1, a), (200, None));
     }
 
     #[test]
     fn offer_takes_free_entries_only() {
         let (mut jumps, mut frame) = tables();
         let mode = Mode(Mode::LONG | Mode::USER);
-        let (a, b) = (0x40_0040, 0x41_0040);
-        assert_eq!(jump_index(a), jump_index(b));
+        let (a, b) = (0x40_0040, 0x44_0040);
+        assert_eq!(jump_index(0, a), jump_index(0, b));
         assert!(jumps.is_new(mode, a));
         jumps.offer(&mut frame, entry(mode, a, 1), 100, LOCAL);
-        assert_eq!(found(&frame, 0, a), (100, Some(100)));
+        assert_eq!(found(&mut frame, 0, a), (100, Some(100)));
         jumps.offer(&mut frame, entry(mode, b, 2), 200, LOCAL);
-        assert_eq!(found(&frame, 0, b), (100, Some(200)));
+        assert_eq!(found(&mut frame, 0, b), (100, Some(200)));
         jumps.offer(&mut frame, entry(mode, a, 3), 300, LOCAL);
-        assert_eq!(found(&frame, 0, a), (100, Some(100)));
+        assert_eq!(found(&mut frame, 0, a), (100, Some(100)));
         assert!(!jumps.is_new(mode, b + 1));
         jumps.flush_page(&mut frame, b);
-        assert_eq!(found(&frame, 0, b), (100, None));
+        assert_eq!(found(&mut frame, 0, b), (100, None));
     }
 
     #[test]
@@ -437,9 +478,9 @@ mod tests {
             jumps.add(&mut frame, entry(mode, pc, 0), 100 + n as u64, LOCAL);
         }
         jumps.flush_page(&mut frame, 0x40_1234);
-        let left = pcs.map(|pc| found(&frame, 0, pc).1);
+        let left = pcs.map(|pc| found(&mut frame, 0, pc).1);
         assert_eq!(left, [None, None, None, Some(103), Some(104)]);
-        assert_eq!(found(&frame, 0, pcs[1]).0, MISS[0]);
+        assert_eq!(found(&mut frame, 0, pcs[1]).0, MISS[0]);
     }
 
     #[test]
@@ -448,10 +489,10 @@ mod tests {
         let mode = Mode(Mode::LONG | Mode::USER);
         jumps.add(&mut frame, entry(mode, 0x40_1000, 0), 100, LOCAL);
         let taken = jumps.take_user(&mut frame, 10);
-        assert_eq!(found(&frame, 0, 0x40_1000), (MISS[0], None));
+        assert_eq!(found(&mut frame, 0, 0x40_1000), (MISS[0], None));
         jumps.put_user(&mut frame, &taken);
-        assert_eq!(found(&frame, 0, 0x40_1000), (100, Some(100)));
+        assert_eq!(found(&mut frame, 0, 0x40_1000), (100, Some(100)));
         jumps.flush_all(&mut frame);
-        assert_eq!(found(&frame, 0, 0x40_1000), (MISS[0], None));
+        assert_eq!(found(&mut frame, 0, 0x40_1000), (MISS[0], None));
     }
 }

@@ -221,7 +221,7 @@ fn through_cache(a: &mut Asm, points: &mut EntryPoints) {
         let back = a.jcc(cc::NE);
         a.patch_rel32(back, points.second.failed as i64);
         a.load(RCX, LAYOUT.rip);
-        a.pext_mem(RDX, RCX, LAYOUT.jump_mask);
+        a.pext_mem(RDX, RCX, LAYOUT.jump_masks[table]);
         a.jmp_mem_index8(RDX, LAYOUT.jumps[table]);
     }
     points.cached = Detour {

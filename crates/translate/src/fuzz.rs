@@ -38,7 +38,7 @@ pub(crate) const LAYOUT: FrameLayout = FrameLayout {
     exit_ea: 0x1f8,
     exit_chain: 0x210,
     held: 0x218,
-    jump_mask: 0x200,
+    jump_masks: [0x200, 0x2c0, 0x2c8],
     operand: 0x208,
     cr2: 0x2a0,
     cr3: 0x2a8,
@@ -47,7 +47,7 @@ pub(crate) const LAYOUT: FrameLayout = FrameLayout {
     interrupt_shadow: 0x2bd,
     pauses_left: 0x210,
     kernel_visits: 0x214,
-    jumps: [0x1_0000, 0x4_0000, 0x7_0000],
+    jumps: [0x1_0000, 0x9_0000, 0xc_0000],
     tlb: [0xa_0000, 0xd_0000, 0x10_0000],
 };
 

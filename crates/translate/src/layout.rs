@@ -4,10 +4,10 @@
 pub const TLB_ENTRIES: usize = 4096;
 /// Bytes of a [`TlbEntry`].
 pub const TLB_ENTRY_BYTES: usize = 32;
-/// Entries of each jump cache; a power of two.
-pub const JUMP_ENTRIES: usize = 16384;
-/// Bits of a guest address that select a jump cache entry. Targets lie closely together: with a larger shift neighbours would evict each other.
-pub const JUMP_MASK: u64 = ((JUMP_ENTRIES as u64) - 1) << JUMP_SHIFT;
+/// Entries of the jump cache of user code, and of each of the two of kernel code, most of whose calls are connected instead; powers of two.
+pub const USER_JUMPS: usize = 65536;
+pub const KERNEL_JUMPS: usize = 16384;
+/// Targets lie closely together: with a larger shift neighbours would evict each other.
 const JUMP_SHIFT: u32 = 2;
 
 /// From here on the code of kernels lies: in what the last entry of the top table maps.
@@ -55,9 +55,19 @@ pub const fn tlb_index(gva: u64) -> usize {
     (gva >> 12) as usize & (TLB_ENTRIES - 1)
 }
 
-/// Index of the jump cache entry for a guest virtual address.
-pub const fn jump_index(pc: u64) -> usize {
-    ((pc & JUMP_MASK) >> JUMP_SHIFT) as usize
+/// Entries of the jump cache with this number, see [`Mode::table`].
+pub const fn jump_entries(table: usize) -> usize {
+    if table == 0 { USER_JUMPS } else { KERNEL_JUMPS }
+}
+
+/// Bits of a guest address that select an entry there.
+pub const fn jump_mask(table: usize) -> u64 {
+    ((jump_entries(table) as u64) - 1) << JUMP_SHIFT
+}
+
+/// Index of the entry for a guest virtual address.
+pub const fn jump_index(table: usize, pc: u64) -> usize {
+    ((pc & jump_mask(table)) >> JUMP_SHIFT) as usize
 }
 
 /// Byte offsets of the frame's fields from the GS base.
@@ -119,8 +129,8 @@ pub struct FrameLayout {
     pub tlb: [i32; 3],
     /// Jump caches, for the same three kinds of code.
     pub jumps: [i32; 3],
-    /// 64 bits: [`JUMP_MASK`].
-    pub jump_mask: i32,
+    /// 64 bits each: their [`jump_mask`].
+    pub jump_masks: [i32; 3],
     /// 32 bits: how many more times PAUSE is executed before the engine hears that the guest spins.
     pub pauses_left: i32,
     /// 32 bits: counts system calls that translated code has made; wraps.

@@ -9,7 +9,7 @@
 //! * What a translation was made of besides its address (bytes, mode, place of other code in the page) is the same for both.
 
 use crate::block::Request;
-use crate::layout::{FrameLayout, JUMP_ENTRIES, Mode, TLB_ENTRIES, TLB_ENTRY_BYTES};
+use crate::layout::{FrameLayout, Mode, TLB_ENTRIES, TLB_ENTRY_BYTES, USER_JUMPS};
 
 /// What stands at a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,7 +115,7 @@ impl Move {
                 }
                 PlaceKind::JumpEntry => {
                     let by = pages.wrapping_mul(jump_bytes_of_page());
-                    change_offset(code, at, layout.jumps[table], by, 8 * JUMP_ENTRIES);
+                    change_offset(code, at, layout.jumps[table], by, 8 * USER_JUMPS);
                 }
                 PlaceKind::Position => {
                     let v = get32(code, at).wrapping_add_signed(self.position);
@@ -134,7 +134,7 @@ const PAGE: u64 = 4096;
 
 /// Bytes of a jump cache between the entries of addresses that are a page apart.
 fn jump_bytes_of_page() -> u64 {
-    8 * crate::layout::jump_index(PAGE) as u64
+    8 * crate::layout::jump_index(Mode(Mode::USER).table(), PAGE) as u64
 }
 
 /// Moves an offset inside a table of `size` bytes, a power of two, that begins at `table`.

@@ -200,14 +200,17 @@ impl Work<'_> {
         }
         self.resume = Resume::RipInFrame;
         self.note();
-        let table = self.layout.jumps[self.mode.table()];
+        let number = self.mode.table();
+        let table = self.layout.jumps[number];
         match target {
             Some(target) => {
-                self.asm.jmp_mem(table + 8 * jump_index(target) as i32);
+                let index = jump_index(number, target) as i32;
+                self.asm.jmp_mem(table + 8 * index);
                 self.place_behind(4, PlaceKind::JumpEntry);
             }
             None => {
-                self.asm.pext_mem(RDX, RCX, self.layout.jump_mask);
+                let mask = self.layout.jump_masks[number];
+                self.asm.pext_mem(RDX, RCX, mask);
                 self.asm.jmp_mem_index8(RDX, table);
             }
         }

@@ -253,7 +253,7 @@ impl Work<'_> {
         self.asm
             .cmp_mem_imm32(l.jump_bases[kernel], u32::from(to.0));
         self.cold_jump(cc::NE, ColdKind::LeaveWithRip);
-        self.asm.pext_mem(RDX, RCX, l.jump_mask);
+        self.asm.pext_mem(RDX, RCX, l.jump_masks[to.table()]);
         self.asm.jmp_mem_index8(RDX, l.jumps[to.table()]);
     }
 
