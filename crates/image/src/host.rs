@@ -96,19 +96,20 @@ impl HostFile {
             .metadata()
             .map_err(ImageError::host(path, "look at it"))?;
         let identity = identity_of(&opened);
-        let target = Target {
-            path,
-            fd: cached.as_fd(),
-            identity,
-        };
-        let lock = lock_owner
-            .map(|owner| target.lock(!read_only, owner))
-            .transpose()?;
         let direct = if direct {
             open_direct(path, read_only, identity, unit)
         } else {
             None
         };
+        let target = Target {
+            path,
+            fd: cached.as_fd(),
+            data: direct.as_ref().map(|(file, _)| file.as_fd()),
+            identity,
+        };
+        let lock = lock_owner
+            .map(|owner| target.lock(!read_only, owner))
+            .transpose()?;
         Ok(HostFile {
             cached,
             direct,

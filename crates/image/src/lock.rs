@@ -1,7 +1,8 @@
 //! Who may use an image at the same time: many readers, or one writer.
 //!
 //! Locks belong to an open file description and stand on bytes of the file itself, so that they hold between all paths to a file
-//! and vanish with their process. The bytes are QEMU's (its block/file-posix.c): byte 100 + n is locked, shared, by who uses permission n, byte 200 + n
+//! and vanish with their process, but not before the kernel has ended what the process had asked for: each description that requests go through is locked, and a request in a
+//! ring keeps its own. The bytes are QEMU's (its block/file-posix.c): byte 100 + n is locked, shared, by who uses permission n, byte 200 + n
 //! by who does not share it with others. Shared locks never meet each other; a conflict is found by asking for the lock that would.
 //! So its tools refuse an image that a domain writes, and a domain one that they write.
 //!
@@ -41,14 +42,16 @@ fn records() -> Option<PathBuf> {
 
 /// A lock, until it is dropped, and the record of who holds it.
 pub(crate) struct Lock {
-    file: File,
+    files: Vec<File>,
     record: Option<PathBuf>,
 }
 
 impl Drop for Lock {
     fn drop(&mut self) {
         // Closing is not enough: a child that has not yet become its program, or a ring that ends in the background, may still hold the file open.
-        let _ = call(self.file.as_fd(), libc::F_OFD_SETLK, libc::F_UNLCK, 0, 0);
+        for file in &self.files {
+            let _ = call(file.as_fd(), libc::F_OFD_SETLK, libc::F_UNLCK, 0, 0);
+        }
         if let Some(record) = &self.record {
             let _ = fs::remove_file(record);
         }
@@ -61,6 +64,8 @@ pub(crate) struct Target<'a> {
     pub(crate) path: &'a Path,
     /// The open file.
     pub(crate) fd: BorrowedFd<'a>,
+    /// The same file opened once more, where requests mostly go through that.
+    pub(crate) data: Option<BorrowedFd<'a>>,
     /// Tells files apart: device and inode number, or zero and the device number of a block device.
     pub(crate) identity: (u64, u64),
 }
@@ -75,24 +80,12 @@ impl Target<'_> {
         };
         let kept = [WRITE, RESIZE];
         let bytes = used.iter().map(|n| USES + n);
-        // The same open file description, which the locks belong to.
-        let file = self
-            .fd
-            .try_clone_to_owned()
-            .map_err(ImageError::host(self.path, "lock it"))?;
+        let bytes: Vec<i64> = bytes.chain(kept.map(|n| KEEPS + n)).collect();
         let mut lock = Lock {
-            file: File::from(file),
+            files: Vec::new(),
             record: None,
         };
-        for byte in bytes.chain(kept.map(|n| KEEPS + n)) {
-            match call(self.fd, libc::F_OFD_SETLK, libc::F_RDLCK, byte, 1) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(self.conflict(write, true));
-                }
-                Err(error) => return Err(ImageError::host(self.path, "lock it")(error)),
-            }
-        }
+        self.add(&mut lock, self.fd, &bytes, write)?;
         let taken = |byte| {
             call(self.fd, libc::F_OFD_GETLK, libc::F_WRLCK, byte, 1)
                 .map_err(ImageError::host(self.path, "look at its locks"))
@@ -107,8 +100,37 @@ impl Target<'_> {
                 return Err(self.conflict(write, false));
             }
         }
+        // Only now: the second description's own locks would look like somebody else's to the first.
+        if let Some(data) = self.data {
+            self.add(&mut lock, data, &bytes, write)?;
+        }
         lock.record = self.record(owner);
         Ok(lock)
+    }
+
+    /// Locks these bytes by one open file description.
+    fn add(
+        &self,
+        lock: &mut Lock,
+        fd: BorrowedFd<'_>,
+        bytes: &[i64],
+        write: bool,
+    ) -> Result<(), ImageError> {
+        // The same description, which the locks belong to.
+        let file = fd
+            .try_clone_to_owned()
+            .map_err(ImageError::host(self.path, "lock it"))?;
+        lock.files.push(File::from(file));
+        for byte in bytes {
+            match call(fd, libc::F_OFD_SETLK, libc::F_RDLCK, *byte, 1) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(self.conflict(write, true));
+                }
+                Err(error) => return Err(ImageError::host(self.path, "lock it")(error)),
+            }
+        }
+        Ok(())
     }
 
     /// Writes down who holds the lock. Without it the lock holds all the same.
@@ -274,6 +296,23 @@ mod tests {
         for other in [hard, soft] {
             assert!(sentence(open(&wanted(&other, false, "x"))).contains("domain 3 (web)"));
         }
+    }
+
+    #[test]
+    fn every_description_of_an_image_is_locked() {
+        let directory = Directory::new();
+        let path = directory.file("a.img", 1 << 20);
+        let _image = open(&wanted(&path, false, "domain 3 (web)")).unwrap();
+        let mut found = 0;
+        for entry in std::fs::read_dir("/proc/self/fd").unwrap().flatten() {
+            if std::fs::read_link(entry.path()).is_ok_and(|target| target == path) {
+                let info = Path::new("/proc/self/fdinfo").join(entry.file_name());
+                let info = std::fs::read_to_string(info).unwrap();
+                assert!(info.contains("OFDLCK"), "{info}");
+                found += 1;
+            }
+        }
+        assert!(found > 0);
     }
 
     #[test]
