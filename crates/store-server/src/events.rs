@@ -3,6 +3,8 @@
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
+use hospes_store::PAYLOAD_MAX;
+
 /// Events that are sent and not acknowledged; further ones wait here, where equal ones are merged.
 const UNDER_WAY_MAX: usize = 64;
 
@@ -46,9 +48,13 @@ impl EventQueue {
     /// Adds an event that was written down with its number, before any that is pushed. It may have been delivered: until the other end has
     /// said so it counts as sent, and no new event is merged with it.
     pub fn restore(&mut self, number: u32, payload: &[u8]) {
+        self.next = number.wrapping_add(1);
+        // Once they were written down; nobody can take one.
+        if payload.len() > PAYLOAD_MAX {
+            return;
+        }
         self.events.push_back((number, payload.into()));
         self.sent = self.events.len();
-        self.next = number.wrapping_add(1);
     }
 
     /// The next event to be sent, unless enough are under way.
@@ -124,6 +130,17 @@ mod tests {
         q.acknowledge(1);
         assert!(sent(&mut q).is_empty());
         assert_eq!((q.next_number(), q.iter().count()), (2, 0));
+    }
+
+    #[test]
+    fn restored_events_that_are_too_long_are_left_out() {
+        let mut q = EventQueue::starting_at(5);
+        q.restore(5, &[b'x'; PAYLOAD_MAX + 1]);
+        q.restore(6, b"a");
+        q.rewind();
+        assert_eq!(sent(&mut q), [(6, b"a".to_vec())]);
+        q.acknowledge(6);
+        assert_eq!(q.iter().count(), 0);
     }
 
     #[test]

@@ -54,8 +54,11 @@ impl Connection {
         (self.waker)();
     }
 
-    /// Queues an event, unless the same one waits already or `limit` do.
+    /// Queues an event, unless the same one waits already or `limit` do. One that is longer than a message may be is left out, as xenstored does: nobody could take it.
     pub fn event(&mut self, path: &str, token: &str, limit: Option<usize>) {
+        if path.len() + token.len() + 2 > wire::PAYLOAD_MAX {
+            return;
+        }
         if self.output.events() >= limit.unwrap_or(HOST_EVENTS_MAX) {
             self.overrun |= limit.is_none();
             return;

@@ -48,6 +48,21 @@ fn quotas_end_with_enospc() {
 }
 
 #[test]
+fn event_longer_than_a_message_is_left_out() {
+    let mut s = populated();
+    let g = client(&mut s, 5);
+    let token = "t".repeat(wire::PAYLOAD_MAX - "data/x".len() - 2);
+    ask(&mut s, &g, kind::WATCH, 0, &format!("data\0{token}\0")).unwrap();
+    assert_eq!(events(&mut s, &g), [format!("data {token}")]);
+    ask(&mut s, &g, kind::WRITE, 0, "data/x\0").unwrap();
+    assert_eq!(events(&mut s, &g), [format!("data/x {token}")]);
+    ask(&mut s, &g, kind::WRITE, 0, "data/xy\0").unwrap();
+    assert!(events(&mut s, &g).is_empty());
+    ask(&mut s, &g, kind::WRITE, 0, "data/x\0").unwrap();
+    assert_eq!(events(&mut s, &g).len(), 1);
+}
+
+#[test]
 fn directory_part_pages_through_a_large_directory() {
     let mut s = populated();
     let h = client(&mut s, 0);
