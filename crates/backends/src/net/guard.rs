@@ -66,7 +66,8 @@ impl Guard {
             return true;
         };
         match transport.protocol {
-            PROTOCOL_UDP if !transport.fragment => {
+            // Without its first part nobody takes the others.
+            PROTOCOL_UDP if !transport.later => {
                 let port = head.get(transport.at..transport.at + 2);
                 let port = port.map(|b| u16::from_be_bytes([b[0], b[1]]));
                 port.is_none_or(|port| port == DHCP_SERVER || port == DHCPV6_SERVER)
@@ -124,6 +125,11 @@ mod tests {
         assert!(permits(&own, &frame));
         frame[34..36].copy_from_slice(&67u16.to_be_bytes());
         assert!(!permits(&own, &frame));
+        // The first of several parts, and a later one, which has no port.
+        frame[20..22].copy_from_slice(&0x2000u16.to_be_bytes());
+        assert!(!permits(&own, &frame));
+        frame[20..22].copy_from_slice(&0x2001u16.to_be_bytes());
+        assert!(permits(&own, &frame));
         let mut frame = vec![0; 14 + 40 + 8];
         frame[6..12].copy_from_slice(&MAC);
         frame[12..14].copy_from_slice(&[0x86, 0xdd]);

@@ -29,8 +29,10 @@ pub struct Layers {
 pub struct Transport {
     pub at: usize,
     pub protocol: u8,
-    /// Part of a datagram: a later part has no such header, and the first not all data.
+    /// Part of a datagram, of which the first has not all data.
     pub fragment: bool,
+    /// A later part, which has no such header.
+    pub later: bool,
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
@@ -71,6 +73,7 @@ fn ipv4(head: &[u8], network: usize) -> Option<Transport> {
         at: network + bytes,
         protocol: head[network + 9],
         fragment: u16_at(head, network + 6)? & 0x3fff != 0,
+        later: u16_at(head, network + 6)? & 0x1fff != 0,
     })
 }
 
@@ -78,13 +81,15 @@ fn ipv6(head: &[u8], network: usize) -> Option<Transport> {
     if head.len() < network + 40 || head[network] >> 4 != 6 {
         return None;
     }
-    let (mut at, mut protocol, mut fragment) = (network + 40, head[network + 6], false);
+    let (mut at, mut protocol) = (network + 40, head[network + 6]);
+    let (mut fragment, mut later) = (false, false);
     for _ in 0..EXTENSIONS_MAX {
         let bytes = match protocol {
             // Hop-by-hop and destination options, routing.
             0 | 43 | 60 => usize::from(*head.get(at + 1)?) * 8 + 8,
             44 => {
                 fragment |= u16_at(head, at + 2)? & 0xfff9 != 0;
+                later |= u16_at(head, at + 2)? & 0xfff8 != 0;
                 8
             }
             51 => usize::from(*head.get(at + 1)?) * 4 + 8,
@@ -93,6 +98,7 @@ fn ipv6(head: &[u8], network: usize) -> Option<Transport> {
                     at,
                     protocol,
                     fragment,
+                    later,
                 });
             }
         };
@@ -260,6 +266,7 @@ mod tests {
             at: 70,
             protocol: PROTOCOL_TCP,
             fragment: true,
+            later: false,
         };
         assert_eq!(transport, expected);
     }
