@@ -282,7 +282,11 @@ impl Serve {
     fn take_requests(&mut self) -> Result<bool, Broken> {
         let mut any = false;
         let mut geometry = None;
-        while !self.blocked() {
+        // A guest may put more where answers stand that it has not been told of: others have their turn all the same.
+        for _ in 0..self.ring.slots() {
+            if self.blocked() {
+                break;
+            }
             let Some(request) = self.ring.take()? else {
                 break;
             };
