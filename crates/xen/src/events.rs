@@ -211,8 +211,11 @@ impl Xen {
             }
             event::CLOSE => {
                 let port: u32 = read(vcpu, arg)?;
-                lock(&self.ports).close(port)?;
+                let mut ports = lock(&self.ports);
+                ports.close(port)?;
+                // Before anybody else can have the port.
                 self.clear_pending(port);
+                drop(ports);
                 Ok(Reply::OK)
             }
             event::SEND => self.send(read(vcpu, arg)?),

@@ -39,9 +39,14 @@ impl HostPort {
         let Some(xen) = self.xen.upgrade() else {
             return;
         };
-        let target = lock(&xen.ports).target(self.port, self.connection);
-        if let Some(vcpu) = target {
-            xen.post(self.port.0, vcpu);
+        let target = || lock(&xen.ports).target(self.port, self.connection);
+        let Some(vcpu) = target() else {
+            return;
+        };
+        xen.post(self.port.0, vcpu);
+        // The guest may have given the port to another vCPU meanwhile, and unmasked it before the event was there.
+        if let Some(other) = target().filter(|other| *other != vcpu) {
+            xen.show_again(self.port.0, other);
         }
     }
 

@@ -32,7 +32,14 @@ impl Xen {
     pub(crate) fn unmask(&self, port: u32, id: usize) {
         let (word, bit) = word_and_bit(port);
         self.shared.u64(SI_MASK + word).fetch_and(!bit, SeqCst);
-        if self.is_pending(port) {
+        self.show_again(port, id);
+    }
+
+    /// Has a vCPU look at an event that waits on a port and is not masked.
+    pub(crate) fn show_again(&self, port: u32, id: usize) {
+        let (word, bit) = word_and_bit(port);
+        let masked = self.shared.u64(SI_MASK + word).load(SeqCst) & bit != 0;
+        if self.is_pending(port) && !masked {
             self.mark_selected(id, 1 << (word / 8));
         }
     }
