@@ -47,15 +47,18 @@ impl Bits {
 pub struct CodePages {
     code: Bits,
     direct: Bits,
-    /// Counts frames that address-space processes may no longer execute without another look at them.
+    /// Counts frames that address-space processes may no longer execute without another look at them; the last of them stand in `dropped`.
     changes: AtomicU64,
+    dropped: Vec<AtomicU64>,
     /// Counts frames that have become ones with code; the last of them stand in `recent`.
     marks: AtomicU64,
     recent: Vec<AtomicU64>,
 }
 
-/// How many frames that have become ones with code are remembered: a power of 2.
+/// How many frames that have become ones with code, or were dropped, are remembered: a power of 2.
 const RECENT: u64 = 4096;
+/// Stands for all frames.
+const EVERY: u64 = u64::MAX;
 
 impl CodePages {
     pub fn new(frames: u64) -> CodePages {
@@ -63,6 +66,7 @@ impl CodePages {
             code: Bits::new(frames),
             direct: Bits::new(frames),
             changes: AtomicU64::new(0),
+            dropped: (0..RECENT).map(|_| AtomicU64::new(0)).collect(),
             marks: AtomicU64::new(0),
             recent: (0..RECENT).map(|_| AtomicU64::new(0)).collect(),
         }
@@ -124,15 +128,34 @@ impl CodePages {
         self.changes.load(Ordering::Acquire)
     }
 
+    /// The frame has been, or is about to be, written. Called by one thread at a time.
     pub fn drop_direct(&self, gfn: Gfn) {
         if self.direct.remove(gfn) {
-            self.changes.fetch_add(1, Ordering::AcqRel);
+            self.note_dropped(gfn.0);
         }
+    }
+
+    fn note_dropped(&self, gfn: u64) {
+        let n = self.changes.load(Ordering::Relaxed);
+        self.dropped[(n % RECENT) as usize].store(gfn, Ordering::Relaxed);
+        self.changes.store(n + 1, Ordering::SeqCst);
+    }
+
+    /// Frames dropped since there were `seen` changes, whatever has become of them; `None` where it may be any.
+    pub fn dropped_since(&self, seen: u64) -> Option<Vec<Gfn>> {
+        let now = self.direct_changes();
+        if now - seen >= RECENT / 2 {
+            return None;
+        }
+        let frame = |n: u64| self.dropped[(n % RECENT) as usize].load(Ordering::Relaxed);
+        let found: Vec<Gfn> = (seen..now).map(|n| Gfn(frame(n))).collect();
+        // What was read may have been overwritten meanwhile.
+        (self.direct_changes() - seen < RECENT / 2 && !found.contains(&Gfn(EVERY))).then_some(found)
     }
 
     pub fn clear(&self) {
         self.direct.clear();
-        self.changes.fetch_add(1, Ordering::AcqRel);
+        self.note_dropped(EVERY);
         self.code.clear();
     }
 }

@@ -37,6 +37,37 @@ struct Region {
     mapped: u16,
 }
 
+impl Region {
+    /// Compares the region with this number with the guest's tables; adds what differs.
+    fn compare(&mut self, n: u64, facts: &Facts, changed: &mut Vec<(u64, Page, Option<Page>)>) {
+        let mut now = [0u64; 512];
+        let table = Table::of(facts.memory, facts.cr3, n);
+        let read = table.is_some_and(|t| t.read(facts.memory, &mut now));
+        if !read {
+            now.fill(0);
+        }
+        let same_table = table.is_some() && table == self.table;
+        if same_table && now == *self.entries {
+            return;
+        }
+        for (i, old) in self.pages.iter().enumerate() {
+            let Some(old) = *old else { continue };
+            if same_table && now[i] == self.entries[i] {
+                continue;
+            }
+            let m = table
+                .filter(|_| read)
+                .and_then(|t| t.mapping_by(now[i], i as u64));
+            let left = facts.now(old, m);
+            if left != Some(old) {
+                changed.push((n << 9 | i as u64, old, left));
+            }
+        }
+        self.table = table;
+        *self.entries = now;
+    }
+}
+
 /// One bit for each guest frame.
 #[derive(Debug, Default)]
 struct Frames(Vec<u64>);
@@ -68,6 +99,7 @@ pub struct Mirror {
     /// Mappings made, and taken away, since the last clearing: each adds two at most.
     ranges: usize,
     all_stale: bool,
+    /// Regions of which a page was flushed: which size it had is not known, and a large page is one.
     stale: Vec<u64>,
     marks_seen: u64,
     exec_seen: u64,
@@ -78,7 +110,7 @@ pub fn goes_on((at, page): &(u64, Page), (next, p): &(u64, Page)) -> bool {
     *next == at + 1 && p.prot == page.prot && p.offset == page.offset + 4096
 }
 
-/// Single pages remembered as stale before all are.
+/// Regions remembered as stale before all are.
 const STALE_MAX: usize = 256;
 
 /// What decides about mappings beside the guest's tables.
@@ -91,7 +123,8 @@ pub struct Facts<'a> {
 impl Facts<'_> {
     /// What is left of a mapping now; `None` where nothing is.
     fn now(&self, old: Page, m: Option<Mapping>) -> Option<Page> {
-        let m = m?;
+        // Where the guest has cleared the accessed bit, the next access has to set it again.
+        let m = m.filter(|m| m.accessed)?;
         if m.gfn != old.gfn || self.memory.fd_offset(m.gfn) != Some(old.offset) {
             return None;
         }
@@ -127,13 +160,14 @@ impl Mirror {
     }
 
     pub fn flush_page(&mut self, page: u64) {
-        if self.all_stale {
+        let region = page >> 9;
+        if self.all_stale || self.stale.contains(&region) {
             return;
         }
         if self.stale.len() == STALE_MAX {
             self.flush_all();
         } else {
-            self.stale.push(page);
+            self.stale.push(region);
         }
     }
 
@@ -190,13 +224,13 @@ impl Mirror {
         }
         let mut changed = Vec::new();
         if self.all_stale {
-            self.compare(facts, &mut changed);
+            for (&n, region) in &mut self.regions {
+                region.compare(n, facts, &mut changed);
+            }
         } else {
-            for at in std::mem::take(&mut self.stale) {
-                if let Some(old) = self.get(at) {
-                    let m = Table::of(facts.memory, facts.cr3, at >> 9)
-                        .and_then(|t| t.mapping(facts.memory, at));
-                    changed.push((at, old, facts.now(old, m)));
+            for n in std::mem::take(&mut self.stale) {
+                if let Some(region) = self.regions.get_mut(&n) {
+                    region.compare(n, facts, &mut changed);
                 }
             }
         }
@@ -213,8 +247,11 @@ impl Mirror {
             }
         }
         if exec {
+            // One that was written and looked at again since may need other breakpoints.
+            let written = facts.code.dropped_since(self.exec_seen);
+            let kept = |gfn: Gfn| written.as_ref().is_some_and(|w| !w.contains(&gfn));
             for &at in &self.executable {
-                if let Some(old) = self.get(at).filter(|p| !facts.code.is_direct(p.gfn)) {
+                if let Some(old) = self.get(at).filter(|p| !kept(p.gfn)) {
                     changed.push((at, old, None));
                 }
             }
@@ -231,37 +268,6 @@ impl Mirror {
             let pages = region.pages.iter().enumerate();
             pages.filter_map(move |(i, p)| p.map(|p| (n << 9 | i as u64, p)))
         })
-    }
-
-    /// Compares everything with the guest's tables; adds what differs.
-    fn compare(&mut self, facts: &Facts, changed: &mut Vec<(u64, Page, Option<Page>)>) {
-        let mut now = [0u64; 512];
-        for (&n, region) in &mut self.regions {
-            let table = Table::of(facts.memory, facts.cr3, n);
-            let read = table.is_some_and(|t| t.read(facts.memory, &mut now));
-            if !read {
-                now.fill(0);
-            }
-            let same_table = table.is_some() && table == region.table;
-            if same_table && now == *region.entries {
-                continue;
-            }
-            for (i, old) in region.pages.iter().enumerate() {
-                let Some(old) = *old else { continue };
-                if same_table && now[i] == region.entries[i] {
-                    continue;
-                }
-                let m = table
-                    .filter(|_| read)
-                    .and_then(|t| t.mapping_by(now[i], i as u64));
-                let left = facts.now(old, m);
-                if left != Some(old) {
-                    changed.push((n << 9 | i as u64, old, left));
-                }
-            }
-            region.table = table;
-            *region.entries = now;
-        }
     }
 
     /// Takes over what has changed: at a page, from what it was, to what is left of it.

@@ -181,14 +181,64 @@ fn refresh_drops_executable_pages_that_were_written() {
 }
 
 #[test]
-fn flush_page_compares_that_page() {
+fn refresh_drops_executable_pages_that_were_written_and_looked_at_again() {
     let mut bench = Bench::new();
-    bench.map(&[(20, 20, READ), (21, 21, READ)]);
-    bench.set(20, 20, 0);
-    bench.set(21, 21, 0);
-    bench.mirror.flush_page(21);
-    bench.mirror.flush_page(99);
+    bench.code.mark_direct(Gfn(20));
+    bench.map(&[(20, 20, READ | EXEC), (21, 21, READ)]);
+    assert_eq!(bench.refresh(), 0);
+    bench.code.drop_direct(Gfn(20));
+    bench.code.mark_direct(Gfn(20));
+    assert_eq!(bench.refresh(), 1);
+    assert_eq!(bench.mirror.get(20), None);
+    // More than are remembered.
+    bench.map(&[(20, 20, READ | EXEC)]);
+    for _ in 0..10_000 {
+        bench.code.mark_direct(Gfn(30));
+        bench.code.drop_direct(Gfn(30));
+    }
+    assert_eq!(bench.refresh(), 1);
+    assert_eq!(bench.mirror.get(20), None);
+}
+
+#[test]
+fn refresh_removes_what_has_to_be_marked_as_accessed_again() {
+    const ACCESSED: u64 = 0x20;
+    let mut bench = Bench::new();
+    bench.map(&[(20, 20, BOTH)]);
+    bench.set(20, 20, ALL & !ACCESSED);
+    bench.mirror.flush_page(20);
+    assert_eq!(bench.refresh(), 1);
+    assert_eq!(bench.mirror.get(20), None);
+}
+
+#[test]
+fn flush_page_of_a_large_page_compares_all_of_it() {
+    const LARGE: u64 = 0x80;
+    let mut bench = Bench::new();
+    bench.map(&[(20, 20, BOTH), (21, 21, BOTH)]);
+    let entry = Gpa(0x3000);
+    bench.memory.write_obj(entry, &(ALL | LARGE)).unwrap();
+    bench.mirror.flush_all();
+    assert_eq!(bench.refresh(), 0, "it is the same memory");
+    bench.memory.write_obj(entry, &(READ_ONLY | LARGE)).unwrap();
+    bench.mirror.flush_page(0);
     assert_eq!(bench.refresh(), 1);
     assert_eq!(bench.mirror.get(20), Some(page(20, READ)));
+    assert_eq!(bench.mirror.get(21), Some(page(21, READ)));
+    bench.memory.write_obj(entry, &0u64).unwrap();
+    bench.mirror.flush_page(99);
+    bench.mirror.flush_page(512);
+    assert_eq!(bench.refresh(), 1);
+    assert_eq!(bench.mirror.get(20), None);
     assert_eq!(bench.mirror.get(21), None);
+}
+
+#[test]
+fn flush_page_leaves_other_tables_alone() {
+    let mut bench = Bench::new();
+    bench.map(&[(20, 20, READ)]);
+    bench.set(20, 20, 0);
+    bench.mirror.flush_page(512 + 20);
+    assert_eq!(bench.refresh(), 0);
+    assert_eq!(bench.mirror.get(20), Some(page(20, READ)));
 }

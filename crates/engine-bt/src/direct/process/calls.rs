@@ -12,8 +12,8 @@ impl Process {
     /// Maps the area at a new random address, by a system-call instruction at `via`.
     pub(super) fn map_area(&mut self, via: u64) -> Result<()> {
         for _ in 0..16 {
-            // Between 4 GiB and 64 TiB.
-            let base = (random()? & 0x3fff_ffff_f000) | 1 << 32;
+            // Between 64 and 80 TiB: above what programs and sanitizers choose for themselves, below where Linux puts programs and all that has no place of its own.
+            let base = (random()? & 0x0fff_ffff_f000) | 0x4000_0000_0000;
             let map = |offset: usize, bytes: usize, prot: i32, flags: i32| {
                 [
                     libc::SYS_mmap as u64,
