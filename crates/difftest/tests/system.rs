@@ -358,3 +358,59 @@ fn interrupt_that_waits_comes_behind_the_instruction_after_sti() {
         }
     }
 }
+
+#[test]
+fn popf_of_all_images_matches() {
+    let mut rng = Rng::new(5);
+    for case in 0..CASES {
+        // All bits there are, reserved ones too; in most cases those of the lowest byte and OF only.
+        let mut image = rng.bits() & 0x3f_ffff;
+        if !case.is_multiple_of(3) {
+            image &= 0x8ff;
+        }
+        let (stac, crosses) = (case % 2 == 0, case % 5 == 0);
+        let stack = if crosses { STACK - 4 } else { STACK - 8 };
+        let make = || {
+            let m = Machine::new();
+            m.code(CODE, |a| {
+                if stac {
+                    a.stac().unwrap();
+                }
+                a.popfq().unwrap();
+                a.pushfq().unwrap();
+                a.pop(rax).unwrap();
+                a.vmcall().unwrap();
+            });
+            m.put(stack, &[image]);
+            m
+        };
+        let what = format!("{image:#x}, AC {stac}");
+        compare(&what, (false, !rflags::RF), make, |cpu| {
+            cpu.gpr[reg::RSP] = stack;
+        });
+    }
+}
+
+#[test]
+fn kick_behind_a_string_instruction_that_faults_arrives() {
+    let m = Machine::new();
+    m.code(CODE, |a| {
+        a.mov(rdi, 0x8000_0000_0000_0000u64).unwrap();
+        a.mov(ecx, 8).unwrap();
+        a.rep().stosb().unwrap();
+    });
+    // The handler of #GP: a jump to itself.
+    m.put_bytes(HANDLERS + 32 * 13, &[0xeb, 0xfe]);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            let mut started = m.start(Execution::Translated, |_| {});
+            let control = started.vcpu.control();
+            s.spawn(move || {
+                std::thread::sleep(std::time::Duration::from_millis(50));
+                control.kick();
+            });
+            assert_eq!(started.vcpu.run().unwrap(), Exit::Kicked);
+            assert_eq!(Hex(started.vcpu.state().rip), Hex(HANDLERS + 32 * 13));
+        });
+    });
+}

@@ -8,7 +8,7 @@ use hospes_translate::layout::{
 use hospes_units::{Gva, PAGE_SIZE};
 
 use crate::blocks::Chain;
-use crate::exec::{Access, Exception, Step};
+use crate::exec::{Access, Exception, Step, debug_active};
 use crate::frame::LastMiss;
 use crate::lookup::By;
 use crate::vcpu::{BtVcpu, Found, canonical};
@@ -127,8 +127,11 @@ impl BtVcpu {
         }
         let generation = self.host.generation;
         let before = self.host.dropped_blocks;
+        let mode = self.mode();
         let step = self.step();
         if step == Step::Continue
+            && mode == self.mode()
+            && !debug_active(&self.host.frame.cpu)
             && before == self.host.dropped_blocks
             && generation == self.host.generation
         {

@@ -100,6 +100,8 @@ extern "C" fn handle(signal: i32, _info: *mut libc::siginfo_t, context: *mut lib
         frame.raw_flags = regs[libc::REG_EFL as usize] as u64;
         frame.raw_pc = pc as u64;
         frame.raw_signal = signal;
+        // Where a string instruction has faulted, nothing is under way any more.
+        frame.busy = 0;
         frame.raw_trap = regs[libc::REG_TRAPNO as usize] as i32;
         frame.raw_address = regs[libc::REG_CR2 as usize] as u64;
         regs[libc::REG_RAX as usize] = ExitKind::Signal as i64;

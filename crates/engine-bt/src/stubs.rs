@@ -50,7 +50,7 @@ impl ExitKind {
 #[derive(Clone, Debug, Default)]
 pub struct EntryPoints {
     pub enter: usize,
-    /// First byte of `enter` behind its check of `turn_back`.
+    /// First byte of its check of `turn_back`: a kick from here on changes where it goes.
     pub enter_checked: usize,
     pub enter_end: usize,
     /// Expects an exit kind in EAX and the general registers saved already.
@@ -145,10 +145,11 @@ pub fn assemble(wide: bool) -> (Vec<u8>, Stubs, EntryPoints) {
     }
     a.store(HOST_RSP, RSP);
     a.store(TARGET, RDI);
+    // From the look at `turn_back` on, as what it has seen may be old when the jump is made.
+    points.enter_checked = a.pos();
     a.cmp_mem8(TURN_BACK, 0);
     let back = a.jcc(cc::NE);
     a.patch_rel32(back, points.turned_back as i64);
-    points.enter_checked = a.pos();
     load_vectors(&mut a, wide);
     a.ldmxcsr(GUEST_MXCSR);
     a.load_u16(RAX, LAYOUT.flags);

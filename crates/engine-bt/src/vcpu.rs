@@ -267,13 +267,16 @@ impl BtVcpu {
     }
 
     fn interrupted(&mut self) -> Option<Exit> {
-        let frame = &self.host.frame;
+        let frame = &mut self.host.frame;
         let signal = frame.raw_signal;
+        // The PAUSE that was to be the engine's is executed, and counted, once more.
+        frame.pauses_left = frame.pauses_left.max(1);
+        let raw_pc = frame.raw_pc as usize;
         let pos = self
             .host
             .shared
             .code
-            .position(frame.raw_pc as usize)
+            .position(raw_pc)
             .expect("the handler checked the range") as u32;
         self.locate(pos, Some(()));
         if signal == kick_signal() {

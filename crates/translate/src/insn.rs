@@ -288,7 +288,8 @@ impl Insn {
             M::Pause => return Kind::Pause,
             M::Rdtscp if mode.has(Mode::TSC) => return Kind::Rdtscp,
             M::Pushfq if long => return Kind::Pushf,
-            M::Popfq if long && !mode.has(Mode::USER) => return Kind::Popf,
+            // With AC set it may clear it, which changes the mode.
+            M::Popfq if long && !mode.has(Mode::USER) && !mode.has(Mode::AC) => return Kind::Popf,
             M::Swapgs if long && !mode.has(Mode::USER) => return Kind::Swapgs,
             M::Syscall if long && mode.has(Mode::SYSCALL) && mode.has(Mode::USER) => {
                 return Kind::Syscall;

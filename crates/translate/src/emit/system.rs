@@ -13,6 +13,8 @@ pub(super) const IF: u32 = 1 << 9;
 pub(super) const FIXED: u32 = 2;
 /// TF, DF, IOPL, NT, AC and ID: a POPF that changes one of them is the engine's.
 const SPECIAL: i32 = 0x100 | 0x400 | 0x3000 | 0x4000 | 0x4_0000 | 0x20_0000;
+/// SF, ZF, AF, PF and CF, where LAHF puts them.
+const STATUS_IN_AH: i32 = 0xd5;
 /// What SYSRET takes from R11.
 const SYSRET_FLAGS: u32 = 0x3c_7fd7;
 const R11: u8 = 11;
@@ -160,7 +162,9 @@ impl Work<'_> {
     /// Takes the status flags and IF from the image in `v` into the frame. Changes `t`.
     pub(super) fn take_flags(&mut self, v: u8, t: u8) {
         let l = self.layout;
-        self.asm.store8(l.flags + 1, v);
+        self.asm.mov32(t, v);
+        self.asm.and_imm32(t, STATUS_IN_AH);
+        self.asm.store8(l.flags + 1, t);
         self.asm.mov32(t, v);
         self.asm.shr(t, 11);
         self.asm.and_imm32(t, 1);
