@@ -252,14 +252,29 @@ impl Host {
 
     /// Ends a domain. A domain process that does not answer is killed.
     pub fn destroy(&self, who: &str) -> Result<()> {
-        let entry = self.find(who)?;
-        match self.request(who, &Request::Destroy) {
-            Ok(reply) => done(reply),
-            // It was there, and its process was gone before it had answered: that is what was asked for.
-            Err(Error::Gone { .. } | Error::NoSuchDomain { .. }) => Ok(()),
-            Err(Error::Unreachable { .. }) => self.kill(&entry),
-            Err(fault) => Err(fault),
+        let mut entry = self.find(who)?;
+        for _ in 0..RETRIES {
+            let answer = ask(&entry, &Request::Destroy, CONNECT_PATIENCE, ANSWER_PATIENCE);
+            let ended = match answer.and_then(done) {
+                Err(Error::Unreachable { .. }) => self.kill(&entry),
+                ended => ended,
+            };
+            if !matches!(ended, Err(Error::Gone { .. })) {
+                return ended;
+            }
+            // Through a reboot a domain keeps its UUID, and nothing else for sure. One that was there and lives under no
+            // id any more is what was asked for.
+            let uuid = entry.record.uuid;
+            let mut living = self.entries()?.into_iter();
+            match living.find(|other| other.record.uuid == uuid) {
+                Some(next) => entry = next,
+                None => return Ok(()),
+            }
         }
+        Err(Error::Restless {
+            domid: entry.domid,
+            tries: RETRIES,
+        })
     }
 
     /// Begins to wait for the end of a domain.
@@ -363,8 +378,16 @@ fn ask(
 /// The answer is still to come.
 fn send(entry: &Entry, request: &Request, connecting: Duration) -> Result<UnixStream> {
     let stream = connect(entry, "control.sock", connecting)?;
-    protocol::send(&stream, request)?.map_err(|fault| lost(entry.domid, fault))?;
+    say(entry.domid, &stream, request)?;
     Ok(stream)
+}
+
+fn say(domid: DomId, stream: &UnixStream, request: &Request) -> Result<()> {
+    match protocol::send(stream, request)?.map_err(|fault| lost(domid, fault)) {
+        // It may have closed with an answer, which can still be read, and not have waited for the request.
+        Err(Error::Gone { .. }) => Ok(()),
+        said => said,
+    }
 }
 
 fn receive(domid: DomId, stream: &UnixStream, patience: Option<Duration>) -> Result<Reply> {
@@ -393,4 +416,101 @@ fn done(reply: Reply) -> Result<()> {
 
 fn unexpected(reply: &Reply) -> Error {
     Error::Protocol(format!("the answer belongs to another request: {reply:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::Record;
+    use hospes_config::{Source, Uuid, load};
+    use std::os::unix::net::UnixListener;
+
+    /// A host without domains, in a directory of its own.
+    fn host(test: &str) -> Host {
+        let run = std::env::temp_dir().join(format!("hospes-client-{test}-{}", std::process::id()));
+        std::fs::create_dir_all(&run).expect("temporary directory");
+        let log = run.join("log");
+        Host::new(Paths { run, log })
+    }
+
+    fn record(name: &str) -> Record {
+        let text = format!("name='{name}'; type='pvh'; kernel='/k'; memory=64");
+        let source = Source {
+            name: "test",
+            text: &text,
+        };
+        let config = load(&[source]).0.expect("valid");
+        Record::new(&config, Uuid::from_bytes([1; 16]))
+    }
+
+    fn listen(dir: &std::path::Path) -> UnixListener {
+        UnixListener::bind(dir.join("control.sock")).expect("a fresh directory")
+    }
+
+    fn read(stream: &UnixStream) -> Request {
+        let line = protocol::read_line(&mut BufReader::new(stream));
+        let line = line.expect("short").expect("open").expect("a request");
+        protocol::decode(&line).expect("valid")
+    }
+
+    #[test]
+    fn destroy_by_number_during_a_reboot_ends_what_the_domain_became() {
+        let host = host("reboot");
+        let old = host.registry.allocate(&record("a")).expect("free");
+        let listener = listen(old.dir());
+        let domain = thread::spawn({
+            let registry = host.registry.clone();
+            move || {
+                let (stream, _) = listener.accept().expect("a command");
+                // The request comes too late.
+                let new = registry.replace(old, &record("a")).expect("its own name");
+                let listener = self::listen(new.dir());
+                drop(stream);
+                let (stream, _) = listener.accept().expect("the command again");
+                assert_eq!(read(&stream), Request::Destroy);
+                registry.release(new).expect("held");
+                protocol::send(&stream, &Reply::Done)
+                    .expect("short")
+                    .expect("open");
+            }
+        });
+        host.destroy("1").expect("a domain that can be destroyed");
+        assert_eq!(host.entries().expect("list"), []);
+        domain.join().expect("no panic");
+        let _ = std::fs::remove_dir_all(&host.paths.run);
+    }
+
+    #[test]
+    fn destroy_that_is_never_answered_is_an_error() {
+        let host = host("silent");
+        let slot = host.registry.allocate(&record("a")).expect("free");
+        let listener = listen(slot.dir());
+        thread::spawn(move || while listener.accept().is_ok() {});
+        for who in ["1", "a"] {
+            let fault = host.destroy(who).expect_err("it lives");
+            assert!(fault.to_string().contains("it still lives"), "{fault}");
+        }
+        drop(slot);
+        host.destroy("a").expect_err("it has died long ago");
+        let _ = std::fs::remove_dir_all(&host.paths.run);
+    }
+
+    #[test]
+    fn ask_that_is_refused_before_it_is_read_says_why() {
+        let host = host("refused");
+        let slot = host.registry.allocate(&record("a")).expect("free");
+        let listener = listen(slot.dir());
+        let entry = host.find("a").expect("it lives");
+        let stream = UnixStream::connect(entry.dir.join("control.sock")).expect("it listens");
+        let (server, _) = listener.accept().expect("a command");
+        let message = "not now".to_string();
+        protocol::send(&server, &Reply::Error { message })
+            .expect("short")
+            .expect("open");
+        drop(server);
+        say(entry.domid, &stream, &Request::Pause).expect("an answer is there");
+        let fault = receive(entry.domid, &stream, None).expect_err("refused");
+        assert!(fault.to_string().contains("not now"), "{fault}");
+        let _ = std::fs::remove_dir_all(&host.paths.run);
+    }
 }

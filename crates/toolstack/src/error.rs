@@ -14,6 +14,10 @@ pub enum Error {
     NoSuchDomain { who: String },
     #[error("domain {domid} has ended in the meantime")]
     Gone { domid: DomId },
+    #[error(
+        "domain {domid} has restarted or closed the connection each of the {tries} times it was asked to end, and it still lives: see its log and try again"
+    )]
+    Restless { domid: DomId, tries: usize },
     #[error("Domain-0 is the host itself: this can only be done to the domains it runs")]
     Host,
     #[error(

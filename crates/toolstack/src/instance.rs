@@ -298,6 +298,18 @@ impl Instance {
         self.changed.notify_all();
     }
 
+    /// Makes another id the domain's next; false where a command has destroyed it before. One that comes later hears of
+    /// that id.
+    pub(crate) fn succeed(&self, next: DomId) -> bool {
+        let mut progress = lock(&self.progress);
+        if progress.destroy {
+            return false;
+        }
+        progress.gone = Some(Some(next));
+        self.changed.notify_all();
+        true
+    }
+
     /// Waits until a command destroys the domain or, where one is given, for a time; true where it was destroyed.
     pub(crate) fn wait_destroy(&self, time: Option<Duration>) -> bool {
         let progress = lock(&self.progress);

@@ -118,7 +118,8 @@ pub enum Request {
     Shutdown {
         kind: ShutdownKind,
     },
-    /// The reply comes when the domain is gone.
+    /// The reply comes when the domain is gone. There is none where it has become another id's before it could be
+    /// destroyed: then that one is to be asked.
     Destroy,
     /// All vCPUs.
     Vcpus,

@@ -1,5 +1,6 @@
 //! The sockets of a domain process.
 
+use std::fmt::Display;
 use std::fs::{self, Permissions};
 use std::io::{BufReader, Read, Write};
 use std::net::Shutdown;
@@ -14,11 +15,11 @@ use std::time::Duration;
 use hospes_config::CpuList;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::error::{Error, Result, at};
+use crate::error::{Result, at};
 use crate::hub::{ConsoleHub, Watcher};
 use crate::instance::Instance;
 use crate::machine::{Machine, MachineError};
-use crate::protocol::{self, Reply, Request, Until};
+use crate::protocol::{self, Ended, Reply, Request, Until};
 use crate::scheduling::{host_cpus, resolve};
 use crate::supervisor::log;
 
@@ -49,6 +50,10 @@ impl Server {
         let for_console = hub.clone();
         server.listen(
             &dir.join("console.sock"),
+            |mut stream| {
+                // Whoever does not get it is gone.
+                let _ = writeln!(stream, "{}\r", full());
+            },
             || (),
             move |stream, ()| serve_console(&stream, &for_console),
         )?;
@@ -57,6 +62,7 @@ impl Server {
         let to_announce = instance.clone();
         server.listen(
             &dir.join("control.sock"),
+            |stream| refuse(stream, &full()),
             move || Announced::new(&to_announce),
             move |stream, announced| serve_control(&stream, announced, &instance),
         )?;
@@ -64,9 +70,11 @@ impl Server {
     }
 
     /// Accepts connections in one thread, in their order, and serves each in a thread of its own, with what was made of it when it was accepted.
+    /// One that is too many is told so and closed; what fits into a new socket's buffer does not block.
     fn listen<T: Send + 'static>(
         &mut self,
         path: &Path,
+        turn_away: impl Fn(&UnixStream) + Send + 'static,
         accepted: impl Fn() -> T + Send + 'static,
         serve: impl Fn(UnixStream, T) + Send + Sync + 'static,
     ) -> Result<()> {
@@ -81,7 +89,11 @@ impl Server {
         thread::spawn(move || {
             // Accepting ends with an error when the socket is shut down.
             while let Ok((stream, _)) = accepting.accept() {
-                if !is_allowed(&stream) || connections.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
+                if !is_allowed(&stream) {
+                    continue;
+                }
+                if connections.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
+                    turn_away(&stream);
                     continue;
                 }
                 connections.fetch_add(1, Ordering::Relaxed);
@@ -171,7 +183,7 @@ fn serve_control(stream: &UnixStream, first: Announced, instance: &Weak<Instance
     }
 }
 
-fn refuse(stream: &UnixStream, fault: &Error) {
+fn refuse(stream: &UnixStream, fault: &dyn Display) {
     reply_to(
         stream,
         &Reply::Error {
@@ -180,12 +192,19 @@ fn refuse(stream: &UnixStream, fault: &Error) {
     );
 }
 
+/// What a connection is told that is one too many.
+fn full() -> String {
+    format!(
+        "it has {CONNECTIONS_MAX} connections already and takes no more: end commands or consoles that wait for it, or try again later"
+    )
+}
+
 /// False where the peer is gone.
 fn reply_to(stream: &UnixStream, reply: &Reply) -> bool {
     matches!(protocol::send(stream, reply), Ok(Ok(())))
 }
 
-/// `None` where the client has left.
+/// `None` where the client has left, or has to ask the domain's next instance.
 fn answer(stream: &UnixStream, instance: &Instance, request: Request) -> Option<Reply> {
     let machine = instance.machine();
     let ended = "it has shut down already: destroy it";
@@ -219,8 +238,11 @@ fn answer(stream: &UnixStream, instance: &Instance, request: Request) -> Option<
         Request::Shutdown { kind } => done(machine.request_shutdown(kind)),
         Request::Destroy => {
             instance.destroy();
-            wait(stream, instance, Until::Death)?;
-            Reply::Done
+            match wait(stream, instance, Until::Death)? {
+                // Too late: the domain goes on under another id.
+                Reply::Ended(Ended { next: Some(_), .. }) => return None,
+                _ => Reply::Done,
+            }
         }
         Request::Wait { until } => wait(stream, instance, until)?,
         Request::AttachDisk { disk } => done(instance.attach_disk(disk)),
@@ -248,7 +270,7 @@ fn answer(stream: &UnixStream, instance: &Instance, request: Request) -> Option<
     })
 }
 
-fn done<E: std::fmt::Display>(result: std::result::Result<(), E>) -> Reply {
+fn done<E: Display>(result: std::result::Result<(), E>) -> Reply {
     match result {
         Ok(()) => Reply::Done,
         Err(fault) => Reply::Error {

@@ -234,7 +234,8 @@ impl<'a> Supervisor<'a> {
             }
             log!("Rebooting now");
             current = match self.restart(current) {
-                Ok(current) => current,
+                Ok(Some(current)) => current,
+                Ok(None) => return,
                 Err(fault) => {
                     log!("The domain cannot be restarted: {fault}");
                     return self.close();
@@ -256,8 +257,9 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    /// A new machine with a new id in the same process; who watches the console keeps doing so.
-    fn restart(&self, current: Current) -> std::result::Result<Current, StartError> {
+    /// A new machine with a new id in the same process; who watches the console keeps doing so. `None` where a command
+    /// has destroyed the domain in the last moment.
+    fn restart(&self, current: Current) -> std::result::Result<Option<Current>, StartError> {
         let Current {
             slot,
             server,
@@ -271,11 +273,14 @@ impl<'a> Supervisor<'a> {
         let slot = self
             .registry
             .replace(slot, &Record::new(&config, self.uuid))?;
-        instance.update(|progress| progress.gone = Some(Some(slot.domid())));
+        if !instance.succeed(slot.domid()) {
+            self.finish(slot, &instance);
+            return Ok(None);
+        }
         instance.wait_heard();
         // The old machine's memory has to be free before the new one asks for its own.
         drop(instance);
-        self.start_in(slot, &config)
+        self.start_in(slot, &config).map(Some)
     }
 
     /// Gives the ended domain another name and starts a new one in a process of its own.
@@ -322,6 +327,11 @@ impl<'a> Supervisor<'a> {
         self.hub.connect(None);
         instance.machine().leave();
         server.stop();
+        self.finish(slot, &instance);
+    }
+
+    /// What is left to do when the machine is gone and nothing comes behind it.
+    fn finish(&self, slot: Slot, instance: &Instance) {
         self.release(slot);
         instance.update(|progress| progress.gone = Some(None));
         self.close();

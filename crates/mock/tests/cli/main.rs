@@ -3,6 +3,7 @@
 mod command_line;
 mod common;
 mod console;
+mod destroy;
 mod devices;
 mod host;
 mod life_cycle;

@@ -1,0 +1,104 @@
+//! Destroying a domain at the worst moments: success means that it does not come back.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::common::{Bench, until};
+
+/// A connection to a domain's control socket.
+struct Control(BufReader<UnixStream>);
+
+impl Control {
+    fn open(bench: &Bench, id: u32) -> Control {
+        let stream =
+            UnixStream::connect(bench.domain_dir(id).join("control.sock")).expect("it listens");
+        let patience = Some(Duration::from_secs(60));
+        stream.set_read_timeout(patience).expect("a socket");
+        Control(BufReader::new(stream))
+    }
+
+    fn send(&self, request: &str) {
+        let line = format!("{{\"version\":1,\"body\":{request}}}\n");
+        self.0
+            .get_ref()
+            .write_all(line.as_bytes())
+            .expect("it listens");
+    }
+
+    /// The answer, which is empty where the connection was closed without one.
+    fn answer(&mut self) -> String {
+        let mut line = String::new();
+        self.0.read_line(&mut line).expect("an answer or the end");
+        line
+    }
+}
+
+const REBOOT: &str = r#"{"op":"shutdown","kind":"reboot"}"#;
+const DESTROY: &str = r#"{"op":"destroy"}"#;
+
+#[test]
+fn destroy_that_comes_while_the_domain_gets_its_next_id_ends_it() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    let mut control = Control::open(&bench, 1);
+    let mut other = Control::open(&bench, 1);
+    // The next id cannot be given as long as this is held.
+    let registry = File::open(bench.path("run/lock")).expect("there");
+    flock(&registry, FlockOperation::LockExclusive).expect("a file");
+    control.send(REBOOT);
+    assert!(control.answer().contains("done"));
+    until("the domain is about to be restarted", || {
+        bench.log("one.log").contains("Rebooting now")
+    });
+    control.send(DESTROY);
+    until("the request is obeyed", || {
+        other.send(r#"{"op":"info"}"#);
+        other.answer().contains("\"dying\":true")
+    });
+    drop(registry);
+    assert!(control.answer().contains("done"));
+    assert_eq!(bench.row("one"), None);
+    assert!(!bench.log("one.log").contains("(domid 2)"));
+}
+
+#[test]
+fn destroy_that_comes_behind_the_next_id_is_not_said_to_be_done() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    // Accepted while the domain had its old id, which it keeps alive for a while.
+    let mut late = Control::open(&bench, 1);
+    let mut waiting = Control::open(&bench, 1);
+    waiting.send(r#"{"op":"wait","until":"death"}"#);
+    bench.ok(&["reboot", "one"]);
+    let ended = waiting.answer();
+    assert!(ended.contains("\"next\":2"), "{ended}");
+    late.send(DESTROY);
+    assert_eq!(late.answer(), "");
+    until("the domain is there again", || {
+        bench.row("one").is_some_and(|row| row[1] == "2")
+    });
+    bench.ok(&["destroy", "one"]);
+    assert_eq!(bench.row("one"), None);
+}
+
+#[test]
+fn destroy_with_all_connections_in_use_fails_and_says_why() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    let open: Vec<Control> = (0..32).map(|_| Control::open(&bench, 1)).collect();
+    for command in ["destroy", "pause", "shutdown"] {
+        let said = bench.fails(1, &[command, "one"]);
+        assert!(said.contains("32 connections"), "{command}: {said}");
+    }
+    // It is listed as it was made.
+    assert_eq!(bench.row("one").expect("listed")[1..3], ["1", "64"]);
+    drop(open);
+    until("the connections are free again", || {
+        bench.run(&["destroy", "one"]).status.success()
+    });
+    assert_eq!(bench.row("one"), None);
+}
