@@ -32,6 +32,10 @@ pub enum Error {
         name: String,
         domid: DomId,
     },
+    #[error(
+        "the configuration takes {bytes} bytes in the registry of domains, which keeps up to {most}: make it shorter"
+    )]
+    RecordTooLong { bytes: usize, most: u64 },
     #[error("all domain ids are in use: destroy a domain")]
     NoFreeId,
     #[error("{what} {path}: {source}", path = .path.display())]

@@ -50,6 +50,10 @@ pub(crate) enum ChangeError {
     Missing(String),
     #[error("{0}")]
     Drive(&'static str),
+    #[error(
+        "{0}; the device is attached and could not be taken away again ({1}): restart or destroy the domain to be rid of it"
+    )]
+    Stays(Error, MachineError),
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -187,7 +191,7 @@ impl Instance {
             .attach_disk(&disk)
             .map_err(ChangeError::Machine)?;
         config.disks.push(disk);
-        Ok(self.set_config(config)?)
+        self.keep_attached(config, DeviceKind::Disk, number)
     }
 
     pub(crate) fn attach_vif(&self, mut vif: VifConfig) -> std::result::Result<(), ChangeError> {
@@ -209,7 +213,24 @@ impl Instance {
             .attach_vif(&vif)
             .map_err(ChangeError::Machine)?;
         config.vifs.push(vif);
-        Ok(self.set_config(config)?)
+        self.keep_attached(config, DeviceKind::Vif, devid)
+    }
+
+    /// Writes down a device that was just attached. One that cannot be written down is taken away again: no command would
+    /// find it.
+    fn keep_attached(
+        &self,
+        config: DomainConfig,
+        kind: DeviceKind,
+        devid: u32,
+    ) -> std::result::Result<(), ChangeError> {
+        let Err(fault) = self.set_config(config) else {
+            return Ok(());
+        };
+        match self.machine.detach_device(kind, devid, true) {
+            Ok(()) => Err(fault.into()),
+            Err(kept) => Err(ChangeError::Stays(fault, kept)),
+        }
     }
 
     pub(crate) fn detach(

@@ -19,12 +19,13 @@ use crate::clock::Utc;
 use crate::error::{Error, Result, at};
 use crate::logfile::{LOG_MAX_BYTES, LogFile};
 use crate::paths::Paths;
+use crate::supervisor::log;
 
 /// The first id that Xen reserves (`DOMID_FIRST_RESERVED`): ids are below it.
 const FIRST_RESERVED_ID: u16 = 0x7ff0;
 /// How long the lock of the directory is waited for.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
-/// Longest record that is read, in bytes.
+/// Longest record, in bytes.
 const RECORD_MAX_BYTES: u64 = 64 << 10;
 
 /// Name of domain 0.
@@ -116,7 +117,7 @@ impl Registry {
         }
     }
 
-    /// All living domains by id. What is left of dead ones is removed.
+    /// All living domains by id, but for those whose records cannot be read. What is left of dead ones is removed.
     pub fn entries(&self) -> Result<Vec<Entry>> {
         if !self.paths.run.exists() {
             return Ok(Vec::new());
@@ -151,11 +152,18 @@ impl Registry {
                     .map_err(at("cannot remove what is left of a dead domain in", &dir))?;
                 continue;
             }
-            entries.push(Entry {
-                domid: DomId(id),
-                record: read_record(&dir)?,
-                dir,
-            });
+            match read_record(&dir) {
+                Ok(record) => entries.push(Entry {
+                    domid: DomId(id),
+                    record,
+                    dir,
+                }),
+                // The others can go on without it.
+                Err(fault) => log!(
+                    "domain {id} lives and is left out, {fault}: to end it, kill the process that `fuser {}` names",
+                    dir.join("lock").display()
+                ),
+            }
         }
         entries.sort_by_key(|entry| entry.domid);
         Ok(entries)
@@ -223,9 +231,8 @@ impl Registry {
             .mode(0o700)
             .create(&domains)
             .map_err(at("cannot make the directory", &domains))?;
-        let entries = self.scan()?;
-        check_unused(&entries, record, ignored)?;
-        let domid = self.next_id(&entries)?;
+        check_unused(&self.scan()?, record, ignored)?;
+        let domid = self.next_id()?;
         let dir = domains.join(domid.to_string());
         DirBuilder::new()
             .mode(0o700)
@@ -244,7 +251,7 @@ impl Registry {
     }
 
     /// Ids ascend, so that a command with an old id meets no other domain; after the last they begin again.
-    fn next_id(&self, entries: &[Entry]) -> Result<DomId> {
+    fn next_id(&self) -> Result<DomId> {
         let path = self.paths.run.join("next-domid");
         let stored = fs::read_to_string(&path)
             .ok()
@@ -252,7 +259,9 @@ impl Registry {
         let first = stored
             .filter(|id| (1..FIRST_RESERVED_ID).contains(id))
             .unwrap_or(1);
-        let used = |id: u16| entries.iter().any(|entry| entry.domid == DomId(id));
+        // Behind a scan there are only the directories of living domains.
+        let domains = self.domains();
+        let used = |id: u16| domains.join(id.to_string()).exists();
         let id = (first..FIRST_RESERVED_ID)
             .chain(1..first)
             .find(|id| !used(*id))
@@ -322,6 +331,12 @@ fn write_record(dir: &Path, record: &Record) -> Result<()> {
     let path = dir.join("domain.json");
     let text =
         serde_json::to_vec(record).map_err(|fault| at("cannot write", &path)(fault.into()))?;
+    if text.len() as u64 > RECORD_MAX_BYTES {
+        return Err(Error::RecordTooLong {
+            bytes: text.len(),
+            most: RECORD_MAX_BYTES,
+        });
+    }
     // A reader never sees half a record.
     let new = dir.join("domain.json.new");
     OpenOptions::new()
@@ -499,5 +514,48 @@ mod tests {
             .expect("the name is free again");
         let log = fs::read_to_string(directory.0.join("log/a.log")).expect("a log");
         assert!(log.lines().count() == 1 && log.contains("killed"), "{log}");
+    }
+
+    #[test]
+    fn entries_leaves_out_a_living_domain_with_a_broken_record() {
+        let (registry, directory) = registry("broken");
+        let first = registry.allocate(&record("a", 1)).expect("free");
+        let second = registry.allocate(&record("b", 2)).expect("free");
+        fs::write(first.dir().join("domain.json"), "{").expect("writable");
+        let listed = registry.entries().expect("the others");
+        assert_eq!(listed.len(), 1);
+        assert_eq!(listed[0].domid, second.domid());
+        // Nor is its id given away.
+        fs::write(directory.0.join("next-domid"), "1").expect("writable");
+        let third = registry.allocate(&record("c", 3)).expect("free");
+        assert_eq!(third.domid(), DomId(3));
+        registry
+            .update(first.domid(), &record("a", 1))
+            .expect("its own record");
+        assert_eq!(registry.entries().expect("list").len(), 3);
+    }
+
+    #[test]
+    fn write_record_that_could_not_be_read_again_is_refused() {
+        let (registry, _directory) = registry("long");
+        let slot = registry.allocate(&record("a", 1)).expect("free");
+        let mut long = record("a", 1);
+        let spare = RECORD_MAX_BYTES as usize - serde_json::to_vec(&long).expect("JSON").len();
+        long.config.cmdline = "x".repeat(spare);
+        registry.update(slot.domid(), &long).expect("just so long");
+        assert_eq!(registry.entries().expect("list")[0].record, long);
+        let mut longer = long.clone();
+        longer.config.cmdline.push('x');
+        let refused = registry.update(slot.domid(), &longer);
+        assert!(matches!(refused, Err(Error::RecordTooLong { .. })));
+        let other = Record {
+            name: "b".into(),
+            uuid: Uuid::from_bytes([2; 16]),
+            ..longer
+        };
+        let refused = registry.allocate(&other);
+        assert!(matches!(refused, Err(Error::RecordTooLong { .. })));
+        let listed = registry.entries().expect("list");
+        assert_eq!((listed.len(), &listed[0].record), (1, &long));
     }
 }

@@ -93,6 +93,26 @@ fn block_detach_forced_takes_what_the_guest_keeps() {
 }
 
 #[test]
+fn attach_that_cannot_be_written_down_is_taken_back() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    let in_the_way = bench.domain_dir(1).join("domain.json.new");
+    std::fs::create_dir(&in_the_way).expect("writable");
+    // The guest would keep it.
+    let said = bench.fails(1, &["block-attach", "one", "/img/stuck,,xvdb"]);
+    assert!(said.contains("cannot write"), "{said}");
+    heard(&bench, "one", "detached Disk 51728");
+    let said = bench.fails(1, &["network-attach", "one"]);
+    assert!(said.contains("cannot write"), "{said}");
+    heard(&bench, "one", "detached Vif 0");
+    std::fs::remove_dir(&in_the_way).expect("writable");
+    assert!(config(&bench, "one")["disks"].is_null());
+    assert!(config(&bench, "one")["nics"].is_null());
+    bench.ok(&["block-attach", "one", "/img/b,,xvdb"]);
+    assert_eq!(config(&bench, "one")["disks"][0]["pdev_path"], "/img/b");
+}
+
+#[test]
 fn block_resize_and_media_reach_the_domain() {
     let bench = Bench::new();
     std::fs::write(bench.path("cd.iso"), "medium").expect("writable");
