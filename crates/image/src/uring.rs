@@ -68,8 +68,6 @@ impl Ring {
         let ring = IoUring::new(ENTRIES)?;
         ring.submitter()
             .register_eventfd(event.as_fd().as_raw_fd())?;
-        let data = file.data_fd().0.as_raw_fd();
-        ring.submitter().register_files(&[data])?;
         let seconds = types::Timespec::new().sec(RETRY_AFTER.as_secs());
         Ok(Ring {
             ring,
@@ -125,7 +123,7 @@ impl Ring {
                 return;
             };
             let flight = self.slots[slot].insert(flight);
-            let entry = entry(flight).user_data(slot as u64);
+            let entry = entry(&self.file, flight).user_data(slot as u64);
             // SAFETY: buffers, vector and copy stay in their slot until the completion; see `Flight` and `drop`.
             let pushed = unsafe { self.ring.submission().push(&entry) };
             if pushed.is_err() {
@@ -177,19 +175,14 @@ impl Ring {
             Err(_) => Err(std::io::Error::from_raw_os_error(-result)),
         };
         let result = match flight.request.op {
-            Op::Flush => self.file.note_sync(result),
+            // One that was not even tried has not failed.
+            Op::Flush if !result.as_ref().is_err_and(is_for_later) => self.file.note_sync(result),
+            Op::Flush => result,
             Op::Discard => discarded(result),
             Op::Read | Op::Write => result,
         };
         match result {
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock
-                ) =>
-            {
-                self.waiting.push_back(flight);
-            }
+            Err(error) if is_for_later(&error) => self.waiting.push_back(flight),
             Err(error) if is_full(&error) => {
                 if !flight.held {
                     flight.held = true;
@@ -257,22 +250,30 @@ impl Ring {
     }
 }
 
-fn entry(flight: &Flight) -> squeue::Entry {
-    const FILE: types::Fixed = types::Fixed(0);
+fn is_for_later(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock
+    )
+}
+
+/// The file is named by its descriptor and not registered: so each request under way holds it open, and with it the lock of a process that was killed, and nothing else does.
+fn entry(file: &HostFile, flight: &Flight) -> squeue::Entry {
+    let descriptor = types::Fd(file.data_fd().0.as_raw_fd());
     let request = &flight.request;
     let vector = flight.vector.as_ptr().cast::<libc::iovec>();
     let count = flight.vector.len().min(BUFFERS_MAX) as u32;
     match request.op {
-        Op::Read => opcode::Readv::new(FILE, vector, count)
+        Op::Read => opcode::Readv::new(descriptor, vector, count)
             .offset(request.offset)
             .build(),
-        Op::Write => opcode::Writev::new(FILE, vector, count)
+        Op::Write => opcode::Writev::new(descriptor, vector, count)
             .offset(request.offset)
             .build(),
-        Op::Flush => opcode::Fsync::new(FILE)
+        Op::Flush => opcode::Fsync::new(descriptor)
             .flags(types::FsyncFlags::DATASYNC)
             .build(),
-        Op::Discard => opcode::Fallocate::new(FILE, request.bytes)
+        Op::Discard => opcode::Fallocate::new(descriptor, request.bytes)
             .offset(request.offset)
             .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
             .build(),
