@@ -9,7 +9,7 @@ use hospes_store_server::StoreClient;
 use hospes_units::DomId;
 
 use crate::clock::Utc;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::hub::ConsoleHub;
 use crate::instance::{FAREWELL, Instance};
 use crate::launch;
@@ -218,6 +218,10 @@ impl<'a> Supervisor<'a> {
                     .update(|progress| progress.shutdown = Some(reason));
             }
             if next == Next::RenameRestart {
+                // A command that came while the domain still had its name meant all of it.
+                if current.instance.wait_destroy(Some(Duration::ZERO)) {
+                    return self.end(current);
+                }
                 next = self.rename_and_restart(&current);
             }
             match next {
@@ -304,6 +308,11 @@ impl<'a> Supervisor<'a> {
         let mut record = Record::new(&config, launch::random_uuid()?);
         record.name = name;
         current.instance.set_record(record)?;
+        if current.instance.wait_destroy(Some(Duration::ZERO)) {
+            return Err(Error::Gone {
+                domid: current.domid(),
+            });
+        }
         let launch = Launch {
             config: DomainConfig {
                 uuid: Some(self.uuid),
