@@ -151,7 +151,11 @@ impl Mirror {
 
     /// The process has nothing mapped any more.
     pub fn clear(&mut self) {
-        *self = Mirror::default();
+        *self = Mirror {
+            marks_seen: self.marks_seen,
+            exec_seen: self.exec_seen,
+            ..Mirror::default()
+        };
     }
 
     pub fn flush_all(&mut self) {
@@ -248,8 +252,14 @@ impl Mirror {
         }
         if exec {
             // One that was written and looked at again since may need other breakpoints.
-            let written = facts.code.dropped_since(self.exec_seen);
-            let kept = |gfn: Gfn| written.as_ref().is_some_and(|w| !w.contains(&gfn));
+            let mut written = facts.code.dropped_since(self.exec_seen);
+            if let Some(written) = &mut written {
+                written.sort_unstable_by_key(|gfn| gfn.0);
+            }
+            let kept = |gfn: Gfn| {
+                let found = |w: &Vec<Gfn>| w.binary_search_by_key(&gfn.0, |g| g.0).is_ok();
+                written.as_ref().is_some_and(|w| !found(w))
+            };
             for &at in &self.executable {
                 if let Some(old) = self.get(at).filter(|p| !kept(p.gfn)) {
                     changed.push((at, old, None));
