@@ -44,11 +44,16 @@ lints() {
         die "cargo clippy is missing: rustup component add clippy."
 }
 
+# What NAT networks need, which only root can make.
+nat_tools() {
+    install_packages iproute2 nftables dnsmasq-base
+}
+
 # What makes disk images, and what their networks need: a NAT network as root, a user-mode network otherwise.
 image_tools() {
     install_packages mmdebstrap e2fsprogs
     if [ "$(id -u)" = 0 ]; then
-        install_packages iproute2 nftables dnsmasq-base
+        nat_tools
     else
         install_packages uidmap passt
     fi
@@ -66,7 +71,7 @@ for purpose; do
         # The clients of the tests of the store.
         have xenstore-ls || install_packages xenstore-utils
         # The tests that make networks in namespaces of their own, which needs root.
-        [ "$(id -u)" != 0 ] || install_packages iproute2 nftables dnsmasq-base
+        [ "$(id -u)" != 0 ] || nat_tools
         ;;
     run) image_tools ;;
     debian)
@@ -80,10 +85,12 @@ for purpose; do
         install_packages qemu-utils iperf3 apache2-utils iputils-ping
         ;;
     commands)
-        install_packages nftables dnsmasq-base iproute2 util-linux xenstore-utils
+        nat_tools
+        install_packages util-linux xenstore-utils
         ;;
     net)
-        install_packages nftables dnsmasq-base iproute2 passt util-linux busybox iputils-ping
+        nat_tools
+        install_packages passt util-linux busybox iputils-ping
         ;;
     soak)
         have go || install_packages golang-go

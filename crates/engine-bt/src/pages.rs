@@ -141,14 +141,15 @@ impl CodePages {
         self.changes.store(n + 1, Ordering::SeqCst);
     }
 
-    /// Frames dropped since there were `seen` changes, whatever has become of them; `None` where it may be any.
+    /// Frames dropped since there were `seen` changes, whatever has become of them, in ascending order; `None` where it may be any.
     pub fn dropped_since(&self, seen: u64) -> Option<Vec<Gfn>> {
         let now = self.direct_changes();
         if now - seen >= RECENT / 2 {
             return None;
         }
         let frame = |n: u64| self.dropped[(n % RECENT) as usize].load(Ordering::Relaxed);
-        let found: Vec<Gfn> = (seen..now).map(|n| Gfn(frame(n))).collect();
+        let mut found: Vec<Gfn> = (seen..now).map(|n| Gfn(frame(n))).collect();
+        found.sort_unstable();
         // What was read may have been overwritten meanwhile.
         (self.direct_changes() - seen < RECENT / 2 && !found.contains(&Gfn(EVERY))).then_some(found)
     }

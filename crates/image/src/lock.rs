@@ -48,7 +48,7 @@ pub(crate) struct Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // Closing is not enough: a child that has not yet become its program, or a ring that ends in the background, may still hold the file open.
+        // Closing is not enough: a child that has not yet become its program, or a request that ends in the background, may still hold the file open.
         for file in &self.files {
             let _ = call(file.as_fd(), libc::F_OFD_SETLK, libc::F_UNLCK, 0, 0);
         }

@@ -49,7 +49,7 @@ impl EventQueue {
     /// said so it counts as sent, and no new event is merged with it.
     pub fn restore(&mut self, number: u32, payload: &[u8]) {
         self.next = number.wrapping_add(1);
-        // Once they were written down; nobody can take one.
+        // An old journal may have one that is longer than a message: nobody can take it.
         if payload.len() > PAYLOAD_MAX {
             return;
         }

@@ -9,7 +9,7 @@
 //! * What a translation was made of besides its address (bytes, mode, place of other code in the page) is the same for both.
 
 use crate::block::Request;
-use crate::layout::{FrameLayout, Mode, TLB_ENTRIES, TLB_ENTRY_BYTES, USER_JUMPS};
+use crate::layout::{FrameLayout, Mode, TLB_ENTRIES, TLB_ENTRY_BYTES, jump_entries};
 
 /// What stands at a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,7 +115,7 @@ impl Move {
                 }
                 PlaceKind::JumpEntry => {
                     let by = pages.wrapping_mul(jump_bytes_of_page());
-                    change_offset(code, at, layout.jumps[table], by, 8 * USER_JUMPS);
+                    change_offset(code, at, layout.jumps[table], by, 8 * jump_entries(table));
                 }
                 PlaceKind::Position => {
                     let v = get32(code, at).wrapping_add_signed(self.position);

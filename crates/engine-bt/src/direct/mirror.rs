@@ -252,13 +252,10 @@ impl Mirror {
         }
         if exec {
             // One that was written and looked at again since may need other breakpoints.
-            let mut written = facts.code.dropped_since(self.exec_seen);
-            if let Some(written) = &mut written {
-                written.sort_unstable_by_key(|gfn| gfn.0);
-            }
-            let kept = |gfn: Gfn| {
-                let found = |w: &Vec<Gfn>| w.binary_search_by_key(&gfn.0, |g| g.0).is_ok();
-                written.as_ref().is_some_and(|w| !found(w))
+            let written = facts.code.dropped_since(self.exec_seen);
+            let kept = |gfn| {
+                let written = written.as_ref();
+                written.is_some_and(|w| w.binary_search(&gfn).is_err())
             };
             for &at in &self.executable {
                 if let Some(old) = self.get(at).filter(|p| !kept(p.gfn)) {
