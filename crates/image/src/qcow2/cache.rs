@@ -34,6 +34,16 @@ impl Dirty {
         }
     }
 
+    /// Forgets the sectors from a byte on that begins one.
+    pub(crate) fn truncate(&mut self, bytes: usize) {
+        for (number, word) in self.0.iter_mut().enumerate() {
+            let kept = (bytes / SECTOR).saturating_sub(number * 64);
+            *word &= 1u64
+                .checked_shl(kept as u32)
+                .map_or(u64::MAX, |bit| bit - 1);
+        }
+    }
+
     pub(crate) fn is_clean(&self) -> bool {
         self.0.iter().all(|word| *word == 0)
     }

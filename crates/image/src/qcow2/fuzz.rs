@@ -18,7 +18,8 @@ const ROOM: usize = 4 << 20;
 const MARK: u8 = 0xa5;
 const CLUSTER: usize = 512;
 
-struct Memory(Mutex<Vec<u8>>);
+#[derive(Default)]
+pub(super) struct Memory(Mutex<Vec<u8>>);
 
 impl Storage for Memory {
     fn read(&self, buffers: &[Buffer], offset: u64) -> io::Result<()> {

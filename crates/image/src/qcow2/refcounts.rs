@@ -251,13 +251,32 @@ impl Refcounts {
                 "its refcount table cannot become larger: use larger clusters",
             ));
         }
+        let before = self.table.len();
         self.table.resize(entries, 0);
-        let place = self.alloc_exact(self.table_clusters())?;
+        let place = match self.alloc_exact(self.table_clusters()) {
+            Ok(place) => place,
+            Err(fault) => {
+                self.cut_table(before);
+                return Err(fault);
+            }
+        };
         self.protected.extend(place..place + self.table_clusters());
         self.table_offset = place << self.cluster_bits;
         self.table_moved = true;
         self.retire(old..old + old_clusters);
         Ok(())
+    }
+
+    /// Takes back what [`Refcounts::grow_table`] added: behind its present place the table would overwrite what is there.
+    fn cut_table(&mut self, entries: usize) {
+        for index in entries..self.table.len() {
+            if self.blocks.remove(index).is_some() {
+                let place = self.table[index] >> self.cluster_bits;
+                self.retire(place..place + 1);
+            }
+        }
+        self.table.truncate(entries);
+        self.table_dirty.truncate(entries * 8);
     }
 
     /// Gives up the place of a table, which nothing will refer to after the next flush.
@@ -386,4 +405,60 @@ fn write_count(bytes: &mut [u8], entry: usize, order: u32, count: u64) -> usize 
     let at = entry * width;
     bytes[at..at + width].copy_from_slice(&count.to_be_bytes()[8 - width..]);
     at
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::fuzz::Memory;
+
+    const CLUSTER_BITS: u32 = 9;
+    /// What a table of one cluster counts with blocks of one cluster: 64 blocks of 256 counts.
+    const COUNTED: u64 = 64 * 256;
+
+    /// The counts of a device of so many clusters, all that the table can count in use: the table is cluster 1, its blocks are those behind.
+    fn full(clusters: u64) -> Refcounts {
+        let storage = Arc::new(Memory::default());
+        let cluster_bytes = 1u64 << CLUSTER_BITS;
+        let table: Vec<u8> = (2..66u64)
+            .flat_map(|cluster| (cluster << CLUSTER_BITS).to_be_bytes())
+            .collect();
+        storage.write_bytes(&table, cluster_bytes).unwrap();
+        let ones = [0, 1].repeat(64 * cluster_bytes as usize / 2);
+        storage.write_bytes(&ones, 2 * cluster_bytes).unwrap();
+        let place = Place {
+            cluster_bits: CLUSTER_BITS,
+            order: 4,
+            table_offset: cluster_bytes,
+            table_clusters: 1,
+            file_bytes: clusters << CLUSTER_BITS,
+            fixed: true,
+        };
+        Refcounts::new(storage, &place).unwrap()
+    }
+
+    #[test]
+    fn table_without_room_to_grow_stays_as_it_is() {
+        // The larger table takes three clusters, and the block that counts them one.
+        let mut counts = full(COUNTED + 3);
+        for _ in 0..2 {
+            let fault = counts.alloc(1).unwrap_err();
+            assert!(
+                matches!(fault, IoError::Host(ref e) if e.raw_os_error() == Some(libc::ENOSPC)),
+                "{fault}"
+            );
+            assert_eq!((counts.table.len(), counts.table_moved), (64, false));
+            assert!(counts.table_dirty.is_clean());
+            assert!(counts.blocks.iter_mut().all(|(index, _)| index < 64));
+        }
+    }
+
+    #[test]
+    fn table_with_room_grows() {
+        let mut counts = full(COUNTED + 5);
+        let extent = counts.alloc(1).unwrap();
+        assert_eq!((extent.cluster, extent.count), (COUNTED + 4, 1));
+        assert_eq!((counts.table.len(), counts.table_moved), (192, true));
+        assert_eq!(counts.table_offset >> CLUSTER_BITS, COUNTED + 1);
+    }
 }
