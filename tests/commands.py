@@ -296,6 +296,21 @@ def keys_and_triggers_arrive(bench):
     shell.wait(ANSWER_S)
 
 
+def crashed_domains_are_kept_beside_their_successors(bench):
+    disk = blank(bench.path("disk.img"), 16)
+    settings = ('on_crash="rename-restart"', f'disk=["{disk},raw,xvda,w"]')
+    shell = bench.boot("twin", settings=settings)
+    shell.until("[ -b /dev/xvda ]")
+    shell.send("echo c >/proc/sysrq-trigger\n")
+    wait_until(lambda: (bench.row("twin") or "").split()[1:2] == ["2"], "no new domain has come behind the one that crashed")
+    kept = next(line.split() for line in bench.hospes("list").splitlines() if line.startswith("twin-2"))
+    expect((kept[1], kept[4]) == ("1", "---sc-"), f"the old domain is listed as {kept}")
+    wait_until(lambda: bench.states("block-list", "twin") == {"51712": "4"}, "the new domain does not get the disk")
+    for name in ("twin", kept[0]):
+        bench.hospes("destroy", name)
+    wait_until(lambda: bench.hospes("list").count("twin") == 0, "a domain outlives its end")
+
+
 def domains_are_seen_from_outside(bench):
     shell = bench.boot("seen", vcpus=2)
     shell.run("(i=0; while [ $i -lt 300000 ]; do i=$((i + 1)); done)")
@@ -349,7 +364,8 @@ def tools_find_the_store(bench):
 TESTS = (
     disks_come_and_go, disks_change_their_size, disks_in_use_are_taken_by_force, media_are_changed, interfaces_come_and_go,
     writes_wait_for_a_full_host, names_and_shares_change, configuration_is_that_of_the_next_start, processors_are_taken_and_given,
-    keys_and_triggers_arrive, domains_are_seen_from_outside, tools_find_the_store,
+    keys_and_triggers_arrive, crashed_domains_are_kept_beside_their_successors,
+    domains_are_seen_from_outside, tools_find_the_store,
 )
 
 

@@ -266,8 +266,13 @@ impl Domain {
 
     fn let_go(&self) {
         // What serves the domain's devices ends first.
-        self.devices.close();
+        self.give_up_devices();
         drop(lock(&self.membership).take());
+    }
+
+    /// Gives up the devices of a domain that has ended and is kept to be looked at.
+    pub fn give_up_devices(&self) {
+        self.devices.close();
     }
 
     /// Blocks until the domain has ended and its last output is in the console; from then on returns the same reason at once.

@@ -136,6 +136,10 @@ impl Machine for Running {
         self.0.leave();
     }
 
+    fn give_up_devices(&self) {
+        self.0.give_up_devices();
+    }
+
     fn wait(&self) -> toolstack::EndReason {
         let reason = self.0.wait();
         // One that is preserved, or started again under another id, must not hold its address on the network.

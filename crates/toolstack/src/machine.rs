@@ -59,6 +59,9 @@ pub trait Machine: Send + Sync {
         self.destroy();
     }
 
+    /// Gives up the devices of a machine that has ended and is kept to be looked at: another may use what they stood for when this returns.
+    fn give_up_devices(&self) {}
+
     /// Blocks until the machine has ended; from then on returns the same reason at once.
     fn wait(&self) -> EndReason;
 

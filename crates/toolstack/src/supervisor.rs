@@ -313,6 +313,8 @@ impl<'a> Supervisor<'a> {
                 domid: current.domid(),
             });
         }
+        // The new domain has the same disks, and no two may write one.
+        current.instance.machine().give_up_devices();
         let launch = Launch {
             config: DomainConfig {
                 uuid: Some(self.uuid),
