@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
-use hospes_config::{CpuLevel, DiskConfig, DomainConfig, FeatureWish, Pinning, VifConfig};
+use hospes_config::{CpuLevel, DiskConfig, DomainConfig, FeatureWish, Pinning, Uuid, VifConfig};
 use hospes_domain::frame::Kind;
 use hospes_domain::{Domain, DomainSpec, EndReason, Level, Share, ShutdownKind, Wish};
 use hospes_toolstack::{
@@ -211,6 +211,11 @@ impl Machine for Running {
             store.write(&format!("{vm}/name"), name.as_bytes())?;
         }
         Ok(())
+    }
+
+    fn become_another(&self, name: &str, uuid: Uuid) -> Result<(), MachineError> {
+        let nodes = hospes_store::identity_nodes(self.0.info().domid, &uuid.to_string(), name);
+        Ok(self.0.store().write_all(&nodes)?)
     }
 
     fn vcpus(&self) -> Vec<VcpuInfo> {

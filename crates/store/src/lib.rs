@@ -43,7 +43,7 @@ pub use access::{DomainStore, GuestLink, Membership, NewNode, StoreAccess, Watch
 pub use local::LocalStore;
 pub use node::{Access, Perm, Perms};
 pub use outbox::{Message, Outbox};
-pub use populate::{DomainEntry, domain_path, host_nodes};
+pub use populate::{DomainEntry, domain_path, host_nodes, identity_nodes};
 pub use quota::Quota;
 pub use record::Record;
 pub use request::fuzz_requests;

@@ -29,22 +29,32 @@ pub fn domain_path(domid: DomId) -> String {
     path::home(domid).trim_end_matches('/').to_owned()
 }
 
+/// What says who a domain is.
+pub fn identity_nodes(domid: DomId, uuid: &str, name: &str) -> Vec<NewNode> {
+    let home = domain_path(domid);
+    let vm = format!("/vm/{uuid}");
+    let read_only = Perms::read_only(domid);
+    [
+        (vm.clone(), ""),
+        (format!("{vm}/name"), name),
+        (format!("{vm}/uuid"), uuid),
+        (home.clone(), ""),
+        (format!("{home}/vm"), vm.as_str()),
+        (format!("{home}/name"), name),
+    ]
+    .map(|(path, value)| NewNode::new(path, value, &read_only))
+    .into()
+}
+
 impl DomainEntry {
     /// The nodes of a new domain.
     pub fn nodes(&self) -> Vec<NewNode> {
         let home = domain_path(self.domid);
-        let vm = format!("/vm/{}", self.uuid);
         let tools = format!("/libxl/{}", self.domid);
         let read_only = Perms::read_only(self.domid);
         let memory = self.memory_kib.to_string();
-        let mut nodes = Vec::new();
+        let mut nodes = identity_nodes(self.domid, &self.uuid, &self.name);
         for (path, value) in [
-            (vm.clone(), String::new()),
-            (format!("{vm}/name"), self.name.clone()),
-            (format!("{vm}/uuid"), self.uuid.clone()),
-            (home.clone(), String::new()),
-            (format!("{home}/vm"), vm),
-            (format!("{home}/name"), self.name.clone()),
             (format!("{home}/domid"), self.domid.to_string()),
             (format!("{home}/cpu"), String::new()),
             (format!("{home}/memory"), String::new()),
@@ -143,18 +153,11 @@ impl Store {
     /// Removes a domain: its home, its devices in the domains that serve them, and what the tools keep about it.
     pub fn remove_domain(&mut self, domid: DomId) {
         let mut gone = vec![domain_path(domid), format!("/libxl/{domid}")];
+        gone.extend(self.own_vms(domid));
         for server in self.list("/local/domain").unwrap_or_default() {
             let backends = format!("/local/domain/{server}/backend");
             for kind in self.list(&backends).unwrap_or_default() {
                 gone.push(format!("{backends}/{kind}/{domid}"));
-            }
-        }
-        if let Some(Some(uuid)) = self.introduced.get(&domid).cloned() {
-            let shared = |(id, other): (&DomId, &Option<String>)| {
-                *id != domid && other.as_ref() == Some(&uuid)
-            };
-            if !self.introduced.iter().any(shared) {
-                gone.push(format!("/vm/{uuid}"));
             }
         }
         for path in gone {
@@ -165,6 +168,21 @@ impl Store {
         }
         self.forget_grants(domid);
         self.release(domid);
+    }
+
+    /// The paths by UUID that are a domain's alone: the one it was made known with, and the one it names now.
+    fn own_vms(&self, domid: DomId) -> Vec<String> {
+        let of = |id: DomId| {
+            let known = self.introduced.get(&id).into_iter().flatten();
+            let named = self.read(&format!("{}/vm", domain_path(id)));
+            let named = named.ok().and_then(|vm| String::from_utf8(vm).ok());
+            known.map(|uuid| format!("/vm/{uuid}")).chain(named)
+        };
+        let others = self.introduced.keys().filter(|id| **id != domid);
+        let shared: Vec<String> = others.flat_map(|id| of(*id)).collect();
+        of(domid)
+            .filter(|vm| vm.starts_with("/vm/") && !shared.contains(vm))
+            .collect()
     }
 
     /// Takes a removed domain off the permissions of the nodes that stay: its id may be another's later.

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use hospes_config::{DiskConfig, DomainConfig, VifConfig};
+use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
 use hospes_units::DomId;
 
 use crate::error::{Error, Result};
@@ -122,6 +122,17 @@ impl Instance {
         }
     }
 
+    /// The configuration of the next start.
+    pub(crate) fn next_config(&self) -> DomainConfig {
+        let record = lock(&self.record);
+        let config = record.next.as_ref().unwrap_or(&record.config);
+        DomainConfig {
+            name: record.name.clone(),
+            uuid: record.config.uuid,
+            ..config.clone()
+        }
+    }
+
     /// Changes the record, here and in the registry.
     pub(crate) fn set_record(&self, record: Record) -> Result<()> {
         self.registry.update(self.domid, &record)?;
@@ -129,9 +140,11 @@ impl Instance {
         Ok(())
     }
 
-    fn set_config(&self, config: DomainConfig) -> Result<()> {
+    /// Makes a change to what the domain has, and to what it will have after the next start.
+    fn change_config(&self, change: impl Fn(&mut DomainConfig)) -> Result<()> {
         let mut record = lock(&self.record).clone();
-        record.config = config;
+        change(&mut record.config);
+        record.next.as_mut().map(&change);
         self.set_record(record)
     }
 
@@ -145,18 +158,31 @@ impl Instance {
         self.machine.rename(name).map_err(ChangeError::Machine)
     }
 
+    /// Gives its name and UUID up to a domain that comes behind it.
+    pub(crate) fn become_another(
+        &self,
+        name: &str,
+        uuid: Uuid,
+    ) -> std::result::Result<(), ChangeError> {
+        let _changes = lock(&self.changes);
+        let mut record = lock(&self.record).clone();
+        record.name = name.to_string();
+        record.uuid = uuid;
+        self.set_record(record)?;
+        self.machine
+            .become_another(name, uuid)
+            .map_err(ChangeError::Machine)
+    }
+
     /// Takes another configuration for the next start.
     pub(crate) fn update_config(
         &self,
         config: DomainConfig,
     ) -> std::result::Result<(), ChangeError> {
         let _changes = lock(&self.changes);
-        let present = self.config();
-        Ok(self.set_config(DomainConfig {
-            name: present.name,
-            uuid: present.uuid,
-            ..config
-        })?)
+        let mut record = lock(&self.record).clone();
+        record.next = Some(config);
+        Ok(self.set_record(record)?)
     }
 
     /// Changes the share of the host's CPUs, for this domain and what it is restarted as.
@@ -174,57 +200,66 @@ impl Instance {
         self.machine
             .set_share(share)
             .map_err(ChangeError::Machine)?;
-        let mut config = self.config();
-        config.scheduling.weight = Some(share.weight);
-        config.scheduling.cap = Some(share.cap);
-        Ok(self.set_config(config)?)
+        Ok(self.change_config(|config| {
+            config.scheduling.weight = Some(share.weight);
+            config.scheduling.cap = Some(share.cap);
+        })?)
     }
 
     pub(crate) fn attach_disk(&self, disk: DiskConfig) -> std::result::Result<(), ChangeError> {
         let _changes = lock(&self.changes);
-        let mut config = self.config();
         let number = disk.vdev.number;
-        if config.disks.iter().any(|other| other.vdev.number == number) {
+        let has = |config: &DomainConfig| config.disks.iter().any(|d| d.vdev.number == number);
+        if has(&self.config()) {
             return Err(ChangeError::Used(disk.vdev.name));
         }
         self.machine
             .attach_disk(&disk)
             .map_err(ChangeError::Machine)?;
-        config.disks.push(disk);
-        self.keep_attached(config, DeviceKind::Disk, number)
+        let written = self.change_config(|config| {
+            if !has(config) {
+                config.disks.push(disk.clone());
+            }
+        });
+        self.keep_attached(written, DeviceKind::Disk, number)
     }
 
     pub(crate) fn attach_vif(&self, mut vif: VifConfig) -> std::result::Result<(), ChangeError> {
         let _changes = lock(&self.changes);
-        let mut config = self.config();
-        let used = |devid: u32| config.vifs.iter().any(|other| other.devid == Some(devid));
+        let config = self.config();
+        let has = |config: &DomainConfig, devid: u32| {
+            config.vifs.iter().any(|other| other.devid == Some(devid))
+        };
         let devid = match vif.devid {
-            Some(devid) if used(devid) => {
+            Some(devid) if has(&config, devid) => {
                 return Err(ChangeError::Used(format!("network interface {devid}")));
             }
             Some(devid) => devid,
             // One more than there are interfaces is enough numbers.
             None => (0..=config.vifs.len() as u32)
-                .find(|devid| !used(*devid))
+                .find(|devid| !has(&config, *devid))
                 .unwrap_or(0),
         };
         vif.devid = Some(devid);
         self.machine
             .attach_vif(&vif)
             .map_err(ChangeError::Machine)?;
-        config.vifs.push(vif);
-        self.keep_attached(config, DeviceKind::Vif, devid)
+        let written = self.change_config(|config| {
+            if !has(config, devid) {
+                config.vifs.push(vif.clone());
+            }
+        });
+        self.keep_attached(written, DeviceKind::Vif, devid)
     }
 
-    /// Writes down a device that was just attached. One that cannot be written down is taken away again: no command would
-    /// find it.
+    /// Takes a device that was just attached away again where it could not be written down: no command would find it.
     fn keep_attached(
         &self,
-        config: DomainConfig,
+        written: Result<()>,
         kind: DeviceKind,
         devid: u32,
     ) -> std::result::Result<(), ChangeError> {
-        let Err(fault) = self.set_config(config) else {
+        let Err(fault) = written else {
             return Ok(());
         };
         match self.machine.detach_device(kind, devid, true) {
@@ -240,13 +275,12 @@ impl Instance {
         force: bool,
     ) -> std::result::Result<(), ChangeError> {
         let _changes = lock(&self.changes);
-        let mut config = self.config();
-        let before = config.disks.len() + config.vifs.len();
-        match kind {
-            DeviceKind::Disk => config.disks.retain(|disk| disk.vdev.number != devid),
-            DeviceKind::Vif => config.vifs.retain(|vif| vif.devid != Some(devid)),
-        }
-        if config.disks.len() + config.vifs.len() == before {
+        let config = self.config();
+        let there = match kind {
+            DeviceKind::Disk => config.disks.iter().any(|disk| disk.vdev.number == devid),
+            DeviceKind::Vif => config.vifs.iter().any(|vif| vif.devid == Some(devid)),
+        };
+        if !there {
             return Err(ChangeError::Missing(match kind {
                 DeviceKind::Disk => format!("disk {devid}"),
                 DeviceKind::Vif => format!("network interface {devid}"),
@@ -255,15 +289,18 @@ impl Instance {
         self.machine
             .detach_device(kind, devid, force)
             .map_err(ChangeError::Machine)?;
-        Ok(self.set_config(config)?)
+        Ok(self.change_config(|config| match kind {
+            DeviceKind::Disk => config.disks.retain(|disk| disk.vdev.number != devid),
+            DeviceKind::Vif => config.vifs.retain(|vif| vif.devid != Some(devid)),
+        })?)
     }
 
     /// Puts another medium into a CD-ROM drive, or none.
     pub(crate) fn change_medium(&self, medium: DiskConfig) -> std::result::Result<(), ChangeError> {
         let _changes = lock(&self.changes);
-        let mut config = self.config();
+        let config = self.config();
         let number = medium.vdev.number;
-        let drive = config.disks.iter_mut().find(|d| d.vdev.number == number);
+        let drive = config.disks.iter().find(|d| d.vdev.number == number);
         let Some(drive) = drive else {
             return Err(ChangeError::Missing(format!("drive {}", medium.vdev)));
         };
@@ -280,8 +317,12 @@ impl Instance {
         self.machine
             .change_medium(&medium)
             .map_err(ChangeError::Machine)?;
-        *drive = medium;
-        Ok(self.set_config(config)?)
+        Ok(self.change_config(|config| {
+            let disks = config.disks.iter_mut();
+            for drive in disks.filter(|d| d.vdev.number == number && d.cdrom) {
+                *drive = medium.clone();
+            }
+        })?)
     }
 
     /// Ends the domain for good, whatever its configuration says.

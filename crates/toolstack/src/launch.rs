@@ -49,7 +49,7 @@ impl Created {
 }
 
 /// A fresh version 4 UUID.
-pub(crate) fn random_uuid() -> Result<Uuid> {
+pub fn random_uuid() -> Result<Uuid> {
     let mut bytes = [0; 16];
     let length = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
         .map_err(|fault| {

@@ -35,7 +35,7 @@ mod supervisor;
 
 pub use client::{Host, Watch};
 pub use error::{Error, Result};
-pub use launch::{CreateRequest, Created};
+pub use launch::{CreateRequest, Created, random_uuid};
 pub use machine::{Machine, MachineError, MachineFactory, MachineInfo, MachineSpec};
 pub use paths::Paths;
 pub use process::domain_process;

@@ -120,6 +120,12 @@ pub trait Machine: Send + Sync {
         Ok(())
     }
 
+    /// As [`Machine::rename`], of a machine whose UUID goes to another as well.
+    fn become_another(&self, name: &str, uuid: Uuid) -> Result<(), MachineError> {
+        let _ = (name, uuid);
+        Ok(())
+    }
+
     /// What is known of the inside, for somebody who looks for a fault; lines of text.
     fn describe(&self) -> String {
         format!("{:?}", self.info())

@@ -40,7 +40,11 @@ pub struct Record {
     pub pid: u32,
     /// When the domain was created, in seconds since 1970.
     pub created_unix_s: u64,
+    /// What it has now, with all that was attached and taken away.
     pub config: DomainConfig,
+    /// What it is started with the next time, where that was set apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<DomainConfig>,
 }
 
 impl Record {
@@ -52,6 +56,7 @@ impl Record {
             pid: std::process::id(),
             created_unix_s: Utc::now().unix_s(),
             config: config.clone(),
+            next: None,
         }
     }
 }

@@ -9,9 +9,9 @@ use hospes_store_server::StoreClient;
 use hospes_units::DomId;
 
 use crate::clock::Utc;
-use crate::error::{Error, Result};
+use crate::error::Error;
 use crate::hub::ConsoleHub;
-use crate::instance::{FAREWELL, Instance};
+use crate::instance::{ChangeError, FAREWELL, Instance};
 use crate::launch;
 use crate::machine::{MachineError, MachineFactory, MachineSpec};
 use crate::paths::Paths;
@@ -273,7 +273,7 @@ impl<'a> Supervisor<'a> {
         server.stop();
         self.hub.connect(None);
         instance.machine().leave();
-        let config = instance.config();
+        let config = instance.next_config();
         let slot = self
             .registry
             .replace(slot, &Record::new(&config, self.uuid))?;
@@ -297,21 +297,22 @@ impl<'a> Supervisor<'a> {
         Next::Preserve
     }
 
-    fn try_rename_and_restart(&self, current: &Current) -> Result<DomId> {
-        let config = current.instance.config();
+    fn try_rename_and_restart(&self, current: &Current) -> std::result::Result<DomId, ChangeError> {
+        let config = current.instance.next_config();
         let name = format!("{}{}", config.name, Utc::now().name_suffix());
         log!(
             "Preserving domain {} {} as {name}",
             current.domid(),
             config.name
         );
-        let mut record = Record::new(&config, launch::random_uuid()?);
-        record.name = name;
-        current.instance.set_record(record)?;
+        current
+            .instance
+            .become_another(&name, launch::random_uuid()?)?;
         if current.instance.wait_destroy(Some(Duration::ZERO)) {
             return Err(Error::Gone {
                 domid: current.domid(),
-            });
+            }
+            .into());
         }
         // The new domain has the same disks, and no two may write one.
         current.instance.machine().give_up_devices();

@@ -309,3 +309,34 @@ fn config_update_counts_from_the_next_start() {
     let row = bench.row("one").expect("it runs");
     assert_eq!((row[2].as_str(), row[3].as_str()), ("128", "3"));
 }
+
+#[test]
+fn config_update_leaves_what_is_attached_to_the_running_domain() {
+    let bench = Bench::new();
+    bench.create("one", &["disk=['/img/a,,xvda']", "memory=64"]);
+    let file = bench.path("new.cfg");
+    let kernel = bench.path("kernel").display().to_string();
+    let text = format!("name='one'\nkernel='{kernel}'\nmemory=4096\ndisk=['/img/b,,xvdb']\n");
+    std::fs::write(&file, text).expect("writable");
+    let claims = bench.ok(&["info", "outstanding_claims"]);
+    bench.ok(&["config-update", "one", &file.display().to_string()]);
+    assert_eq!(bench.ok(&["info", "outstanding_claims"]), claims);
+    let disks = |bench: &Bench| -> Vec<String> {
+        let disks = config(bench, "one")["disks"].clone();
+        let names = disks.as_array().into_iter().flatten();
+        names
+            .map(|disk| disk["vdev"].as_str().unwrap_or_default().to_owned())
+            .collect()
+    };
+    assert_eq!(disks(&bench), ["xvda"]);
+    // What is changed from now on is changed for the next start too.
+    bench.ok(&["block-attach", "one", "/img/c,,xvdc"]);
+    bench.ok(&["block-detach", "one", "xvda"]);
+    assert_eq!(disks(&bench), ["xvdc"]);
+    bench.ok(&["reboot", "one"]);
+    crate::common::until("it runs again", || {
+        bench.row("one").is_some_and(|row| row[1] == "2")
+    });
+    assert_eq!(disks(&bench), ["xvdb", "xvdc"]);
+    assert_eq!(bench.row("one").expect("it runs")[2], "4096");
+}

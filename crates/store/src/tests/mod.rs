@@ -291,6 +291,22 @@ fn special_watches_are_for_domain_0() {
 }
 
 #[test]
+fn remove_domain_takes_the_path_it_names_too() {
+    let mut s = populated();
+    // Another has its UUID now, and it has a new one.
+    s.add_domain(DomId(7), "u-5");
+    s.write_all(&identity_nodes(DomId(7), "u-5", "guest"))
+        .unwrap();
+    s.write_all(&identity_nodes(DomId(5), "u-9", "kept"))
+        .unwrap();
+    assert_eq!(s.read("/vm/u-5/name"), Ok(b"guest".to_vec()));
+    assert_eq!(s.read("/vm/u-9/name"), Ok(b"kept".to_vec()));
+    s.remove_domain(DomId(5));
+    assert_eq!(s.read("/vm/u-9"), Err(Error::NoEntry));
+    assert_eq!(s.read("/vm/u-5/name"), Ok(b"guest".to_vec()));
+}
+
+#[test]
 fn add_domain_again_starts_empty() {
     let mut s = populated();
     s.add_domain(DomId(7), "u-5");
