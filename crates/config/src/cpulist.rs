@@ -44,6 +44,11 @@ enum Term {
     },
 }
 
+/// What stands between commas; nothing may.
+fn parts(text: &str) -> impl Iterator<Item = &str> {
+    text.split(',').filter(|part| !part.is_empty())
+}
+
 fn term(text: &str) -> Option<Term> {
     let text = text.trim();
     if text == "all" {
@@ -57,6 +62,9 @@ fn term(text: &str) -> Option<Term> {
         Some(rest) => (true, rest),
         None => (false, text),
     };
+    if nodes && !remove && text == "all" {
+        return Some(Term::All);
+    }
     let (first, last) = text.split_once('-').unwrap_or((text, text));
     let number = |text: &str| {
         let digits = text.trim();
@@ -82,7 +90,7 @@ impl CpuList {
     pub fn resolve(&self, host: &HostCpus) -> Result<CpuSet, CpuListError> {
         let mut set = CpuSet::default();
         // The syntax was checked when the list was made.
-        for term in self.text.split(',').filter_map(term) {
+        for term in parts(&self.text).filter_map(term) {
             match term {
                 Term::All => set = host.cpus.clone(),
                 Term::Range {
@@ -123,7 +131,7 @@ impl FromStr for CpuList {
     type Err = CpuListError;
 
     fn from_str(text: &str) -> Result<CpuList, CpuListError> {
-        if text.split(',').all(|part| term(part).is_some()) {
+        if parts(text).next().is_some() && parts(text).all(|part| term(part).is_some()) {
             Ok(CpuList {
                 text: text.to_owned(),
             })
@@ -202,6 +210,9 @@ mod tests {
             ("all,^node:1", "0-3,8-15"),
             ("3-8,^5", "3-4,6-8"),
             ("0,100", "0"),
+            // Nothing in the manual says so, but xl takes these as well.
+            ("0,,2,", "0,2"),
+            ("1,nodes:all,^3", "0-2,4-15"),
         ] {
             let list: CpuList = list.parse().unwrap();
             assert_eq!(list.resolve(&host()).unwrap().to_string(), cpus, "{list}");
@@ -211,7 +222,18 @@ mod tests {
     #[test]
     fn wrong_lists_are_refused_with_the_form() {
         for text in [
-            "", "x", "^all", "1,", "3-1", "node:", "1-2-3", "-1", "+1", "0-1024",
+            "",
+            ",",
+            "x",
+            "^all",
+            "^node:all",
+            "1, ",
+            "3-1",
+            "node:",
+            "1-2-3",
+            "-1",
+            "+1",
+            "0-1024",
         ] {
             let error = text.parse::<CpuList>().unwrap_err();
             assert_eq!(error, CpuListError::Syntax(text.into()));

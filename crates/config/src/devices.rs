@@ -38,8 +38,12 @@ impl Reader<'_> {
     pub(crate) fn vifs(&mut self) -> Vec<VifConfig> {
         let mut vifs: Vec<VifConfig> = Vec::new();
         for (index, (text, location)) in self.items("vif").into_iter().enumerate() {
-            match VifConfig::parse(&text) {
-                Ok(mut vif) => {
+            match VifConfig::parse_known(&text) {
+                Ok((mut vif, unknown)) => {
+                    for fault in unknown {
+                        let message = format!("vif \"{}\": {fault}; ignored", text.escape_debug());
+                        self.report(Severity::Warning, &location, message);
+                    }
                     // `items` hands out at most DEVICES_MAX.
                     let devid = vif.devid.unwrap_or(index as u32);
                     vif.devid = Some(devid);

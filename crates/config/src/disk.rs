@@ -76,7 +76,8 @@ struct Draft {
     format: Option<DiskFormat>,
     vdev: Option<String>,
     read_only: Option<bool>,
-    access_given: bool,
+    /// All positional values have been given.
+    complete: bool,
     cdrom: Option<bool>,
     discard: Option<bool>,
     direct_io_safe: bool,
@@ -147,23 +148,23 @@ impl Draft {
 
     fn item(&mut self, item: &str) -> Result<(), SpecError> {
         match item {
-            "cdrom" => return self.set_cdrom(true),
-            "direct-io-safe" => {
-                self.direct_io_safe = true;
-                return Ok(());
-            }
-            "discard" => return flag(&mut self.discard, "discard", true),
-            "no-discard" => return flag(&mut self.discard, "discard", false),
-            "trusted" => return flag(&mut self.trusted, "trusted", true),
-            "untrusted" => return flag(&mut self.trusted, "trusted", false),
-            "no-colo" => return Ok(()),
+            // Of these the last one counts, as in xl.
+            "cdrom" => self.cdrom = Some(true),
+            "direct-io-safe" => self.direct_io_safe = true,
+            "discard" => self.discard = Some(true),
+            "no-discard" => self.discard = Some(false),
+            "trusted" => self.trusted = Some(true),
+            "untrusted" => self.trusted = Some(false),
+            "no-colo" => {}
             "colo" => return Err(colo(item)),
-            _ => {}
+            _ => {
+                return match item.split_once('=') {
+                    Some((key, value)) => self.keyed(key, value),
+                    None => self.positional(item),
+                };
+            }
         }
-        match item.split_once('=') {
-            Some((key, value)) => self.keyed(key, value),
-            None => self.positional(item),
-        }
+        Ok(())
     }
 
     fn keyed(&mut self, key: &str, value: &str) -> Result<(), SpecError> {
@@ -172,8 +173,14 @@ impl Draft {
             "vdev" => once(&mut self.vdev, "vdev", value),
             "access" => self.set_access(value),
             "devtype" => match value {
-                "cdrom" => self.set_cdrom(true),
-                "disk" | "" => self.set_cdrom(false),
+                "cdrom" => {
+                    self.cdrom = Some(true);
+                    Ok(())
+                }
+                "disk" | "" => {
+                    self.cdrom = Some(false);
+                    Ok(())
+                }
                 _ => Err(SpecError::value("devtype", value, "cdrom or disk")),
             },
             "backend" => once(&mut self.backend, "backend", value),
@@ -225,7 +232,8 @@ impl Draft {
                 self.vdev = Some(item.to_string());
             }
             Ok(())
-        } else if !self.access_given {
+        } else if !self.complete {
+            self.complete = true;
             self.set_access(item)
         } else {
             Err(SpecError::TooMany {
@@ -240,8 +248,8 @@ impl Draft {
             return Ok(false);
         };
         match kind {
-            "cdrom" => self.set_cdrom(true)?,
-            "disk" => self.set_cdrom(false)?,
+            "cdrom" => self.cdrom = Some(true),
+            "disk" => self.cdrom = Some(false),
             _ => return Err(SpecError::value("devtype", kind, "cdrom or disk")),
         }
         once(&mut self.vdev, "vdev", vdev)?;
@@ -262,10 +270,6 @@ impl Draft {
     }
 
     fn set_access(&mut self, text: &str) -> Result<(), SpecError> {
-        if self.access_given && self.read_only.is_some() {
-            return Err(SpecError::Repeated { key: "access" });
-        }
-        self.access_given = true;
         self.read_only = match text {
             "r" | "ro" => Some(true),
             "w" | "rw" => Some(false),
@@ -273,10 +277,6 @@ impl Draft {
             _ => return Err(SpecError::value("access", text, ACCESS)),
         };
         Ok(())
-    }
-
-    fn set_cdrom(&mut self, cdrom: bool) -> Result<(), SpecError> {
-        flag(&mut self.cdrom, "devtype", cdrom)
     }
 
     fn finish(self) -> Result<DiskConfig, SpecError> {
@@ -320,13 +320,6 @@ impl Draft {
             script: self.script.filter(|script| !script.is_empty()),
             trusted: self.trusted.unwrap_or(true),
         })
-    }
-}
-
-fn flag(slot: &mut Option<bool>, key: &'static str, value: bool) -> Result<(), SpecError> {
-    match slot.replace(value) {
-        Some(old) if old != value => Err(SpecError::Repeated { key }),
-        _ => Ok(()),
     }
 }
 

@@ -241,7 +241,14 @@ impl<'a> Reader<'a> {
             );
         };
         if let Err(fault) = key.shape.check(&setting.value) {
-            return self.error(location, format!("`{name}' {fault}"));
+            // What is without effect is no reason to be without the domain.
+            return match key.support {
+                Support::Full => self.error(location, format!("`{name}' {fault}")),
+                Support::Ignored | Support::Deprecated(_) => {
+                    let message = format!("`{name}' {fault}; it is ignored in any case");
+                    self.report(Severity::Warning, location, message);
+                }
+            };
         }
         if let Some(word) = key.shape.index(&setting.value) {
             self.report(
@@ -317,7 +324,9 @@ impl<'a> Reader<'a> {
         let guest_type = self.guest_type();
         let uuid = self.uuid();
         let kernel = self.kernel();
-        let ramdisk = self.path("ramdisk");
+        // An empty one counts as not given.
+        let ramdisk = self.text("ramdisk").filter(|(path, _)| !path.is_empty());
+        let ramdisk = ramdisk.map(|(path, _)| PathBuf::from(path));
         let cmdline = self.cmdline();
         let (memory_mib, maxmem_mib) = self.memory();
         let (vcpus, maxvcpus) = self.vcpus();
@@ -435,7 +444,12 @@ impl<'a> Reader<'a> {
 
     fn kernel(&mut self) -> Option<PathBuf> {
         if self.document.get("kernel").is_some() {
-            return self.path("kernel");
+            let (text, location) = self.text("kernel")?;
+            if text.is_empty() {
+                self.error(location, "`kernel' is empty: give the path of a file");
+                return None;
+            }
+            return Some(PathBuf::from(text));
         }
         let message = match self
             .document
@@ -450,18 +464,6 @@ impl<'a> Reader<'a> {
         };
         self.error(&self.document.whole(), message);
         None
-    }
-
-    fn path(&mut self, name: &str) -> Option<PathBuf> {
-        let (text, location) = self.text(name)?;
-        if text.is_empty() {
-            self.error(
-                location,
-                format!("`{name}' is empty: give the path of a file or remove it"),
-            );
-            return None;
-        }
-        Some(PathBuf::from(text))
     }
 
     /// `cmdline` alone, or `root=` and `extra` joined.

@@ -7,7 +7,7 @@ use crate::domain::{DomainConfig, EventAction, GuestType};
 use crate::vif::{VifConfig, VifKind};
 
 impl DomainConfig {
-    /// An object with `c_info`, `b_info` and the actions. Memory is in KiB, as in libxl.
+    /// An object with `c_info`, `b_info`, devices and the actions, in libxl's order. Memory is in KiB, as in libxl.
     pub fn to_json(&self) -> Value {
         let kind = match self.guest_type {
             GuestType::Pvh => "pvh",
@@ -23,13 +23,6 @@ impl DomainConfig {
         build.insert("avail_vcpus".into(), (0..self.vcpus).collect());
         build.insert("max_memkb".into(), json!(self.maxmem_mib * 1024));
         build.insert("target_memkb".into(), json!(self.memory_mib * 1024));
-        build.insert("kernel".into(), json!(self.kernel));
-        if let Some(ramdisk) = &self.ramdisk {
-            build.insert("ramdisk".into(), json!(ramdisk));
-        }
-        if !self.cmdline.is_empty() {
-            build.insert("cmdline".into(), json!(self.cmdline));
-        }
         let share = object(vec![
             ("weight", self.scheduling.weight.map(|weight| json!(weight))),
             ("cap", self.scheduling.cap.map(|cap| json!(cap))),
@@ -37,23 +30,33 @@ impl DomainConfig {
         if share != json!({}) {
             build.insert("sched_params".into(), share);
         }
+        build.insert("kernel".into(), json!(self.kernel));
+        if !self.cmdline.is_empty() {
+            build.insert("cmdline".into(), json!(self.cmdline));
+        }
+        if let Some(ramdisk) = &self.ramdisk {
+            build.insert("ramdisk".into(), json!(ramdisk));
+        }
         build.insert(format!("type.{kind}"), json!({}));
-        let mut config = json!({
-            "c_info": create,
-            "b_info": build,
-            "on_poweroff": action_name(self.on.poweroff),
-            "on_reboot": action_name(self.on.reboot),
-            "on_watchdog": action_name(self.on.watchdog),
-            "on_crash": action_name(self.on.crash),
-            "on_soft_reset": action_name(self.on.soft_reset),
-        });
-        if !self.disks.is_empty() {
-            config["disks"] = self.disks.iter().map(DiskConfig::to_json).collect();
-        }
-        if !self.vifs.is_empty() {
-            config["nics"] = self.vifs.iter().map(VifConfig::to_json).collect();
-        }
-        config
+        let devices = |list: Vec<Value>| (!list.is_empty()).then_some(Value::Array(list));
+        let action = |action| Some(json!(action_name(action)));
+        object(vec![
+            ("c_info", Some(create.into())),
+            ("b_info", Some(build.into())),
+            (
+                "disks",
+                devices(self.disks.iter().map(DiskConfig::to_json).collect()),
+            ),
+            (
+                "nics",
+                devices(self.vifs.iter().map(VifConfig::to_json).collect()),
+            ),
+            ("on_poweroff", action(self.on.poweroff)),
+            ("on_reboot", action(self.on.reboot)),
+            ("on_watchdog", action(self.on.watchdog)),
+            ("on_crash", action(self.on.crash)),
+            ("on_soft_reset", action(self.on.soft_reset)),
+        ])
     }
 }
 
@@ -93,8 +96,8 @@ impl DiskConfig {
                 "direct_io_safe",
                 self.direct_io_safe.then_some(Value::Bool(true)),
             ),
-            ("discard_enable", self.discard.map(|discard| json!(discard))),
-            ("trusted", Some(json!(self.trusted))),
+            ("discard_enable", self.discard.map(defbool)),
+            ("trusted", Some(defbool(self.trusted))),
         ]);
         object(pairs)
     }
@@ -132,10 +135,15 @@ impl VifConfig {
                 self.rate.map(|rate| json!(rate.interval_us)),
             ),
             ("gatewaydev", text(&self.netdev)),
-            ("trusted", Some(json!(self.trusted))),
+            ("trusted", Some(defbool(self.trusted))),
         ]);
         object(pairs)
     }
+}
+
+/// A truth value that may be left to libxl.
+fn defbool(value: bool) -> Value {
+    json!(if value { "True" } else { "False" })
 }
 
 /// As in the xenstore: 00:16:3e:74:3d:76.

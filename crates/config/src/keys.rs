@@ -415,7 +415,10 @@ impl Shape {
                 Ok(())
             }
             (Shape::WordOrIndex(words), ValueKind::Atom(atom))
-                if words.contains(&atom.text.as_str()) || self.index(value).is_some() =>
+                if words
+                    .iter()
+                    .any(|word| word.eq_ignore_ascii_case(&atom.text))
+                    || self.index(value).is_some() =>
             {
                 Ok(())
             }

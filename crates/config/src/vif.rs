@@ -89,13 +89,35 @@ const RATE: &str =
 const INTERVAL_DEFAULT_US: u32 = 50_000;
 
 impl VifConfig {
-    /// Reads one item of `vif=`, or the arguments of `network-attach` joined by commas.
+    /// Reads the arguments of `network-attach` joined by commas.
     pub fn parse(spec: &str) -> Result<VifConfig, SpecError> {
+        VifConfig::read(spec, Err)
+    }
+
+    /// Reads one item of `vif=`, in which xl goes on without keys that it does not know; they are given back as well.
+    pub fn parse_known(spec: &str) -> Result<(VifConfig, Vec<SpecError>), SpecError> {
+        let mut unknown = Vec::new();
+        let vif = VifConfig::read(spec, |fault| {
+            unknown.push(fault);
+            Ok(())
+        })?;
+        Ok((vif, unknown))
+    }
+
+    fn read(
+        spec: &str,
+        mut unknown: impl FnMut(SpecError) -> Result<(), SpecError>,
+    ) -> Result<VifConfig, SpecError> {
         let mut vif = VifConfig::default();
         for item in spec.split([',', '\n', '\r']) {
             let item = item.trim_start_matches([' ', '\t']);
             match item.split_once('=') {
-                Some((key, value)) => vif.keyed(key, value)?,
+                Some((key, value)) => match vif.keyed(key, value) {
+                    Err(fault @ (SpecError::UnknownKey { .. } | SpecError::Unsupported { .. })) => {
+                        unknown(fault)?
+                    }
+                    other => other?,
+                },
                 None => match item {
                     "" => {}
                     "trusted" => vif.trusted = true,
@@ -108,13 +130,17 @@ impl VifConfig {
                 },
             }
         }
+        // To a script it is what the script makes of it: a switch with the number of a VLAN, perhaps.
+        if let (Some(bridge), None) = (&vif.bridge, &vif.script) {
+            interface_name("bridge", bridge)?;
+        }
         Ok(vif)
     }
 
     fn keyed(&mut self, key: &str, value: &str) -> Result<(), SpecError> {
         match key {
             "mac" => self.mac = mac(value)?,
-            "bridge" => self.bridge = optional(value, |v| interface_name("bridge", v))?,
+            "bridge" => self.bridge = optional(value, |v| printable("bridge", v))?,
             "vifname" => self.vifname = optional(value, |v| interface_name("vifname", v))?,
             "gatewaydev" => self.netdev = optional(value, |v| interface_name("gatewaydev", v))?,
             "netdev" => self.netdev = optional(value, |v| interface_name("netdev", v))?,
@@ -168,6 +194,17 @@ fn optional(
     } else {
         check(value).map(Some)
     }
+}
+
+fn printable(key: &'static str, value: &str) -> Result<String, SpecError> {
+    if value.contains(char::is_control) {
+        return Err(SpecError::value(
+            key,
+            value,
+            "a text without control characters",
+        ));
+    }
+    Ok(value.to_string())
 }
 
 fn number(key: &'static str, value: &str, min: u32, max: u32) -> Result<u32, SpecError> {

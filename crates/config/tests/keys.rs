@@ -448,16 +448,33 @@ fn load_key_without_effect_is_noted() {
 }
 
 #[test]
-fn load_key_without_effect_with_a_wrong_value_is_refused() {
+fn load_key_without_effect_with_a_wrong_value_is_ignored_with_a_warning() {
     for (key, _, value, part) in WITHOUT_EFFECT {
         let (config, said) = read(&format!("{key}={value}"));
-        assert!(config.is_none(), "{key}={value} was accepted");
+        assert!(config.is_some(), "{key}={value}: {said:?}");
         assert_eq!(said.len(), 1, "{key}={value}: {said:?}");
         assert!(
-            said[0].starts_with(&format!("d.cfg:5: error: `{key}' ")) && said[0].contains(part),
+            said[0].starts_with(&format!("d.cfg:5: warning: `{key}' ")) && said[0].contains(part),
             "{key}={value}: {said:?}"
         );
     }
+}
+
+#[test]
+fn load_words_without_effect_in_any_case() {
+    let (config, said) = read("tsc_mode='Native'");
+    assert!(config.is_some());
+    assert_eq!(
+        said,
+        ["d.cfg:5: note: `tsc_mode' is not supported yet, ignored"]
+    );
+}
+
+#[test]
+fn load_empty_ramdisk_is_none() {
+    let (config, said) = read("ramdisk=''");
+    assert_eq!(config.expect("accepted").ramdisk, None);
+    assert!(said.is_empty(), "{said:?}");
 }
 
 /// Keys with an effect: a value of the page, what it means, a value that is refused, and what is said about that.

@@ -241,10 +241,7 @@ fn load_wrong_settings_names_line_and_reason() {
         ("on_reboot=1", "`on_reboot' cannot be \"1\""),
         ("disk='a'", "`disk' is a single value but should be a list"),
         ("disk=[['a']]", "has a list inside (at d.cfg:5)"),
-        ("vnuma=['a']", "has a single value inside"),
-        ("acpi='true'", "(true is 1, false is 0)"),
-        ("tsc_mode='fast'", "it is one of default, always_emulate"),
-        ("tsc_mode=9", "it is one of default, always_emulate"),
+        ("engine_direct='true'", "(true is 1, false is 0)"),
         (
             "memory",
             "`=' behind `memory' expected, found the end of the text",

@@ -177,8 +177,8 @@ fn load_device_lists_numbers_and_compares_their_items() {
             "d.cfg:5: error: vif \"\": number 1 belongs to another interface",
         ),
         (
-            "vif=['brigde=a']",
-            "d.cfg:5: error: vif \"brigde=a\": `brigde' is no parameter",
+            "vif=['rate=much']",
+            "d.cfg:5: error: vif \"rate=much\": `rate' cannot be",
         ),
     ];
     for (text, part) in refused {
@@ -188,6 +188,22 @@ fn load_device_lists_numbers_and_compares_their_items() {
             said.iter().any(|line| line.starts_with(part)),
             "{text:?}: {said:?}"
         );
+    }
+
+    // As in xl, the domain is made all the same.
+    for (text, part) in [
+        ("brigde=a", "`brigde' is no parameter"),
+        ("vlan=5", "`vlan' is no parameter"),
+        ("accel=1", "`accel' is not supported"),
+    ] {
+        let (config, said) = read(&format!("vif=['{text},mtu=1400']"));
+        assert_eq!(config.expect("accepted").vifs[0].mtu, Some(1400), "{text}");
+        let start = format!("d.cfg:5: warning: vif \"{text},mtu=1400\": {part}");
+        assert!(
+            said.len() == 1 && said[0].starts_with(&start) && said[0].ends_with("; ignored"),
+            "{said:?}"
+        );
+        assert!(VifConfig::parse(text).is_err(), "{text}");
     }
 
     let (config, said) = read("vif=['mac=00:16:3e:00:00:01', 'mac=00:16:3e:00:00:01']");
@@ -234,4 +250,13 @@ proptest! {
         let vif = VifConfig::parse(&format!("mac={}", mac_text(mac)));
         prop_assert_eq!(vif.ok().and_then(|vif| vif.mac), Some(mac));
     }
+}
+
+#[test]
+fn parse_bridge_is_the_scripts_business_where_there_is_one() {
+    let switch = "ovs-with-a-long-name.100:10:20";
+    let vif = VifConfig::parse(&format!("bridge={switch},script=vif-openvswitch"));
+    assert_eq!(vif.expect("accepted").bridge.as_deref(), Some(switch));
+    assert!(VifConfig::parse(&format!("bridge={switch}")).is_err());
+    assert!(VifConfig::parse("bridge=a\tb,script=s").is_err());
 }
