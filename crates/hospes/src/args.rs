@@ -99,7 +99,7 @@ impl Args {
                 args.values.push(text(value)?);
                 continue;
             }
-            let Some(option) = command.options.iter().find(|option| option.is(&argument)) else {
+            let Some(option) = find(command.options, &argument) else {
                 let name = match argument {
                     Arg::Long(word) => format!("--{word}"),
                     Arg::Short(letter) => letter.to_string(),
@@ -153,6 +153,22 @@ impl Args {
     /// A value that the table says is there.
     pub(crate) fn at(&self, index: usize) -> &str {
         self.values.get(index).map_or("", String::as_str)
+    }
+}
+
+/// The option that was meant. As with getopt, the beginning of a word will do where no other option begins so.
+fn find(options: &'static [Opt], argument: &Arg<'_>) -> Option<&'static Opt> {
+    if let Some(option) = options.iter().find(|option| option.is(argument)) {
+        return Some(option);
+    }
+    let Arg::Long(word) = argument else {
+        return None;
+    };
+    let begins = |option: &&Opt| option.long.is_some_and(|long| long.starts_with(word));
+    let mut candidates = options.iter().filter(begins);
+    match (candidates.next(), candidates.next()) {
+        (Some(option), None) => Some(option),
+        _ => None,
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Read;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use hospes_config::{
     Diagnostic, DomainConfig, EventAction, EventActions, MAX_SOURCE_BYTES, Severity, Source, load,
 };
@@ -12,7 +12,7 @@ use hospes_units::DomId;
 
 use crate::args::Args;
 use crate::commands::failed;
-use crate::output::print;
+use crate::output::{json, print};
 use crate::table::Call;
 use crate::{Failure, Global, Outcome, terminal};
 
@@ -75,7 +75,7 @@ pub(crate) fn config_update(call: &Call) -> Outcome {
     let entry = host.find(call.args.at(0))?;
     let config = configure(call.global, &options)?;
     if options.debug || call.global.dry_run {
-        print(format_args!("{:#}\n", config.to_json()))?;
+        print(format_args!("{}\n", json(&config.to_json())))?;
     }
     if call.global.dry_run {
         return Ok(());
@@ -117,10 +117,12 @@ pub(crate) fn create_from(file: &str) -> anyhow::Result<()> {
 fn create_with(global: Global, options: Options) -> anyhow::Result<()> {
     let mut config = configure(global, &options)?;
     if options.debug || global.verbose {
-        eprintln!("{:#}", config.to_json());
+        eprintln!("{}", json(&config.to_json()));
     }
     if options.dry_run || global.dry_run {
-        return Ok(print(format_args!("{:#}\n", config.to_json()))?);
+        // As in xl, which draws the UUID that the domain would have.
+        config.uuid = Some(config.uuid.map_or_else(hospes_toolstack::random_uuid, Ok)?);
+        return Ok(print(format_args!("{}\n", json(&config.to_json())))?);
     }
     if options.vnc {
         eprintln!("note: there is no VNC server yet, -V and -A are ignored");
@@ -209,6 +211,52 @@ fn read(name: &str) -> anyhow::Result<String> {
     if bytes.len() > MAX_SOURCE_BYTES {
         bail!("{name} has more than {MAX_SOURCE_BYTES} bytes: is it a configuration file?");
     }
-    String::from_utf8(bytes)
-        .with_context(|| format!("{name} is no text in UTF-8: is it a configuration file?"))
+    decode(&bytes).map_err(|line| {
+        anyhow!(
+            "{name}:{line}: this is no text in UTF-8: is it a configuration file? save it as UTF-8"
+        )
+    })
+}
+
+/// The text of a configuration file, whose comments may be in any encoding. The error is the number of a line with something else that is no UTF-8.
+fn decode(bytes: &[u8]) -> Result<String, u32> {
+    let mut text = String::with_capacity(bytes.len());
+    for (number, line) in (1u32..).zip(bytes.split_inclusive(|byte| *byte == b'\n')) {
+        let (setting, comment) = line.split_at(comment_start(line));
+        text.push_str(std::str::from_utf8(setting).map_err(|_| number)?);
+        text.push_str(&String::from_utf8_lossy(comment));
+    }
+    Ok(text)
+}
+
+/// Where the comment of a line begins. A text in quotes ends on its line.
+fn comment_start(line: &[u8]) -> usize {
+    let mut quote = None;
+    let mut bytes = line.iter().enumerate();
+    while let Some((at, byte)) = bytes.next() {
+        match (quote, byte) {
+            (None, b'#') => return at,
+            (None, b'"' | b'\'') => quote = Some(byte),
+            (Some(_), b'\\') => drop(bytes.next()),
+            (Some(open), byte) if open == byte => quote = None,
+            _ => {}
+        }
+    }
+    line.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn decode_takes_comments_in_any_encoding() {
+        let file = b"# caf\xe9\nname='#a' # \xff\nextra=\"it's \\\" # \xc3\xa9\"";
+        let text = decode(file).expect("only comments are no UTF-8");
+        assert_eq!(text.lines().count(), 3);
+        assert!(text.contains("name='#a' # "));
+        assert!(text.ends_with("extra=\"it's \\\" # \u{e9}\""));
+        assert_eq!(decode(b"a=1\nname='# \xe9'\n"), Err(2));
+        assert_eq!(decode(b"\xff=1"), Err(1));
+    }
 }

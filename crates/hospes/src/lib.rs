@@ -89,7 +89,7 @@ pub fn run(
             Ok(Some(argument)) => {
                 let fault = argument.unexpected();
                 eprintln!("{program}: {fault}; `{program} help' lists the options");
-                return ExitCode::from(2);
+                return ExitCode::FAILURE;
             }
             Ok(None) => {
                 eprint!("{}", help::overview(&program));
@@ -97,7 +97,7 @@ pub fn run(
             }
             Err(fault) => {
                 eprintln!("{program}: {fault}; `{program} help' lists the options");
-                return ExitCode::from(2);
+                return ExitCode::FAILURE;
             }
         }
     };

@@ -5,10 +5,10 @@ use std::fs;
 use anyhow::Context;
 use hospes_config::Uuid;
 use hospes_toolstack::{DeviceKind, DomainInfo, EndReason, Entry, Error, HOST_NAME, Host};
-use serde_json::{Value, json};
+use serde_json::{Value, json as object};
 
 use crate::Outcome;
-use crate::output::print;
+use crate::output::{json, print};
 use crate::table::Call;
 
 #[derive(Debug, Default)]
@@ -44,7 +44,7 @@ fn list_with(options: &Options) -> anyhow::Result<()> {
     let rows = wanted(all(&host)?, &options.domains)?;
     if options.long {
         let items: Vec<Value> = rows.iter().map(long).collect();
-        return Ok(print(format_args!("{:#}\n", Value::Array(items)))?);
+        return Ok(print(format_args!("{}\n", json(&Value::Array(items))))?);
     }
     let mut table = header(options);
     let mut notes = String::new();
@@ -83,8 +83,10 @@ fn all(host: &Host) -> anyhow::Result<Vec<Row>> {
             rows.push((info, Some(entry)));
         }
     }
-    let used_kib = rows.iter().map(|(info, _)| info.memory_kib).sum();
-    rows.insert(0, (host_info(used_kib)?, None));
+    rows.insert(
+        0,
+        (host_info(host, rows.iter().map(|(info, _)| info))?, None),
+    );
     Ok(rows)
 }
 
@@ -137,7 +139,7 @@ fn reason_letter(reason: Option<&EndReason>) -> char {
     }
 }
 
-/// A row; what waits stands behind the columns of xl, so that these stay where they are.
+/// A row. What waits stands behind xl's columns, and where details are asked for: programs count the others.
 fn row(info: &DomainInfo, waiting: &[(String, &str)], options: &Options) -> String {
     let flag = |set: bool, letter: char| if set { letter } else { '-' };
     let state = [
@@ -171,7 +173,7 @@ fn row(info: &DomainInfo, waiting: &[(String, &str)], options: &Options) -> Stri
     if options.numa {
         line.push_str(" all");
     }
-    if !waiting.is_empty() {
+    if options.verbose && !waiting.is_empty() {
         let names: Vec<&str> = waiting.iter().map(|(name, _)| name.as_str()).collect();
         line.push_str(&format!("  held: {}", names.join(",")));
     }
@@ -183,36 +185,40 @@ fn long((info, entry): &Row) -> Value {
     let config = match entry {
         Some(entry) => {
             let mut config = entry.record.config.to_json();
-            config["c_info"]["name"] = json!(info.name);
-            config["c_info"]["uuid"] = json!(info.uuid);
+            config["c_info"]["name"] = object!(info.name);
+            config["c_info"]["uuid"] = object!(info.uuid);
             config
         }
-        None => json!({
+        None => object!({
             "c_info": { "name": info.name, "uuid": info.uuid },
             "b_info": { "max_vcpus": info.vcpus_online, "target_memkb": info.memory_kib },
         }),
     };
-    let mut item = json!({ "domid": info.domid, "config": config });
+    let mut item = object!({ "domid": info.domid, "config": config });
     if !info.waiting.is_empty() {
         let held = waiting(info, entry.as_ref()).into_iter();
         item["held"] = held
-            .map(|(device, why)| json!({ "device": device, "why": why }))
+            .map(|(device, why)| object!({ "device": device, "why": why }))
             .collect();
     }
     item
 }
 
-/// The host as Domain-0: what the domains do not have, and the time of everything that runs on it.
-pub(crate) fn host_info(used_kib: u64) -> anyhow::Result<DomainInfo> {
+/// The host as Domain-0: the memory that is neither free nor the domains', and the time of everything that runs on it.
+pub(crate) fn host_info<'a>(
+    host: &Host,
+    domains: impl Iterator<Item = &'a DomainInfo>,
+) -> anyhow::Result<DomainInfo> {
     let read = |path: &str| fs::read_to_string(path).with_context(|| format!("cannot read {path}"));
-    let total_kib = memory_total()?;
+    let memory = HostMemory::read(host)?;
+    let others_kib = memory.free_kib + domains.map(|info| info.memory_kib).sum::<u64>();
     let ticks = busy_ticks(&read("/proc/stat")?, "cpu ").context("/proc/stat has no line cpu")?;
     let ticks_per_s = rustix::param::clock_ticks_per_second().max(1);
     Ok(DomainInfo {
         domid: 0,
         name: HOST_NAME.into(),
         uuid: Uuid::NIL,
-        memory_kib: total_kib.saturating_sub(used_kib),
+        memory_kib: memory.total_kib.saturating_sub(others_kib),
         vcpus_online: std::thread::available_parallelism().map_or(1, |count| count.get() as u32),
         cpu_time_ns: ticks.saturating_mul(1_000_000_000 / ticks_per_s),
         running: true,
@@ -225,9 +231,26 @@ pub(crate) fn host_info(used_kib: u64) -> anyhow::Result<DomainInfo> {
 }
 
 /// Memory of the host, in KiB.
-pub(crate) fn memory_total() -> anyhow::Result<u64> {
-    let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
-    memory_kib(&meminfo, "MemTotal:").context("/proc/meminfo has no MemTotal")
+pub(crate) struct HostMemory {
+    pub(crate) total_kib: u64,
+    /// What a new domain can have.
+    pub(crate) free_kib: u64,
+    /// What domains have not used yet and still may.
+    pub(crate) promised_kib: u64,
+}
+
+impl HostMemory {
+    pub(crate) fn read(host: &Host) -> anyhow::Result<HostMemory> {
+        let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+        let total = memory_kib(&meminfo, "MemTotal:").context("/proc/meminfo has no MemTotal")?;
+        let available_kib = memory_kib(&meminfo, "MemAvailable:").unwrap_or(0);
+        let promised_kib = host.promised_bytes()? >> 10;
+        Ok(HostMemory {
+            total_kib: total,
+            free_kib: available_kib.saturating_sub(promised_kib),
+            promised_kib,
+        })
+    }
 }
 
 /// One of the values of /proc/meminfo, in KiB.
@@ -286,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn row_names_held_disks_behind_the_columns() {
+    fn row_names_held_disks_where_details_are_asked_for() {
         let held = DomainInfo {
             waiting: vec![Waiting {
                 kind: DeviceKind::Disk,
@@ -296,10 +319,13 @@ mod tests {
             ..info()
         };
         let waiting = waiting(&held, None);
-        assert_eq!(
-            row(&held, &waiting, &Options::default()),
-            "linux                                        2  2048     2     r-----    5624.2  held: vbd 51712\n"
-        );
+        let plain = row(&held, &waiting, &Options::default());
+        assert_eq!(plain, row(&info(), &[], &Options::default()));
+        let options = Options {
+            verbose: true,
+            ..Options::default()
+        };
+        assert!(row(&held, &waiting, &options).ends_with(" -  held: vbd 51712\n"));
         let long = long(&(held, None));
         assert_eq!(long["held"][0]["why"], "the host is full");
     }

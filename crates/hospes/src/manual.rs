@@ -48,7 +48,7 @@ pub(crate) fn hospes_1() -> String {
     paragraphs(
         &mut page,
         "Hospes runs whole operating systems in isolated domains, as Xen does, but as an ordinary program. The commands are those of Xen's xl: installed \
-         under the name xl it behaves the same.\n\nA domain is given by its name or its id. Commands may be shortened as long as no other begins so. \
+         under the name xl it behaves the same.\n\nA domain is given by its name or its id. Commands of xl may be shortened as long as no other begins so. \
          Domain-0 is the host.",
     );
     page.push_str(".SH OPTIONS\n");

@@ -77,7 +77,8 @@ const CREATE: &[Opt] = &[
         "vncviewer-autopass",
         "accepted; there is no VNC server yet",
     ),
-    Opt::long(
+    Opt::both(
+        'i',
         "ignore-global-affinity-masks",
         "accepted; there are no global masks",
     ),
@@ -203,7 +204,7 @@ pub(crate) const COMMANDS: &[Command] = &[
             Opt::both(
                 'v',
                 "verbose",
-                "also UUID, reason of the shutdown and security label",
+                "also UUID, reason of the shutdown, security label, and devices whose requests wait",
             ),
             Opt::both('Z', "context", "also security labels"),
             Opt::both('c', "cpupool", "also the CPU pool"),
@@ -529,7 +530,8 @@ pub(crate) const COMMANDS: &[Command] = &[
                 "force",
                 "accepted; there is no pinning by the guest's kernel to undo",
             ),
-            Opt::long(
+            Opt::both(
+                'i',
                 "ignore-global-affinity-masks",
                 "accepted; there are no global masks",
             ),
@@ -727,19 +729,24 @@ const NOT_HERE: &[(&str, &[&str])] = &[
     ("back ends are in the domain processes", &["devd"]),
 ];
 
-/// A command by its name or, as in xl, by the beginning of its name where no other begins so.
+/// Commands that xl does not have: their names have to be written out, so that beginnings mean what they mean to xl.
+const OWN: &[&str] = &["block-resize", "completions", "domains", "image", "manual"];
+
+/// A command by its name or, as in xl, by the beginning of its name where no other command of xl begins so.
 pub(crate) fn find(name: &str) -> Option<&'static Command> {
     if let Some(command) = COMMANDS.iter().find(|command| command.name == name) {
         return Some(command);
     }
-    let mut candidates = COMMANDS
-        .iter()
-        .filter(|command| command.name.starts_with(name));
-    let unknown = !name.is_empty() && why_not(name).is_none();
-    match (candidates.next(), candidates.next()) {
-        (Some(command), None) if unknown => Some(command),
-        _ => None,
-    }
+    let here = COMMANDS.iter().map(|command| command.name);
+    let elsewhere = NOT_HERE.iter().flat_map(|(_, names)| names.iter().copied());
+    let mut candidates = here
+        .filter(|other| !OWN.contains(other))
+        .chain(elsewhere)
+        .filter(|other| !name.is_empty() && other.starts_with(name));
+    let (Some(only), None) = (candidates.next(), candidates.next()) else {
+        return None;
+    };
+    COMMANDS.iter().find(|command| command.name == only)
 }
 
 /// Why a command of xl is not here; `None` for what xl does not have either.

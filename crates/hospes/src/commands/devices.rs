@@ -5,7 +5,7 @@ use hospes_config::{DiskConfig, Vdev, VifConfig};
 use hospes_toolstack::{DeviceKind, Entry, Host, Request};
 
 use crate::commands::failed;
-use crate::output::print;
+use crate::output::{json, print};
 use crate::table::Call;
 use crate::{Failure, Outcome};
 
@@ -15,7 +15,7 @@ pub(crate) fn block_attach(call: &Call) -> Outcome {
     let specs: Vec<&str> = call.args.values[1..].iter().map(String::as_str).collect();
     let disk = DiskConfig::parse_all(&specs).map_err(|fault| in_spec("disk", &specs, &fault))?;
     if call.global.dry_run {
-        return Ok(print(format_args!("disk: {:#}\n", disk.to_json()))?);
+        return Ok(print(format_args!("disk: {}\n", json(&disk.to_json())))?);
     }
     Ok(host.attach_disk(&entry.domid.to_string(), disk)?)
 }
@@ -112,7 +112,7 @@ fn change_medium(call: &Call, file: Option<&str>) -> Outcome {
     );
     let disk = DiskConfig::parse(&spec).map_err(|fault| in_spec("disk", &[&spec], &fault))?;
     if call.global.dry_run {
-        return Ok(print(format_args!("disk: {:#}\n", disk.to_json()))?);
+        return Ok(print(format_args!("disk: {}\n", json(&disk.to_json())))?);
     }
     if let Some(target) = &disk.target
         && !target.exists()
@@ -128,7 +128,7 @@ pub(crate) fn network_attach(call: &Call) -> Outcome {
     let specs: Vec<&str> = call.args.values[1..].iter().map(String::as_str).collect();
     let vif = VifConfig::parse(&specs.join(",")).map_err(|fault| in_spec("vif", &specs, &fault))?;
     if call.global.dry_run {
-        return Ok(print(format_args!("vif: {:#}\n", vif.to_json()))?);
+        return Ok(print(format_args!("vif: {}\n", json(&vif.to_json())))?);
     }
     Ok(host.attach_vif(&entry.domid.to_string(), vif)?)
 }

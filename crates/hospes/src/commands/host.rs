@@ -8,7 +8,7 @@ use anyhow::Context;
 use hospes_toolstack::{Error, HOST_NAME, Host};
 
 use crate::Outcome;
-use crate::list::memory_kib;
+use crate::list::HostMemory;
 use crate::output::print;
 use crate::table::Call;
 
@@ -39,7 +39,7 @@ pub(crate) fn info(call: &Call) -> Outcome {
     let mut text = String::new();
     match call.args.values.first() {
         Some(name) if !numa => {
-            for (_, value) in lines.iter().filter(|(key, _)| key == name) {
+            for (_, value) in lines.iter().filter(|(key, _)| key.starts_with(name)) {
                 let _ = writeln!(text, "{value}");
             }
         }
@@ -59,10 +59,7 @@ pub(crate) fn info(call: &Call) -> Outcome {
 /// Names and values in xl's order.
 fn facts() -> anyhow::Result<Vec<(&'static str, String)>> {
     let name = rustix::system::uname();
-    let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
-    let total = memory_kib(&meminfo, "MemTotal:").context("/proc/meminfo has no MemTotal")?;
-    let free = memory_kib(&meminfo, "MemAvailable:").unwrap_or(0);
-    let promised = Host::from_environment()?.promised_bytes()? >> 10;
+    let memory = HostMemory::read(&Host::from_environment()?)?;
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let cpus = cpus();
     let cores: Vec<&Cpu> = cpus
@@ -85,14 +82,14 @@ fn facts() -> anyhow::Result<Vec<(&'static str, String)>> {
         ("threads_per_core", threads.max(1).to_string()),
         ("cpu_mhz", cpu_mhz(&cpuinfo)),
         ("virt_caps", "hvm gnttab-v1".into()),
-        ("total_memory", (total >> 10).to_string()),
-        (
-            "free_memory",
-            (free.saturating_sub(promised) >> 10).to_string(),
-        ),
+        ("total_memory", (memory.total_kib >> 10).to_string()),
+        ("free_memory", (memory.free_kib >> 10).to_string()),
         ("sharing_freed_memory", "0".into()),
         ("sharing_used_memory", "0".into()),
-        ("outstanding_claims", (promised >> 10).to_string()),
+        (
+            "outstanding_claims",
+            (memory.promised_kib >> 10).to_string(),
+        ),
         ("free_cpus", "0".into()),
         ("xen_major", XEN_MAJOR.to_string()),
         ("xen_minor", XEN_MINOR.to_string()),
@@ -198,7 +195,9 @@ fn topology() -> String {
             cpu.id, cpu.core, cpu.socket
         );
     }
-    text.push_str("device topology        :\nNo device topology data available\n");
+    text.push_str(
+        "device topology        :\ndevice           node\nNo device topology data available\n",
+    );
     text.push_str("numa_info              :\nnode:    memsize    memfree    distances\n");
     for (node, _) in &nodes {
         let read = |what: &str| {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use hospes_toolstack::{DomainInfo, Host};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::list::{host_info, memory_total};
+use crate::list::{HostMemory, host_info};
 use crate::output::print;
 use crate::table::Call;
 use crate::terminal::Raw;
@@ -40,7 +40,7 @@ pub(crate) fn top(call: &Call) -> Outcome {
 
 fn show(delay: Duration, screen: bool, iterations: u64) -> anyhow::Result<()> {
     let host = Host::from_environment()?;
-    let total_kib = memory_total()?;
+    let total_kib = HostMemory::read(&host)?.total_kib;
     let _raw = if screen { Some(Raw::enter()?) } else { None };
     let mut before = look(&host)?;
     let mut since = Instant::now();
@@ -110,8 +110,7 @@ fn look(host: &Host) -> anyhow::Result<Vec<DomainInfo>> {
         .iter()
         .filter_map(|entry| host.info(entry))
         .collect();
-    let used = infos.iter().map(|info| info.memory_kib).sum();
-    infos.insert(0, host_info(used)?);
+    infos.insert(0, host_info(host, infos.iter())?);
     Ok(infos)
 }
 

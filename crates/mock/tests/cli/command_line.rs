@@ -100,8 +100,14 @@ fn run_wrong_arguments_gives_the_status_of_xl() {
         ),
         (1, &["sa"], "command not implemented: sa"),
         (1, &["s"], "command not implemented: s"),
+        // xl has others that begin so.
+        (1, &["p", "d"], "command not implemented: p"),
+        (1, &["sh", "d"], "command not implemented: sh"),
+        // Not xl's: it has to be written out.
+        (1, &["im"], "command not implemented: im"),
+        (2, &["list", "--ver", "--c"], "option `--c' not supported."),
         (1, &["help", "fly"], "command \"fly\" not implemented"),
-        (2, &["-x"], "invalid option '-x'"),
+        (1, &["-x"], "invalid option '-x'"),
         (2, &["list", "-x"], "option `x' not supported."),
         (2, &["list", "--fast"], "option `--fast' not supported."),
         (2, &["create", "-x"], "Usage: hospes-mock [-vfN] create"),

@@ -53,7 +53,54 @@ fn vm_list_uptime_and_info_know_the_domains() {
         );
     }
     assert_eq!(bench.ok(&["info", "xen_major"]), "4\n");
-    assert!(bench.ok(&["info", "-n"]).contains("cpu_topology"));
+    // As in xl, a beginning is enough.
+    assert_eq!(bench.ok(&["info", "xen_m"]), "4\n17\n");
+    let numa = bench.ok(&["info", "-n"]);
+    assert!(numa.contains("cpu_topology") && numa.contains("\ndevice           node\n"));
+}
+
+#[test]
+fn memory_of_all_domains_and_what_is_free_is_the_hosts() {
+    let bench = Bench::new();
+    bench.create("one", &["memory=64"]);
+    let mib = |name: &str| -> u64 { bench.ok(&["info", name]).trim().parse().expect("a number") };
+    let table = bench.ok(&["list"]);
+    let used: u64 = table
+        .lines()
+        .skip(1)
+        .filter_map(|row| row.split_whitespace().nth(2)?.parse::<u64>().ok())
+        .sum();
+    // Other programs of the host are not asked to wait.
+    let known = used + mib("free_memory");
+    assert!(known.abs_diff(mib("total_memory")) < 1024, "{table}");
+    assert_eq!(
+        table
+            .lines()
+            .filter(|row| row.split_whitespace().count() != 6)
+            .count(),
+        0
+    );
+}
+
+/// What scripts such as Xen's own for the start of the host look for in JSON.
+#[test]
+fn json_is_laid_out_as_that_of_xl() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    let long = bench.ok(&["list", "-l"]);
+    let ids: Vec<&str> = long
+        .lines()
+        .filter(|line| line.starts_with("        \"domid\": "))
+        .collect();
+    assert_eq!(ids, ["        \"domid\": 0,", "        \"domid\": 1,"]);
+    assert_eq!(long.lines().filter(|line| *line == "    {").count(), 2);
+    assert!(
+        long.contains("\n                \"name\": \"one\",\n"),
+        "{long}"
+    );
+    let kernel = format!("kernel='{}'", bench.path("kernel").display());
+    let dry = bench.ok(&["create", "-n", "/dev/null", "name='two'", &kernel]);
+    assert!(dry.starts_with("{\n    \"c_info\": {\n        \"type\": \"pvh\",\n        \"name\": \"two\",\n        \"uuid\": \""), "{dry}");
 }
 
 #[test]
