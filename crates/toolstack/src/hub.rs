@@ -9,6 +9,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::log::log;
 use crate::logfile::LogFile;
 use crate::machine::Machine;
 
@@ -68,7 +69,7 @@ impl ConsoleHub {
         if let Some(log) = &mut state.log
             && let Err(fault) = log.append(bytes)
         {
-            eprintln!("the console log cannot be written ({fault}): it ends here");
+            log!("the console log cannot be written ({fault}): it ends here");
             state.log = None;
         }
         state.watchers.retain(|watcher| watcher.push(bytes));

@@ -22,6 +22,7 @@ mod error;
 mod hub;
 mod instance;
 mod launch;
+mod log;
 mod logfile;
 mod machine;
 mod paths;
@@ -53,7 +54,7 @@ pub const STORE_SUBCOMMAND: &str = "__store";
 
 /// A line in the log of a domain, which is the standard error of its process.
 pub fn log_line(text: &str) {
-    supervisor::log!("{text}");
+    log::line(format_args!("{text}"));
 }
 
 /// The present time as it stands before the lines of the logs.

@@ -7,12 +7,13 @@ use rustix::fs::Mode;
 
 use crate::error::{Error, Result};
 use crate::hub::ConsoleHub;
+use crate::log::log;
 use crate::logfile::{LOG_MAX_BYTES, LogFile};
 use crate::machine::MachineFactory;
 use crate::paths::Paths;
 use crate::protocol::{self, Launch, Launched};
 use crate::store;
-use crate::supervisor::{Supervisor, log};
+use crate::supervisor::Supervisor;
 
 /// What the hidden subcommand [`crate::DOMAIN_SUBCOMMAND`] does: one domain, until it has ended.
 pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {

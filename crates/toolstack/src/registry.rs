@@ -17,9 +17,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::Utc;
 use crate::error::{Error, Result, at};
+use crate::log::log;
 use crate::logfile::{LOG_MAX_BYTES, LogFile};
 use crate::paths::Paths;
-use crate::supervisor::log;
 
 /// The first id that Xen reserves (`DOMID_FIRST_RESERVED`): ids are below it.
 const FIRST_RESERVED_ID: u16 = 0x7ff0;

@@ -18,10 +18,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::error::{Result, at};
 use crate::hub::{ConsoleHub, Watcher};
 use crate::instance::Instance;
+use crate::log::log;
 use crate::machine::{Machine, MachineError};
 use crate::protocol::{self, Ended, Reply, Request, Until};
 use crate::scheduling::{host_cpus, resolve};
-use crate::supervisor::log;
 
 /// Most connections at a time, per socket.
 const CONNECTIONS_MAX: usize = 32;

@@ -1,6 +1,6 @@
 //! The store process of a run-time directory: where it is, how it is started, what it does.
 
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -13,11 +13,11 @@ use rustix::fs::Mode;
 
 use crate::STORE_SUBCOMMAND;
 use crate::error::{Error, Result};
+use crate::log::log;
 use crate::logfile::{LOG_MAX_BYTES, LogFile, open_append};
 use crate::machine::MachineFactory;
 use crate::paths::{DEFAULT_RUN, LOG_VARIABLE, Paths, RUN_VARIABLE};
 use crate::registry::is_locked;
-use crate::supervisor::log;
 
 /// After so long each it is looked for leftovers of killed domains.
 const SWEEP_PAUSES: [Duration; 3] = [
@@ -129,7 +129,8 @@ fn publish(paths: &Paths, place: &Place) {
 
 /// The one who started the process waits for a line. The pipe is let go of: nobody reads more.
 fn tell_starter() {
-    println!("ready");
+    // It may have been killed meanwhile; the store is of use to others.
+    let _ = writeln!(io::stdout(), "ready");
     let null = std::fs::File::open("/dev/null").map_err(|fault| fault.to_string());
     let dropped =
         null.and_then(|null| rustix::stdio::dup2_stdout(&null).map_err(|fault| fault.to_string()));

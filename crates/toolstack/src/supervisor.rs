@@ -13,6 +13,7 @@ use crate::error::Error;
 use crate::hub::ConsoleHub;
 use crate::instance::{ChangeError, FAREWELL, Instance};
 use crate::launch;
+use crate::log::log;
 use crate::machine::{MachineError, MachineFactory, MachineSpec};
 use crate::paths::Paths;
 use crate::protocol::{EndReason, Launch};
@@ -22,14 +23,6 @@ use crate::server::Server;
 /// A domain that ended sooner than this after its start is restarted only then, so that one that cannot start does not
 /// take the whole host's time. xl waits as long before every restart.
 const RESTART_INTERVAL: Duration = Duration::from_secs(2);
-
-/// A line in the domain's log, which standard error is.
-macro_rules! log {
-    ($($text:tt)*) => {
-        eprintln!("{} {}", $crate::clock::Utc::now(), format_args!($($text)*))
-    };
-}
-pub(crate) use log;
 
 /// What is to be done with a domain that has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

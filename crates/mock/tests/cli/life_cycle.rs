@@ -2,6 +2,7 @@
 
 use crate::common::{Bench, process_fields, until};
 use rustix::process::{Pid, Signal, kill_process};
+use std::os::unix::fs::{DirBuilderExt, symlink};
 
 fn signal(pid: i32, signal: Signal) {
     kill_process(Pid::from_raw(pid).expect("a pid"), signal).expect("it lives");
@@ -280,4 +281,27 @@ fn list_long_prints_the_configuration() {
             .expect("two lines")
             .starts_with("Domain-0 ")
     );
+}
+
+#[test]
+fn logs_that_cannot_be_written_do_not_end_the_domain() {
+    let bench = Bench::new();
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(bench.path("log"))
+        .expect("writable");
+    for log in ["one.log", "one.console.log", "store.log"] {
+        symlink("/dev/full", bench.path("log").join(log)).expect("writable");
+    }
+    let mut console = bench.spawn(&bench.creation("one", &["-c", "-q"]));
+    console.expect("mock guest ready");
+    console.send("hello\n");
+    console.expect("echo: hello");
+    // The log has lines of it too.
+    bench.ok(&["debug-keys", "q"]);
+    assert_eq!(bench.row("one").expect("it lives")[1], "1");
+    bench.ok(&["reboot", "one"]);
+    console.expect("mock guest ready");
+    console.send("poweroff\n");
+    assert_eq!(console.wait(), Some(0));
 }
