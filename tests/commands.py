@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -313,6 +314,28 @@ def crashed_domains_are_kept_beside_their_successors(bench):
     wait_until(lambda: bench.hospes("list").count("twin") == 0, "a domain outlives its end")
 
 
+def processes_asked_to_end_shut_their_guests_down(bench):
+    shell = bench.boot("asked", settings=('on_poweroff="restart"',))
+    domid = bench.hospes("domid", "asked").strip()
+    directory = pathlib.Path(bench.run.environment()["HOSPES_RUN_DIR"]) / "domains" / domid
+    shell.send("while :; do :; done &\n")
+    wait_until(bench.run.address_spaces, "the guest's program has no process")
+    # As systemd ends a session: all processes at the same time, but for the command that tells us of the end.
+    every = [
+        pid for pid in bench.run.processes()
+        if {b"__domain", b"__store"} & set(pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+    ]
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCONT):
+        for pid in bench.run.address_spaces() + every:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    shell.wait(ANSWER_S)
+    wait_until(lambda: not directory.exists(), "the domain process left its directory")
+    log = pathlib.Path(bench.run.environment()["HOSPES_LOG_DIR"], "asked.log").read_text()
+    expect(f"Domain {domid} has shut down, reason code 0" in log, f"the guest was not asked: {log}")
+    expect(bench.row("asked") is None, "the domain has come back")
+
+
 def domains_are_seen_from_outside(bench):
     shell = bench.boot("seen", vcpus=2)
     shell.run("(i=0; while [ $i -lt 300000 ]; do i=$((i + 1)); done)")
@@ -366,7 +389,7 @@ def tools_find_the_store(bench):
 TESTS = (
     disks_come_and_go, disks_change_their_size, disks_in_use_are_taken_by_force, media_are_changed, interfaces_come_and_go,
     writes_wait_for_a_full_host, names_and_shares_change, configuration_is_that_of_the_next_start, processors_are_taken_and_given,
-    keys_and_triggers_arrive, crashed_domains_are_kept_beside_their_successors,
+    keys_and_triggers_arrive, crashed_domains_are_kept_beside_their_successors, processes_asked_to_end_shut_their_guests_down,
     domains_are_seen_from_outside, tools_find_the_store,
 )
 

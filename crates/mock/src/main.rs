@@ -3,12 +3,14 @@
 //! Once unpaused it prints `mock guest ready` and obeys the lines it gets on its console: `poweroff`, `reboot`, `crash`,
 //! `watchdog` and `suspend` end it, `flood` prints 4 MiB, anything else is answered with `echo: ` and the line. With
 //! Devices and keys are said on the console: `attached disk xvdb`, `sysrq h`. A disk whose target is called `bad` cannot be
-//! attached, one called `stuck` is not given back but by force. With `deaf` in its kernel command line it does not follow requests to shut down. A kernel that is no file is an error.
+//! attached, one called `stuck` is not given back but by force. With `deaf` in its kernel command line it does not follow requests to shut down,
+//! for which a process that is asked to end gives it two seconds. A kernel that is no file is an error.
 #![forbid(unsafe_code)]
 
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use hospes_config::{DiskConfig, VifConfig};
 use hospes_store::{DomainEntry, DomainStore, GuestLink, Membership, StoreAccess};
@@ -286,6 +288,10 @@ impl MachineFactory for Factory {
             memory_kib: spec.config.memory_mib << 10,
             deaf: spec.config.cmdline.contains("deaf"),
         }))
+    }
+
+    fn shutdown_patience(&self) -> Duration {
+        Duration::from_secs(2)
     }
 }
 

@@ -1,6 +1,11 @@
-//! The processor's own instructions that no library wraps safely: the time-stamp counter, CPUID, XGETBV.
+//! What no library wraps safely: the processor's own instructions (the time-stamp counter, CPUID, XGETBV), and handlers of the signals that
+//! ask a process to end.
 //!
-//! Refuses: anything that has state or can fail. System calls are rustix's.
+//! Refuses: all other system calls, which are rustix's.
+
+mod termination;
+
+pub use termination::Termination;
 
 /// Reads the time-stamp counter, not before earlier loads have completed. Ticks.
 pub fn rdtsc() -> u64 {

@@ -18,6 +18,7 @@
 
 mod client;
 mod clock;
+mod ending;
 mod error;
 mod hub;
 mod instance;

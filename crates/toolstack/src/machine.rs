@@ -5,6 +5,7 @@ use std::error::Error;
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
 use hospes_store_server::StoreClient;
@@ -167,6 +168,11 @@ pub trait MachineFactory: Send + Sync {
         spec: &MachineSpec<'_>,
         console: Box<dyn Write + Send>,
     ) -> Result<Arc<dyn Machine>, MachineError>;
+
+    /// How long a guest may take to shut down when its process is asked to end: less than systemd waits before it kills (90 s).
+    fn shutdown_patience(&self) -> Duration {
+        Duration::from_secs(60)
+    }
 
     /// Removes from the host what machines left whose processes were killed; those that live keep what they have.
     fn sweep(&self, run: &Path) -> Result<(), MachineError> {

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use rustix::fs::Mode;
 
+use crate::ending::Ending;
 use crate::error::{Error, Result};
 use crate::hub::ConsoleHub;
 use crate::log::log;
@@ -18,6 +19,8 @@ use crate::supervisor::Supervisor;
 /// What the hidden subcommand [`crate::DOMAIN_SUBCOMMAND`] does: one domain, until it has ended.
 pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
     detach();
+    let ending = Ending::new(factory.shutdown_patience());
+    ending.listen();
     let launch = match read_launch() {
         Ok(launch) => launch,
         Err(fault) => {
@@ -55,7 +58,7 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let supervisor = Supervisor::new(factory, paths, hub, launch.config, uuid, store);
+    let supervisor = Supervisor::new(factory, paths, hub, ending, launch.config, uuid, store);
     let current = match supervisor.start() {
         Ok(current) => current,
         Err(fault) => {

@@ -9,6 +9,7 @@ use hospes_store_server::StoreClient;
 use hospes_units::DomId;
 
 use crate::clock::Utc;
+use crate::ending::Ending;
 use crate::error::Error;
 use crate::hub::ConsoleHub;
 use crate::instance::{ChangeError, FAREWELL, Instance};
@@ -72,6 +73,7 @@ pub(crate) struct Supervisor<'a> {
     paths: Paths,
     registry: Registry,
     hub: Arc<ConsoleHub>,
+    ending: Arc<Ending>,
     /// At the first start; later the record has it.
     config: DomainConfig,
     uuid: Uuid,
@@ -100,6 +102,7 @@ impl<'a> Supervisor<'a> {
         factory: &'a dyn MachineFactory,
         paths: Paths,
         hub: Arc<ConsoleHub>,
+        ending: Arc<Ending>,
         config: DomainConfig,
         uuid: Uuid,
         store: StoreClient,
@@ -110,6 +113,7 @@ impl<'a> Supervisor<'a> {
             registry: Registry::new(&paths),
             paths,
             hub,
+            ending,
             config,
             uuid,
         }
@@ -165,6 +169,7 @@ impl<'a> Supervisor<'a> {
             Record::new(config, self.uuid),
             machine,
         ));
+        self.ending.set_instance(&instance);
         let server = Server::start(slot.dir(), &instance, &self.hub)?;
         Ok((server, instance))
     }
@@ -209,6 +214,10 @@ impl<'a> Supervisor<'a> {
                 current
                     .instance
                     .update(|progress| progress.shutdown = Some(reason));
+            }
+            if self.ending.is_asked() {
+                log!("The process has been asked to end: nothing comes behind the domain");
+                return self.end(current);
             }
             if next == Next::RenameRestart {
                 // A command that came while the domain still had its name meant all of it.

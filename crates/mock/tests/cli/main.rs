@@ -7,4 +7,5 @@ mod destroy;
 mod devices;
 mod host;
 mod life_cycle;
+mod signals;
 mod unprivileged;

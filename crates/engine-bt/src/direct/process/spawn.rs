@@ -5,6 +5,14 @@ use std::io::{Error, Result};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::{mem, ptr};
 
+/// What systemd and terminals send to all processes that belong together: the monitor's own process obeys.
+const MEANT_FOR_ALL: [c_int; 5] = [
+    libc::SIGTERM,
+    libc::SIGINT,
+    libc::SIGHUP,
+    libc::SIGQUIT,
+    libc::SIGCONT,
+];
 const ALL_CHILDREN: c_int = libc::__WALL;
 
 pub(super) fn check(result: i64) -> Result<i64> {
@@ -66,8 +74,12 @@ extern "C" fn child(arg: *mut c_void) -> c_int {
             rlim_max: 0,
         };
         libc::setrlimit(libc::RLIMIT_CORE, &none);
+        // A signal to all processes of a session or a control group would stop guest code at any instruction.
         let mut mask: libc::sigset_t = mem::zeroed();
         libc::sigemptyset(&mut mask);
+        for signal in MEANT_FOR_ALL {
+            libc::sigaddset(&mut mask, signal);
+        }
         libc::sigprocmask(libc::SIG_SETMASK, &mask, ptr::null_mut());
         libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
         let argv = [c"hospes-direct".as_ptr(), ptr::null()];

@@ -363,3 +363,21 @@ fn mxcsr_is_known_where_all_vector_registers_are_zero() {
     assert!(matches!(stop, Stop::Fault { .. }));
     assert_eq!(process.mxcsr().unwrap(), 0x9fc0);
 }
+
+#[test]
+fn signals_to_all_processes_of_a_session_do_not_stop_guest_code() {
+    // mov eax, 1; int3
+    let (mut process, _memory) = with_code(&[0xb8, 1, 0, 0, 0, 0xcc]);
+    for queued in [false, true] {
+        let mut regs = start(&process, CODE);
+        if queued {
+            remap(&mut process);
+        }
+        for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGCONT] {
+            // SAFETY: a plain system call; the process lives as long as its owner.
+            unsafe { libc::kill(process.pid, signal) };
+        }
+        process.run(&mut regs).unwrap();
+        assert_eq!((regs.rax, regs.rip), (1, CODE + 6));
+    }
+}

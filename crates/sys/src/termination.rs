@@ -1,0 +1,129 @@
+//! Requests to end the process, which come as signals.
+
+use std::ffi::c_int;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+/// Counts the requests. It is made before the handlers and never closed.
+static REQUESTS: OnceLock<OwnedFd> = OnceLock::new();
+
+/// The requests to end that this process gets from now on, which no longer end it by themselves.
+#[derive(Debug)]
+pub struct Termination(&'static OwnedFd);
+
+impl Termination {
+    /// Counts SIGTERM and SIGINT, and passes over SIGHUP, which says no more than that a terminal or a session is gone.
+    ///
+    /// By handlers and not by a signal mask: programs that this process starts inherit a mask, but no handlers. The handlers may come to run
+    /// in any thread, so they use the thread's alternate stack where it has one, and interrupt no system call that can go on.
+    pub fn catch() -> io::Result<Termination> {
+        let requests = match REQUESTS.get() {
+            Some(requests) => requests,
+            None => {
+                let made = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::SEMAPHORE)?;
+                REQUESTS.get_or_init(|| made)
+            }
+        };
+        handle(libc::SIGTERM, count)?;
+        handle(libc::SIGINT, count)?;
+        handle(libc::SIGHUP, pass_over)?;
+        Ok(Termination(requests))
+    }
+
+    /// Waits for the next request until then, or for ever; false where none has come.
+    pub fn wait(&self, deadline: Option<Instant>) -> io::Result<bool> {
+        loop {
+            let left = deadline.map(|deadline| {
+                let left = deadline.saturating_duration_since(Instant::now());
+                // Not to ask again and again in the last millisecond.
+                left.max(Duration::from_millis(1))
+            });
+            let left = left.map(|left| Timespec {
+                tv_sec: left.as_secs() as i64,
+                tv_nsec: i64::from(left.subsec_nanos()),
+            });
+            let mut descriptors = [PollFd::new(self.0, PollFlags::IN)];
+            match poll(&mut descriptors, left.as_ref()) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) => {
+                    // One request of those that have come.
+                    rustix::io::retry_on_intr(|| rustix::io::read(self.0, &mut [0; 8]))?;
+                    return Ok(true);
+                }
+                Err(fault) => return Err(fault.into()),
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Ok(false);
+            }
+        }
+    }
+}
+
+fn handle(signal: c_int, handler: extern "C" fn(c_int)) -> io::Result<()> {
+    // SAFETY: an all-zero sigaction is valid, and both handlers do nothing but what is safe in one.
+    let result = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler as usize;
+        action.sa_flags = libc::SA_RESTART | libc::SA_ONSTACK;
+        libc::sigfillset(&mut action.sa_mask);
+        libc::sigaction(signal, &action, std::ptr::null_mut())
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+extern "C" fn count(_signal: c_int) {
+    let Some(requests) = REQUESTS.get() else {
+        return;
+    };
+    let one = 1u64.to_ne_bytes();
+    // SAFETY: write(2) may be called in a handler, with a descriptor that is never closed and a buffer of this size. The interrupted code
+    // finds its errno as it was.
+    unsafe {
+        let errno = libc::__errno_location();
+        let before = *errno;
+        libc::write(requests.as_raw_fd(), one.as_ptr().cast(), one.len());
+        *errno = before;
+    }
+}
+
+extern "C" fn pass_over(_signal: c_int) {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::process::{Signal, getpid, kill_process};
+
+    #[test]
+    fn wait_counts_requests_and_passes_over_the_end_of_the_session() {
+        let termination = Termination::catch().unwrap();
+        let soon = || Some(Instant::now() + Duration::from_millis(50));
+        let send = |signal| kill_process(getpid(), signal).unwrap();
+        send(Signal::HUP);
+        assert!(!termination.wait(soon()).unwrap());
+        send(Signal::TERM);
+        send(Signal::INT);
+        assert!(termination.wait(None).unwrap());
+        assert!(termination.wait(soon()).unwrap());
+        assert!(!termination.wait(soon()).unwrap());
+    }
+
+    #[test]
+    fn programs_that_are_started_end_by_the_signal() {
+        let _termination = Termination::catch().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("600")
+            .spawn()
+            .unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        kill_process(pid, Signal::TERM).unwrap();
+        assert!(!child.wait().unwrap().success());
+    }
+}

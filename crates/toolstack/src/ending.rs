@@ -1,0 +1,105 @@
+//! What becomes of a domain whose process is asked to end (SIGTERM): its guest is asked to power off and gets time for that.
+//!
+//! So does systemd end what was started in a session, when the host shuts down.
+
+use std::sync::{Arc, Mutex, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hospes_sys::Termination;
+
+use crate::instance::{Instance, lock};
+use crate::log::log;
+use crate::protocol::ShutdownKind;
+
+#[derive(Default)]
+struct State {
+    asked: bool,
+    /// The present domain id; an ended one's memory is not kept.
+    instance: Weak<Instance>,
+}
+
+/// That the domain is to end, and what comes behind it not to begin.
+pub(crate) struct Ending {
+    /// How long the guest may take.
+    patience: Duration,
+    state: Mutex<State>,
+}
+
+impl Ending {
+    pub(crate) fn new(patience: Duration) -> Arc<Ending> {
+        Arc::new(Ending {
+            patience,
+            state: Mutex::default(),
+        })
+    }
+
+    /// Obeys the requests that the process gets, in a thread.
+    pub(crate) fn listen(self: &Arc<Self>) {
+        match Termination::catch() {
+            Ok(termination) => {
+                let ending = self.clone();
+                thread::spawn(move || ending.obey(&termination));
+            }
+            Err(fault) => log!("a request to end the process will end the domain: {fault}"),
+        }
+    }
+
+    fn obey(&self, termination: &Termination) {
+        // Without requests there is nothing to do; a fault in waiting for them would come again.
+        while let Ok(true) = termination.wait(None) {
+            self.ask();
+            match termination.wait(Some(Instant::now() + self.patience)) {
+                Ok(false) => log!(
+                    "The guest has not shut down within {} seconds: the domain is destroyed",
+                    self.patience.as_secs()
+                ),
+                _ => log!("The process has been asked to end again: the domain is destroyed"),
+            }
+            if let Some(instance) = self.instance() {
+                instance.destroy();
+            }
+        }
+    }
+
+    fn instance(&self) -> Option<Arc<Instance>> {
+        lock(&self.state).instance.upgrade()
+    }
+
+    fn ask(&self) {
+        lock(&self.state).asked = true;
+        log!("The process has been asked to end: the guest is to shut down");
+        // One that is being built is met when it is there.
+        let Some(instance) = self.instance() else {
+            return;
+        };
+        if instance.has_shut_down() {
+            return instance.destroy();
+        }
+        let machine = instance.machine();
+        // A paused guest cannot follow.
+        machine.unpause();
+        if let Err(fault) = machine.request_shutdown(ShutdownKind::Poweroff) {
+            log!("The guest cannot be asked, so the domain is destroyed: {fault}");
+            instance.destroy();
+        }
+    }
+
+    /// The process has been asked to end. To be looked at when the end of the present domain id is known to all: one that has ended before
+    /// is destroyed.
+    pub(crate) fn is_asked(&self) -> bool {
+        lock(&self.state).asked
+    }
+
+    /// Makes known the present domain id, whose guest has not started yet. It never does where the process has been asked to end.
+    pub(crate) fn set_instance(&self, instance: &Arc<Instance>) {
+        let asked = {
+            let mut state = lock(&self.state);
+            state.instance = Arc::downgrade(instance);
+            state.asked
+        };
+        if asked {
+            instance.destroy();
+        }
+    }
+}
