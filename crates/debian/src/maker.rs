@@ -62,6 +62,13 @@ pub enum BuildError {
     Seed(#[from] SeedError),
     #[error("{path} exists: give another name, or --force to write over it")]
     Exists { path: PathBuf },
+    #[error("another image is being made in {path}: wait for it, or give another name")]
+    Busy { path: PathBuf },
+    #[error("{fault}\nAll that the programs said is in {log}.")]
+    Logged {
+        fault: Box<BuildError>,
+        log: PathBuf,
+    },
     #[error("cannot {what} {path}: {source}")]
     File {
         what: &'static str,
@@ -114,19 +121,37 @@ impl BuildError {
 pub fn build(recipe: &Recipe, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Made, BuildError> {
     recipe.check()?;
     let made = places(recipe)?;
+    let unfinished = Unfinished::create(&made.image)?;
     if !recipe.force
         && let Some(path) = made.all().find(|path| path.exists())
     {
         return Err(BuildError::Exists { path: path.clone() });
     }
+    let log = unfinished.file("log");
+    make(recipe, &made, &unfinished, &log, progress).map_err(|fault| {
+        match work::keep_log(&log, &made.image) {
+            Some(log) => BuildError::Logged {
+                fault: Box::new(fault),
+                log,
+            },
+            None => fault,
+        }
+    })?;
+    Ok(made)
+}
+
+fn make(
+    recipe: &Recipe,
+    made: &Made,
+    unfinished: &Unfinished,
+    log: &Path,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<(), BuildError> {
     let mut keys = String::new();
     for path in &recipe.ssh_keys {
         keys.push_str(&read_text(path)?);
         keys.push('\n');
     }
-    let unfinished = Unfinished::create(&made.image)?;
-    let log = made.image.with_extension("log");
-    let _ = fs::remove_file(&log);
     let disk = unfinished.file("disk");
     let kernel = unfinished.file("kernel");
     let initrd = unfinished.file("initrd");
@@ -141,20 +166,20 @@ pub fn build(recipe: &Recipe, progress: &mut dyn FnMut(Progress<'_>)) -> Result<
             .env("INITRD", initrd_name);
         command.env("SSH_KEYS", keys.trim());
         let packages = recipe.all_packages().len();
-        work::run(&mut command, &log, |line| {
+        work::run(&mut command, log, |line| {
             work::translate(line, packages, progress)
         })
         .map_err(explain)?;
     }
     let disk = match recipe.format {
         Format::Raw => disk,
-        Format::Qcow2 => convert(&unfinished, &disk, &log, progress)?,
+        Format::Qcow2 => convert(unfinished, &disk, log, progress)?,
     };
     work::finish(&disk, &made.image)?;
     work::finish(&kernel, &made.kernel)?;
     work::finish(&initrd, &made.initrd)?;
     if let Some(path) = &made.seed {
-        write(&unfinished, path, &seed_volume(recipe, &keys)?)?;
+        write(unfinished, path, &seed_volume(recipe, &keys)?)?;
     }
     let files = Files {
         image: &made.image,
@@ -163,12 +188,10 @@ pub fn build(recipe: &Recipe, progress: &mut dyn FnMut(Progress<'_>)) -> Result<
         seed: made.seed.as_deref(),
     };
     write(
-        &unfinished,
+        unfinished,
         &made.configuration,
         configuration::domain(recipe, &files).as_bytes(),
-    )?;
-    let _ = fs::remove_file(&log);
-    Ok(made)
+    )
 }
 
 fn places(recipe: &Recipe) -> Result<Made, BuildError> {

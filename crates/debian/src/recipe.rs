@@ -199,7 +199,7 @@ impl Recipe {
         let name = self.output.file_name().and_then(|name| name.to_str());
         let stem = Path::new(name.ok_or_else(refused)?).file_stem();
         let stem = stem.and_then(|stem| stem.to_str()).ok_or_else(refused)?;
-        let taken = ["vmlinuz", "initrd", "cfg", "iso"];
+        let taken = ["vmlinuz", "initrd", "cfg", "iso", "log"];
         let own = self.output.extension().and_then(|own| own.to_str());
         if stem.is_empty() || own.is_some_and(|own| taken.contains(&own)) {
             return Err(refused());
@@ -341,6 +341,10 @@ mod tests {
         ));
         assert!(matches!(
             recipe(|r| r.output = "a.cfg".into()),
+            Err(RecipeError::Output(_))
+        ));
+        assert!(matches!(
+            recipe(|r| r.output = "a.log".into()),
             Err(RecipeError::Output(_))
         ));
         assert!(matches!(

@@ -4,11 +4,12 @@ use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
-use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::io::{Errno, FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 
 use crate::maker::{BuildError, Progress};
 
@@ -16,27 +17,57 @@ use crate::maker::{BuildError, Progress};
 const TAIL_LINES: usize = 12;
 /// The shell that mmdebstrap uses knows single-digit descriptors alone: ours are out of their way.
 const DESCRIPTOR_MIN: i32 = 20;
+/// Names for a log that are tried.
+const LOGS_MAX: usize = 100;
 
-/// A directory beside the image for what is not finished. It goes when this goes; one that a killed run left is removed first.
+/// A directory beside the image for what is not finished, and the program's log. It goes when this goes; what a killed run left in it is
+/// removed first.
+///
+/// Its lock is held as long: another run for the same files finds it and leaves them alone. It is named as the files beside the image are.
 pub(crate) struct Unfinished {
     pub path: PathBuf,
+    _lock: OwnedFd,
 }
 
 impl Unfinished {
     pub fn create(output: &Path) -> Result<Unfinished, BuildError> {
-        let name = output.file_name().unwrap_or_default().to_string_lossy();
-        let path = output.with_file_name(format!(".{name}.unfinished"));
+        let stem = output.file_stem().unwrap_or_default().to_string_lossy();
+        let path = output.with_file_name(format!(".{stem}.unfinished"));
         let failed = |source| BuildError::file("make the directory", &path, source);
-        match fs::remove_dir_all(&path) {
-            Err(fault) if fault.kind() != io::ErrorKind::NotFound => return Err(failed(fault)),
-            _ => {}
+        loop {
+            // Files in it are open to everyone for a while: see `writable`.
+            match fs::DirBuilder::new().mode(0o700).create(&path) {
+                Err(fault) if fault.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(failed(fault));
+                }
+                _ => {}
+            }
+            let lock = match open_directory(&path) {
+                Ok(directory) => directory,
+                // Another run has just ended.
+                Err(Errno::NOENT) => continue,
+                Err(errno) => return Err(failed(errno.into())),
+            };
+            match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => return Err(BuildError::Busy { path }),
+                Err(errno) => return Err(failed(errno.into())),
+            }
+            let locked = rustix::fs::fstat(&lock).map_err(|errno| failed(errno.into()))?;
+            match fs::symlink_metadata(&path) {
+                Ok(there) if (there.dev(), there.ino()) == (locked.st_dev, locked.st_ino) => {}
+                // Another run has removed it before the lock was free.
+                _ => continue,
+            }
+            if locked.st_uid != rustix::process::geteuid().as_raw() {
+                return Err(failed(io::Error::other(
+                    "it is there and another user's: remove it",
+                )));
+            }
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).map_err(failed)?;
+            empty(&path).map_err(failed)?;
+            return Ok(Unfinished { path, _lock: lock });
         }
-        // Files in it are open to everyone for a while: see `writable`.
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .map_err(failed)?;
-        Ok(Unfinished { path })
     }
 
     pub fn file(&self, name: &str) -> PathBuf {
@@ -48,6 +79,23 @@ impl Drop for Unfinished {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.path);
     }
+}
+
+fn open_directory(path: &Path) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty())
+}
+
+fn empty(directory: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// A new file of `bytes` bytes that a child can write by the name of its descriptor: returns the descriptor, which children
@@ -170,6 +218,25 @@ pub(crate) fn translate(line: &str, packages: usize, progress: &mut dyn FnMut(Pr
     }
 }
 
+/// Copies a log to where it can be read, under the first free of the names `web.log`, `web.1.log`, `web.2.log`...; `None` where nothing was
+/// written to it, or it cannot be kept.
+pub(crate) fn keep_log(log: &Path, image: &Path) -> Option<PathBuf> {
+    let mut from = File::open(log).ok()?;
+    if from.metadata().ok()?.len() == 0 {
+        return None;
+    }
+    let names = std::iter::once("log".to_string()).chain((1..).map(|n| format!("{n}.log")));
+    for name in names.take(LOGS_MAX) {
+        let path = image.with_extension(name);
+        match File::create_new(&path) {
+            Ok(mut to) => return io::copy(&mut from, &mut to).is_ok().then_some(path),
+            Err(fault) if fault.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(_) => return None,
+        }
+    }
+    None
+}
+
 /// Puts a finished file in its place, readable by whom the user's mask allows, and makes it durable.
 pub(crate) fn finish(from: &Path, to: &Path) -> Result<(), BuildError> {
     let failed = |source| BuildError::file("write", to, source);
@@ -180,7 +247,12 @@ pub(crate) fn finish(from: &Path, to: &Path) -> Result<(), BuildError> {
     File::open(from)
         .and_then(|file| file.sync_all())
         .map_err(failed)?;
-    fs::rename(from, to).map_err(failed)
+    fs::rename(from, to).map_err(failed)?;
+    // The name is in the directory.
+    let directory = to.parent().unwrap_or(Path::new("/"));
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(failed)
 }
 
 #[cfg(test)]
@@ -253,5 +325,69 @@ mod tests {
         let path = unfinished.path.clone();
         drop(unfinished);
         assert!(!path.exists());
+    }
+
+    /// A directory of its own for a test.
+    fn scratch(test: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("hospes-{test}-{}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        path
+    }
+
+    #[test]
+    fn unfinished_is_of_one_run_and_empty() {
+        let directory = scratch("unfinished");
+        let output = directory.join("web.img");
+        // What a killed run has left.
+        fs::create_dir_all(directory.join(".web.unfinished/sub")).unwrap();
+        fs::write(directory.join(".web.unfinished/disk"), "half").unwrap();
+        let first = Unfinished::create(&output).unwrap();
+        assert_eq!(fs::read_dir(&first.path).unwrap().count(), 0);
+        fs::write(first.file("disk"), "half").unwrap();
+        for other in [&output, &directory.join("web.qcow2")] {
+            let fault = Unfinished::create(other).err().unwrap().to_string();
+            assert!(fault.contains("another image is being made in"), "{fault}");
+        }
+        Unfinished::create(&directory.join("db.img")).unwrap();
+        assert_eq!(fs::read(first.file("disk")).unwrap(), b"half");
+        drop(first);
+        Unfinished::create(&output).unwrap();
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 0);
+        fs::remove_dir(&directory).unwrap();
+    }
+
+    #[test]
+    fn unfinished_of_runs_that_come_and_go_is_never_shared() {
+        let directory = scratch("come-and-go");
+        let output = directory.join("web.img");
+        let run = || {
+            for _ in 0..300 {
+                match Unfinished::create(&output) {
+                    Ok(unfinished) => drop(File::create_new(unfinished.file("disk")).unwrap()),
+                    Err(fault) => assert!(matches!(fault, BuildError::Busy { .. }), "{fault}"),
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(run);
+            }
+        });
+        fs::remove_dir(&directory).unwrap();
+    }
+
+    #[test]
+    fn keep_log_takes_no_name_of_another_file() {
+        let directory = scratch("keep-log");
+        let (log, image) = (directory.join("log"), directory.join("web.img"));
+        assert_eq!(keep_log(&log, &image), None);
+        fs::write(&log, "").unwrap();
+        assert_eq!(keep_log(&log, &image), None);
+        fs::write(&log, "said").unwrap();
+        for name in ["web.log", "web.1.log", "web.2.log"] {
+            assert_eq!(keep_log(&log, &image), Some(directory.join(name)));
+            fs::write(directory.join(name), "another's").unwrap();
+        }
+        fs::remove_dir_all(&directory).unwrap();
     }
 }

@@ -1,9 +1,12 @@
 //! `image`: disk images for guests.
 
 use std::io::{IsTerminal, Write};
+use std::sync::Arc;
 use std::time::Instant;
 
+use anyhow::Context;
 use hospes_debian::{Made, Progress, Recipe, build, parse_size};
+use hospes_image::{Format, Image, ImageError, OpenSpec, open};
 
 use crate::args::Args;
 use crate::output::print;
@@ -30,12 +33,38 @@ fn debian(call: &Call) -> Outcome {
     if call.global.dry_run {
         return Ok(());
     }
+    let _held = hold(&recipe)?;
     let mut screen = Screen::new();
     let made = build(&recipe, &mut |progress| screen.show(progress));
     screen.clear();
     let made = made?;
     screen.show(Progress::Step("done"));
     Ok(print(format_args!("{}", summary(&call.program, &made)))?)
+}
+
+/// Keeps domains from the image that is written over, from which no domain may be running: it would go on with a file without a name.
+fn hold(recipe: &Recipe) -> anyhow::Result<Option<Arc<dyn Image>>> {
+    if !recipe.force {
+        return Ok(None);
+    }
+    let wanted = OpenSpec {
+        path: recipe.output.clone(),
+        // Whatever it is: nothing is read.
+        format: Format::Raw,
+        read_only: false,
+        direct: false,
+        discard: false,
+        sector_bytes: None,
+        lock_owner: "image debian".into(),
+    };
+    match open(&wanted) {
+        Ok(image) => Ok(Some(image)),
+        Err(fault @ ImageError::Locked { .. }) => {
+            Err(fault).context("the image is in use and is not written over")
+        }
+        // There is none, or it is no disk.
+        Err(_) => Ok(None),
+    }
 }
 
 fn summary(program: &str, made: &Made) -> String {

@@ -6,6 +6,7 @@ mod console;
 mod destroy;
 mod devices;
 mod host;
+mod image;
 mod life_cycle;
 mod signals;
 mod unprivileged;
