@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use hospes_toolstack::{Entry, Host, ShutdownKind, Until};
+use hospes_toolstack::{Entry, Host, ShutdownKind, Until, Watch};
 
 use crate::commands::life::describe_end;
 use crate::table::Call;
@@ -95,27 +95,25 @@ fn stop(timeout: Duration) -> anyhow::Result<()> {
     let deadline = Instant::now() + timeout;
     let mut asked = Vec::new();
     for entry in host.entries()? {
-        let who = entry.domid.to_string();
-        eprintln!("Shutting down domain {who} ({})", entry.record.name);
-        let watch = host.watch(entry.domid, Until::Shutdown)?;
-        // A paused guest cannot follow.
-        let asked_it = host
-            .unpause(&who)
-            .and_then(|()| host.shutdown(&who, ShutdownKind::Poweroff));
-        match asked_it {
-            Ok(()) => asked.push((entry, Some(watch))),
-            Err(fault) => {
-                eprintln!("{fault}");
-                asked.push((entry, None));
-            }
-        }
+        eprintln!(
+            "Shutting down domain {} ({})",
+            entry.domid, entry.record.name
+        );
+        // One that cannot be asked is destroyed, and does not keep the others from being asked.
+        let watch = ask(&host, &entry)
+            .map_err(|fault| eprintln!("{fault}"))
+            .ok();
+        asked.push((entry, watch));
     }
     let mut failed = 0;
     for (entry, watch) in asked {
-        let ended = match watch {
-            Some(watch) => watch.wait_until(deadline)?,
-            None => None,
-        };
+        let ended = watch.and_then(|watch| {
+            let ended = watch.wait_until(deadline);
+            ended.unwrap_or_else(|fault| {
+                eprintln!("{fault}");
+                None
+            })
+        });
         match ended {
             Some(ended) => eprintln!("{}", describe_end(entry.domid, &ended)),
             None => eprintln!("Domain {} has not shut down: it is destroyed", entry.domid),
@@ -131,16 +129,21 @@ fn stop(timeout: Duration) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ends the domain by its name, which a restart has not changed; true where it is gone.
+/// Asks a guest to shut down; the watch is from before, so that an end that comes at once is not missed.
+fn ask(host: &Host, entry: &Entry) -> hospes_toolstack::Result<Watch> {
+    let who = entry.domid.to_string();
+    let watch = host.watch(entry.domid, Until::Shutdown)?;
+    // A paused guest cannot follow.
+    host.unpause(&who)?;
+    host.shutdown(&who, ShutdownKind::Poweroff)?;
+    Ok(watch)
+}
+
+/// Ends the domain by its UUID, which a restart has not changed; true where it is gone.
 fn destroy(host: &Host, entry: &Entry) -> bool {
-    match host.destroy(&entry.record.name) {
-        Ok(())
-        | Err(
-            hospes_toolstack::Error::NoSuchDomain { .. } | hospes_toolstack::Error::Gone { .. },
-        ) => true,
-        Err(fault) => {
-            eprintln!("{fault}");
-            false
-        }
+    let ended = host.destroy_uuid(entry.record.uuid);
+    if let Err(fault) = &ended {
+        eprintln!("{fault}");
     }
+    ended.is_ok()
 }

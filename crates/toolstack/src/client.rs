@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hospes_config::{CpuList, DiskConfig, DomainConfig, VifConfig};
+use hospes_config::{CpuList, DiskConfig, DomainConfig, Uuid, VifConfig};
 use hospes_store_server::StoreClient;
 use hospes_units::DomId;
 
@@ -252,7 +252,21 @@ impl Host {
 
     /// Ends a domain. A domain process that does not answer is killed.
     pub fn destroy(&self, who: &str) -> Result<()> {
-        let mut entry = self.find(who)?;
+        self.destroy_entry(self.find(who)?)
+    }
+
+    /// The same for what the domain with this UUID is by now; one that has ended already is destroyed.
+    pub fn destroy_uuid(&self, uuid: Uuid) -> Result<()> {
+        self.living(uuid)?
+            .map_or(Ok(()), |entry| self.destroy_entry(entry))
+    }
+
+    fn living(&self, uuid: Uuid) -> Result<Option<Entry>> {
+        let mut entries = self.entries()?.into_iter();
+        Ok(entries.find(|entry| entry.record.uuid == uuid))
+    }
+
+    fn destroy_entry(&self, mut entry: Entry) -> Result<()> {
         for _ in 0..RETRIES {
             let answer = ask(&entry, &Request::Destroy, CONNECT_PATIENCE, ANSWER_PATIENCE);
             let ended = match answer.and_then(done) {
@@ -264,9 +278,7 @@ impl Host {
             }
             // Through a reboot a domain keeps its UUID, and nothing else for sure. One that was there and lives under no
             // id any more is what was asked for.
-            let uuid = entry.record.uuid;
-            let mut living = self.entries()?.into_iter();
-            match living.find(|other| other.record.uuid == uuid) {
+            match self.living(entry.record.uuid)? {
                 Some(next) => entry = next,
                 None => return Ok(()),
             }
@@ -422,15 +434,31 @@ fn unexpected(reply: &Reply) -> Error {
 mod tests {
     use super::*;
     use crate::registry::Record;
-    use hospes_config::{Source, Uuid, load};
+    use hospes_config::{Source, load};
     use std::os::unix::net::UnixListener;
 
-    /// A host without domains, in a directory of its own.
-    fn host(test: &str) -> Host {
+    /// A host without domains, in a directory of its own that goes with it.
+    struct TestHost(Host);
+
+    impl std::ops::Deref for TestHost {
+        type Target = Host;
+
+        fn deref(&self) -> &Host {
+            &self.0
+        }
+    }
+
+    impl Drop for TestHost {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0.paths.run);
+        }
+    }
+
+    fn host(test: &str) -> TestHost {
         let run = std::env::temp_dir().join(format!("hospes-client-{test}-{}", std::process::id()));
         std::fs::create_dir_all(&run).expect("temporary directory");
         let log = run.join("log");
-        Host::new(Paths { run, log })
+        TestHost(Host::new(Paths { run, log }))
     }
 
     fn record(name: &str) -> Record {
@@ -477,7 +505,6 @@ mod tests {
         host.destroy("1").expect("a domain that can be destroyed");
         assert_eq!(host.entries().expect("list"), []);
         domain.join().expect("no panic");
-        let _ = std::fs::remove_dir_all(&host.paths.run);
     }
 
     #[test]
@@ -492,7 +519,6 @@ mod tests {
         }
         drop(slot);
         host.destroy("a").expect_err("it has died long ago");
-        let _ = std::fs::remove_dir_all(&host.paths.run);
     }
 
     #[test]
@@ -511,6 +537,33 @@ mod tests {
         say(entry.domid, &stream, &Request::Pause).expect("an answer is there");
         let fault = receive(entry.domid, &stream, None).expect_err("refused");
         assert!(fault.to_string().contains("not now"), "{fault}");
-        let _ = std::fs::remove_dir_all(&host.paths.run);
+    }
+
+    #[test]
+    fn destroy_by_uuid_does_not_take_a_name_for_a_number() {
+        let host = host("uuid");
+        let mut named = record("a");
+        named.name = "2".into();
+        named.uuid = Uuid::from_bytes([2; 16]);
+        let slot = host.registry.allocate(&named).expect("free");
+        let other = host.registry.allocate(&record("b")).expect("free");
+        assert_eq!((slot.domid(), other.domid()), (DomId(1), DomId(2)));
+        let listener = listen(slot.dir());
+        let domain = thread::spawn({
+            let registry = host.registry.clone();
+            move || {
+                let (stream, _) = listener.accept().expect("a command");
+                assert_eq!(read(&stream), Request::Destroy);
+                registry.release(slot).expect("held");
+                protocol::send(&stream, &Reply::Done)
+                    .expect("short")
+                    .expect("open");
+            }
+        });
+        let uuid = named.uuid;
+        host.destroy_uuid(uuid).expect("it can be destroyed");
+        domain.join().expect("no panic");
+        host.destroy_uuid(uuid).expect("it has ended");
+        assert_eq!(host.entries().expect("list")[..].len(), 1);
     }
 }

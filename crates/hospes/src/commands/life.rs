@@ -74,14 +74,14 @@ fn shut_down(kind: ShutdownKind, call: &Call) -> Outcome {
             ShutdownKind::Reboot => "Rebooting",
         };
         eprintln!("{doing} domain {}", entry.domid);
-        // Before the request: an end that comes at once is not missed.
-        let watch = if waits > 0 {
-            Some(host.watch(entry.domid, until)?)
-        } else {
-            None
-        };
-        match host.shutdown(&entry.domid.to_string(), kind) {
-            Ok(()) => watches.extend(watch),
+        // The watch comes before the request: an end that comes at once is not missed.
+        let watch = (waits > 0).then(|| host.watch(entry.domid, until));
+        let asked = watch.transpose().and_then(|watch| {
+            host.shutdown(&entry.domid.to_string(), kind)?;
+            Ok(watch)
+        });
+        match asked {
+            Ok(watch) => watches.extend(watch),
             // With -a the others are still to be asked.
             Err(fault) if all => {
                 eprintln!("{fault}");
@@ -94,7 +94,14 @@ fn shut_down(kind: ShutdownKind, call: &Call) -> Outcome {
         eprintln!("Waiting for {} domains", watches.len());
         for watch in watches {
             let domid = watch.domid();
-            eprintln!("{}", describe_end(domid, &watch.wait()?));
+            match watch.wait() {
+                Ok(ended) => eprintln!("{}", describe_end(domid, &ended)),
+                // The others are still to be waited for.
+                Err(fault) => {
+                    eprintln!("{fault}");
+                    failure = Some(fault);
+                }
+            }
         }
     }
     failure.map_or(Ok(()), |fault| Err(fault.into()))

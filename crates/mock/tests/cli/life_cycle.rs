@@ -305,3 +305,26 @@ fn logs_that_cannot_be_written_do_not_end_the_domain() {
     console.send("poweroff\n");
     assert_eq!(console.wait(), Some(0));
 }
+
+#[test]
+fn shutdown_of_all_goes_on_behind_a_domain_that_cannot_be_reached() {
+    for command in [
+        &["shutdown", "-a", "-w", "-w"][..],
+        &["shutdown", "-a"],
+        &["domains", "stop"],
+    ] {
+        let bench = Bench::new();
+        bench.create("lost", &[]);
+        bench.create("two", &[]);
+        bench.create("three", &[]);
+        let socket = bench.domain_dir(1).join("control.sock");
+        std::fs::remove_file(&socket).expect("there");
+        symlink("control.sock", &socket).expect("writable");
+        let said = bench.fails(1, command);
+        until("the others have ended", || {
+            bench.row("two").is_none() && bench.row("three").is_none()
+        });
+        assert!(said.contains("domain 1 "), "{command:?}: {said}");
+        signal(bench.pid(1), Signal::KILL);
+    }
+}
