@@ -47,6 +47,9 @@ pub fn check_name(name: &str) -> Result<(), NameError> {
         "contains a `/'".to_string()
     } else if name.chars().any(char::is_control) {
         "contains control characters".to_string()
+    } else if name.ends_with(".console") {
+        // `web.console.log` is what the guest of `web` printed.
+        "ends in `.console', as the logs of consoles do".to_string()
     } else if name.len() > limits::NAME_MAX {
         format!("is longer than {} bytes", limits::NAME_MAX)
     } else {

@@ -215,6 +215,7 @@ fn load_wrong_settings_names_line_and_reason() {
         ),
         ("name=''", "d.cfg:5: error: the name \"\" is empty"),
         ("name='a/b'", "contains a `/'"),
+        ("name='web.console'", "ends in `.console'"),
         ("name='a\\nb'", "contains control characters"),
         ("name=['a']", "is a list but should be a single value"),
         ("uuid='59e1cf6c'", "\"59e1cf6c\" is not a UUID"),

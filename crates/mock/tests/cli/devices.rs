@@ -252,6 +252,7 @@ fn rename_is_written_down_and_keeps_names_unique() {
         ("Domain-0", "exists already"),
         ("", "the name \"\" is empty"),
         ("a/b", "contains a `/'"),
+        ("two.console", "ends in `.console'"),
     ] {
         let said = bench.fails(1, &["rename", "uno", name]);
         assert!(said.contains(part), "{said}");
