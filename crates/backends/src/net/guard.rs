@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use super::headers::{
-    ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Layers, PROTOCOL_ICMPV6, PROTOCOL_UDP,
+    ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Layers, PROTOCOL_ICMPV6, PROTOCOL_UDP, Transport,
 };
 
 /// The limits of one device.
@@ -16,8 +16,9 @@ pub struct Guard {
     pub ip: Option<Vec<(Ipv4Addr, u8)>>,
 }
 
-const DHCP_SERVER: u16 = 67;
-const DHCPV6_SERVER: u16 = 547;
+/// Ports of DHCP: a server's and a client's.
+const DHCP: (u16, u16) = (67, 68);
+const DHCPV6: (u16, u16) = (547, 546);
 const ROUTER_ADVERTISEMENT: u8 = 134;
 const REDIRECT: u8 = 137;
 
@@ -68,9 +69,15 @@ impl Guard {
         match transport.protocol {
             // Without its first part nobody takes the others.
             PROTOCOL_UDP if !transport.later => {
-                let port = head.get(transport.at..transport.at + 2);
-                let port = port.map(|b| u16::from_be_bytes([b[0], b[1]]));
-                port.is_none_or(|port| port == DHCP_SERVER || port == DHCPV6_SERVER)
+                let (server, client) = match layers.ethertype {
+                    ETHERTYPE_IPV4 => DHCP,
+                    _ => DHCPV6,
+                };
+                let Some((source, destination)) = ports(head, &transport) else {
+                    return true;
+                };
+                // Clients look at the destination only.
+                source == server || destination == client
             }
             PROTOCOL_ICMPV6 => {
                 let kind = head.get(transport.at).copied();
@@ -80,6 +87,13 @@ impl Guard {
             _ => false,
         }
     }
+}
+
+/// The source and the destination of a UDP packet.
+fn ports(head: &[u8], transport: &Transport) -> Option<(u16, u16)> {
+    let bytes = head.get(transport.at..)?.first_chunk::<4>()?;
+    let [a, b, c, d] = *bytes;
+    Some((u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d])))
 }
 
 #[cfg(test)]
@@ -117,19 +131,50 @@ mod tests {
         assert!(permits(&Guard { mac: MAC, ip: None }, &frame));
     }
 
+    fn set_ports(frame: &mut [u8], at: usize, source: u16, destination: u16) {
+        frame[at..at + 2].copy_from_slice(&source.to_be_bytes());
+        frame[at + 2..at + 4].copy_from_slice(&destination.to_be_bytes());
+    }
+
     #[test]
     fn permits_no_servers() {
         let own = own([10, 0, 0, 2], 32);
         let mut frame = samples::ipv4(MAC, PROTOCOL_UDP, b"x");
-        frame[34..36].copy_from_slice(&68u16.to_be_bytes());
+        set_ports(&mut frame, 34, 68, 6767);
         assert!(permits(&own, &frame));
-        frame[34..36].copy_from_slice(&67u16.to_be_bytes());
-        assert!(!permits(&own, &frame));
-        // The first of several parts, and a later one, which has no port.
-        frame[20..22].copy_from_slice(&0x2000u16.to_be_bytes());
-        assert!(!permits(&own, &frame));
-        frame[20..22].copy_from_slice(&0x2001u16.to_be_bytes());
-        assert!(permits(&own, &frame));
+        for (source, destination) in [(67, 6868), (6767, 68)] {
+            set_ports(&mut frame, 34, source, destination);
+            frame[20..22].copy_from_slice(&[0, 0]);
+            assert!(!permits(&own, &frame));
+            // The first of several parts, and a later one, which has no port.
+            frame[20..22].copy_from_slice(&0x2000u16.to_be_bytes());
+            assert!(!permits(&own, &frame));
+            frame[20..22].copy_from_slice(&0x2001u16.to_be_bytes());
+            assert!(permits(&own, &frame));
+        }
+        // An IPv6 packet of UDP, whole and as the first of several parts.
+        for fragment in [false, true] {
+            let at = if fragment { 62 } else { 54 };
+            let mut frame = vec![0; at + 8];
+            frame[6..12].copy_from_slice(&MAC);
+            frame[12..14].copy_from_slice(&[0x86, 0xdd]);
+            frame[14] = 0x60;
+            frame[20] = PROTOCOL_UDP;
+            if fragment {
+                frame[20] = 44;
+                frame[54] = PROTOCOL_UDP;
+                frame[57] = 1;
+            }
+            for (source, destination, passes) in [
+                (546, 547, true),
+                (547, 5460, false),
+                (6767, 546, false),
+                (6767, 68, true),
+            ] {
+                set_ports(&mut frame, at, source, destination);
+                assert_eq!(permits(&own, &frame), passes);
+            }
+        }
         let mut frame = vec![0; 14 + 40 + 8];
         frame[6..12].copy_from_slice(&MAC);
         frame[12..14].copy_from_slice(&[0x86, 0xdd]);
