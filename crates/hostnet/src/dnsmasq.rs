@@ -1,7 +1,8 @@
 //! Addresses and names for guests: one dnsmasq for each NAT network, bound to its bridge alone.
 //!
 //! Its whole configuration is one file of ours, without the host's. It is started anew whenever a guest comes: it reads the file before it gives up
-//! its privileges, so that neither the file nor its directory has to be open to others. Leases are by MAC and fixed, so nothing is lost by that.
+//! its privileges, so that neither the file nor its directory has to be open to others. Leases are by MAC and fixed, so nothing is lost by that; what
+//! a guest calls itself (client identifiers) is ignored, as it could be what another calls itself.
 
 use std::fmt::Write;
 use std::fs;
@@ -53,7 +54,7 @@ fn configuration(service: &Service<'_>) -> String {
     let mut text = format!(
         "interface={bridge}\nexcept-interface=lo\nbind-interfaces\nport={}\nno-hosts\ndomain-needed\nbogus-priv\n\
          domain={DOMAIN}\nlocal=/{DOMAIN}/\nexpand-hosts\nhost-record=host.{DOMAIN},{}\n\
-         dhcp-authoritative\ndhcp-ignore=tag:!known\ndhcp-range={a}.{b}.{c}.2,{a}.{b}.{c}.254,255.255.255.0,12h\n\
+         dhcp-authoritative\ndhcp-ignore=tag:!known\ndhcp-ignore-clid\ndhcp-range={a}.{b}.{c}.2,{a}.{b}.{c}.254,255.255.255.0,12h\n\
          dhcp-option=option:mtu,{}\ndhcp-leasefile={directory}/leases\npid-file={}\n",
         if service.dns { 53 } else { 0 },
         service.gateway_v4,
@@ -140,6 +141,7 @@ mod tests {
         for line in [
             "interface=hospes0",
             "except-interface=lo",
+            "dhcp-ignore-clid",
             "dhcp-host=00:16:3e:00:00:01,10.107.0.9,web",
             "dhcp-range=fd00:1:2:3::,ra-only,64",
             "ra-param=hospes0,60,0",

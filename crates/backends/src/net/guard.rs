@@ -1,6 +1,7 @@
 //! What a guest may send: on a network that it shares with others it is to speak for itself only.
 
 use std::net::Ipv4Addr;
+use std::ops::Range;
 
 use super::headers::{
     ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Layers, PROTOCOL_ICMPV6, PROTOCOL_UDP, Transport,
@@ -19,6 +20,11 @@ pub struct Guard {
 /// Ports of DHCP: a server's and a client's.
 const DHCP: (u16, u16) = (67, 68);
 const DHCPV6: (u16, u16) = (547, 546);
+const UDP_BYTES: usize = 8;
+/// Fields of a DHCP message (RFC 2131, 2): the length of the hardware address, the relay's address, the hardware address.
+const HLEN: usize = 2;
+const GIADDR: Range<usize> = 24..28;
+const CHADDR: Range<usize> = 28..34;
 const ROUTER_ADVERTISEMENT: u8 = 134;
 const REDIRECT: u8 = 137;
 
@@ -61,7 +67,19 @@ impl Guard {
         }
     }
 
-    /// Whether it is a packet of a DHCP server or a router, or a part of one that cannot be told.
+    /// Whether a packet to a DHCP server is whole and about the device itself: a server gives addresses and takes them back by `chaddr`, not by the
+    /// frame's source, and where `giaddr` is set it answers to there. All of these lie in the part that is at most 116 bytes into the frame.
+    fn asks_for_itself(&self, head: &[u8], transport: &Transport) -> bool {
+        let Some(message) = head.get(transport.at + UDP_BYTES..) else {
+            return false;
+        };
+        !transport.fragment
+            && message.get(HLEN) == Some(&6)
+            && message.get(GIADDR) == Some(&[0; 4][..])
+            && message.get(CHADDR) == Some(&self.mac[..])
+    }
+
+    /// Whether it is a packet of a DHCP server or a router, a message to a DHCP server in another's name, or a part of one that cannot be told.
     fn serves(&self, head: &[u8], layers: &Layers) -> bool {
         let Some(transport) = layers.transport else {
             return true;
@@ -77,7 +95,10 @@ impl Guard {
                     return true;
                 };
                 // Clients look at the destination only.
-                source == server || destination == client
+                source == server
+                    || destination == client
+                    || (destination, layers.ethertype) == (DHCP.0, ETHERTYPE_IPV4)
+                        && !self.asks_for_itself(head, &transport)
             }
             PROTOCOL_ICMPV6 => {
                 let kind = head.get(transport.at).copied();
@@ -183,6 +204,33 @@ mod tests {
         frame[54] = 135;
         assert!(permits(&own, &frame));
         frame[54] = ROUTER_ADVERTISEMENT;
+        assert!(!permits(&own, &frame));
+    }
+
+    #[test]
+    fn permits_dhcp_for_itself() {
+        let own = own([10, 0, 0, 2], 32);
+        let mut message = [0; 240];
+        message[..3].copy_from_slice(&[1, 1, 6]);
+        message[CHADDR].copy_from_slice(&MAC);
+        let mut frame = samples::ipv4(MAC, PROTOCOL_UDP, &message);
+        set_ports(&mut frame, 34, 68, 67);
+        assert!(permits(&own, &frame));
+        // Behind the longest IP header too it lies in what is looked at.
+        let mut long = frame.clone();
+        long.splice(34..34, [1; 40]);
+        long[14] = 0x4f;
+        assert!(permits(&own, &long[..116]));
+        long[74 + 8 + CHADDR.end - 1] ^= 1;
+        assert!(!permits(&own, &long));
+        // Another's address, a relay's, a length that makes it another's; cut short, or one of several parts.
+        for at in [CHADDR.start, CHADDR.end - 1, GIADDR.start, HLEN] {
+            let mut frame = frame.clone();
+            frame[42 + at] ^= 2;
+            assert!(!permits(&own, &frame), "{at}");
+        }
+        assert!(!permits(&own, &frame[..42 + CHADDR.end - 1]));
+        frame[20] = 0x20;
         assert!(!permits(&own, &frame));
     }
 
