@@ -49,16 +49,17 @@ fn pid_path(directory: &Path) -> PathBuf {
 }
 
 fn configuration(service: &Service<'_>) -> String {
-    let (directory, bridge) = (service.directory.display(), service.bridge);
+    let bridge = service.bridge;
     let [a, b, c, _] = service.gateway_v4.octets();
     let mut text = format!(
         "interface={bridge}\nexcept-interface=lo\nbind-interfaces\nport={}\nno-hosts\ndomain-needed\nbogus-priv\n\
          domain={DOMAIN}\nlocal=/{DOMAIN}/\nexpand-hosts\nhost-record=host.{DOMAIN},{}\n\
-         dhcp-authoritative\ndhcp-ignore=tag:!known\ndhcp-ignore-clid\ndhcp-range={a}.{b}.{c}.2,{a}.{b}.{c}.254,255.255.255.0,12h\n\
-         dhcp-option=option:mtu,{}\ndhcp-leasefile={directory}/leases\npid-file={}\n",
+         dhcp-authoritative\ndhcp-ignore=tag:!known\ndhcp-ignore-clid\ndhcp-range={a}.{b}.{c}.0,static,255.255.255.0,12h\n\
+         dhcp-option=option:mtu,{}\ndhcp-leasefile={}\npid-file={}\n",
         if service.dns { 53 } else { 0 },
         service.gateway_v4,
         service.mtu,
+        leases_path(service.directory).display(),
         pid_path(service.directory).display(),
     );
     // Writing to a string does not fail.
@@ -85,10 +86,39 @@ fn configuration(service: &Service<'_>) -> String {
     text
 }
 
+fn leases_path(directory: &Path) -> PathBuf {
+    directory.join("leases")
+}
+
+/// Forgets the leases that are not those of today's guests: dnsmasq gives nobody an address that is leased to another MAC. Only while none runs.
+fn forget_leases(service: &Service<'_>) {
+    let path = leases_path(service.directory);
+    let Ok(old) = fs::read_to_string(&path) else {
+        return;
+    };
+    // Expiry, MAC, address, name, identifier.
+    let is_of = |line: &str, host: &Host| {
+        let mut words = line.split(' ').skip(1);
+        words.next() == Some(&host.mac) && words.next() == Some(&host.ip.to_string())
+    };
+    let mut new = String::new();
+    for line in old.lines() {
+        if service.hosts.iter().any(|host| is_of(line, host)) {
+            new.push_str(line);
+            new.push('\n');
+        }
+    }
+    if new != old {
+        // Where that fails, dnsmasq cannot write the file either, and says so.
+        let _ = fs::write(path, new);
+    }
+}
+
 /// Starts dnsmasq with this configuration in place of the one that runs for the directory.
 pub fn restart(service: &mut Service<'_>) -> Result<(), Error> {
     let dnsmasq = tools::need("dnsmasq", PACKAGE)?;
     stop(service.directory);
+    forget_leases(service);
     let path = configuration_path(service.directory);
     let argument = format!("--conf-file={}", path.display());
     let mut start = |dns| {
@@ -142,6 +172,7 @@ mod tests {
             "interface=hospes0",
             "except-interface=lo",
             "dhcp-ignore-clid",
+            "dhcp-range=10.107.0.0,static,255.255.255.0,12h",
             "dhcp-host=00:16:3e:00:00:01,10.107.0.9,web",
             "dhcp-range=fd00:1:2:3::,ra-only,64",
             "ra-param=hospes0,60,0",

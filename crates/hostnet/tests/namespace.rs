@@ -2,8 +2,10 @@
 //! to try, and the tests say so.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use hospes_hostnet::{Error, Network, Port, Request, Wire, mac_text, open, random_mac, sweep};
 use rustix::thread::UnshareFlags;
@@ -133,6 +135,70 @@ fn nat_keeps_the_address_of_a_mac() {
         assert_eq!(port.ip, ip);
         let addresses = fs::read_to_string(directory.join("net/addresses.json")).unwrap();
         assert!(addresses.contains(&mac_text(first.mac)));
+    });
+}
+
+/// What the network's DHCP server offers to the device, asked through its tap.
+fn offered(port: &Port, mac: [u8; 6]) -> Option<Ipv4Addr> {
+    let mut message = [0; 244];
+    message[..3].copy_from_slice(&[1, 1, 6]);
+    message[28..34].copy_from_slice(&mac);
+    message[236..].copy_from_slice(&[0x63, 0x82, 0x53, 0x63, 53, 1, 1, 255]);
+    let mut packet = [0; 10 + 14 + 28].to_vec();
+    packet[10..16].fill(0xff);
+    packet[16..22].copy_from_slice(&mac);
+    packet[22..24].copy_from_slice(&[8, 0]);
+    // From nobody to everybody, 272 bytes, with the checksum of just that.
+    packet[24..34].copy_from_slice(&[0x45, 0, 1, 16, 0, 0, 0, 0, 64, 17]);
+    packet[34..36].copy_from_slice(&[0x79, 0xde]);
+    packet[40..44].fill(0xff);
+    packet[44..50].copy_from_slice(&[0, 68, 0, 67, 0, 252]);
+    packet.extend(message);
+    let mut answer = [0; 2000];
+    for _ in 0..5 {
+        rustix::io::write(&port.queues[0], &packet).unwrap();
+        let asked = Instant::now();
+        while asked.elapsed() < Duration::from_secs(2) {
+            for queue in &port.queues {
+                let Ok(count) = rustix::io::read(queue, &mut answer) else {
+                    continue;
+                };
+                let answer = &answer[10..count];
+                if answer.len() > 62 && answer[12..14] == [8, 0] && answer[36..38] == [0, 68] {
+                    return Some(Ipv4Addr::from(
+                        <[u8; 4]>::try_from(&answer[58..62]).unwrap(),
+                    ));
+                }
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    None
+}
+
+#[test]
+fn nat_forgets_the_leases_of_forgotten_macs() {
+    alone("leases", |directory| {
+        let net = directory.join("net");
+        fs::create_dir_all(&net).unwrap();
+        let (mut addresses, mut leases) = (Vec::new(), String::new());
+        for n in 2..=254 {
+            let (mac, ip) = (mac_text([2, 0, 0, 0, 0, n]), Ipv4Addr::new(10, 107, 0, n));
+            addresses.push(format!("\"{mac}\":\"{ip}\""));
+            leases.push_str(&format!("4000000000 {mac} {ip} * *\n"));
+        }
+        fs::write(
+            net.join("addresses.json"),
+            format!("{{{}}}", addresses.join(",")),
+        )
+        .unwrap();
+        fs::write(net.join("leases"), leases).unwrap();
+        for domid in 1..=2 {
+            let request = request(directory, domid, Network::Nat);
+            let port = open(&request).unwrap();
+            let lease = offered(&port, request.mac);
+            assert_eq!(lease, port.ip);
+        }
     });
 }
 
