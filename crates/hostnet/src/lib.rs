@@ -70,7 +70,9 @@ pub enum Error {
     NotBridge(String),
     #[error("the names hospes0 to hospes15 are all taken: remove those bridges that are not used")]
     NoBridgeName,
-    #[error("the host has routes to all of 10.64.0.0/10: use a bridge of your own with `bridge`")]
+    #[error(
+        "the host has routes to all of 10.64.0.0/10, 172.16.0.0/12 and 192.168.0.0/16: use a bridge of your own with `bridge`"
+    )]
     NoSubnet,
     #[error("the NAT network is full: it has room for 253 devices")]
     NoAddress,

@@ -264,7 +264,7 @@ fn prepare(directory: &Path, netlink: &Netlink, unused: bool) -> Result<Network,
     let index = free_index(netlink, &links, directory)?;
     let uplink_mtu = taken
         .iter()
-        .filter(|route| route.prefix == 0)
+        .filter(|route| route.is_default())
         .filter_map(|route| links.iter().find(|link| link.index == route.interface))
         .map(|link| link.mtu)
         .min();

@@ -66,6 +66,13 @@ pub struct Route {
     pub interface: u32,
 }
 
+impl Route {
+    /// Whether it stands for everything that has no route of its own: VPNs make such routes of two halves of the address space or more parts.
+    pub fn is_default(&self) -> bool {
+        self.prefix < 8
+    }
+}
+
 /// What is to change at an interface; `None` leaves it.
 #[derive(Clone, Debug, Default)]
 pub struct Change<'a> {

@@ -21,18 +21,22 @@ fn overlaps(a: Ipv4Addr, a_prefix: u8, b: Ipv4Addr, b_prefix: u8) -> bool {
     (a.to_bits() ^ b.to_bits()) & mask == 0
 }
 
-/// The gateway of the first network of 10.107.0.0/16, then of 10.64.0.0/10, that clashes with none of `taken`; `preferred` comes first. A
-/// default route clashes with nothing.
+/// The gateway of the first network of 10.107.0.0/16, then of 10.64.0.0/10, 172.16.0.0/12 and 192.168.0.0/16, that clashes with none of `taken`;
+/// `preferred` comes first. A default route clashes with nothing.
 pub fn choose_v4(taken: &[Route], preferred: Option<Ipv4Addr>) -> Option<Ipv4Addr> {
     let near = (0..=255).map(|c| Ipv4Addr::new(10, 107, c, GATEWAY));
-    let far = (64..=127).flat_map(|b| (0..=255).map(move |c| Ipv4Addr::new(10, b, c, GATEWAY)));
+    let far = (64..=127).map(|b| [10, b]);
+    let other = (16..=31).map(|b| [172, b]).chain([[192, 168]]);
+    let far = far
+        .chain(other)
+        .flat_map(|[a, b]| (0..=255).map(move |c| Ipv4Addr::new(a, b, c, GATEWAY)));
     preferred
         .into_iter()
         .chain(near)
         .chain(far)
         .find(|gateway| {
             taken.iter().all(|route| match route.address {
-                IpAddr::V4(address) if route.prefix > 0 => {
+                IpAddr::V4(address) if !route.is_default() => {
                     !overlaps(*gateway, PREFIX_V4, address, route.prefix)
                 }
                 _ => true,
@@ -138,7 +142,15 @@ mod tests {
             choose_v4(&[route([10, 107, 0, 0], 16)], None),
             Some(Ipv4Addr::new(10, 64, 0, 1))
         );
-        assert_eq!(choose_v4(&[route([10, 0, 0, 0], 8)], None), None);
+        // A VPN that takes everything, in two halves, and one that takes what is private.
+        let halves = [route([0; 4], 1), route([128, 0, 0, 0], 1)];
+        assert_eq!(choose_v4(&halves, None), Some(first));
+        let mut private = vec![route([10, 0, 0, 0], 8)];
+        for next in [[172, 16, 0, 1], [192, 168, 0, 1]] {
+            assert_eq!(choose_v4(&private, None), Some(Ipv4Addr::from(next)));
+            private.push(route(next, 12));
+        }
+        assert_eq!(choose_v4(&private, None), None);
     }
 
     #[test]
