@@ -1,6 +1,6 @@
 //! Network interfaces of a configuration: plugged into the host's networks, and as the domain takes them.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -98,7 +98,10 @@ impl Plug {
                 let bridge = vif.bridge.as_deref();
                 Script::new(program, &path, interface, bridge, vif.netdev.as_deref())
             });
-        let guard = guard(&network, vif, mac, port.ip);
+        let own_v4 = port.ip.map(|ip| (ip.into(), 32));
+        let own_v6 = port.network_v6.map(|(ip, prefix)| (ip.into(), prefix));
+        let own = own_v4.into_iter().chain(own_v6);
+        let guard = guard(&network, vif, mac, own, port.host_v6);
         let scripts: Vec<Script> = script.clone().into_iter().collect();
         let spec = VifSpec {
             devid,
@@ -147,32 +150,42 @@ fn network(vif: &VifConfig) -> Network {
 
 /// What the guest may send: on networks of ours it speaks for itself only; elsewhere only `ip` limits it, as Xen's scripts do. `ip=0.0.0.0/0` lets
 /// everything pass everywhere.
-fn guard(network: &Network, vif: &VifConfig, mac: [u8; 6], own: Option<Ipv4Addr>) -> Option<Guard> {
-    let mut networks = Vec::new();
+fn guard(
+    network: &Network,
+    vif: &VifConfig,
+    mac: [u8; 6],
+    own: impl Iterator<Item = (IpAddr, u8)>,
+    host_v6: Vec<Ipv6Addr>,
+) -> Option<Guard> {
+    let mut networks: Vec<(IpAddr, u8)> = Vec::new();
     for text in &vif.ip {
-        let (address, prefix) = text.split_once('/').unwrap_or((text, "32"));
-        if let (Ok(IpAddr::V4(address)), Ok(prefix)) = (address.parse(), prefix.parse()) {
-            networks.push((address, prefix));
+        let (address, prefix) = text
+            .split_once('/')
+            .map_or((text.as_str(), None), |(a, p)| (a, Some(p)));
+        if let Ok(address) = address.parse::<IpAddr>() {
+            let whole = if address.is_ipv4() { 32 } else { 128 };
+            networks.push((
+                address,
+                prefix.and_then(|p| p.parse().ok()).unwrap_or(whole),
+            ));
         }
     }
-    if networks.iter().any(|(_, prefix)| *prefix == 0) {
+    if networks
+        .iter()
+        .any(|(ip, prefix)| ip.is_ipv4() && *prefix == 0)
+    {
         return None;
     }
-    match network {
+    let ip = match network {
         Network::Nat => {
-            networks.extend(own.map(|ip| (ip, 32)));
-            Some(Guard {
-                mac,
-                ip: Some(networks),
-            })
+            networks.extend(own);
+            Some(networks)
         }
-        Network::User => Some(Guard { mac, ip: None }),
-        Network::Bridge(_) | Network::Script if !networks.is_empty() => Some(Guard {
-            mac,
-            ip: Some(networks),
-        }),
-        Network::Bridge(_) | Network::Script => None,
-    }
+        Network::User => None,
+        Network::Bridge(_) | Network::Script if !networks.is_empty() => Some(networks),
+        Network::Bridge(_) | Network::Script => return None,
+    };
+    Some(Guard { mac, ip, host_v6 })
 }
 
 /// Runs the scripts of interfaces that the domain has now.
@@ -181,4 +194,47 @@ pub fn bring_online(scripts: &[Script]) -> Result<(), MachineError> {
         script.run(Action::Online)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guard_takes_all_addresses_of_ip() {
+        let host_v6: Vec<Ipv6Addr> = vec!["fd00:1::1".parse().unwrap()];
+        let own: [(IpAddr, u8); 2] = [
+            ([10, 107, 0, 2].into(), 32),
+            ("fd00:1::".parse().unwrap(), 64),
+        ];
+        let bridge = Network::Bridge("br0".into());
+        for (network, ip, expected) in [
+            (&Network::Nat, "", Some("10.107.0.2/32 fd00:1::/64")),
+            (
+                &Network::Nat,
+                "fd00::2",
+                Some("fd00::2/128 10.107.0.2/32 fd00:1::/64"),
+            ),
+            (&Network::Nat, "10.0.0.0/8 0.0.0.0/0", None),
+            (&bridge, "", None),
+            (&bridge, "fd00::2", Some("fd00::2/128")),
+            (&bridge, "10.0.0.2 ::/0", Some("10.0.0.2/32 ::/0")),
+            (&Network::Script, "10.0.0.0/8", Some("10.0.0.0/8")),
+        ] {
+            let vif = VifConfig {
+                ip: ip.split_whitespace().map(str::to_owned).collect(),
+                ..VifConfig::default()
+            };
+            let guard = guard(network, &vif, [2; 6], own.into_iter(), host_v6.clone());
+            let networks = guard.map(|guard| {
+                assert_eq!(guard.host_v6, host_v6);
+                let networks = guard.ip.unwrap().into_iter();
+                let texts: Vec<_> = networks
+                    .map(|(ip, prefix)| format!("{ip}/{prefix}"))
+                    .collect();
+                texts.join(" ")
+            });
+            assert_eq!(networks.as_deref(), expected, "{network:?} {ip}");
+        }
+    }
 }

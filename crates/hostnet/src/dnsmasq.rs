@@ -10,7 +10,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use crate::Error;
-use crate::tools;
+use crate::{subnet, tools};
 
 /// The program comes from this package, which starts no service by itself.
 const PACKAGE: &str = "dnsmasq-base";
@@ -64,13 +64,11 @@ fn configuration(service: &Service<'_>) -> String {
     );
     // Writing to a string does not fail.
     if let Some(gateway) = service.gateway_v6 {
-        let mut network = gateway.segments();
-        network[4..].fill(0);
         let lifetime = if service.routes_v6 { 1800 } else { 0 };
         let _ = writeln!(
             text,
             "enable-ra\ndhcp-range={},ra-only,64",
-            Ipv6Addr::from(network)
+            subnet::network_v6(gateway)
         );
         let _ = writeln!(text, "ra-param={bridge},60,{lifetime}");
     }

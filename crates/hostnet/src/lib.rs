@@ -24,7 +24,7 @@ mod tap;
 mod tools;
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -143,6 +143,10 @@ pub struct Port {
     pub mtu: u32,
     /// The address that belongs to the device's MAC on the shared network.
     pub ip: Option<Ipv4Addr>,
+    /// The IPv6 network of the shared network, with the length of its prefix: guests choose their addresses in it.
+    pub network_v6: Option<(Ipv6Addr, u8)>,
+    /// IPv6 addresses of the host on the device's bridge.
+    pub host_v6: Vec<Ipv6Addr>,
     pub guard: Guard,
 }
 
@@ -185,6 +189,8 @@ pub fn open(request: &Request<'_>) -> Result<Port, Error> {
                 bridge: None,
                 mtu,
                 ip: None,
+                network_v6: None,
+                host_v6: Vec::new(),
                 guard: Guard {
                     _kept: Kept::User { _process: process },
                 },
@@ -212,6 +218,8 @@ fn open_nat(request: &Request<'_>, names: &[String], queues: u32) -> Result<Port
         bridge: Some(joined.bridge),
         mtu: joined.mtu,
         ip: Some(joined.ip),
+        network_v6: joined.network_v6,
+        host_v6: joined.host_v6,
         guard: Guard {
             _kept: Kept::Nat {
                 _membership: joined.membership,
@@ -248,6 +256,7 @@ fn open_tap(
         .unwrap_or(MTU_DEFAULT);
     let (interface, queues) = tap::open(&netlink, names, queues)?;
     tap::put(&netlink, &interface, link.as_ref(), mtu)?;
+    let host_v6 = link.map_or(Ok(Vec::new()), |link| netlink.addresses_v6(link.index));
     Ok(Port {
         wire: Wire::Tap,
         queues,
@@ -255,6 +264,8 @@ fn open_tap(
         bridge: bridge.map(str::to_owned),
         mtu,
         ip: None,
+        network_v6: None,
+        host_v6: host_v6.map_err(kernel)?,
         guard: Guard {
             _kept: Kept::Nothing,
         },

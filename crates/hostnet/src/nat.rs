@@ -72,6 +72,8 @@ pub struct Joined {
     pub bridge: String,
     pub mtu: u32,
     pub ip: Ipv4Addr,
+    pub network_v6: Option<(Ipv6Addr, u8)>,
+    pub host_v6: Vec<Ipv6Addr>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -180,6 +182,14 @@ fn add(
     let mtu = member.mtu.unwrap_or(network.mtu);
     let (interface, queues) = tap::open(netlink, member.names, member.queues)?;
     tap::put(netlink, &interface, Some(&bridge), mtu)?;
+    let mut host_v6 = netlink
+        .addresses_v6(bridge.index)
+        .map_err(|source| Error::Kernel {
+            what: "read the addresses".into(),
+            source,
+        })?;
+    // The kernel gives it once a port is up.
+    host_v6.push(subnet::link_local(bridge.mac));
 
     let path = directory.join("users").join(&interface);
     let user = User {
@@ -214,6 +224,10 @@ fn add(
         bridge: network.bridge.clone(),
         mtu,
         ip,
+        network_v6: network
+            .gateway_v6
+            .map(|gateway| (subnet::network_v6(gateway), subnet::PREFIX_V6)),
+        host_v6,
     })
 }
 
@@ -316,6 +330,9 @@ fn make(directory: &Path, netlink: &Netlink, network: &mut Network) -> Result<()
         .map_err(kernel(format!("make the bridge {bridge}")))?;
     let link = netlink.link(&bridge).ok().flatten();
     let link = link.ok_or_else(|| Error::NoBridge(bridge.clone()))?;
+    // Its address of the link follows from its MAC address then, so that it is known what no guest may claim.
+    let mode = format!("/proc/sys/net/ipv6/conf/{bridge}/addr_gen_mode");
+    let _ = fs::write(mode, "0");
     let change = Change {
         up: Some(true),
         mtu: Some(network.mtu),

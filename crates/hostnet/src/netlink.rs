@@ -304,6 +304,17 @@ impl Netlink {
         self.dump(nl::RTM_GETADDR, nl::RTM_NEWADDR, &[0; 8], parse_address)
     }
 
+    /// The IPv6 addresses of an interface.
+    pub fn addresses_v6(&self, index: u32) -> io::Result<Vec<Ipv6Addr>> {
+        let mut all = self.addresses()?;
+        all.retain(|address| address.interface == index);
+        let v6 = all.into_iter().filter_map(|found| match found.address {
+            IpAddr::V6(address) => Some(address),
+            IpAddr::V4(_) => None,
+        });
+        Ok(v6.collect())
+    }
+
     /// Makes an interface of a kind that needs no further data, such as a bridge. Fails where the name is taken.
     pub fn create(&self, name: &str, kind: &str) -> io::Result<()> {
         let info = Message(Vec::new()).attribute(nl::IFLA_INFO_KIND, kind.as_bytes());

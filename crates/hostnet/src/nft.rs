@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use crate::Error;
-use crate::tools;
+use crate::{subnet, tools};
 
 /// What the table is to do.
 #[derive(Clone, Copy, Debug)]
@@ -28,9 +28,7 @@ fn ruleset(rules: &Rules<'_>) -> String {
     let [a, b, c, _] = rules.gateway_v4.octets();
     let v6 = match rules.gateway_v6 {
         Some(gateway) => {
-            let mut network = gateway.segments();
-            network[4..].fill(0);
-            let network = Ipv6Addr::from(network);
+            let network = subnet::network_v6(gateway);
             format!(
                 "\n        ip6 saddr {network}/64 ip6 daddr != {network}/64 oifname != \"{bridge}\" masquerade"
             )

@@ -62,6 +62,20 @@ pub fn choose_v6(host: &str, index: u32) -> Ipv6Addr {
     bytes.into()
 }
 
+/// The network of a gateway's address.
+pub fn network_v6(gateway: Ipv6Addr) -> Ipv6Addr {
+    let mut network = gateway.segments();
+    network[4..].fill(0);
+    network.into()
+}
+
+/// The address of the link that follows from a MAC address (RFC 4291, appendix A).
+pub fn link_local(mac: [u8; 6]) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = mac.map(u16::from);
+    let host = [(a ^ 2) << 8 | b, c << 8 | 0xff, 0xfe00 | d, e << 8 | f];
+    Ipv6Addr::new(0xfe80, 0, 0, 0, host[0], host[1], host[2], host[3])
+}
+
 /// The bridge's own MAC address: fixed, so that guests keep their neighbour entries when ports come and go.
 pub fn bridge_mac(host: &str, index: u32) -> [u8; 6] {
     let id = hash(format!("{host} {index}").as_bytes()).to_be_bytes();

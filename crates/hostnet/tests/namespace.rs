@@ -2,7 +2,7 @@
 //! to try, and the tests say so.
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -89,6 +89,20 @@ fn nat_lives_as_long_as_its_users() {
             assert!(configuration.contains(&port.ip.unwrap().to_string()));
         }
         assert!(output("nft", &["list", "tables"]).contains("inet hospes0"));
+        // All that the host has there are known when a guest comes, before the kernel gives the address of the link.
+        let all = ["-6", "-o", "address", "show", "hospes0"];
+        let start = Instant::now();
+        while !output("ip", &all).contains("fe80") && start.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let addresses = output("ip", &all);
+        let addresses: Vec<Ipv6Addr> = addresses
+            .split_whitespace()
+            .filter_map(|word| word.split_once('/')?.0.parse().ok())
+            .collect();
+        assert!(addresses.len() == 2 && addresses.iter().all(|a| first.host_v6.contains(a)));
+        let (network, prefix) = first.network_v6.unwrap();
+        assert!(prefix == 64 && addresses[0].segments()[..4] == network.segments()[..4]);
         drop(first);
         assert!(output("ip", &["-br", "link"]).contains("hospes0"));
         assert!(dnsmasq_runs(directory));

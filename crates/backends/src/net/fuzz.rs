@@ -1,5 +1,7 @@
 //! Any bytes as a guest's packets, for the fuzzer and for property tests.
 
+use std::net::Ipv6Addr;
+
 use hospes_ring::{BackRing, FrontRing, LocalMemory};
 use hospes_xen_abi::netif::{STATUS_OKAY, TxRequest, TxResponse};
 use zerocopy::FromBytes;
@@ -33,7 +35,8 @@ pub fn fuzz_packets(data: &[u8]) {
     let _ = front.publish();
     let guard = Guard {
         mac: [0; 6],
-        ip: Some(vec![([10, 0, 0, 0].into(), 8)]),
+        ip: Some(vec![([10, 0, 0, 0].into(), 8), ([0; 16].into(), 1)]),
+        host_v6: vec![Ipv6Addr::LOCALHOST],
     };
     while let Ok(Some(packet)) = Packet::take(&mut ring) {
         if packet.error.is_none() {

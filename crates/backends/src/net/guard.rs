@@ -1,6 +1,6 @@
 //! What a guest may send: on a network that it shares with others it is to speak for itself only.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Range;
 
 use super::headers::{
@@ -12,9 +12,11 @@ use super::headers::{
 pub struct Guard {
     /// The only source address of its frames.
     pub mac: [u8; 6],
-    /// The only IPv4 addresses that it may claim, with the length of their prefixes. Where they are given, only IP and ARP pass, and no answers of a
-    /// DHCP server or of a router: these have their place on the host.
-    pub ip: Option<Vec<(Ipv4Addr, u8)>>,
+    /// The only addresses that it may claim, with the length of their prefixes; IPv6 addresses of the link alone may always be claimed. Where they are
+    /// given, only IP and ARP pass, and no answers of a DHCP server or of a router: these have their place on the host.
+    pub ip: Option<Vec<(IpAddr, u8)>>,
+    /// Addresses of the host on the same link, which it may not claim although they lie in `ip` or belong to the link.
+    pub host_v6: Vec<Ipv6Addr>,
 }
 
 /// Ports of DHCP: a server's and a client's.
@@ -25,8 +27,15 @@ const UDP_BYTES: usize = 8;
 const HLEN: usize = 2;
 const GIADDR: Range<usize> = 24..28;
 const CHADDR: Range<usize> = 28..34;
+const IPV6_BYTES: usize = 40;
+/// Messages of neighbour discovery (RFC 4861, 4), where a solicitation's and an advertisement's target lies, and the options that name a MAC.
+const ROUTER_SOLICITATION: u8 = 133;
 const ROUTER_ADVERTISEMENT: u8 = 134;
+const NEIGHBOUR_SOLICITATION: u8 = 135;
+const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
+const TARGET: usize = 8;
+const LINK_LAYER_ADDRESSES: [u8; 2] = [1, 2];
 
 impl Guard {
     /// Whether a frame that begins with `head` may pass.
@@ -42,19 +51,7 @@ impl Guard {
             return false;
         }
         let owns = |at: usize| {
-            let bytes = head
-                .get(at..at + 4)
-                .and_then(|b| <[u8; 4]>::try_from(b).ok());
-            bytes.is_some_and(|bytes| {
-                let address = u32::from_be_bytes(bytes);
-                let inside = |(network, prefix): &(Ipv4Addr, u8)| {
-                    let mask = u32::MAX
-                        .checked_shl(32 - u32::from(*prefix).min(32))
-                        .unwrap_or(0);
-                    (address ^ network.to_bits()) & mask == 0
-                };
-                address == 0 || networks.iter().any(inside)
-            })
+            ipv4_at(head, at).is_some_and(|ip| ip.is_unspecified() || covers(networks, ip.into()))
         };
         match layers.ethertype {
             ETHERTYPE_IPV4 => owns(layers.network + 12) && !self.serves(head, layers),
@@ -62,9 +59,69 @@ impl Guard {
                 head.get(layers.network + 8..layers.network + 14) == Some(&self.mac[..])
                     && owns(layers.network + 14)
             }
-            ETHERTYPE_IPV6 => layers.transport.is_some() && !self.serves(head, layers),
+            ETHERTYPE_IPV6 => {
+                let Some(source) = ipv6_at(head, layers.network + 8) else {
+                    return false;
+                };
+                (source.is_unspecified() || self.owns_v6(networks, source))
+                    && !self.serves(head, layers)
+                    && self.is_its_own_neighbour(networks, source, head, layers)
+            }
             _ => false,
         }
+    }
+
+    fn owns_v6(&self, networks: &[(IpAddr, u8)], address: Ipv6Addr) -> bool {
+        !self.host_v6.contains(&address)
+            && (address.is_unicast_link_local() || covers(networks, address.into()))
+    }
+
+    /// Whether a packet of neighbour discovery says nothing about the address of another, and names no MAC but the device's. One that is longer than what
+    /// can be looked at is none that anybody sends.
+    fn is_its_own_neighbour(
+        &self,
+        networks: &[(IpAddr, u8)],
+        source: Ipv6Addr,
+        head: &[u8],
+        layers: &Layers,
+    ) -> bool {
+        let Some(transport) = layers.transport else {
+            return false;
+        };
+        let kind = head.get(transport.at).copied();
+        let (PROTOCOL_ICMPV6, Some(kind)) = (transport.protocol, kind) else {
+            return true;
+        };
+        let target = ipv6_at(head, transport.at + TARGET);
+        let owns_target = target.is_some_and(|target| self.owns_v6(networks, target));
+        let (claims, fixed) = match kind {
+            ROUTER_SOLICITATION => (false, TARGET),
+            // From nobody: it asks whether the address is free, and takes it.
+            NEIGHBOUR_SOLICITATION => (source.is_unspecified(), TARGET + 16),
+            NEIGHBOUR_ADVERTISEMENT => (true, TARGET + 16),
+            _ => return true,
+        };
+        let Some(payload) = head.get(layers.network + 4..layers.network + 6) else {
+            return false;
+        };
+        let payload = usize::from(u16::from_be_bytes([payload[0], payload[1]]));
+        let options = head.get(transport.at + fixed..layers.network + IPV6_BYTES + payload);
+        (!claims || owns_target) && options.is_some_and(|options| self.names_itself(options))
+    }
+
+    /// Whether options of neighbour discovery are whole and name no MAC but the device's.
+    fn names_itself(&self, mut options: &[u8]) -> bool {
+        while let [kind, words, ..] = options {
+            let (option, rest) = match options.split_at_checked(usize::from(*words) * 8) {
+                Some((option, rest)) if !option.is_empty() => (option, rest),
+                _ => return false,
+            };
+            if LINK_LAYER_ADDRESSES.contains(kind) && option[2..] != self.mac {
+                return false;
+            }
+            options = rest;
+        }
+        options.is_empty()
     }
 
     /// Whether a packet to a DHCP server is whole and about the device itself: a server gives addresses and takes them back by `chaddr`, not by the
@@ -110,6 +167,29 @@ impl Guard {
     }
 }
 
+/// Whether an address lies in one of the networks.
+fn covers(networks: &[(IpAddr, u8)], address: IpAddr) -> bool {
+    networks.iter().any(|network| match (network, address) {
+        ((IpAddr::V4(network), prefix), IpAddr::V4(address)) => {
+            let other = (address.to_bits() ^ network.to_bits()).leading_zeros();
+            other >= u32::from(*prefix).min(32)
+        }
+        ((IpAddr::V6(network), prefix), IpAddr::V6(address)) => {
+            let other = (address.to_bits() ^ network.to_bits()).leading_zeros();
+            other >= u32::from(*prefix).min(128)
+        }
+        _ => false,
+    })
+}
+
+fn ipv4_at(head: &[u8], at: usize) -> Option<Ipv4Addr> {
+    Some((*head.get(at..)?.first_chunk::<4>()?).into())
+}
+
+fn ipv6_at(head: &[u8], at: usize) -> Option<Ipv6Addr> {
+    Some((*head.get(at..)?.first_chunk::<16>()?).into())
+}
+
 /// The source and the destination of a UDP packet.
 fn ports(head: &[u8], transport: &Transport) -> Option<(u16, u16)> {
     let bytes = head.get(transport.at..)?.first_chunk::<4>()?;
@@ -131,7 +211,8 @@ mod tests {
     fn own(ip: [u8; 4], prefix: u8) -> Guard {
         Guard {
             mac: MAC,
-            ip: Some(vec![(ip.into(), prefix)]),
+            ip: Some(vec![(IpAddr::from(ip), prefix)]),
+            host_v6: Vec::new(),
         }
     }
 
@@ -142,14 +223,14 @@ mod tests {
         assert!(permits(&own([10, 0, 0, 0], 24), &frame));
         assert!(permits(&own([9, 9, 9, 9], 0), &frame));
         assert!(!permits(&own([10, 0, 0, 3], 32), &frame));
-        assert!(!permits(
-            &Guard {
-                mac: [2; 6],
-                ip: None
-            },
-            &frame
-        ));
-        assert!(permits(&Guard { mac: MAC, ip: None }, &frame));
+        for (mac, passes) in [([2; 6], false), (MAC, true)] {
+            let guard = Guard {
+                mac,
+                ip: None,
+                host_v6: Vec::new(),
+            };
+            assert_eq!(permits(&guard, &frame), passes);
+        }
     }
 
     fn set_ports(frame: &mut [u8], at: usize, source: u16, destination: u16) {
@@ -177,6 +258,7 @@ mod tests {
         for fragment in [false, true] {
             let at = if fragment { 62 } else { 54 };
             let mut frame = vec![0; at + 8];
+            frame[22..24].copy_from_slice(&[0xfe, 0x80]);
             frame[6..12].copy_from_slice(&MAC);
             frame[12..14].copy_from_slice(&[0x86, 0xdd]);
             frame[14] = 0x60;
@@ -196,15 +278,132 @@ mod tests {
                 assert_eq!(permits(&own, &frame), passes);
             }
         }
-        let mut frame = vec![0; 14 + 40 + 8];
+        for (kind, passes) in [
+            (128, true),
+            (ROUTER_ADVERTISEMENT, false),
+            (REDIRECT, false),
+        ] {
+            let message = [&[kind, 0, 0, 0][..], &[0; 36]].concat();
+            assert_eq!(permits(&own, &icmpv6("fe80::1", &message)), passes);
+        }
+    }
+
+    fn icmpv6(source: &str, message: &[u8]) -> Vec<u8> {
+        let mut frame = vec![0; 14 + 40];
         frame[6..12].copy_from_slice(&MAC);
         frame[12..14].copy_from_slice(&[0x86, 0xdd]);
         frame[14] = 0x60;
+        frame[19] = message.len() as u8;
         frame[20] = PROTOCOL_ICMPV6;
-        frame[54] = 135;
-        assert!(permits(&own, &frame));
-        frame[54] = ROUTER_ADVERTISEMENT;
-        assert!(!permits(&own, &frame));
+        frame[22..38].copy_from_slice(&source.parse::<Ipv6Addr>().unwrap().octets());
+        frame.extend(message);
+        frame
+    }
+
+    /// A message of neighbour discovery about `target`, where it has one, with an option that names `mac`.
+    fn neighbour(kind: u8, target: Option<&str>, option: Option<(u8, [u8; 6])>) -> Vec<u8> {
+        let mut message = vec![kind, 0, 0, 0, 0, 0, 0, 0];
+        if let Some(target) = target {
+            message.extend(target.parse::<Ipv6Addr>().unwrap().octets());
+        }
+        if let Some((option, mac)) = option {
+            message.extend([option, 1]);
+            message.extend(mac);
+        }
+        message
+    }
+
+    fn own_v6() -> Guard {
+        Guard {
+            ip: Some(vec![("fd00::".parse().unwrap(), 64)]),
+            host_v6: vec!["fd00::1".parse().unwrap(), "fe80::1".parse().unwrap()],
+            ..own([10, 0, 0, 2], 32)
+        }
+    }
+
+    #[test]
+    fn permits_only_its_own_ipv6_addresses() {
+        let guard = own_v6();
+        for (source, passes) in [
+            ("::", true),
+            ("fe80::2", true),
+            ("fd00::2", true),
+            ("fe80::1", false),
+            ("fd00::1", false),
+            ("fd00:0:0:1::2", false),
+            ("2001:db8::2", false),
+        ] {
+            let echo = icmpv6(source, &[128; 8]);
+            assert_eq!(permits(&guard, &echo), passes, "{source}");
+        }
+        // None of them, where only IPv4 addresses are named, but those of the link.
+        let other = own([10, 0, 0, 2], 32);
+        assert!(permits(&other, &icmpv6("fe80::2", &[128; 8])));
+        assert!(!permits(&other, &icmpv6("fd00::2", &[128; 8])));
+        let one = Guard {
+            ip: Some(vec![("fd00::2".parse().unwrap(), 128)]),
+            ..own_v6()
+        };
+        assert!(permits(&one, &icmpv6("fd00::2", &[128; 8])));
+        assert!(!permits(&one, &icmpv6("fd00::3", &[128; 8])));
+        let all = Guard {
+            ip: Some(vec![("::".parse().unwrap(), 0)]),
+            ..own_v6()
+        };
+        assert!(permits(&all, &icmpv6("2001:db8::2", &[128; 8])));
+    }
+
+    #[test]
+    fn permits_neighbour_discovery_for_itself() {
+        let guard = own_v6();
+        let (asks, says) = (NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT);
+        let own_mac = |option| Some((option, MAC));
+        for (source, kind, target, option, passes) in [
+            // Whose is the host's address? Is this one free?
+            ("fd00::2", asks, Some("fd00::1"), own_mac(1), true),
+            ("::", asks, Some("fd00::2"), None, true),
+            ("::", asks, Some("fe80::2"), None, true),
+            ("fd00::2", says, Some("fd00::2"), own_mac(2), true),
+            ("fe80::2", says, Some("fd00::2"), None, true),
+            ("fe80::2", ROUTER_SOLICITATION, None, own_mac(1), true),
+            // The host's address, and another's.
+            ("::", asks, Some("fd00::1"), None, false),
+            ("::", asks, Some("fe80::1"), None, false),
+            ("fd00::2", says, Some("fd00::1"), own_mac(2), false),
+            ("fd00::2", says, Some("fe80::1"), None, false),
+            ("fd00::2", says, Some("2001:db8::1"), own_mac(2), false),
+            // Another's MAC address.
+            ("fd00::2", asks, Some("fd00::3"), Some((1, [2; 6])), false),
+            ("fd00::2", says, Some("fd00::2"), Some((2, [2; 6])), false),
+            (
+                "fe80::2",
+                ROUTER_SOLICITATION,
+                None,
+                Some((1, [2; 6])),
+                false,
+            ),
+        ] {
+            let frame = icmpv6(source, &neighbour(kind, target, option));
+            assert_eq!(
+                permits(&guard, &frame),
+                passes,
+                "{source} {kind} {target:?}"
+            );
+        }
+        // Options behind another one count as well; what is cut short or has no length is none.
+        let message = neighbour(says, Some("fd00::2"), own_mac(2));
+        let behind = |more: &[u8]| icmpv6("fd00::2", &[&message, more].concat());
+        assert!(permits(&guard, &behind(&[14, 1, 0, 0, 0, 0, 0, 0])));
+        assert!(!permits(&guard, &behind(&[2, 1, 0, 0, 0, 0, 0, 0])));
+        assert!(!permits(&guard, &behind(&[14, 0, 0, 0, 0, 0, 0, 0])));
+        assert!(!permits(&guard, &behind(&[14, 2, 0, 0, 0, 0, 0, 0])));
+        assert!(!permits(&guard, &behind(&[14])));
+        // What lies behind the packet's end is none of it.
+        let mut padded = behind(&[]);
+        padded.extend([2, 1, 0, 0, 0, 0, 0, 0]);
+        assert!(permits(&guard, &padded));
+        padded[19] += 9;
+        assert!(!permits(&guard, &padded));
     }
 
     #[test]

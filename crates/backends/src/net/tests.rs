@@ -167,6 +167,7 @@ fn transmit_answers_what_cannot_be_sent() {
     let guard = Guard {
         mac: [2; 6],
         ip: None,
+        host_v6: Vec::new(),
     };
     let mut sender = sender(Some(guard), None);
     // Another's address, a page that is not granted, a packet that is none.
