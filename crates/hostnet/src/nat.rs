@@ -36,8 +36,6 @@ struct Network {
     /// `None` where the host has IPv6 switched off.
     gateway_v6: Option<Ipv6Addr>,
     mtu: u32,
-    /// Forwarding of IPv4 was off and was switched on for this network.
-    switched_forwarding: bool,
     /// The network namespace it is in, by its inode.
     #[serde(default)]
     namespace: u64,
@@ -264,6 +262,7 @@ fn prepare(directory: &Path, netlink: &Netlink, unused: bool) -> Result<Network,
     if let (false, Some(network)) = (unused, &old)
         && matches!(netlink.link(&network.bridge), Ok(Some(_)))
     {
+        route(network)?;
         return Ok(network.clone());
     }
     remove(directory, netlink);
@@ -288,7 +287,6 @@ fn prepare(directory: &Path, netlink: &Netlink, unused: bool) -> Result<Network,
         gateway_v4,
         gateway_v6: Some(subnet::choose_v6(&host_id(), index)),
         mtu: uplink_mtu.unwrap_or(MTU).clamp(576, MTU),
-        switched_forwarding: !forwards(FORWARD_V4),
         namespace: namespace(),
     };
     // Written down before it is made: what is made halfway is a leftover too.
@@ -351,15 +349,24 @@ fn make(directory: &Path, netlink: &Netlink, network: &mut Network) -> Result<()
             .add_address(link.index, (*gateway).into(), subnet::PREFIX_V6)
             .is_ok()
     });
+    route(network)
+}
+
+/// Has the host forward for the network, and for nobody who comes uninvited. Whoever reloads the host's firewall or its settings undoes it, so that it is
+/// done for each device that joins. Forwarding stays on afterwards: others may have come to need it who found it on.
+fn route(network: &Network) -> Result<(), Error> {
     nft::load(&nft::Rules {
-        bridge: &bridge,
+        bridge: &network.bridge,
         gateway_v4: network.gateway_v4,
         gateway_v6: network.gateway_v6.filter(|_| forwards(FORWARD_V6)),
     })?;
-    if network.switched_forwarding {
-        fs::write(FORWARD_V4, "1").map_err(kernel("switch on net.ipv4.ip_forward".into()))?;
+    if forwards(FORWARD_V4) {
+        return Ok(());
     }
-    Ok(())
+    fs::write(FORWARD_V4, "1").map_err(|source| Error::Kernel {
+        what: "switch on net.ipv4.ip_forward".into(),
+        source,
+    })
 }
 
 /// Removes everything that `network.json` names. What fails is already gone, or somebody's who changed it meanwhile.
@@ -376,12 +383,6 @@ fn remove(directory: &Path, netlink: &Netlink) {
     if let Some(link) = ours {
         let _ = netlink.delete(link.index);
         let _ = nft::unload(&network.bridge);
-    }
-    let others = links.iter().any(|link| {
-        link.kind == "bridge" && link.name != network.bridge && link.name.starts_with("hospes")
-    });
-    if network.switched_forwarding && !others {
-        let _ = fs::write(FORWARD_V4, "0");
     }
     let _ = fs::remove_file(path);
 }
