@@ -23,22 +23,6 @@ pub struct Plug {
     run_directory: PathBuf,
 }
 
-/// A script that was started for an interface ends with it.
-struct Unplug {
-    script: Option<Script>,
-    _guard: hostnet::Guard,
-}
-
-impl Drop for Unplug {
-    fn drop(&mut self) {
-        if let Some(script) = &self.script
-            && let Err(error) = script.run(Action::Offline)
-        {
-            toolstack::log_line(&error.to_string());
-        }
-    }
-}
-
 impl Plug {
     pub fn new(domid: DomId, config: &DomainConfig) -> Result<Plug, MachineError> {
         let run_directory = Paths::from_environment()?.run;
@@ -127,10 +111,15 @@ impl Plug {
                     interval: Duration::from_micros(rate.interval_us.into()),
                 }),
                 guard,
-                keep: Box::new(Unplug {
-                    script,
-                    _guard: port.guard,
+                leave: script.map(|script| {
+                    let leave = move || {
+                        if let Err(error) = script.run(Action::Offline) {
+                            toolstack::log_line(&error.to_string());
+                        }
+                    };
+                    Box::new(leave) as Box<dyn FnOnce() + Send>
                 }),
+                keep: Box::new(port.guard),
                 log: Arc::new(toolstack::log_line),
             },
         };

@@ -3,17 +3,12 @@
 //! passt is a whole network in one process: it answers DHCP, DNS and neighbour discovery and turns the guest's connections into its own sockets'. The
 //! descriptor is a stream of Ethernet frames, each after its length in 4 bytes, most significant first; there is no header for offloads.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::MemfdFlags;
 use rustix::io::FdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
-use rustix::process::{Pid, PidfdFlags};
 
 use crate::Error;
 use crate::tools;
@@ -23,8 +18,6 @@ const PACKAGE: &str = "passt";
 const BUFFER_BYTES: usize = 1 << 20;
 /// How long passt takes at most to find out that the host has no network for it.
 const PROBATION: Duration = Duration::from_millis(100);
-/// Bytes of what it said that are looked at.
-const SAID_MAX: u64 = 4096;
 
 /// A passt process; ends with this value.
 #[derive(Debug)]
@@ -53,12 +46,8 @@ pub fn start(mtu: u32) -> Result<(Passt, OwnedFd), Error> {
     // The child inherits its end; other children that start in this moment hold it open until they end, which harms nobody.
     rustix::io::fcntl_setfd(&theirs, FdFlags::empty())
         .map_err(|error| failed(error.to_string()))?;
-    let said = rustix::fs::memfd_create("passt", MemfdFlags::CLOEXEC)
-        .map_err(|error| failed(error.to_string()))?;
-    let mut said = File::from(said);
-    let errors = said
-        .try_clone()
-        .map_err(|error| failed(error.to_string()))?;
+    let said = tools::Said::new().map_err(|error| failed(error.to_string()))?;
+    let errors = said.output().map_err(|error| failed(error.to_string()))?;
     let child = Command::new(&program)
         .args(["--foreground", "--quiet", "--mtu", &mtu.to_string()])
         .args(["--fd", &theirs.as_raw_fd().to_string()])
@@ -68,38 +57,17 @@ pub fn start(mtu: u32) -> Result<(Passt, OwnedFd), Error> {
         .spawn()
         .map_err(|error| failed(error.to_string()))?;
     let mut passt = Passt(child);
-    if passt.has_ended() {
-        let mut text = String::new();
-        // What it said is a help to the user; without it the error stays the same.
-        let _ = said.seek(SeekFrom::Start(0));
-        let _ = said.take(SAID_MAX).read_to_string(&mut text);
-        let last = text.lines().rev().find(|line| !line.contains("syslog"));
+    // It finds out within this time that it cannot work here.
+    let ended = tools::wait_for(&mut passt.0, PROBATION);
+    let said = said.text();
+    if matches!(ended, Ok(Some(_))) {
+        let last = said.lines().rev().find(|line| !line.contains("syslog"));
         return Err(failed(format!(
             "it ended at once: {}",
             last.unwrap_or("without a word")
         )));
     }
     Ok((passt, ours))
-}
-
-impl Passt {
-    /// Whether it ends within the time in which it finds out that it cannot work here.
-    fn has_ended(&mut self) -> bool {
-        let Ok(id) = i32::try_from(self.0.id()) else {
-            return false;
-        };
-        let most = Timespec {
-            tv_sec: 0,
-            tv_nsec: PROBATION.as_nanos() as i64,
-        };
-        if let Some(id) = Pid::from_raw(id)
-            && let Ok(process) = rustix::process::pidfd_open(id, PidfdFlags::empty())
-        {
-            // An interrupted wait is a short one: what is asked below counts.
-            let _ = rustix::event::poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&most));
-        }
-        matches!(self.0.try_wait(), Ok(Some(_)))
-    }
 }
 
 impl Drop for Passt {

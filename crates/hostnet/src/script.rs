@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::Error;
-use crate::tools::run_with;
+use crate::tools::{self, run_with};
 
 /// Where scripts without a path lie.
 const DIRECTORY: &str = "/etc/xen/scripts";
@@ -69,7 +69,8 @@ impl Script {
             environment.push(("netdev", device));
             environment.push(("gatewaydev", device));
         }
-        run_with(&self.program, &[action, "type_if=vif"], "", &environment)
+        let arguments = [action, "type_if=vif"];
+        run_with(&self.program, &arguments, "", &environment, tools::RUN)
     }
 }
 

@@ -1,18 +1,28 @@
 //! Programs of the host that networks need, and processes of ours that are to end.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 use crate::Error;
 
 /// How long a daemon has to end before it is killed.
 const END: Duration = Duration::from_secs(2);
+
+/// How long a program may take that is to end by itself.
+pub const RUN: Duration = Duration::from_secs(30);
+/// Bytes of what a program says that are looked at.
+const SAID_MAX: usize = 4096;
 
 /// Where a program lies: in `PATH`, or where administrators' programs are although the user's `PATH` leaves them out.
 pub fn find(program: &str) -> Option<PathBuf> {
@@ -28,46 +38,107 @@ pub fn need(program: &'static str, package: &'static str) -> Result<PathBuf, Err
     find(program).ok_or(Error::NoTool { program, package })
 }
 
-/// Runs a program to its end with `input`; what it says on its error output is the error.
-pub fn run<S: AsRef<OsStr>>(program: &Path, arguments: &[S], input: &str) -> Result<(), Error> {
-    run_with(program, arguments, input, &[])
+/// What a program says on its error output. It is a file and no pipe, so that whoever inherits it from the program keeps nobody waiting.
+pub struct Said(File);
+
+impl Said {
+    pub fn new() -> io::Result<Said> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        Ok(Said(rustix::fs::memfd_create("stderr", flags)?.into()))
+    }
+
+    /// For the program.
+    pub fn output(&self) -> io::Result<Stdio> {
+        Ok(self.0.try_clone()?.into())
+    }
+
+    /// What was said so far, of which the beginning. Whoever has it still cannot say any more.
+    pub fn text(self) -> String {
+        // Without either, the error is the same but for its words.
+        let _ = rustix::fs::fcntl_add_seals(&self.0, SealFlags::GROW);
+        let mut said = vec![0; SAID_MAX];
+        let count = self.0.read_at(&mut said, 0).unwrap_or(0);
+        String::from_utf8_lossy(&said[..count]).into_owned()
+    }
 }
 
-/// As [`run`], with more variables in the environment.
+/// Waits until a process of ours has ended, or for `most`.
+pub fn wait_for(child: &mut Child, most: Duration) -> io::Result<Option<ExitStatus>> {
+    let end = Instant::now() + most;
+    let process = rustix::process::pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(None);
+        }
+        let left = Timespec {
+            tv_sec: left.as_secs() as i64,
+            tv_nsec: left.subsec_nanos().into(),
+        };
+        match rustix::event::poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&left)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Runs a program to its end with `input`, in English; what it says on its error output is the error.
+pub fn run<S: AsRef<OsStr>>(program: &Path, arguments: &[S], input: &str) -> Result<(), Error> {
+    run_with(program, arguments, input, &[("LC_ALL", "C")], RUN)
+}
+
+/// As [`run`] with these variables in the environment. What takes longer than `most` is killed, with what it started.
 pub fn run_with<S: AsRef<OsStr>>(
     program: &Path,
     arguments: &[S],
     input: &str,
     environment: &[(&str, &str)],
+    most: Duration,
 ) -> Result<(), Error> {
     let failed = |why: String| Error::Tool {
         program: program.display().to_string(),
         why,
     };
-    let mut child = Command::new(program)
-        .args(arguments)
-        .envs(environment.iter().copied())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|error| failed(error.to_string()))?;
+    let start = || {
+        let said = Said::new()?;
+        let child = Command::new(program)
+            .args(arguments)
+            .envs(environment.iter().copied())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(said.output()?)
+            .process_group(0)
+            .spawn()?;
+        Ok((child, said))
+    };
+    let (mut child, said) = start().map_err(|error: io::Error| failed(error.to_string()))?;
     if let Some(mut pipe) = child.stdin.take() {
         // A program that does not read its input says why by itself.
         let _ = pipe.write_all(input.as_bytes());
     }
-    let output = child
-        .wait_with_output()
-        .map_err(|error| failed(error.to_string()))?;
-    if output.status.success() {
-        return Ok(());
+    let status = wait_for(&mut child, most).map_err(|error| failed(error.to_string()))?;
+    if status.is_none() {
+        // Either fails only where it has just ended.
+        let _ = rustix::process::kill_process_group(Pid::from_child(&child), Signal::KILL);
+        let _ = child.wait();
     }
-    let said = String::from_utf8_lossy(&output.stderr);
+    let said = said.text();
     let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
-    Err(failed(match said.is_empty() {
-        true => output.status.to_string(),
-        false => said.chars().take(300).collect(),
-    }))
+    let said: String = said.chars().take(300).collect();
+    let why = match status {
+        Some(status) if status.success() => return Ok(()),
+        Some(status) if said.is_empty() => status.to_string(),
+        Some(_) => said,
+        None => {
+            let colon = if said.is_empty() { "" } else { ": " };
+            let seconds = most.as_secs();
+            format!("it did not end within {seconds} seconds and was killed{colon}{said}")
+        }
+    };
+    Err(failed(why))
 }
 
 /// Ends the process `pid` if `is_ours` says so of its command line, and waits until it is gone.
@@ -97,4 +168,31 @@ pub fn end_process(pid: i32, is_ours: impl Fn(&str) -> bool) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(text: &str, most: Duration) -> Result<(), String> {
+        run_with(Path::new("/bin/sh"), &["-c", text], "", &[], most).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn run_waits_for_the_program_and_not_for_what_it_leaves() {
+        let start = Instant::now();
+        shell("sleep 20 &", RUN).unwrap();
+        let error = shell("sleep 20 & echo no way >&2; exit 3", RUN).unwrap_err();
+        assert_eq!(error, "/bin/sh failed: no way");
+        assert!(start.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn run_kills_what_does_not_end() {
+        let start = Instant::now();
+        let error = shell("echo busy >&2; sleep 20; true", Duration::from_secs(1)).unwrap_err();
+        let expected = "it did not end within 1 seconds and was killed: busy";
+        assert!(error.ends_with(expected), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(10));
+    }
 }

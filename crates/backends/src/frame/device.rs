@@ -301,6 +301,7 @@ impl Device {
 
     fn remove(&mut self) {
         self.backend.disconnect();
+        self.backend.leave();
         for path in [&self.paths.front, &self.paths.back, &self.paths.tools] {
             match self.store.remove(path) {
                 Ok(()) | Err(Error::NoEntry) => {}

@@ -78,6 +78,9 @@ pub trait Backend: Send {
         Vec::new()
     }
 
+    /// The device is about to go, for good: what is to see its nodes and the thing behind it is to look now. Comes once, without a connection.
+    fn leave(&mut self) {}
+
     /// What other threads may see of the device.
     fn monitor(&self) -> Arc<dyn Monitor>;
 }

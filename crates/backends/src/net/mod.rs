@@ -57,6 +57,8 @@ pub struct NetConfig {
     pub rate: Option<Rate>,
     /// What the guest may send; everything without one.
     pub guard: Option<Guard>,
+    /// Called when the interface goes, while its nodes and the descriptors are still there.
+    pub leave: Option<Box<dyn FnOnce() + Send>>,
     /// Dropped after the descriptors.
     pub keep: Box<dyn Any + Send>,
     pub log: Log,
@@ -85,6 +87,7 @@ pub struct Net {
     queues: Vec<QueueThread>,
     /// Those that no queue uses.
     links: Vec<Link>,
+    leave: Option<Box<dyn FnOnce() + Send>>,
     _keep: Box<dyn Any + Send>,
 }
 
@@ -106,6 +109,7 @@ impl Net {
             max_queues: links.len() as u32,
             queues: Vec::new(),
             links,
+            leave: config.leave,
             _keep: config.keep,
         }
     }
@@ -141,6 +145,12 @@ impl Backend for Net {
             .extend(self.queues.drain(..).filter_map(QueueThread::join));
     }
 
+    fn leave(&mut self) {
+        if let Some(leave) = self.leave.take() {
+            leave();
+        }
+    }
+
     fn monitor(&self) -> Arc<dyn Monitor> {
         Arc::clone(&self.stats) as Arc<dyn Monitor>
     }
@@ -149,5 +159,7 @@ impl Backend for Net {
 impl Drop for Net {
     fn drop(&mut self) {
         self.disconnect();
+        // The frame has not called where it could not even start the device.
+        self.leave();
     }
 }
