@@ -54,7 +54,7 @@ fn configuration(service: &Service<'_>) -> String {
     let mut text = format!(
         "interface={bridge}\nexcept-interface=lo\nbind-interfaces\nport={}\nno-hosts\ndomain-needed\nbogus-priv\n\
          domain={DOMAIN}\nlocal=/{DOMAIN}/\nexpand-hosts\nhost-record=host.{DOMAIN},{}\n\
-         dhcp-authoritative\ndhcp-ignore=tag:!known\ndhcp-ignore-clid\ndhcp-range={a}.{b}.{c}.0,static,255.255.255.0,12h\n\
+         dhcp-authoritative\ndhcp-ignore=tag:!known\ndhcp-ignore-clid\ndhcp-ignore-names\ndhcp-range={a}.{b}.{c}.0,static,255.255.255.0,12h\n\
          dhcp-option=option:mtu,{}\ndhcp-leasefile={}\npid-file={}\n",
         if service.dns { 53 } else { 0 },
         service.gateway_v4,
@@ -75,8 +75,9 @@ fn configuration(service: &Service<'_>) -> String {
     for host in service.hosts {
         let _ = write!(text, "dhcp-host={},{}", host.mac, host.ip);
         match &host.name {
+            // With the domain it is none of the words and no time, which have another meaning here.
             Some(name) => {
-                let _ = writeln!(text, ",{name}");
+                let _ = writeln!(text, ",{name}.{DOMAIN}");
             }
             None => text.push('\n'),
         }
@@ -112,25 +113,44 @@ fn forget_leases(service: &Service<'_>) {
     }
 }
 
-/// Starts dnsmasq with this configuration in place of the one that runs for the directory.
+/// Has dnsmasq read what lies in the configuration's place.
+fn start(dnsmasq: &Path, directory: &Path) -> Result<(), Error> {
+    let path = configuration_path(directory).display().to_string();
+    tools::run(dnsmasq, &[format!("--conf-file={path}")], "")
+}
+
+/// Starts dnsmasq with this configuration in place of the one that runs for the directory. After an error that one runs again.
 pub fn restart(service: &mut Service<'_>) -> Result<(), Error> {
     let dnsmasq = tools::need("dnsmasq", PACKAGE)?;
+    let path = configuration_path(service.directory);
+    let new = path.with_extension("new");
+    let failed = |path: &Path, source| Error::State {
+        path: path.to_owned(),
+        source,
+    };
+    fs::write(&new, configuration(service)).map_err(|error| failed(&new, error))?;
+    let check = format!("--conf-file={}", new.display());
+    tools::run(&dnsmasq, &["--test", &check], "")?;
+    let before = fs::read(&path)
+        .ok()
+        .filter(|_| pid_path(service.directory).exists());
     stop(service.directory);
     forget_leases(service);
-    let path = configuration_path(service.directory);
-    let argument = format!("--conf-file={}", path.display());
-    let mut start = |dns| {
-        service.dns = dns;
-        fs::write(&path, configuration(service)).map_err(|source| Error::State {
-            path: path.clone(),
-            source,
-        })?;
-        tools::run(&dnsmasq, &[&argument], "")
-    };
-    match start(true) {
-        Err(Error::Tool { why, .. }) if why.contains("in use") => start(false),
-        result => result,
+    let mut result = fs::rename(&new, &path)
+        .map_err(|error| failed(&path, error))
+        .and_then(|()| start(&dnsmasq, service.directory));
+    if matches!(&result, Err(Error::Tool { why, .. }) if why.contains("in use")) {
+        service.dns = false;
+        result = fs::write(&path, configuration(service))
+            .map_err(|error| failed(&path, error))
+            .and_then(|()| start(&dnsmasq, service.directory));
     }
+    if let (Err(_), Some(before)) = (&result, before) {
+        // The error that counts is the first.
+        let _ = fs::write(&path, before);
+        let _ = start(&dnsmasq, service.directory);
+    }
+    result
 }
 
 /// Ends the dnsmasq of the directory, if one runs.
@@ -171,7 +191,7 @@ mod tests {
             "except-interface=lo",
             "dhcp-ignore-clid",
             "dhcp-range=10.107.0.0,static,255.255.255.0,12h",
-            "dhcp-host=00:16:3e:00:00:01,10.107.0.9,web",
+            "dhcp-host=00:16:3e:00:00:01,10.107.0.9,web.hospes",
             "dhcp-range=fd00:1:2:3::,ra-only,64",
             "ra-param=hospes0,60,0",
         ] {

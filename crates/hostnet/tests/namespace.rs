@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -169,21 +170,22 @@ fn nat_keeps_the_address_of_a_mac() {
     });
 }
 
-/// What the network's DHCP server offers to the device, asked through its tap.
-fn offered(port: &Port, mac: [u8; 6]) -> Option<Ipv4Addr> {
-    let mut message = [0; 244];
+/// What the network's DHCP server offers to the device, asked through its tap: an address, and a name where there is one.
+fn offered(port: &Port, mac: [u8; 6]) -> Option<(Ipv4Addr, String)> {
+    let mut message = [0; 247];
     message[..3].copy_from_slice(&[1, 1, 6]);
     message[28..34].copy_from_slice(&mac);
-    message[236..].copy_from_slice(&[0x63, 0x82, 0x53, 0x63, 53, 1, 1, 255]);
+    // Discovers, and asks for its name.
+    message[236..].copy_from_slice(&[0x63, 0x82, 0x53, 0x63, 53, 1, 1, 55, 1, 12, 255]);
     let mut packet = [0; 10 + 14 + 28].to_vec();
     packet[10..16].fill(0xff);
     packet[16..22].copy_from_slice(&mac);
     packet[22..24].copy_from_slice(&[8, 0]);
-    // From nobody to everybody, 272 bytes, with the checksum of just that.
-    packet[24..34].copy_from_slice(&[0x45, 0, 1, 16, 0, 0, 0, 0, 64, 17]);
-    packet[34..36].copy_from_slice(&[0x79, 0xde]);
+    // From nobody to everybody, 275 bytes, with the checksum of just that.
+    packet[24..34].copy_from_slice(&[0x45, 0, 1, 19, 0, 0, 0, 0, 64, 17]);
+    packet[34..36].copy_from_slice(&[0x79, 0xdb]);
     packet[40..44].fill(0xff);
-    packet[44..50].copy_from_slice(&[0, 68, 0, 67, 0, 252]);
+    packet[44..50].copy_from_slice(&[0, 68, 0, 67, 0, 255]);
     packet.extend(message);
     let mut answer = [0; 2000];
     for _ in 0..5 {
@@ -195,16 +197,78 @@ fn offered(port: &Port, mac: [u8; 6]) -> Option<Ipv4Addr> {
                     continue;
                 };
                 let answer = &answer[10..count];
-                if answer.len() > 62 && answer[12..14] == [8, 0] && answer[36..38] == [0, 68] {
-                    return Some(Ipv4Addr::from(
-                        <[u8; 4]>::try_from(&answer[58..62]).unwrap(),
-                    ));
+                if answer.len() > 282 && answer[12..14] == [8, 0] && answer[36..38] == [0, 68] {
+                    let ip = <[u8; 4]>::try_from(&answer[58..62]).unwrap();
+                    return Some((ip.into(), name_in(&answer[282..])));
                 }
             }
             std::thread::sleep(Duration::from_millis(10));
         }
     }
     None
+}
+
+/// The name in the options of DHCP.
+fn name_in(mut options: &[u8]) -> String {
+    while let [kind, len, rest @ ..] = options {
+        let (value, rest) = rest.split_at(usize::from(*len).min(rest.len()));
+        match *kind {
+            12 => return String::from_utf8(value.to_vec()).unwrap(),
+            255 => break,
+            _ => options = rest,
+        }
+    }
+    String::new()
+}
+
+#[test]
+fn nat_gives_any_name() {
+    alone("names", |directory| {
+        for (domid, name) in (1..).zip(["web", "ignore", "infinite", "12h", "80"]) {
+            let request = Request {
+                domain: name,
+                ..request(directory, domid, Network::Nat)
+            };
+            let port = open(&request).unwrap();
+            let expected = Some((port.ip.unwrap(), name.to_owned()));
+            assert_eq!(offered(&port, request.mac), expected);
+        }
+    });
+}
+
+/// Refuses configurations with certain names: when it is to look at them, or when it is to start with them.
+const DNSMASQ: &str = r#"#!/bin/sh
+what=start
+for argument; do
+    case $argument in --conf-file=*) file=${argument#*=} ;; --test) what=test ;; esac
+done
+grep -q "refuse-$what" "$file" && echo no way >&2 && exit 1
+PATH=/usr/sbin:/sbin:/usr/bin:/bin
+exec dnsmasq "$@"
+"#;
+
+#[test]
+fn nat_keeps_its_names_where_a_device_is_refused() {
+    alone("refused", |directory| {
+        let program = directory.join("dnsmasq");
+        fs::write(&program, DNSMASQ).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let path = std::env::var("PATH").unwrap();
+        // SAFETY: variables are read by Rust's library alone, which has a lock for them; other tests that see it find the same dnsmasq behind it.
+        unsafe { std::env::set_var("PATH", format!("{}:{path}", directory.display())) };
+        let first = request(directory, 1, Network::Nat);
+        let port = open(&first).unwrap();
+        for (domid, domain) in [(2, "refuse-test"), (3, "refuse-start")] {
+            let error = open(&Request {
+                domain,
+                ..request(directory, domid, Network::Nat)
+            });
+            assert!(error.unwrap_err().to_string().contains("no way"));
+            assert!(dnsmasq_runs(directory), "{domain}");
+            let expected = Some((port.ip.unwrap(), "web".to_owned()));
+            assert_eq!(offered(&port, first.mac), expected);
+        }
+    });
 }
 
 #[test]
@@ -227,7 +291,7 @@ fn nat_forgets_the_leases_of_forgotten_macs() {
         for domid in 1..=2 {
             let request = request(directory, domid, Network::Nat);
             let port = open(&request).unwrap();
-            let lease = offered(&port, request.mac);
+            let lease = offered(&port, request.mac).map(|(ip, _)| ip);
             assert_eq!(lease, port.ip);
         }
     });
