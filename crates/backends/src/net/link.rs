@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use rustix::io::Errno;
+
 use super::headers;
 use super::vnet::{self, VnetHeader};
 
@@ -102,6 +104,8 @@ struct Stream {
     /// Bytes received, of which the first `taken` are done with.
     input: Vec<u8>,
     taken: usize,
+    /// Nothing comes or goes any more: the other end is gone, or lost step.
+    broken: bool,
 }
 
 impl Link {
@@ -156,11 +160,18 @@ impl Link {
         }
     }
 
-    /// Whether a part of the last frame still has to go out: [`Link::receive`] sends it.
+    /// Sends what is left of the last frame, as far as the other end takes it. A wire that breaks has nothing left; [`Link::receive`] says why.
+    pub fn flush(&mut self) {
+        if let Some(stream) = &mut self.stream {
+            let _ = stream.flush(&self.fd);
+        }
+    }
+
+    /// Whether a part of the last frame still has to go out: [`Link::flush`] sends it.
     pub fn is_sending(&self) -> bool {
         self.stream
             .as_ref()
-            .is_some_and(|stream| stream.sent < stream.out.len())
+            .is_some_and(|stream| !stream.broken && stream.sent < stream.out.len())
     }
 
     /// Sets what the host may leave to the guest; nothing on a stream, where nothing can be left.
@@ -258,20 +269,35 @@ impl Stream {
 
     /// Sends what is left.
     fn flush(&mut self, fd: &OwnedFd) -> io::Result<()> {
+        if self.broken {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
         while self.sent < self.out.len() {
             let flags = rustix::net::SendFlags::NOSIGNAL;
-            self.sent += rustix::net::send(fd, &self.out[self.sent..], flags)?;
+            match rustix::net::send(fd, &self.out[self.sent..], flags) {
+                Ok(count) => self.sent += count,
+                Err(Errno::INTR) => {}
+                Err(error) => {
+                    self.broken = error != Errno::AGAIN;
+                    return Err(error.into());
+                }
+            }
         }
         Ok(())
     }
 
     fn receive(&mut self, fd: &OwnedFd, into: &[Span]) -> io::Result<Option<usize>> {
-        // A frame that the guest has no use for would otherwise keep what is left from going out.
-        if let Err(error) = self.flush(fd)
-            && error.kind() != io::ErrorKind::WouldBlock
-        {
-            return Err(error);
+        if self.broken {
+            return Err(io::ErrorKind::BrokenPipe.into());
         }
+        let result = self.read_frame(fd, into);
+        self.broken = result
+            .as_ref()
+            .is_err_and(|error| error.kind() != io::ErrorKind::Interrupted);
+        result
+    }
+
+    fn read_frame(&mut self, fd: &OwnedFd, into: &[Span]) -> io::Result<Option<usize>> {
         loop {
             if let Some(frame) = self.next_frame()? {
                 let mut rest = frame.as_slice();
@@ -290,7 +316,7 @@ impl Stream {
             match read {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(_) => {}
-                Err(rustix::io::Errno::AGAIN) => return Ok(None),
+                Err(Errno::AGAIN) => return Ok(None),
                 Err(error) => return Err(error.into()),
             }
         }
@@ -413,12 +439,39 @@ mod tests {
         }
         let mut all: Vec<u8> = Vec::new();
         let mut buffer = vec![0; 1 << 20];
-        let mut header = VnetHeader::default();
         while let Ok(count) = rustix::io::read(&theirs, &mut buffer[..]) {
             all.extend(&buffer[..count]);
-            assert_eq!(link.receive(&mut header, &[]).unwrap(), None);
+            link.flush();
         }
+        assert!(!link.is_sending());
         assert_eq!(all.len(), taken * (LENGTH_BYTES + frame.len()));
+    }
+
+    #[test]
+    fn stream_that_breaks_has_nothing_left_to_send() {
+        let mut header = VnetHeader::default();
+        for how in ["noticed by sending", "noticed by receiving", "lost step"] {
+            let (ours, theirs) = pair(SocketType::STREAM);
+            let mut link = Link::new(ours, Wire::Stream);
+            while link.send(&header, &[7; 60_000], &[]).is_ok() {}
+            link.flush();
+            assert!(link.is_sending());
+            assert_eq!(link.receive(&mut header, &[]).unwrap(), None);
+            if how == "lost step" {
+                rustix::io::write(&theirs, &[0xff; 4]).unwrap();
+            } else {
+                drop(theirs);
+            }
+            if how == "noticed by sending" {
+                link.flush();
+            } else {
+                assert!(link.receive(&mut header, &[]).is_err());
+            }
+            assert!(!link.is_sending(), "{how}");
+            assert!(link.receive(&mut header, &[]).is_err());
+            let error = link.send(&header, &[7; 60], &[]).unwrap_err();
+            assert_ne!(error.kind(), io::ErrorKind::WouldBlock);
+        }
     }
 
     #[test]

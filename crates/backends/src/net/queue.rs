@@ -93,6 +93,8 @@ impl<M: SharedMemory, P: GuestPages> Serve<M, P> {
 
     fn serve(&mut self, stop: &AtomicBool) -> Result<(), String> {
         while !stop.load(SeqCst) {
+            // Whatever the guest sends or has room for: what is left goes out.
+            self.link.flush();
             let sent = self
                 .transmit
                 .turn(&mut self.link)
