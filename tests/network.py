@@ -239,6 +239,14 @@ def guest_speaks_for_itself_only(run):
         wrong = guest.run(f"ping -c 2 -w 4 -I {other} {gateway()}", check=False)
         expect("100% packet loss" in wrong, f"another address is believed:\n{wrong}")
         guest.run(f"ip address del {other}/24 dev eth0")
+        # The host answers whoever has these addresses; the network's prefix is the guest's to use.
+        prefix = host("ip -6 -o address show hospes0 scope global").split()[3].partition("::")[0]
+        host("ip -6 route add fd99::/64 dev hospes0")
+        for address, passes in ((f"{prefix}::99", True), ("fd99::99", False)):
+            # Its address is looked for on the network for a second before it is used.
+            guest.run(f"ip -6 address add {address}/64 dev eth0; sleep 3")
+            said = guest.run(f"ping6 -c 2 -w 4 -I {address} {prefix}::1", check=False)
+            expect(("100% packet loss" not in said) == passes, f"{address} is believed, or is not:\n{said}")
         guest.run("ip link set eth0 down; ip link set eth0 address 00:16:3e:00:00:99; ip link set eth0 up")
         wrong = guest.run(f"ping -c 2 -w 4 {gateway()}", check=False)
         expect("100% packet loss" in wrong, f"another MAC address is believed:\n{wrong}")

@@ -328,9 +328,12 @@ fn make(directory: &Path, netlink: &Netlink, network: &mut Network) -> Result<()
         .map_err(kernel(format!("make the bridge {bridge}")))?;
     let link = netlink.link(&bridge).ok().flatten();
     let link = link.ok_or_else(|| Error::NoBridge(bridge.clone()))?;
-    // Its address of the link follows from its MAC address then, so that it is known what no guest may claim.
-    let mode = format!("/proc/sys/net/ipv6/conf/{bridge}/addr_gen_mode");
-    let _ = fs::write(mode, "0");
+    // Its address of the link follows from its MAC address then, and it takes none from its own router's advertisements: so it is known what no guest
+    // may claim. A host without IPv6 has none of these.
+    for (setting, value) in [("addr_gen_mode", "0"), ("accept_ra", "0")] {
+        let path = format!("/proc/sys/net/ipv6/conf/{bridge}/{setting}");
+        let _ = fs::write(path, value);
+    }
     let change = Change {
         up: Some(true),
         mtu: Some(network.mtu),

@@ -89,12 +89,14 @@ fn nat_lives_as_long_as_its_users() {
             assert!(configuration.contains(&port.ip.unwrap().to_string()));
         }
         assert!(output("nft", &["list", "tables"]).contains("inet hospes0"));
-        // All that the host has there are known when a guest comes, before the kernel gives the address of the link.
+        // All that the host has there are known when a guest comes, before the kernel gives the address of the link; router advertisements give none.
         let all = ["-6", "-o", "address", "show", "hospes0"];
         let start = Instant::now();
         while !output("ip", &all).contains("fe80") && start.elapsed() < Duration::from_secs(5) {
             std::thread::sleep(Duration::from_millis(10));
         }
+        let routed = fs::read_to_string("/proc/sys/net/ipv6/conf/hospes0/accept_ra").unwrap();
+        assert_eq!(routed.trim(), "0");
         let addresses = output("ip", &all);
         let addresses: Vec<Ipv6Addr> = addresses
             .split_whitespace()
