@@ -40,6 +40,8 @@ impl Xen {
             && !self.upcall_waits(id)
         {
             self.set_line(id, None);
+            // One that has come since the look was wiped with the line.
+            self.raise_if_waiting(id);
         }
     }
 }

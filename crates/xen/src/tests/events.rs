@@ -82,6 +82,58 @@ fn callback_vector_asserts_the_line_until_the_upcall_is_taken() {
     );
 }
 
+/// A vCPU's callback line; just before its next withdrawal something happens elsewhere.
+#[derive(Default)]
+struct RacingLine {
+    line: Mutex<Option<u8>>,
+    before_withdrawal: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl VcpuControl for RacingLine {
+    fn set_waker(&self, _: Waker) {}
+
+    fn kick(&self) {}
+
+    fn raise_interrupt(&self, _: u8) -> bool {
+        false
+    }
+
+    fn set_callback_line(&self, vector: Option<u8>) {
+        let elsewhere = lock(&self.before_withdrawal).take_if(|_| vector.is_none());
+        if let Some(elsewhere) = elsewhere {
+            elsewhere();
+        }
+        *lock(&self.line) = vector;
+    }
+
+    fn raise_nmi(&self) {}
+
+    fn has_wakeup(&self, _: bool) -> bool {
+        lock(&self.line).is_some()
+    }
+}
+
+#[test]
+fn upcall_that_comes_during_the_withdrawal_of_the_line_is_not_lost() {
+    let mut m = Machine::new(1);
+    let control = Arc::new(RacingLine::default());
+    let xen = Arc::get_mut(&mut m.xen).unwrap();
+    xen.vcpus[0].control = OnceLock::from(control.clone() as Arc<dyn VcpuControl>);
+    let mut p = hvm::Param {
+        domid: 0x7ff0,
+        index: hvm::PARAM_CALLBACK_IRQ,
+        value: 2 << 56 | 0xf3,
+        pad: 0,
+    };
+    assert_eq!(m.call_with(nr::HVM_OP, hvm::SET_PARAM, &mut p), 0);
+    let port = bind_ipi(&mut m, 0);
+    let poster = m.xen.clone();
+    *lock(&control.before_withdrawal) = Some(Box::new(move || poster.post(port, 0)));
+    m.call(nr::XEN_VERSION, [0, 0, 0]);
+    assert!(m.xen.upcall_waits(0));
+    assert_eq!(*lock(&control.line), Some(0xf3));
+}
+
 #[test]
 fn bind_virq_twice_gives_eexist_until_closed() {
     let mut m = Machine::new(2);

@@ -1,10 +1,10 @@
 //! Hypercalls as a guest makes them, on a machine without an engine.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
-use hospes_engine::{Segment, reg, seg};
+use hospes_engine::{Segment, VcpuControl, Waker, reg, seg};
 use hospes_units::{Gfn, Gpa, GrantRef, Port, VcpuId};
 use hospes_xen_abi::shared::{
     PVCLOCK_GUEST_STOPPED, Runstate, RunstateInfo, SI_MASK, SI_PENDING, VI_TIME, VcpuTimeInfo,
