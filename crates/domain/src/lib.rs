@@ -215,7 +215,7 @@ impl Domain {
         self.run.unpause();
     }
 
-    /// Stops the guest where it is; when this returns, no vCPU executes guest code.
+    /// Stops the guest where it is; when this returns, no vCPU executes guest code, unless somebody has unpaused it meanwhile.
     pub fn pause(&self) {
         self.run.pause();
     }

@@ -184,14 +184,21 @@ impl Run {
     pub fn unpause(&self) {
         self.has_run.store(true, SeqCst);
         self.paused.store(false, SeqCst);
+        // Taking the lock orders this after a waiter's look at the flag.
+        drop(lock(&self.life));
+        self.changed.notify_all();
         self.wake_all();
     }
 
+    /// Holds the vCPUs; returns when none of them executes guest code, or when the domain has ended or is unpaused meanwhile.
     pub fn pause(&self) {
         self.paused.store(true, SeqCst);
         self.stop_running();
         let mut life = lock(&self.life);
-        while !self.has_ended() && self.activities().contains(&Activity::Running) {
+        while self.is_paused()
+            && !self.has_ended()
+            && self.activities().contains(&Activity::Running)
+        {
             life = self
                 .changed
                 .wait(life)
@@ -342,5 +349,35 @@ impl Host for Run {
 
     fn watchdog_expired(&self) {
         self.end(EndReason::Watchdog);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn pause_returns_when_the_domain_is_unpaused_meanwhile() {
+        let run = Arc::new(Run::new(
+            1,
+            Arc::new(Console::new(Box::new(std::io::sink()))),
+        ));
+        run.unpause();
+        run.set_activity(VcpuId(0), Activity::Running);
+        let pausing = std::thread::spawn({
+            let run = Arc::clone(&run);
+            move || run.pause()
+        });
+        while !run.is_paused() {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_millis(10));
+        run.unpause();
+        // The vCPU has not stopped at all.
+        while !pausing.is_finished() {
+            std::thread::yield_now();
+        }
     }
 }
