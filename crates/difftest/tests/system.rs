@@ -5,7 +5,7 @@
 
 use hospes_difftest::kernel::*;
 use hospes_difftest::rng::Rng;
-use hospes_engine::{CpuState, Exit, Segment, cr, reg, rflags, seg};
+use hospes_engine::{Activity, CpuState, Exit, Segment, cr, reg, rflags, seg};
 use hospes_engine_bt::Execution;
 use hospes_units::Gpa;
 use iced_x86::code_asm::*;
@@ -413,4 +413,54 @@ fn kick_behind_a_string_instruction_that_faults_arrives() {
             assert_eq!(Hex(started.vcpu.state().rip), Hex(HANDLERS + 32 * 13));
         });
     });
+}
+
+#[test]
+fn halt_by_the_monitor_does_not_sleep_on_an_interrupt_taken_in_before() {
+    for execution in [Execution::Single, Execution::Translated] {
+        for interrupt in [true, false] {
+            let m = Machine::new();
+            m.code(CODE, |a| {
+                for (register, value) in [(0x80f, 0x1ffu64), (0x83f, 31)] {
+                    if register == 0x80f || interrupt {
+                        a.mov(ecx, register).unwrap();
+                        a.mov(rax, value).unwrap();
+                        a.xor(edx, edx).unwrap();
+                        a.wrmsr().unwrap();
+                    }
+                }
+                a.mov(rax, 1u64).unwrap();
+                a.vmcall().unwrap();
+            });
+            std::thread::scope(|s| {
+                s.spawn(|| {
+                    let mut guest = m.start(execution, |cpu| {
+                        cpu.gpr[reg::RSP] = STACK;
+                        cpu.rip = CODE;
+                        cpu.msr.apic_base = 0xfee0_0d00;
+                    });
+                    let vcpu = &mut guest.vcpu;
+                    assert_eq!(vcpu.run().unwrap(), Exit::Hypercall);
+                    assert_eq!(vcpu.state().gpr[reg::RAX], 1);
+                    assert!(!vcpu.control().has_wakeup(true));
+                    vcpu.state().rflags |= rflags::IF;
+                    vcpu.state().activity = Activity::Halted;
+                    vcpu.state_changed();
+                    let exit = vcpu.run().unwrap();
+                    if interrupt {
+                        assert_eq!(exit, Exit::Hypercall);
+                        assert_eq!(vcpu.state().gpr[reg::RAX], 31);
+                        assert_eq!(vcpu.state().activity, Activity::Running);
+                    } else {
+                        assert_eq!(
+                            exit,
+                            Exit::Halt {
+                                interrupts_enabled: true
+                            }
+                        );
+                    }
+                });
+            });
+        }
+    }
 }

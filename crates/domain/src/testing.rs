@@ -117,7 +117,8 @@ struct ScriptVcpu {
     memory: Arc<GuestMemory>,
     script: Script,
     step: u32,
-    halted: bool,
+    /// Interrupts that were taken in and not delivered; [`Control`] knows no more of them.
+    interrupts: bool,
 }
 
 impl Vcpu for ScriptVcpu {
@@ -126,10 +127,10 @@ impl Vcpu for ScriptVcpu {
             return Ok(Exit::Kicked);
         }
         let enabled = self.state.rflags & rflags::IF != 0;
-        let woken = self.control.nmi.swap(false, SeqCst)
-            || enabled && self.control.interrupt.swap(0, SeqCst) != 0;
-        let waiting = self.halted || self.state.activity == Activity::WaitForSipi;
-        if waiting && !woken {
+        self.interrupts |= self.control.interrupt.swap(0, SeqCst) != 0;
+        let nmi = self.control.nmi.swap(false, SeqCst);
+        let woken = nmi || enabled && std::mem::take(&mut self.interrupts);
+        if self.state.activity != Activity::Running && !woken {
             return Ok(Exit::Halt {
                 interrupts_enabled: enabled,
             });
@@ -143,7 +144,9 @@ impl Vcpu for ScriptVcpu {
         };
         self.step += 1;
         let exit = (lock(&self.script))(&mut cpu)?;
-        self.halted = matches!(exit, Exit::Halt { .. });
+        if matches!(exit, Exit::Halt { .. }) {
+            self.state.activity = Activity::Halted;
+        }
         Ok(exit)
     }
 
@@ -190,7 +193,7 @@ impl Vm for ScriptVm {
             memory: self.memory.clone(),
             script: self.script.clone(),
             step: 0,
-            halted: false,
+            interrupts: false,
         }))
     }
 

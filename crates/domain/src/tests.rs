@@ -325,6 +325,53 @@ fn halted_guest_is_woken_by_its_timer() {
 }
 
 #[test]
+fn guest_does_not_block_on_an_interrupt_that_the_engine_has_taken_in() {
+    let d = domain(|c| match c.step {
+        0 => c.call(
+            nr::HVM_OP,
+            hvm::SET_EVTCHN_UPCALL_VECTOR,
+            &hvm::UpcallVector {
+                vcpu: 0,
+                vector: 0xf3,
+                pad: [0; 3],
+            },
+        ),
+        1 => c.call(
+            nr::EVENT_CHANNEL_OP,
+            event::BIND_IPI,
+            &event::BindIpi::default(),
+        ),
+        2 => {
+            let bound: event::BindIpi = c.memory.read_obj(hospes_units::Gpa(ARG)).unwrap();
+            c.send(bound.port)
+        }
+        // The interrupt leaves the control for the engine before this.
+        3 => Exit::Yield,
+        4 => c.call(nr::SCHED_OP, sched::BLOCK, &0u64),
+        _ => {
+            assert_ne!(c.state.rflags & rflags::IF, 0);
+            c.shutdown(sched::SHUTDOWN_REBOOT)
+        }
+    });
+    d.unpause();
+    assert_eq!(d.wait(), EndReason::Reboot);
+}
+
+#[test]
+fn guest_that_blocks_sleeps_until_an_interrupt() {
+    let d = domain(|c| match c.step {
+        0 => c.call(nr::SCHED_OP, sched::BLOCK, &0u64),
+        _ => c.shutdown(sched::SHUTDOWN_REBOOT),
+    });
+    d.unpause();
+    while d.info().state.to_string() != "-b----" {
+        std::thread::yield_now();
+    }
+    d.destroy();
+    assert_eq!(d.wait(), EndReason::Destroyed);
+}
+
+#[test]
 fn blocked_guest_shows_as_blocked() {
     let d = domain(|c| {
         c.state.rflags |= rflags::IF;

@@ -213,7 +213,6 @@ impl Loop {
         match outcome {
             Outcome::Resume | Outcome::Down => {}
             Outcome::Yield => std::thread::yield_now(),
-            Outcome::Block => self.block(),
             Outcome::Poll => {
                 // With interrupts disabled, as in the slow path of a spin lock, only the polled ports end the wait.
                 let enabled = self.vcpu.state().rflags & rflags::IF != 0;

@@ -122,8 +122,6 @@ pub enum Outcome {
     Resume,
     /// Lets other threads run first.
     Yield,
-    /// As after HLT with interrupts enabled.
-    Block,
     /// Waits until [`Xen::poll_done`], then calls [`Xen::end_poll`]; may be woken without cause.
     Poll,
     /// Stops until [`Xen::is_up`].

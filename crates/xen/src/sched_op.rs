@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering::SeqCst;
 
-use hospes_engine::{Vcpu, rflags};
+use hospes_engine::{Activity, Vcpu, rflags};
 use hospes_units::{Gva, VcpuId};
 use hospes_xen_abi::shared::PORTS_2LEVEL;
 use hospes_xen_abi::{Errno, sched};
@@ -31,9 +31,12 @@ impl Xen {
         match cmd {
             sched::YIELD => Ok(Reply::Then(Outcome::Yield)),
             sched::BLOCK => {
-                vcpu.state().rflags |= rflags::IF;
+                // As STI and HLT: only the engine knows of interrupts that it has taken in and not delivered.
+                let state = vcpu.state();
+                state.rflags |= rflags::IF;
+                state.activity = Activity::Halted;
                 vcpu.state_changed();
-                Ok(Reply::Then(Outcome::Block))
+                Ok(Reply::OK)
             }
             sched::SHUTDOWN => {
                 let reason = match read::<u32>(vcpu, arg)? {
