@@ -57,9 +57,14 @@ impl Core {
         self.store.start_recording();
     }
 
-    /// Repeats a step of the journal. False where it cannot follow on those before it.
+    /// Repeats a step of the journal. False where some of it cannot follow on what was before it; the rest is repeated all the same, as other
+    /// domains depend on it.
     pub fn restore(&mut self, step: &[Entry]) -> bool {
-        step.iter().all(|entry| self.restore_entry(entry))
+        let mut fits = true;
+        for entry in step {
+            fits &= self.restore_entry(entry);
+        }
+        fits
     }
 
     fn restore_entry(&mut self, entry: &Entry) -> bool {
@@ -467,6 +472,41 @@ mod tests {
         next.hello(&hello(1, 5)).expect("the session");
         next.guest_request(1, watch);
         assert_eq!((next.guest_output(1), next.take_step()), (first, vec![]));
+    }
+
+    #[test]
+    fn watches_beyond_the_default_limit_are_restored() {
+        let (mut core, _) = guest();
+        core.hello(&hello(2, 6)).expect("a session");
+        let host = core.connect_host();
+        let raise = "quota\0set\0watches\x00300\0";
+        core.host_request(host, request(kind::CONTROL, 0, 0, raise));
+        for number in 0..200 {
+            let payload = format!("data\0{number}\0");
+            core.guest_request(1, request(kind::WATCH, 2 + number, 0, &payload));
+        }
+        core.guest_request(2, request(kind::WATCH, 1, 0, "data\0t\0"));
+        let watches = |core: &Core| {
+            let entries = contents(core).into_iter();
+            entries.filter(|e| matches!(e, Entry::Watch { .. })).count()
+        };
+        assert_eq!(watches(&core), 202);
+        let next = restored(&[core.snapshot()]);
+        assert_eq!(contents(&next), contents(&core));
+    }
+
+    #[test]
+    fn entry_that_does_not_fit_takes_nothing_else_with_it() {
+        let (mut core, _) = guest();
+        core.hello(&hello(2, 6)).expect("a session");
+        core.guest_request(2, request(kind::WATCH, 1, 0, "data\0t\0"));
+        let mut step = core.snapshot();
+        let first = |e: &Entry| matches!(e, Entry::Session { .. });
+        let at = step.iter().position(first).expect("a session");
+        step.insert(at, Entry::NoWatches { session: 9 });
+        let mut next = Core::new();
+        assert!(!next.restore(&step));
+        assert_eq!(contents(&next), contents(&core));
     }
 
     #[test]

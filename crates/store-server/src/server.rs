@@ -131,7 +131,7 @@ impl<'a> Server<'a> {
         for (number, step) in steps.iter().enumerate() {
             if !core.restore(step) {
                 (around.log)(&format!(
-                    "step {number} of the journal does not fit those before it"
+                    "step {number} of the journal does not fit those before it; what does not fit is left out"
                 ));
             }
         }

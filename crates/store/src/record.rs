@@ -106,9 +106,9 @@ impl Store {
         true
     }
 
-    /// Sets a watch that was set before the store was restored; no first event follows.
+    /// Sets a watch that was set before the store was restored; no first event follows. The limit may have been another one then.
     pub fn restore_watch(&mut self, conn: ConnId, path: &str, token: &str) -> Result<(), Error> {
-        self.add_watch(conn, path, token)
+        self.add_watch_within(None, conn, path, token)
     }
 
     /// A connection's watches: paths as they were given, and tokens.
@@ -124,10 +124,8 @@ impl Store {
     /// Opens a transaction again that was open before the store was restored: it can be used, but its end is that it has to be tried again.
     /// Does nothing where the connection has a transaction with this number.
     pub fn reopen_transaction(&mut self, conn: ConnId, id: u32) {
-        let limit = self.quota.transactions;
         if let Some(connection) = self.connections.get_mut(&conn)
             && id != 0
-            && connection.transactions.len() < limit
         {
             connection
                 .transactions

@@ -74,13 +74,26 @@ impl Store {
         given: &str,
         token: &str,
     ) -> Result<(), Error> {
+        let connection = self.connections.get(&conn).ok_or(Error::Invalid)?;
+        let privileged = connection.domid == hospes_units::DomId::HOST;
+        let limit = (!privileged).then_some(self.quota.watches);
+        self.add_watch_within(limit, conn, given, token)
+    }
+
+    /// As [`Store::add_watch`], with a limit of its own or none.
+    pub(crate) fn add_watch_within(
+        &mut self,
+        limit: Option<usize>,
+        conn: ConnId,
+        given: &str,
+        token: &str,
+    ) -> Result<(), Error> {
         let connection = self.connections.get_mut(&conn).ok_or(Error::Invalid)?;
         let watch = watch_of(connection.domid, given, token)?;
         if connection.watches.iter().any(|w| w.is_same(&watch)) {
             return Err(Error::Exists);
         }
-        let privileged = connection.domid == hospes_units::DomId::HOST;
-        if !privileged && connection.watches.len() >= self.quota.watches {
+        if limit.is_some_and(|limit| connection.watches.len() >= limit) {
             return Err(Error::NoSpace);
         }
         connection.watches.push(watch);
