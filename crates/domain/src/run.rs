@@ -71,6 +71,8 @@ struct Slot {
     activity: AtomicU8,
     /// Whether it was down before it was held.
     down: AtomicBool,
+    /// Where it is down: whether the guest took it down by a hypercall, and only another brings it back.
+    taken_down: AtomicBool,
 }
 
 /// The switchboard between a domain's owner, its vCPU threads and its Xen side.
@@ -104,6 +106,7 @@ impl Run {
             activity: AtomicU8::new(Activity::Held as u8),
             // All but the first wait for the guest to start them.
             down: AtomicBool::new(id != 0),
+            taken_down: AtomicBool::new(false),
         };
         Run {
             slots: (0..vcpus).map(slot).collect(),
@@ -317,11 +320,24 @@ impl Run {
             .collect()
     }
 
-    /// Whether no vCPU is left that could wake another.
-    pub fn all_down(&self) -> bool {
-        self.slots.iter().all(|s| {
-            // One that has been called back but whose thread has not noticed yet counts as up.
-            s.down.load(SeqCst) && !s.control.get().is_some_and(|c| c.has_wakeup(false))
+    /// Notes that a vCPU is down: taken down by a hypercall, or halted without interrupts.
+    pub fn set_down(&self, id: VcpuId, taken_down: bool) {
+        self.slots[id.0 as usize]
+            .taken_down
+            .store(taken_down, SeqCst);
+        self.set_activity(id, Activity::Down);
+    }
+
+    /// Whether no vCPU is left that could wake another. `is_up` is what the guest's hypercalls have left of a vCPU.
+    pub fn all_down(&self, is_up: impl Fn(VcpuId) -> bool) -> bool {
+        (0..).zip(&self.slots).all(|(id, s)| {
+            // One that has been called back but whose thread has not noticed yet counts as up. To one that was taken down interrupts and
+            // kicks mean nothing.
+            let called_back = match s.taken_down.load(SeqCst) {
+                true => is_up(VcpuId(id)),
+                false => s.control.get().is_some_and(|c| c.has_wakeup(false)),
+            };
+            s.down.load(SeqCst) && !called_back
         })
     }
 

@@ -495,9 +495,7 @@ fn second_vcpu_waits_and_the_first_ends_the_domain() {
         assert_eq!(c.id, 0, "nobody started the other one");
         Ok(match c.step {
             0..=99 => Exit::Yield,
-            _ => Exit::Halt {
-                interrupts_enabled: false,
-            },
+            _ => CLI_HLT,
         })
     })
     .unwrap();
@@ -511,15 +509,62 @@ fn second_vcpu_waits_and_the_first_ends_the_domain() {
 fn vcpu_that_is_down_is_brought_back_by_an_nmi() {
     let d = try_domain(2, 64 << 20, Sink::default(), |c| {
         Ok(match (c.id, c.step) {
-            (0, 0) => {
-                c.state.msr.efer |= hospes_engine::cr::EFER_LMA;
-                c.state.seg[hospes_engine::seg::CS].attr |= hospes_engine::Segment::ATTR_L;
-                let exit = c.call(nr::VCPU_OP, vcpu::SEND_NMI, &0u64);
-                c.state.gpr[reg::RSI] = 1;
-                exit
-            }
+            (0, 0) => vcpu_op(c, vcpu::SEND_NMI),
             (0, _) => Exit::Yield,
             _ => c.shutdown(sched::SHUTDOWN_REBOOT),
+        })
+    })
+    .unwrap();
+    d.unpause();
+    assert_eq!(d.wait(), EndReason::Reboot);
+}
+
+/// A call about vCPU 1, from 64-bit code as it needs to be.
+fn vcpu_op(c: &mut Cpu<'_>, cmd: u64) -> Exit {
+    c.state.msr.efer |= hospes_engine::cr::EFER_LMA;
+    c.state.seg[hospes_engine::seg::CS].attr |= hospes_engine::Segment::ATTR_L;
+    let exit = c.call(nr::VCPU_OP, cmd, &0u64);
+    c.state.gpr[reg::RSI] = 1;
+    exit
+}
+
+const CLI_HLT: Exit = Exit::Halt {
+    interrupts_enabled: false,
+};
+
+#[test]
+fn last_vcpu_that_halts_powers_off_beside_one_taken_down_while_halted() {
+    for pauses in [0, 20] {
+        let d = try_domain(2, 64 << 20, Sink::default(), move |c| {
+            assert_eq!(c.id, 0, "nobody started the other one");
+            Ok(match c.step {
+                0 => vcpu_op(c, vcpu::DOWN),
+                step if step <= pauses => {
+                    std::thread::sleep(Duration::from_millis(1));
+                    Exit::Yield
+                }
+                _ => CLI_HLT,
+            })
+        })
+        .unwrap();
+        d.unpause();
+        assert_eq!(d.wait(), EndReason::PowerOff);
+    }
+}
+
+#[test]
+fn vcpu_that_is_just_brought_up_counts_as_up() {
+    let d = try_domain(2, 64 << 20, Sink::default(), |c| {
+        Ok(match (c.id, c.step) {
+            (0, 0) => vcpu_op(c, vcpu::SEND_NMI),
+            (1, 0) => vcpu_op(c, vcpu::DOWN),
+            (1, _) => c.shutdown(sched::SHUTDOWN_REBOOT),
+            (_, 1..=20) => {
+                std::thread::sleep(Duration::from_millis(1));
+                Exit::Yield
+            }
+            (_, 21) => vcpu_op(c, vcpu::UP),
+            _ => CLI_HLT,
         })
     })
     .unwrap();

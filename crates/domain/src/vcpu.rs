@@ -93,7 +93,7 @@ impl Loop {
             if self.run.is_paused() {
                 self.sleep(Activity::Held, |s| !s.run.is_paused());
             } else if !self.xen.is_up(self.id) {
-                self.go_down(|s| s.xen.is_up(s.id));
+                self.go_down(true, |s| s.xen.is_up(s.id));
             } else if self.run.is_limited() {
                 // To the guest as if others had the host's CPUs.
                 self.note(Runstate::Runnable);
@@ -134,10 +134,11 @@ impl Loop {
         }
     }
 
-    /// Sleeps until another vCPU brings this one back. When there is none that could, the guest has halted for good.
-    fn go_down(&mut self, back: impl Fn(&Self) -> bool) {
-        self.run.set_activity(self.id, Activity::Down);
-        if self.run.all_down() {
+    /// Sleeps until another vCPU brings this one back, which was taken down or has halted without interrupts. When there is none that could, the
+    /// guest has halted for good.
+    fn go_down(&mut self, taken_down: bool, back: impl Fn(&Self) -> bool) {
+        self.run.set_down(self.id, taken_down);
+        if self.run.all_down(|id| self.xen.is_up(id)) {
             self.run.end(EndReason::PowerOff);
             return;
         }
@@ -173,7 +174,7 @@ impl Loop {
             // Offline until an INIT or NMI.
             Exit::Halt {
                 interrupts_enabled: false,
-            } => self.go_down(|s| s.control.has_wakeup(false)),
+            } => self.go_down(false, |s| s.control.has_wakeup(false)),
             Exit::Yield => std::thread::yield_now(),
             Exit::Shutdown { rip } => self.run.end(EndReason::Crash(format!(
                 "vCPU {} stopped with a triple fault at {rip:#x}",
