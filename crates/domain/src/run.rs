@@ -396,4 +396,15 @@ mod tests {
             std::thread::yield_now();
         }
     }
+
+    #[test]
+    fn vcpu_that_is_just_brought_up_counts_as_up() {
+        let run = Run::new(2, Arc::new(Console::new(Box::new(std::io::sink()))));
+        run.set_down(VcpuId(0), false);
+        assert!(run.all_down(|_| true), "both have halted");
+        run.set_down(VcpuId(1), true);
+        assert!(run.all_down(|id| id == VcpuId(0)));
+        // Its thread has not noticed yet.
+        assert!(!run.all_down(|_| true));
+    }
 }

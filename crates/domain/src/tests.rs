@@ -553,26 +553,6 @@ fn last_vcpu_that_halts_powers_off_beside_one_taken_down_while_halted() {
 }
 
 #[test]
-fn vcpu_that_is_just_brought_up_counts_as_up() {
-    let d = try_domain(2, 64 << 20, Sink::default(), |c| {
-        Ok(match (c.id, c.step) {
-            (0, 0) => vcpu_op(c, vcpu::SEND_NMI),
-            (1, 0) => vcpu_op(c, vcpu::DOWN),
-            (1, _) => c.shutdown(sched::SHUTDOWN_REBOOT),
-            (_, 1..=20) => {
-                std::thread::sleep(Duration::from_millis(1));
-                Exit::Yield
-            }
-            (_, 21) => vcpu_op(c, vcpu::UP),
-            _ => CLI_HLT,
-        })
-    })
-    .unwrap();
-    d.unpause();
-    assert_eq!(d.wait(), EndReason::Reboot);
-}
-
-#[test]
 fn impossible_domains_are_refused() {
     let refuse = |vcpus, bytes| {
         try_domain(vcpus, bytes, Sink::default(), |_| Ok(Exit::Yield))
