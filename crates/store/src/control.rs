@@ -9,11 +9,13 @@ use crate::{ConnId, Store};
 
 const HELP: &str = "Supported commands:\ncheck\nhelp\nmemreport\nprint <text>\nquota [set <name> <value>|<domid>]\n";
 
-/// Names of the limits that can be seen and set, as xenstored calls them.
-const LIMITS: [(&str, &str); 6] = [
+/// Names of the limits that can be seen and set, as xenstored calls them where it has them.
+const LIMITS: [(&str, &str); 8] = [
     ("nodes", "nodes a domain may own"),
     ("watches", "watches of a domain"),
     ("transactions", "open transactions of a domain"),
+    ("transaction-nodes", "nodes one transaction may touch"),
+    ("transaction-bytes", "bytes of a domain's open transactions"),
     ("node-size", "bytes of one node"),
     ("node-permissions", "entries of a node's permissions"),
     ("outstanding", "replies a domain may leave unread"),
@@ -24,6 +26,8 @@ fn limit<'a>(quota: &'a mut Quota, name: &str) -> Option<&'a mut usize> {
         "nodes" => &mut quota.nodes,
         "watches" => &mut quota.watches,
         "transactions" => &mut quota.transactions,
+        "transaction-nodes" => &mut quota.transaction_nodes,
+        "transaction-bytes" => &mut quota.transaction_bytes,
         "node-size" => &mut quota.node_bytes,
         "node-permissions" => &mut quota.perms,
         "outstanding" => &mut quota.outstanding,

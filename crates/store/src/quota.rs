@@ -1,6 +1,7 @@
 //! How much of the store a guest may use.
 
-/// Limits for each guest; domain 0 has none of its own. The defaults are Xen's.
+/// Limits for each guest; domain 0 has none of its own. The defaults are Xen's, but for the bytes of transactions: Xen limits all memory of a guest
+/// together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quota {
     /// Nodes it owns.
@@ -17,6 +18,8 @@ pub struct Quota {
     pub outstanding: usize,
     /// Nodes one transaction may touch, existing or not.
     pub transaction_nodes: usize,
+    /// Bytes that its open transactions may hold together: paths and contents of the nodes they touch.
+    pub transaction_bytes: usize,
     /// Watch events it leaves unfetched before further ones are dropped.
     pub events: usize,
 }
@@ -30,7 +33,8 @@ impl Default for Quota {
             node_bytes: 2048,
             perms: 5,
             outstanding: 20,
-            transaction_nodes: 2048,
+            transaction_nodes: 1024,
+            transaction_bytes: 1 << 20,
             events: 1024,
         }
     }

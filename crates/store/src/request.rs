@@ -103,12 +103,21 @@ impl Store {
             let result = node_operation(&mut view, &caller, request);
             return (result, changes);
         }
-        let transaction = self
-            .connections
-            .get_mut(&conn)
-            .and_then(|c| c.transactions.get_mut(&request.transaction));
-        let Some(transaction) = transaction else {
+        let transactions = self.connections.get_mut(&conn).map(|c| &mut c.transactions);
+        let open = transactions.map(|open| {
+            let all: usize = open.values().map(|t| t.overlay.bytes()).sum();
+            (all, open.get_mut(&request.transaction))
+        });
+        let Some((bytes, Some(transaction))) = open else {
             return (Err(Error::NoEntry), changes);
+        };
+        // The limit on bytes is on all of them together.
+        let mut quota = self.quota;
+        let others = bytes - transaction.overlay.bytes();
+        quota.transaction_bytes = quota.transaction_bytes.saturating_sub(others);
+        let caller = Caller {
+            quota: &quota,
+            ..caller
         };
         let mut view = View::inside(
             &self.tree,

@@ -17,10 +17,20 @@ struct Touched {
     changed: bool,
 }
 
+impl Touched {
+    /// What it counts for the limit on bytes. The path may be there three times: here, and in the changes that are told at the commit, one of the node
+    /// itself and one of its going with its parent.
+    fn bytes(path: &str, now: Option<&Node>) -> usize {
+        size_of::<Touched>() + 3 * path.len() + now.map_or(0, Node::bytes)
+    }
+}
+
 /// What a transaction has touched.
 #[derive(Debug, Default)]
 pub struct Overlay {
     touched: BTreeMap<String, Touched>,
+    /// Of all in `touched`.
+    bytes: usize,
 }
 
 impl Overlay {
@@ -35,6 +45,9 @@ impl Overlay {
                 return Err(Error::NoSpace);
             }
             let node = tree.get(path);
+            let bytes = Touched::bytes(path, node);
+            self.check_room(caller, bytes)?;
+            self.bytes += bytes;
             let touched = Touched {
                 found: node.map(|n| n.generation),
                 found_owner: node.map(|n| n.perms.owner),
@@ -46,8 +59,25 @@ impl Overlay {
         Ok(self.touched.get(path).and_then(|t| t.now.as_ref()))
     }
 
+    /// What it counts for the limit on bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether this many bytes more may be held.
+    pub fn check_room(&self, caller: &Caller<'_>, more: usize) -> Result<(), Error> {
+        if !caller.is_privileged() && self.bytes + more > caller.quota.transaction_bytes {
+            return Err(Error::NoSpace);
+        }
+        Ok(())
+    }
+
     /// Changes a node; one that was not asked for before was found absent.
     pub fn put(&mut self, path: &str, node: Option<Node>) {
+        if let Some(old) = self.touched.get(path) {
+            self.bytes -= Touched::bytes(path, old.now.as_ref());
+        }
+        self.bytes += Touched::bytes(path, node.as_ref());
         let touched = self.touched.entry(path.to_owned()).or_insert(Touched {
             found: None,
             found_owner: None,

@@ -271,6 +271,15 @@ impl<'a> View<'a> {
         }
     }
 
+    /// Refuses to have this many bytes more of nodes' contents in a transaction. What they take the place of is not counted off: near the limit a
+    /// little too much is refused.
+    fn check_room(&self, caller: &Caller<'_>, bytes: usize) -> Result<(), Error> {
+        match &self.nodes {
+            Nodes::Direct(_) => Ok(()),
+            Nodes::Overlay(_, overlay) => overlay.check_room(caller, bytes),
+        }
+    }
+
     /// Only for paths that were asked for before.
     fn put(&mut self, path: &str, node: Node) {
         match &mut self.nodes {
@@ -379,6 +388,7 @@ impl<'a> View<'a> {
             Self::check_size(caller, &node)?;
             new.push((path, node));
         }
+        self.check_room(caller, new.iter().map(|(_, node)| node.bytes()).sum())?;
         for (path, node) in new {
             self.put(&path, node);
         }
@@ -396,6 +406,7 @@ impl<'a> View<'a> {
         let mut node = node.clone();
         node.value = value.to_vec();
         Self::check_size(caller, &node)?;
+        self.check_room(caller, node.bytes())?;
         let perms = node.perms.clone();
         self.put(path, node);
         self.note(path, perms, false);
@@ -465,6 +476,7 @@ impl<'a> View<'a> {
         }
         node.perms = perms.clone();
         Self::check_size(caller, &node)?;
+        self.check_room(caller, node.bytes())?;
         self.put(path, node);
         self.note(path, perms, false);
         Ok(())

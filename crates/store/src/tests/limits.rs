@@ -195,3 +195,90 @@ fn control_shows_and_sets_quotas() {
         assert!(control(&mut s, good).is_ok(), "{good}");
     }
 }
+
+fn start(s: &mut Store, g: &Client) -> u32 {
+    let id = ask(s, g, kind::TRANSACTION_START, 0, "\0").unwrap();
+    id.trim_end_matches('\0').parse().unwrap()
+}
+
+#[test]
+fn transactions_hold_a_bounded_number_of_bytes() {
+    const MOST: usize = 1 << 20;
+    let mut s = populated();
+    let g = client(&mut s, 5);
+    let ids: Vec<u32> = (0..10).map(|_| start(&mut s, &g)).collect();
+    let home = "/local/domain/5/";
+    let long = "x".repeat(3000);
+    let mut held = 0;
+    for id in &ids {
+        for number in 0..2000 {
+            let path = format!("{home}{number}{long}\0");
+            match ask(&mut s, &g, kind::READ, *id, &path) {
+                Err(e) if e == "ENOENT" => held += path.len(),
+                answer => {
+                    assert_eq!(answer, Err("ENOSPC".into()));
+                    break;
+                }
+            }
+        }
+    }
+    assert!((MOST / 4..MOST).contains(&held), "{held}");
+    // Outside of them, and after the end of one, everything goes on.
+    ask(&mut s, &g, kind::WRITE, 0, "data/x\0v").unwrap();
+    ask(&mut s, &g, kind::TRANSACTION_END, ids[0], "F\0").unwrap();
+    ask(&mut s, &g, kind::WRITE, ids[1], "data/x\0w").unwrap();
+    ask(&mut s, &g, kind::TRANSACTION_END, ids[1], "T\0").unwrap();
+}
+
+#[test]
+fn values_in_transactions_count_for_their_bytes() {
+    let mut s = populated();
+    let g = client(&mut s, 5);
+    let mut held = 0;
+    let mut last = Ok(String::new());
+    for _ in 0..10 {
+        let id = start(&mut s, &g);
+        for number in 0..50 {
+            ask(&mut s, &g, kind::WRITE, id, &format!("data/{number}\0")).unwrap();
+        }
+        // Only now they grow.
+        for number in 0..50 {
+            let value = "v".repeat(2000);
+            last = ask(
+                &mut s,
+                &g,
+                kind::WRITE,
+                id,
+                &format!("data/{number}\0{value}"),
+            );
+            held += if last.is_ok() { 2000 } else { 0 };
+        }
+    }
+    assert_eq!(last, Err("ENOSPC".into()));
+    assert!((800_000..1 << 20).contains(&held), "{held}");
+}
+
+#[test]
+fn transaction_over_many_ordinary_nodes_commits() {
+    let mut s = populated();
+    let g = client(&mut s, 5);
+    let id = start(&mut s, &g);
+    let value = "v".repeat(40);
+    for number in 0..950 {
+        let node = format!("data/{}/{number}\0{value}", number % 10);
+        ask(&mut s, &g, kind::WRITE, id, &node).unwrap();
+    }
+    ask(&mut s, &g, kind::TRANSACTION_END, id, "T\0").unwrap();
+    let id = start(&mut s, &g);
+    for number in 0..1000 {
+        let _ = ask(
+            &mut s,
+            &g,
+            kind::READ,
+            id,
+            &format!("data/{}/{number}\0", number % 10),
+        );
+    }
+    ask(&mut s, &g, kind::WRITE, id, "data/1/1\0w").unwrap();
+    ask(&mut s, &g, kind::TRANSACTION_END, id, "T\0").unwrap();
+}
