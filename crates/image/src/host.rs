@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FallocateFlags;
+use rustix::io::retry_on_intr;
 
 use crate::error::{ImageError, is_full};
 use crate::lock::{Lock, Target, identity_of, recorded_holder};
@@ -260,7 +261,7 @@ fn probe_alignment(file: &File) -> Option<Alignment> {
     let mut bytes = Aligned::new(ALIGNMENT);
     [512u32, 4096].into_iter().find_map(|offset| {
         let range = &mut bytes[..offset as usize];
-        rustix::io::pread(file, range, u64::from(offset)).ok()?;
+        retry_on_intr(|| rustix::io::pread(file, &mut *range, u64::from(offset))).ok()?;
         Some(Alignment {
             memory: offset,
             offset,
@@ -303,7 +304,7 @@ impl Storage for HostFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let result = rustix::fs::fdatasync(&self.cached);
+        let result = retry_on_intr(|| rustix::fs::fdatasync(&self.cached));
         self.note_sync(result.map_err(io::Error::from))
     }
 
@@ -315,7 +316,8 @@ impl Storage for HostFile {
         let result = if self.block {
             discard_block(self.cached.as_fd(), offset, bytes)
         } else {
-            rustix::fs::fallocate(&self.cached, flags, offset, bytes).map_err(io::Error::from)
+            retry_on_intr(|| rustix::fs::fallocate(&self.cached, flags, offset, bytes))
+                .map_err(io::Error::from)
         };
         discarded(result)
     }
@@ -350,12 +352,15 @@ fn discard_block(fd: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Result<()> 
     /// `BLKDISCARD`, `_IO(0x12, 119)` of linux/fs.h; takes two numbers: start and length.
     const BLKDISCARD: libc::c_ulong = 0x1277;
     let range = [offset, bytes];
-    // SAFETY: the descriptor is open and `range` has the two numbers that the call reads.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), BLKDISCARD, range.as_ptr()) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
+    loop {
+        // SAFETY: the descriptor is open and `range` has the two numbers that the call reads.
+        if unsafe { libc::ioctl(fd.as_raw_fd(), BLKDISCARD, range.as_ptr()) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
     }
 }
 
