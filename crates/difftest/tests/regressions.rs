@@ -1,7 +1,7 @@
 //! One small program for each bug that was found. Each states how it ends; everything else is what the processor makes of it.
 
 use hospes_difftest::forms::Level;
-use hospes_difftest::layout::{CODE, DATA, LOW, PAGE, READ_ONLY, STACK};
+use hospes_difftest::layout::{CODE, DATA, LOW, PAGE, PATCHABLE, READ_ONLY, STACK};
 use hospes_difftest::program::{Flavour, Program, What};
 use hospes_difftest::rng::Rng;
 use hospes_difftest::runner::Runner;
@@ -235,4 +235,31 @@ fn bit_string_with_a_32_bit_address_wraps() {
     );
     p.regs.gs_base = MIDDLE;
     assert_eq!(agrees(&p), (PAGE_FAULT, MIDDLE + 0xffff_f100));
+}
+
+/// A loop jumps by memory to `sub eax, eax; jmp r15`, which needs no flags, and makes `lahf` of its first instruction in the last round but one.
+#[test]
+fn code_that_replaces_other_code_finds_the_flags_it_is_entered_with() {
+    let at = LOW + DATA;
+    let regs = user(&[&[0x90]], &[(RBX, at), (RSI, at)]).regs;
+    let mut p = Program::new(Flavour::User64, LOW + PATCHABLE, regs);
+    let code: [&[u8]; 13] = [
+        &[0xb9, 0x06, 0x00, 0x00, 0x00],
+        &[0x48, 0x8d, 0x15, 0x0f, 0x00, 0x00, 0x00],
+        &[0x48, 0x89, 0x13],
+        &[0x4c, 0x8d, 0x3d, 0x0a, 0x00, 0x00, 0x00],
+        &[0x83, 0xf9, 0x03],
+        &[0xff, 0x26],
+        &[0x29, 0xc0],
+        &[0x41, 0xff, 0xe7],
+        &[0x83, 0xf9, 0x02],
+        &[0x75, 0x09],
+        &[0x66, 0xc7, 0x05, 0xed, 0xff, 0xff, 0xff, 0x9f, 0x90],
+        &[0xff, 0xc9],
+        &[0x75, 0xd3],
+    ];
+    for bytes in code {
+        p.push(What::Bytes(bytes.to_vec()));
+    }
+    assert_eq!(agrees(&p), (BREAKPOINT, 0));
 }

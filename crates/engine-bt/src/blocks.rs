@@ -7,7 +7,7 @@ use std::mem;
 use std::num::NonZeroU32;
 
 use hospes_translate::layout::KERNEL_CODE;
-use hospes_translate::{Mode, Resume, Translation};
+use hospes_translate::{Mode, Resume, SAVED_DIVERTS, Translation};
 use hospes_units::{Gfn, Gpa, PAGE_SIZE};
 use rustc_hash::FxHashMap;
 
@@ -99,6 +99,17 @@ impl Block {
     /// The same for those that have the flags in the frame.
     pub fn saved(&self) -> u32 {
         self.pos + u32::from(self.saved)
+    }
+
+    /// Has all who come by an entry leave to the engine.
+    fn divert(&self, code: &CodeMemory) {
+        let stale = self.pos + u32::from(self.stale);
+        code.divert(self.direct() as usize, stale as usize);
+        if self.direct() - self.saved() == SAVED_DIVERTS {
+            // The code for it is as long as the one that ends the block.
+            let bytes = u32::from(self.len - self.stale);
+            code.divert(self.saved() as usize, (stale - bytes) as usize);
+        }
     }
 
     /// Frame of the second page that the block's only instruction reaches into.
@@ -457,7 +468,7 @@ impl Blocks {
                     if by_key.get(&b.key) == Some(&n) {
                         by_key.remove(&b.key);
                     }
-                    code.divert(b.direct() as usize, (b.pos + u32::from(b.stale)) as usize);
+                    b.divert(code);
                     if b.key.pc >= KERNEL_CODE {
                         unlinked.push(page_of(b.key.pc));
                     }

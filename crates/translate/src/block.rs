@@ -121,9 +121,11 @@ pub struct Translation {
     /// Entry for transfers that know their target: registers and flags live. Begins with a 5-byte no-operation, 8-byte aligned, that can be
     /// replaced by a jump to `stale_stub` with one atomic store.
     pub direct_entry: u32,
-    /// The same with the flags in the frame.
+    /// The same with the flags in the frame. Where it does not bring them back, [`SAVED_DIVERTS`] bytes in front of the other one, it begins with such a
+    /// no-operation as well.
     pub saved_entry: u32,
-    /// Code that leaves to the engine at the block's own address.
+    /// Code that leaves to the engine at the block's own address: the last of the block. Directly in front of it is, where the other entry can be diverted,
+    /// the same in the same number of bytes for that one.
     pub stale_stub: u32,
     /// Ascending by host position.
     pub side: Vec<SideEntry>,
@@ -137,7 +139,15 @@ pub struct Translation {
     pub instructions: u16,
 }
 
+/// How far in front of its direct entry a block has the other one if that leaves the flags in the frame.
+pub const SAVED_DIVERTS: u32 = 8;
+
 impl Translation {
+    /// Whether the entry for flags in the frame has to be diverted too.
+    pub fn saved_diverts(&self) -> bool {
+        self.direct_entry - self.saved_entry == SAVED_DIVERTS
+    }
+
     /// Host position where the instruction at this guest offset begins, if it begins inside.
     pub fn host_of(&self, offset: u16) -> Option<u32> {
         self.side

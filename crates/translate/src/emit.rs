@@ -321,13 +321,19 @@ impl Work<'_> {
         self.resume = Resume::Offset(0);
         self.note();
         self.unspill(bit(RCX) | bit(RDX));
-        self.out.saved_entry = self.asm.pos() as u32;
         if live_in != 0 {
+            self.out.saved_entry = self.asm.pos() as u32;
             self.restore_flags();
+            self.asm.align(8, 0);
         } else {
+            // The flags stay in the frame, and have to be looked for there where the block has been thrown away.
+            self.asm.align(8, 0);
+            self.out.saved_entry = self.asm.pos() as u32;
+            self.asm.nops(5);
+            self.asm.bytes(&[0xeb, 6]); // jmp over the next five bytes
+            self.asm.nops(1);
             self.flags = Flags::Host;
         }
-        self.asm.align(8, 0);
         self.note();
         self.out.direct_entry = self.asm.pos() as u32;
         self.asm.nops(5);

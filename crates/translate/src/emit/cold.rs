@@ -146,12 +146,20 @@ impl Work<'_> {
                 }
             }
         }
-        // Reached when the block has been thrown away.
+        // Reached when the block has been thrown away. Both have the same length.
         self.spilled = 0;
-        self.flags = Flags::Host;
         self.resume = Resume::Offset(0);
-        self.note();
+        if self.out.saved_diverts() {
+            self.flags = Flags::Saved;
+            self.leave_stale();
+        }
+        self.flags = Flags::Host;
         self.out.stale_stub = self.asm.pos() as u32;
+        self.leave_stale();
+    }
+
+    fn leave_stale(&mut self) {
+        self.note();
         self.store_address(self.layout.rip, self.pc);
         self.jmp_stub(self.stubs.lookup);
     }
