@@ -230,7 +230,7 @@ fn offset(at: usize) -> u64 {
     r.offset + (at - r.backing * PAGE as usize) as u64
 }
 
-/// Whether the code from the faulting instruction on overwrites these flags before it reads them, on every path.
+/// Whether the code from the faulting instruction on overwrites these flags, or leaves them undefined, before it reads them, on every path.
 fn dead(case: &Case, at: &Outcome, flags: u64) -> bool {
     let mut budget = 200;
     dead_from(case, at, at.regs.rip, flags as u32, &mut budget)
@@ -246,7 +246,8 @@ fn dead_from(case: &Case, at: &Outcome, mut pc: u64, flags: u32, budget: &mut u3
         if i.rflags_read() & left != 0 {
             return false;
         }
-        left &= !(i.rflags_written() | i.rflags_cleared() | i.rflags_set());
+        let defined = i.rflags_written() | i.rflags_cleared() | i.rflags_set();
+        left &= !(defined | i.rflags_undefined());
         if left == 0 {
             return true;
         }

@@ -124,6 +124,33 @@ pub fn gpr(register: Register) -> Option<u8> {
     full.is_gpr64().then(|| full.number() as u8)
 }
 
+/// Whether the flags that are undefined after an instruction do not depend on those before it. After others (multiplications, bit tests, counts of
+/// zeros) some processors keep them.
+fn forgets_old_flags(instr: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        instr.mnemonic(),
+        M::And
+            | M::Or
+            | M::Xor
+            | M::Test
+            | M::Andn
+            | M::Shl
+            | M::Sal
+            | M::Shr
+            | M::Sar
+            | M::Shld
+            | M::Shrd
+            | M::Bsf
+            | M::Bsr
+            | M::Blsr
+            | M::Blsi
+            | M::Blsmsk
+            | M::Bzhi
+            | M::Bextr
+    )
+}
+
 fn count_is_zero_or_unknown(instr: &Instruction) -> bool {
     use Mnemonic as M;
     let operand = match instr.mnemonic() {
@@ -227,8 +254,11 @@ impl Insn {
         });
         insn.flags_read = instr.rflags_read() & STATUS;
         insn.flags_modified = instr.rflags_modified() & STATUS;
-        insn.flags_killed =
-            (instr.rflags_written() | instr.rflags_cleared() | instr.rflags_set()) & STATUS;
+        let mut changed = instr.rflags_written() | instr.rflags_cleared() | instr.rflags_set();
+        if forgets_old_flags(&instr) {
+            changed |= instr.rflags_undefined();
+        }
+        insn.flags_killed = changed & STATUS;
         if count_is_zero_or_unknown(&instr) {
             insn.flags_killed = 0;
         }

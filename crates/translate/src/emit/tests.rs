@@ -100,6 +100,24 @@ fn translate_carry_chain_through_memory_saves_no_flags() {
 }
 
 #[test]
+fn translate_logic_and_shifts_need_no_flags_from_before() {
+    let xor_eax: &[u8] = &[0x31, 0xc0];
+    let test_rdi: &[u8] = &[0x48, 0x85, 0xff];
+    let shr_rdi_4: &[u8] = &[0x48, 0xc1, 0xef, 0x04];
+    let je: &[u8] = &[0x74, 0x10];
+    for kills in [xor_eax, test_rdi, shr_rdi_4] {
+        // Its access comes before they are overwritten.
+        let host = hot(USER, &[LOAD_RDI, kills, je]);
+        assert_eq!(count(&host, Mnemonic::Lahf), 0, "{kills:x?}");
+    }
+    // A multiplication may keep some of them, and a shift by nothing all.
+    for keeps in [&[0x48, 0x0f, 0xaf, 0xc7][..], &[0x48, 0xc1, 0xef, 0x00]] {
+        let host = hot(USER, &[LOAD_RDI, keeps, je]);
+        assert_eq!(count(&host, Mnemonic::Lahf), 1, "{keeps:x?}");
+    }
+}
+
+#[test]
 fn translate_held_access_is_one_instruction() {
     let one = hot(USER, &[LOAD_RDI, LOAD_RDI_8]);
     let two = hot(USER, &[LOAD_RDI, LOAD_RDI_8, &[0x48, 0x8b, 0x4f, 0x10]]);
