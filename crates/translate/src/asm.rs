@@ -34,13 +34,6 @@ pub struct Asm {
 }
 
 impl Asm {
-    /// An empty buffer for so many bytes; it grows if need be.
-    pub fn with_room(bytes: usize) -> Asm {
-        Asm {
-            buf: Vec::with_capacity(bytes),
-        }
-    }
-
     pub fn pos(&self) -> Pos {
         self.buf.len()
     }
@@ -54,31 +47,39 @@ impl Asm {
     }
 
     /// `gs: REX op modrm(reg, [disp32])`. `op` may have a 0x0f escape as its first byte.
-    fn gs_op(&mut self, w: bool, op: &[u8], reg: u8, offset: i32) {
-        self.buf.push(0x65);
+    fn gs_op<const N: usize>(&mut self, w: bool, op: &[u8; N], reg: u8, offset: i32) {
         let rex = 0x40 | (w as u8) << 3 | (reg >> 3) << 2;
-        if rex != 0x40 {
-            self.buf.push(rex);
-        }
-        self.bytes(op);
-        self.bytes(&[(reg & 7) << 3 | 4, 0x25]);
-        self.imm32(offset);
+        self.gs_head(rex, op);
+        let [a, b, c, d] = offset.to_le_bytes();
+        self.bytes(&[(reg & 7) << 3 | 4, 0x25, a, b, c, d]);
     }
 
     /// `gs: REX op modrm(reg, [base + disp32])`.
-    fn gs_base_op(&mut self, w: bool, op: &[u8], reg: u8, base: u8, offset: i32) {
-        self.buf.push(0x65);
+    fn gs_base_op<const N: usize>(
+        &mut self,
+        w: bool,
+        op: &[u8; N],
+        reg: u8,
+        base: u8,
+        offset: i32,
+    ) {
         let rex = 0x40 | (w as u8) << 3 | (reg >> 3) << 2 | base >> 3;
-        if rex != 0x40 {
-            self.buf.push(rex);
+        self.gs_head(rex, op);
+        let [a, b, c, d] = offset.to_le_bytes();
+        if base & 7 == 4 {
+            self.bytes(&[0x80 | (reg & 7) << 3 | 4, 0x24, a, b, c, d]);
+        } else {
+            self.bytes(&[0x80 | (reg & 7) << 3 | base & 7, a, b, c, d]);
+        }
+    }
+
+    fn gs_head<const N: usize>(&mut self, rex: u8, op: &[u8; N]) {
+        if rex == 0x40 {
+            self.bytes(&[0x65]);
+        } else {
+            self.bytes(&[0x65, rex]);
         }
         self.bytes(op);
-        if base & 7 == 4 {
-            self.bytes(&[0x80 | (reg & 7) << 3 | 4, 0x24]);
-        } else {
-            self.buf.push(0x80 | (reg & 7) << 3 | base & 7);
-        }
-        self.imm32(offset);
     }
 
     /// `mov reg, gs:[offset]`

@@ -70,6 +70,16 @@ impl SideEntry {
         }
     }
 
+    fn is_at(&self, offset: u16) -> bool {
+        matches!(self.resume(), Resume::Offset(o) | Resume::OffsetInShadow(o) if o == offset)
+    }
+
+    /// Whether the guest's state is where another entry says.
+    pub(crate) fn says_the_same(&self, other: &SideEntry) -> bool {
+        let host = self.host;
+        *self == SideEntry { host, ..*other }
+    }
+
     pub fn resume(&self) -> Resume {
         match self.kind & !HELD {
             0 => Resume::Offset(self.offset),
@@ -148,11 +158,13 @@ impl Translation {
         self.direct_entry - self.saved_entry == SAVED_DIVERTS
     }
 
-    /// Host position where the instruction at this guest offset begins, if it begins inside.
-    pub fn host_of(&self, offset: u16) -> Option<u32> {
-        self.side
-            .iter()
-            .find(|e| matches!(e.resume(), Resume::Offset(o) | Resume::OffsetInShadow(o) if o == offset))
-            .map(|e| e.host.into())
+    /// Host position where the instruction that the last entry is about begins.
+    pub(crate) fn host_of_last(&self) -> Option<u32> {
+        let (Resume::Offset(offset) | Resume::OffsetInShadow(offset)) = self.side.last()?.resume()
+        else {
+            return None;
+        };
+        let its = self.side.iter().rev().take_while(|e| e.is_at(offset));
+        its.last().map(|e| e.host.into())
     }
 }

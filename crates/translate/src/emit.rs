@@ -21,11 +21,11 @@ mod system;
 #[cfg(test)]
 mod tests;
 
-use iced_x86::{
-    Decoder, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, OpKind, Register,
-};
+use std::mem;
 
-use crate::asm::{Asm, Pos, RAX, RCX, RDX, RSP, cc};
+use iced_x86::{Decoder, DecoderOptions, Encoder, InstructionInfoFactory, Register};
+
+use crate::asm::{Asm, Pos, RCX, RDX, cc};
 use crate::block::{Request, Resume, Translation};
 use crate::insn::{Insn, Kind, STATUS, gpr};
 use crate::layout::*;
@@ -120,6 +120,20 @@ pub struct Translator {
     cut: bool,
     /// Jumps from one page of kernel code to another may be connected.
     pub kernel_links: bool,
+    room: Room,
+    /// Empty, with the room of one that is no longer needed.
+    spare: Translation,
+}
+
+/// Lists of the last block, emptied: to be filled again without asking for memory.
+#[derive(Default)]
+struct Room {
+    insns: Vec<Insn>,
+    live_out: Vec<u32>,
+    accesses: Vec<[Option<group::Access>; 2]>,
+    families: Vec<group::Family>,
+    groups: Vec<group::Group>,
+    cold: Vec<Cold>,
 }
 
 impl std::fmt::Debug for Translator {
@@ -140,6 +154,8 @@ struct Work<'a> {
     /// Mode at the block's first instruction, and at the present one.
     initial: Mode,
     mode: Mode,
+    /// The mode changes on the way.
+    changes_ac: bool,
     /// Guest bytes from `pc` on.
     bytes: &'a [u8],
     /// The block is one instruction that lies in two pages.
@@ -163,6 +179,15 @@ fn bit(reg: u8) -> u16 {
     1 << reg
 }
 
+/// The registers of a mask, ascending.
+fn ones(mut mask: u16) -> impl Iterator<Item = u8> {
+    std::iter::from_fn(move || {
+        let reg = mask.trailing_zeros();
+        mask &= mask.checked_sub(1)?;
+        Some(reg as u8)
+    })
+}
+
 fn decode(bytes: &[u8], pc: u64, mode: Mode) -> Decoder<'_> {
     Decoder::with_ip(
         if mode.has(Mode::LONG) { 64 } else { 32 },
@@ -182,19 +207,38 @@ impl Translator {
             snippet_encoder: Encoder::new(64),
             cut: false,
             kernel_links: true,
+            room: Room::default(),
+            spare: Translation::default(),
         }
+    }
+
+    /// Takes back the room of a translation that is no longer needed, for the next one.
+    pub fn reuse(&mut self, mut done: Translation) {
+        done.code.clear();
+        done.side.clear();
+        done.chains.clear();
+        done.places.clear();
+        self.spare = done;
     }
 
     /// Translates the code at `request.pc`. `None` where not even one instruction lies inside the given bytes: it crosses the page.
     pub fn translate(&mut self, request: &Request<'_>) -> Option<Translation> {
-        let (insns, ended) = self.decode_block(request);
+        let Room {
+            mut insns,
+            mut live_out,
+            mut accesses,
+            mut families,
+            groups,
+            cold,
+        } = mem::take(&mut self.room);
+        let ended = self.decode_block(request, &mut insns);
         if insns.is_empty() {
             return None;
         }
         let last = insns.last().expect("not empty");
         let end = last.offset + u16::from(last.len);
         let mut extent = (0u16, end);
-        let mut live_out = vec![0; insns.len()];
+        live_out.resize(insns.len(), 0);
         let mut live = STATUS;
         for (i, insn) in insns.iter().enumerate().rev() {
             let target_live = match insn.kind {
@@ -216,13 +260,23 @@ impl Translator {
             live = (live & !insn.flags_killed) | insn.flags_read;
         }
         let live_in = live;
-        let length = insns.len();
         let single = request.mode.has(Mode::SINGLE);
         let mode = Mode(request.mode.0 & !Mode::SINGLE);
         let movable = relocate::movable(request) && !insns.iter().any(places::stays);
-        let accesses = group::survey(&insns, mode.has(Mode::LONG));
+        let changes_ac = insns
+            .iter()
+            .any(|i| matches!(i.kind, Kind::Stac | Kind::Clac));
+        group::survey(&insns, mode.has(Mode::LONG), &mut families, &mut accesses);
+        let Translation {
+            mut code,
+            side,
+            chains,
+            places,
+            ..
+        } = mem::take(&mut self.spare);
+        code.reserve(CODE_ROOM);
         let mut work = Work {
-            asm: Asm::with_room(CODE_ROOM),
+            asm: Asm { buf: code },
             layout: &self.layout,
             stubs: &self.stubs,
             encoder: &mut self.encoder,
@@ -232,11 +286,12 @@ impl Translator {
             cache_pos: request.cache_pos,
             initial: mode,
             mode,
+            changes_ac,
             bytes: request.bytes,
             crossing: request.crossing,
             single: single || request.crossing,
             accesses,
-            groups: Vec::new(),
+            groups,
             start: Start {
                 site: 0,
                 spilled: 0,
@@ -250,48 +305,43 @@ impl Translator {
             out: Translation {
                 extent_before: extent.0,
                 extent: extent.1,
-                side: Vec::with_capacity(4 * length),
+                side,
+                chains,
+                places,
                 ..Translation::default()
             },
-            cold: Vec::with_capacity(length),
+            cold,
             movable,
             kernel_links: self.kernel_links,
         };
         work.entry(live_in);
         work.body(ended, self.cut || request.crossing);
         work.cold_paths();
-        work.out.code = work.asm.buf;
-        Some(work.out)
-    }
-
-    /// Encodes code that runs one instruction with its memory operand (if any) at the address in the frame's operand slot and then leaves through the
-    /// `native` stub. `None` where the instruction has no such form.
-    pub fn native_snippet(&mut self, instr: &Instruction, cache_pos: i64) -> Option<Vec<u8>> {
-        let mut asm = Asm::default();
-        let mut copy = *instr;
-        let has_memory = (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory);
-        let mut saved = None;
-        if has_memory {
-            let mut used = bit(RSP);
-            for r in self.factory.info(instr).used_registers() {
-                if let Some(n) = gpr(r.register()) {
-                    used |= bit(n);
-                }
-            }
-            let base = [RAX, RCX, RDX, 3, 6, 7, 5]
-                .into_iter()
-                .find(|&r| used & bit(r) == 0)?;
-            asm.load(base, self.layout.operand);
-            redirect(&mut copy, base, 0);
-            saved = Some(base);
-        }
-        encode_into(&mut self.snippet_encoder, &mut asm, copy)?;
-        if let Some(base) = saved {
-            asm.load(base, self.layout.gpr + 8 * i32::from(base));
-        }
-        let at = asm.jmp();
-        asm.patch_rel32(at, self.stubs.native - cache_pos);
-        Some(asm.buf)
+        let Work {
+            asm,
+            mut insns,
+            mut live_out,
+            mut accesses,
+            mut groups,
+            cold,
+            mut out,
+            ..
+        } = work;
+        out.code = asm.buf;
+        insns.clear();
+        live_out.clear();
+        accesses.clear();
+        families.clear();
+        groups.clear();
+        self.room = Room {
+            insns,
+            live_out,
+            accesses,
+            families,
+            groups,
+            cold,
+        };
+        Some(out)
     }
 }
 
@@ -349,7 +399,7 @@ impl Work<'_> {
             self.end_groups(i);
             self.note();
             self.start = Start {
-                site: self.site_start(i),
+                site: self.site_start(),
                 spilled: self.spilled,
                 flags: self.flags,
                 resume: self.resume,

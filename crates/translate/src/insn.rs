@@ -1,8 +1,8 @@
 //! What the translator must know of one guest instruction.
 
 use iced_x86::{
-    Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
-    RflagsBits,
+    Code, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic,
+    OpAccess, OpKind, Register, RflagsBits,
 };
 
 use crate::class::{Class, class_of};
@@ -185,7 +185,7 @@ impl Insn {
         if matches!(insn.kind, Kind::Step | Kind::Iret | Kind::Nop) {
             return insn;
         }
-        let info = factory.info(&instr);
+        let info = factory.info_options(&instr, InstructionInfoOptions::NO_MEMORY_USAGE);
         for used in info.used_registers() {
             let r = used.register();
             let mask = gpr_mask(r);

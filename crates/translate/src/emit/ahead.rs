@@ -6,9 +6,9 @@ use crate::insn::{Insn, Kind, STATUS};
 use crate::layout::Mode;
 
 impl Translator {
-    pub(super) fn decode_block(&mut self, request: &Request<'_>) -> (Vec<Insn>, bool) {
+    /// Decodes a block into an empty list. True if its last instruction ends it.
+    pub(super) fn decode_block(&mut self, request: &Request<'_>, insns: &mut Vec<Insn>) -> bool {
         self.cut = false;
-        let mut insns = Vec::with_capacity(16);
         let mut decoder = decode(request.bytes, request.pc, request.mode);
         let mut mode = request.mode;
         let most = if request.crossing {
@@ -63,7 +63,7 @@ impl Translator {
             );
             insns.push(insn);
             if ends {
-                return (insns, true);
+                return true;
             }
         }
         // Its shadow ends with the next instruction, so the two are not parted.
@@ -71,9 +71,9 @@ impl Translator {
             Some(last) if last.kind == Kind::Sti => {
                 last.kind = Kind::Step;
                 self.cut = false;
-                (insns, true)
+                true
             }
-            _ => (insns, false),
+            _ => false,
         }
     }
 

@@ -1,7 +1,7 @@
 //! Code off the hot path: what happens when a check fails or a jump leaves.
 
 use super::control::Reach;
-use super::{ColdKind, Flags, Start, Tag, Work, bit};
+use super::{ColdKind, Flags, Start, Tag, Work, ones};
 use crate::block::{ChainSite, Resume};
 use crate::insn::{Kind, STATUS};
 use crate::layout::{MISS_ANY_WRITE, MISS_GROUP, MISS_MASKED, MISS_WRITE, Mode};
@@ -14,7 +14,8 @@ impl Work<'_> {
     pub(super) fn cold_paths(&mut self) {
         self.groups.clear();
         let mut stub = None;
-        for cold in std::mem::take(&mut self.cold) {
+        let mut paths = std::mem::take(&mut self.cold);
+        for cold in paths.drain(..) {
             let here = self.asm.pos() as i64;
             self.spilled = cold.spilled;
             self.flags = cold.flags;
@@ -146,6 +147,7 @@ impl Work<'_> {
                 }
             }
         }
+        self.cold = paths;
         // Reached when the block has been thrown away. Both have the same length.
         self.spilled = 0;
         self.resume = Resume::Offset(0);
@@ -174,7 +176,7 @@ impl Work<'_> {
             }
         }
         self.asm.store(self.layout.exit_ea, reg);
-        for r in (0..16).filter(|&r| held & bit(r) != 0) {
+        for r in ones(held) {
             self.asm.store(self.layout.held + 8 * i32::from(r), r);
         }
     }
@@ -192,7 +194,7 @@ impl Work<'_> {
         (self.spilled, self.flags, self.resume) = (start.spilled, start.flags, start.resume);
         self.note_held(true);
         let position = self.position(self.asm.pos());
-        for r in (0..16).filter(|&r| start.held & bit(r) != 0) {
+        for r in ones(start.held) {
             self.asm.load(r, self.layout.held + 8 * i32::from(r));
         }
         let at = self.asm.jmp();
@@ -205,6 +207,9 @@ impl Work<'_> {
     /// The mode in force at a point of this block: STAC and CLAC change it on the way.
     pub(super) fn mode_at(&self, resume: Resume) -> Mode {
         let mut mode = self.initial;
+        if !self.changes_ac {
+            return mode;
+        }
         let upto = match resume {
             Resume::Offset(o) | Resume::OffsetInShadow(o) => o,
             Resume::RipInFrame => u16::MAX,

@@ -1,8 +1,10 @@
 //! From an instruction that has been changed to its bytes.
 
-use iced_x86::{Code, Encoder, Instruction, Register};
+use iced_x86::{Code, Encoder, Instruction, OpKind, Register};
 
-use crate::asm::Asm;
+use super::{Translator, bit};
+use crate::asm::{Asm, RAX, RCX, RDX, RSP};
+use crate::insn::gpr;
 
 /// Points the instruction's memory operand at `[base + disp]`.
 pub(super) fn redirect(instr: &mut Instruction, base: u8, disp: i32) {
@@ -40,13 +42,47 @@ pub(super) fn encode_into(
         Code::Dec_r16 => instr.set_code(Code::Dec_rm16),
         _ => {}
     }
-    if !instr.code().op_code().mode64() {
+    let before = asm.pos();
+    encoder.set_buffer(std::mem::take(&mut asm.buf));
+    let encoded = encoder.encode(&instr, 0);
+    asm.buf = encoder.take_buffer();
+    if encoded.is_err() {
+        asm.buf.truncate(before);
         return None;
     }
-    encoder.set_buffer(std::mem::take(&mut asm.buf));
-    let start = encoder.encode(&instr, 0);
-    asm.buf = encoder.take_buffer();
-    start.ok().map(|_| ())
+    Some(())
+}
+
+impl Translator {
+    /// Encodes code that runs one instruction with its memory operand (if any) at the address in the frame's operand slot and then leaves through the
+    /// `native` stub. `None` where the instruction has no such form.
+    pub fn native_snippet(&mut self, instr: &Instruction, cache_pos: i64) -> Option<Vec<u8>> {
+        let mut asm = Asm::default();
+        let mut copy = *instr;
+        let has_memory = (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory);
+        let mut saved = None;
+        if has_memory {
+            let mut used = bit(RSP);
+            for r in self.factory.info(instr).used_registers() {
+                if let Some(n) = gpr(r.register()) {
+                    used |= bit(n);
+                }
+            }
+            let base = [RAX, RCX, RDX, 3, 6, 7, 5]
+                .into_iter()
+                .find(|&r| used & bit(r) == 0)?;
+            asm.load(base, self.layout.operand);
+            redirect(&mut copy, base, 0);
+            saved = Some(base);
+        }
+        encode_into(&mut self.snippet_encoder, &mut asm, copy)?;
+        if let Some(base) = saved {
+            asm.load(base, self.layout.gpr + 8 * i32::from(base));
+        }
+        let at = asm.jmp();
+        asm.patch_rel32(at, self.stubs.native - cache_pos);
+        Some(asm.buf)
+    }
 }
 
 pub(super) fn reg64(n: u8) -> Register {

@@ -64,7 +64,7 @@ struct Value {
 
 /// What all addresses of a family have in common.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Family {
+pub(super) enum Family {
     Registers {
         segment: Option<usize>,
         base: Option<u16>,
@@ -74,11 +74,11 @@ enum Family {
 }
 
 /// Finds the accesses of a block that may be grouped.
-struct Survey {
+struct Survey<'a> {
     long: bool,
     values: [Value; 16],
     next: u16,
-    families: Vec<Family>,
+    families: &'a mut Vec<Family>,
 }
 
 /// Instructions that no group outlives: they change rights or segment bases, may take an event, or need low registers.
@@ -102,7 +102,13 @@ pub(super) fn barrier(insn: &Insn) -> bool {
         )
 }
 
-pub(super) fn survey(insns: &[Insn], long: bool) -> Vec<[Option<Access>; 2]> {
+/// Gives the accesses of each instruction, and the families they belong to.
+pub(super) fn survey(
+    insns: &[Insn],
+    long: bool,
+    families: &mut Vec<Family>,
+    accesses: &mut Vec<[Option<Access>; 2]>,
+) {
     let mut survey = Survey {
         long,
         values: std::array::from_fn(|r| Value {
@@ -110,19 +116,15 @@ pub(super) fn survey(insns: &[Insn], long: bool) -> Vec<[Option<Access>; 2]> {
             plus: 0,
         }),
         next: 16,
-        families: Vec::new(),
+        families,
     };
-    insns
-        .iter()
-        .map(|insn| {
-            let found = survey.accesses(insn);
-            survey.step(insn);
-            found
-        })
-        .collect()
+    for insn in insns {
+        accesses.push(survey.accesses(insn));
+        survey.step(insn);
+    }
 }
 
-impl Survey {
+impl Survey<'_> {
     fn word(&self) -> i64 {
         if self.long { 8 } else { 4 }
     }

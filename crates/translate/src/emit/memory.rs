@@ -170,10 +170,10 @@ impl Work<'_> {
         s
     }
 
-    /// Position in the block where instruction `i` can be entered again from outside.
-    pub(super) fn site_start(&self, i: usize) -> u32 {
+    /// Position in the block where the instruction that has just been noted can be entered again from outside.
+    pub(super) fn site_start(&self) -> u32 {
         self.out
-            .host_of(self.insns[i].offset)
+            .host_of_last()
             .expect("the instruction has been noted")
     }
 

@@ -1,6 +1,6 @@
 //! Which registers and flags are where: spills, scratch registers, and the side table that records it.
 
-use super::{Flags, Work, bit};
+use super::{Flags, Work, bit, ones};
 use crate::asm::{Pos, RAX, RSP};
 use crate::block::SideEntry;
 use crate::relocate::PlaceKind;
@@ -30,11 +30,7 @@ impl Work<'_> {
         let entry = SideEntry::new(self.asm.pos(), self.resume, self.spilled, saved, held);
         match self.out.side.last_mut() {
             Some(last) if last.host == entry.host => *last = entry,
-            Some(last)
-                if last.resume() == entry.resume()
-                    && last.spilled == entry.spilled
-                    && last.enterable() == entry.enterable()
-                    && last.flags_saved == entry.flags_saved => {}
+            Some(last) if last.says_the_same(&entry) => {}
             _ => self.out.side.push(entry),
         }
     }
@@ -52,10 +48,8 @@ impl Work<'_> {
         if todo == 0 {
             return;
         }
-        for r in 0..16 {
-            if todo & bit(r) != 0 {
-                self.asm.load(r, self.slot(r));
-            }
+        for r in ones(todo) {
+            self.asm.load(r, self.slot(r));
         }
         self.spilled &= !todo;
         self.groups.retain(|g| todo & bit(g.reg) == 0);
@@ -66,33 +60,25 @@ impl Work<'_> {
     pub(super) fn scratch(&mut self, i: usize, avoid: u16) -> u8 {
         let avoid = avoid | bit(RSP) | self.pinned();
         let low_only = self.insns[i].high_byte;
-        let allowed = |r: u8| avoid & bit(r) == 0 && (!low_only || r < 8);
-        if let Some(r) = (0..16).find(|&r| self.spilled & bit(r) != 0 && allowed(r)) {
-            return r;
+        let allowed = !avoid & if low_only { 0xff } else { 0xffff };
+        let spilled = self.spilled & allowed;
+        if spilled != 0 {
+            return spilled.trailing_zeros() as u8;
         }
-        let mut best = (0usize, RAX);
-        for r in 0..16u8 {
-            if !allowed(r) {
-                continue;
+        // A register that is written before it is read costs no reload; one that is not read here may cost it later.
+        let (mut left, mut written, mut last) = (allowed, 0, bit(RAX));
+        for insn in &self.insns[i..] {
+            let (read, changed) = (insn.reads & left, insn.writes & !insn.reads & left);
+            written |= changed;
+            if read != 0 {
+                last = read;
             }
-            let mut distance = self.insns.len() + 2;
-            for (n, insn) in self.insns[i..].iter().enumerate() {
-                if (insn.reads | insn.writes) & bit(r) != 0 {
-                    // A register that is written before it is read costs no reload.
-                    distance = if insn.reads & bit(r) != 0 {
-                        n
-                    } else {
-                        self.insns.len() + 4
-                    };
-                    break;
-                }
-            }
-            if distance >= best.0 {
-                best = (distance, r);
-            }
+            left &= !(read | changed);
         }
-        self.spill(best.1);
-        best.1
+        let best = [written, left, last].into_iter().find(|&m| m != 0);
+        let best = best.map_or(RAX, |m| m.ilog2() as u8);
+        self.spill(best);
+        best
     }
 
     /// Makes sure that flags which are still needed survive the translator's own arithmetic. May use RAX, then leaves it spilled.
