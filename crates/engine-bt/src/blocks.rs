@@ -17,7 +17,7 @@ use crate::direct::Suspects;
 use crate::links::Links;
 use crate::pages::CodePages;
 use crate::past::Past;
-use crate::positions::{Tables, search};
+use crate::positions::Tables;
 
 /// Writes to a page with code that hit none of its blocks before the blocks are dropped so that the page can be written at full speed.
 const STRAY_WRITES: u32 = 64;
@@ -290,7 +290,7 @@ impl Blocks {
     pub(crate) fn block(&self, n: u32) -> &Block {
         match self.copies.get(n) {
             Some(copy) => copy,
-            None => &self.tables.list[n as usize],
+            None => &self.tables.list[n],
         }
     }
 
@@ -306,7 +306,7 @@ impl Blocks {
         } else {
             &self.tables.list
         };
-        search(list, pos)
+        list.at(pos)
     }
 
     /// Where the guest is when the host is, or was, at `pos` of this generation.
@@ -317,7 +317,7 @@ impl Blocks {
         } else {
             &tables.list
         };
-        tables.point(search(list, pos)?, pos)
+        tables.point(list.at(pos)?, pos)
     }
 
     /// Position in the living block around `pos` where the instruction at guest address `rip` can be entered with all registers and flags in the
@@ -368,7 +368,7 @@ impl Blocks {
         code: &CodeMemory,
         key: Key,
         second: Option<Gpa>,
-        t: Translation,
+        t: &Translation,
     ) -> &Block {
         let pos = self.next;
         code.put(pos, &t.code);
@@ -403,7 +403,7 @@ impl Blocks {
         if let Some(g) = second {
             self.pages.entry(g.gfn().0).or_default().reaching.push(n);
         }
-        &self.tables.list[n as usize]
+        &self.tables.list[n]
     }
 
     /// Makes the block with this number known.
@@ -421,7 +421,7 @@ impl Blocks {
         };
         let block = match self.copies.get_mut(n) {
             Some(copy) => copy,
-            None => &mut self.tables.list[n as usize],
+            None => &mut self.tables.list[n],
         };
         // What reaches into another page depends on more than the mapping of its own.
         if block.second.is_some() || mem::replace(&mut block.entered, true) {
@@ -460,7 +460,7 @@ impl Blocks {
             let mut keep = |n: u32| {
                 let b = match copies.get_mut(n) {
                     Some(copy) => copy,
-                    None => &mut list[n as usize],
+                    None => &mut list[n],
                 };
                 let hit = all || b.depends_on(start, end);
                 if hit && b.alive {

@@ -15,6 +15,7 @@ use crate::blocks::{Block, Blocks, Key, page_of};
 use crate::cache::CodeMemory;
 use crate::frame::LAYOUT;
 use crate::past::Past;
+use crate::positions::List;
 
 /// Variants of a page that are searched for an original, the latest first.
 const SEARCHED: usize = 8;
@@ -33,9 +34,8 @@ pub(crate) struct Copies {
     start: usize,
     end: usize,
     next: usize,
-    /// In the order of their positions.
-    pub list: Vec<Block>,
-    past: Past<Vec<Block>>,
+    pub list: List,
+    past: Past<List>,
     /// Where jumps of other blocks are connected with copies.
     links: Vec<u32>,
 }
@@ -46,7 +46,7 @@ impl Copies {
             start,
             end,
             next: start,
-            list: Vec::new(),
+            list: List::default(),
             past: Past::default(),
             links: Vec::new(),
         }
@@ -58,15 +58,15 @@ impl Copies {
     }
 
     pub fn get(&self, n: u32) -> Option<&Block> {
-        is_copy(n).then(|| &self.list[(n & !COPY) as usize])
+        is_copy(n).then(|| &self.list[n & !COPY])
     }
 
     pub fn get_mut(&mut self, n: u32) -> Option<&mut Block> {
-        is_copy(n).then(|| &mut self.list[(n & !COPY) as usize])
+        is_copy(n).then(|| &mut self.list[n & !COPY])
     }
 
     /// The copies there were in a generation.
-    pub fn of_generation(&self, generation: u64) -> Option<&Vec<Block>> {
+    pub fn of_generation(&self, generation: u64) -> Option<&List> {
         self.past.of(&self.list, generation)
     }
 
@@ -264,7 +264,7 @@ mod tests {
                 let position = rig.blocks.place(4096).unwrap();
                 let made = rig.translate(&key, bytes, position);
                 rig.blocks.mark(&rig.pages, key.gpa.gfn());
-                rig.blocks.insert(&rig.code, key, None, made);
+                rig.blocks.insert(&rig.code, key, None, &made);
             }
             let target = rig.blocks.find(&key(page, TARGET)).unwrap().direct();
             rig.code.patch_jump(rig.site(page), target as usize);

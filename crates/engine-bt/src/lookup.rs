@@ -176,8 +176,9 @@ impl BtVcpu {
             Some(_) => None,
         };
         if let Some(made) = made {
-            let b = t.blocks.insert(&shared.code, key, None, made);
+            let b = t.blocks.insert(&shared.code, key, None, &made);
             let (direct, indirect) = (b.direct(), b.indirect());
+            t.translator.reuse(made);
             self.host
                 .add_jump(key.mode, key.pc, direct, indirect, mapping);
             return Looked::At(direct);
@@ -201,7 +202,7 @@ impl BtVcpu {
         let Some(made) = t.translator.translate(&request) else {
             return Looked::Step;
         };
-        let b = t.blocks.insert(&shared.code, key, Some(tr.gpa), made);
+        let b = t.blocks.insert(&shared.code, key, Some(tr.gpa), &made);
         let (direct, indirect) = (b.direct(), b.indirect());
         let mapping = mapping.and(Mapping::of(&tr));
         self.host

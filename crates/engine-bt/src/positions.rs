@@ -5,10 +5,10 @@ use hospes_translate::{ChainSite, Place, Resume, SideEntry};
 use crate::blocks::{Block, Point};
 use crate::cache::CodeMemory;
 
-/// Blocks in the order of their positions, and what belongs to them.
+/// Blocks, and what belongs to them.
 #[derive(Debug)]
 pub(crate) struct Tables {
-    pub list: Vec<Block>,
+    pub list: List,
     pub side: Vec<SideEntry>,
     pub chains: Vec<ChainSite>,
     pub places: Vec<Place>,
@@ -18,7 +18,7 @@ impl Tables {
     /// Address space for as much as a cache of this size can hold, so that the tables never move; pages come as they are used.
     pub fn new(bytes: usize) -> Tables {
         Tables {
-            list: Vec::with_capacity(bytes / 256),
+            list: List::with_capacity(bytes / 256),
             side: Vec::with_capacity(bytes / 16),
             chains: Vec::with_capacity(bytes / 64),
             places: Vec::with_capacity(bytes / 16),
@@ -39,7 +39,7 @@ impl Tables {
 
     /// Makes a jump of an original leave again.
     pub fn disconnect(&self, code: &CodeMemory, site: u32) {
-        let Some(block) = search(&self.list, site) else {
+        let Some(block) = self.list.at(site) else {
             return;
         };
         let mut chains = self.chains_of(block).iter();
@@ -69,9 +69,105 @@ impl Tables {
     }
 }
 
-/// The block, dead or alive, that lies around a position; they are in the order of theirs.
-pub(crate) fn search(blocks: &[Block], pos: u32) -> Option<&Block> {
-    let n = blocks.partition_point(|b| b.pos <= pos);
-    let block = &blocks[n.checked_sub(1)?];
-    (pos < block.pos + u32::from(block.len)).then_some(block)
+/// Bytes of the code cache, as a power of two, whose blocks are looked through.
+const STRETCH: u32 = 12;
+
+/// Blocks, dead or alive, in the order of their positions, which they are found by: every way out of translated code looks for some.
+#[derive(Debug, Default)]
+pub(crate) struct List {
+    blocks: Vec<Block>,
+    /// The stretch of the first one.
+    first: usize,
+    /// For each stretch from there on, how many blocks begin before its end.
+    begun: Vec<u32>,
+}
+
+impl List {
+    fn with_capacity(blocks: usize) -> List {
+        List {
+            blocks: Vec::with_capacity(blocks),
+            ..List::default()
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Adds a block that lies behind all others.
+    pub fn push(&mut self, block: Block) {
+        let stretch = (block.pos >> STRETCH) as usize;
+        if self.blocks.is_empty() {
+            self.first = stretch;
+        }
+        self.begun
+            .resize(stretch - self.first + 1, self.blocks.len() as u32);
+        self.blocks.push(block);
+        self.begun[stretch - self.first] += 1;
+    }
+
+    /// The block that lies around a position.
+    pub fn at(&self, pos: u32) -> Option<&Block> {
+        let stretch = ((pos >> STRETCH) as usize).checked_sub(self.first)?;
+        let begun = |stretch: usize| self.begun.get(stretch).map_or(self.len(), |&n| n as usize);
+        let from = stretch.checked_sub(1).map_or(0, begun);
+        let near = &self.blocks[from..begun(stretch)];
+        let n = from + near.partition_point(|b| b.pos <= pos);
+        let block = &self.blocks[n.checked_sub(1)?];
+        (pos < block.pos + u32::from(block.len)).then_some(block)
+    }
+}
+
+impl std::ops::Index<u32> for List {
+    type Output = Block;
+
+    fn index(&self, n: u32) -> &Block {
+        &self.blocks[n as usize]
+    }
+}
+
+impl std::ops::IndexMut<u32> for List {
+    fn index_mut(&mut self, n: u32) -> &mut Block {
+        &mut self.blocks[n as usize]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hospes_translate::{Mode, Translation};
+    use hospes_units::Gpa;
+
+    use crate::blocks::{Blocks, Key};
+    use crate::cache::CodeMemory;
+
+    #[test]
+    fn blocks_are_found_by_every_position_in_them() {
+        let code = CodeMemory::new(1 << 20).unwrap();
+        let mut blocks = Blocks::new(3 * 4096 + 16, 1 << 20);
+        let lengths = [16, 100, 4000, 33_000, 5, 64, 12_288, 4096, 1];
+        let mut places = Vec::new();
+        for (n, len) in lengths.into_iter().enumerate() {
+            let key = Key {
+                gpa: Gpa(n as u64),
+                pc: n as u64,
+                mode: Mode(Mode::LONG),
+            };
+            let made = Translation {
+                code: vec![0x90; len],
+                ..Translation::default()
+            };
+            let block = blocks.insert(&code, key, None, &made);
+            places.push((block.pos, block.pos + len as u32, key));
+        }
+        for pos in 0..places.last().unwrap().1 + 10_000 {
+            let around = places
+                .iter()
+                .find(|(from, to, _)| (*from..*to).contains(&pos));
+            assert_eq!(
+                blocks.at(pos).map(|b| b.key),
+                around.map(|p| p.2),
+                "{pos:#x}"
+            );
+        }
+    }
 }
