@@ -287,6 +287,7 @@ def does_tricks_as_a_processor_does(bench, vcpus):
         common = [line for line in lines if not line.startswith("~")]
         expect(common == here, f"in the guest the tricks come out differently:\n{differences(here, common, ('here', name))}")
     expect(direct == translated, differences(translated, direct, ("translated", "direct")))
+    expect("~stepped_hypercall: -1" in direct, "user code makes hypercalls as the kernel does")
 
 
 def tests():

@@ -546,6 +546,25 @@ static void single_steps(void)
     catch (on_signal);
 }
 
+/* Asks for the hypervisor's version: only the kernel may, whether the trap comes or not. */
+TRICK(stepped_hypercall, "pushq $0x102; popfq; mov $17, %eax; xor %edi, %edi; vmmcall; nop; pushq $2; popfq")
+
+static void stepped_hypercall(void)
+{
+    struct sigaction action = { .sa_sigaction = on_step, .sa_flags = SA_SIGINFO };
+
+    if (!guest)
+        return;
+    sigaction(SIGTRAP, &action, NULL);
+    steps = 0;
+    put(0x600, start_stepped_hypercall, (size_t)(end_stepped_hypercall - start_stepped_hypercall));
+    memcpy(in, base, sizeof in);
+    target = (uint64_t)CODE + 0x600;
+    enter();
+    printf("~stepped_hypercall: %ld\n", (long)out[0]);
+    catch (on_signal);
+}
+
 static volatile sig_atomic_t alarms;
 
 /* Uses what a signal handler must not leave behind. */
@@ -655,6 +674,7 @@ int main(int count, char **arguments)
     edges();
     changing_code();
     single_steps();
+    stepped_hypercall();
     storm();
     local_descriptors();
     many_mappings();

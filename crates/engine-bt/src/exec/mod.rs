@@ -33,7 +33,9 @@ mod xsave;
 #[cfg(test)]
 mod tests;
 
-use hospes_engine::{CpuState, Exit, rflags, seg};
+use std::mem;
+
+use hospes_engine::{Activity, CpuState, Exit, rflags, seg};
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 use cx::{Cx, Exec, Flow, canonical, mask, sign_extend};
@@ -188,7 +190,7 @@ impl<'a, H: Host> Cx<'a, H> {
         let stepping = self.flag(rflags::TF);
         let width = (self.cpu.code_bits() / 8) as usize;
         self.next = self.cpu.rip.wrapping_add(i.len() as u64) & mask(width);
-        self.cpu.interrupt_shadow = false;
+        let shadowed = mem::replace(&mut self.cpu.interrupt_shadow, false);
         let flow = match self.execute(i) {
             Ok(flow) => flow,
             Err(e) => return self.raise(e),
@@ -199,8 +201,11 @@ impl<'a, H: Host> Cx<'a, H> {
             Flow::Next => self.cpu.rip = self.next,
             Flow::Shadow { traps } => {
                 self.cpu.rip = self.next;
-                self.cpu.interrupt_shadow = true;
-                trap &= !traps;
+                // Of several loads of SS in a row only the first has one: else user code could do without interrupts for as long as it likes.
+                if !(traps && shadowed) {
+                    self.cpu.interrupt_shadow = true;
+                    trap &= !traps;
+                }
             }
             Flow::Exit(e) => {
                 self.cpu.rip = self.next;
@@ -213,16 +218,19 @@ impl<'a, H: Host> Cx<'a, H> {
         if !matches!(flow, Flow::Return | Flow::Again) {
             self.cpu.rflags &= !rflags::RF;
         }
+        // Whoever answers a hypercall asks in which mode it was made, and the trap would be taken to the kernel's: it comes behind the next instruction.
+        let trap = trap && exit != Some(Exit::Hypercall);
         if trap || self.watch_hits != 0 {
             return self.trap(trap, exit);
         }
         exit.map_or(Step::Continue, Step::Exit)
     }
 
-    /// Delivers the debug trap behind an instruction; a port access or hypercall still reaches its owner, a HLT ends at once.
+    /// Delivers the debug trap behind an instruction; a port access still reaches its owner, a HLT ends at once.
     #[cold]
     fn trap(&mut self, stepped: bool, exit: Option<Exit>) -> Step {
         let single = if stepped { debug::DR6_BS } else { 0 };
+        self.cpu.activity = Activity::Running;
         let e = self.debug_exception(self.watch_hits | single);
         let delivered = self.raise(e);
         match (delivered, exit) {
@@ -447,7 +455,7 @@ impl<'a, H: Host> Cx<'a, H> {
             M::Xrstor | M::Xrstor64 => self.xrstor(i),
             M::Fxsave | M::Fxsave64 => self.reading_fpu(|cx| cx.fxsave(i)),
             M::Fxrstor | M::Fxrstor64 => self.with_fpu(|cx| cx.fxrstor(i)),
-            M::Xgetbv => self.xgetbv(),
+            M::Xgetbv => self.reading_fpu(|cx| cx.xgetbv()),
             M::Xsetbv => self.xsetbv(),
 
             M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => {

@@ -258,6 +258,30 @@ fn single_step_traps_behind_each_instruction() {
 }
 
 #[test]
+fn hypercall_under_single_step_is_still_its_makers() {
+    // Answered after the trap it would be the kernel's, to which all is allowed.
+    let mut m = Machine::user();
+    m.cpu.rflags |= rflags::TF;
+    m.code(|a| {
+        a.vmcall().unwrap();
+        a.nop().unwrap();
+    });
+    assert_eq!(m.step(), Step::Exit(Exit::Hypercall));
+    assert_eq!((m.cpu.cpl(), m.cpu.rip), (3, USER + 3));
+    assert_eq!(m.fault(), vector::DB);
+    assert_eq!(m.stack(1), [USER + 4]);
+}
+
+#[test]
+fn halt_under_single_step_ends_at_once() {
+    let mut m = Machine::long();
+    m.cpu.rflags |= rflags::TF;
+    m.code(|a| a.hlt().unwrap());
+    assert_eq!(m.fault(), vector::DB);
+    assert_eq!(m.cpu.activity, Activity::Running);
+}
+
+#[test]
 fn breakpoints_fire_and_resume_flag_suppresses() {
     let mut m = Machine::long();
     m.cpu.dr[0] = CODE;

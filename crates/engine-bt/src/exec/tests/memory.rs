@@ -410,6 +410,22 @@ fn mov_ss_shadows_the_next_instruction() {
 }
 
 #[test]
+fn mov_ss_after_mov_ss_has_no_shadow() {
+    let mut m = Machine::user();
+    m.cpu.gpr[reg::RAX] = USER_DS.into();
+    m.code(|a| {
+        for _ in 0..3 {
+            a.mov(ss, eax).unwrap();
+        }
+    });
+    let mut shadows = || {
+        m.run(1);
+        m.cpu.interrupt_shadow
+    };
+    assert_eq!([shadows(), shadows(), shadows()], [true, false, true]);
+}
+
+#[test]
 fn segment_limits_hold_in_protected_mode() {
     let mut m = Machine::protected();
     m.cpu.seg[seg::DS].limit = 0xfff;
