@@ -412,8 +412,8 @@ impl Host for BtHost {
         self.shared.processor.arch_capabilities()
     }
 
-    fn apic_enabled(&mut self) {
-        self.control.set_apic_enabled(true);
+    fn set_apic_enabled(&mut self, on: bool) {
+        self.control.set_apic_enabled(on);
     }
 
     fn load_fpu(&mut self, _cpu: &mut CpuState) {

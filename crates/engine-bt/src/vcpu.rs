@@ -357,6 +357,9 @@ impl BtVcpu {
             ..Segment::default()
         };
         self.host.frame.cpu = cpu;
+        let control = self.host.control.clone();
+        control.set_apic_enabled(false);
+        control.take_interrupts(&mut Default::default());
         self.host.flush_all();
     }
 

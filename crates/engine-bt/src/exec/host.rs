@@ -174,8 +174,8 @@ pub trait Host {
         None
     }
 
-    /// The guest has just enabled its local APIC by software: interrupts that were lost before may be raised again.
-    fn apic_enabled(&mut self) {}
+    /// The guest has enabled or disabled its local APIC by software: whether it takes interrupts from now on.
+    fn set_apic_enabled(&mut self, _on: bool) {}
 
     /// Guest physical address behind a linear one. A TLB may stand in front of [`walk`].
     fn translate(&mut self, cpu: &CpuState, gva: Gva, access: Access) -> Result<Gpa, PageFault> {

@@ -50,8 +50,8 @@ pub struct BadRegister;
 pub enum Effect {
     None,
     Ipi(Ipi),
-    /// SVR bit 8 went from 0 to 1.
-    Enabled,
+    /// SVR bit 8 has been cleared, or went from 0 to 1.
+    Enabled(bool),
 }
 
 fn highest(bits: &[u32; 8]) -> Option<u8> {
@@ -172,8 +172,10 @@ pub fn write(l: &mut LapicState, r: u32, value: u64, x2apic: bool) -> Result<Eff
             let was = std::mem::replace(&mut l.svr, new) & SVR_ENABLED;
             if new & SVR_ENABLED == 0 {
                 l.lvt.iter_mut().for_each(|e| *e |= LVT_MASKED);
-            } else if was == 0 {
-                return Ok(Effect::Enabled);
+                return Ok(Effect::Enabled(false));
+            }
+            if was == 0 {
+                return Ok(Effect::Enabled(true));
             }
         }
         reg::ESR => l.esr = only(0)?,
@@ -288,9 +290,10 @@ mod tests {
         let mut l = LapicState::default();
         assert!(!raise(&mut l, 0xf3));
         assert_eq!(pending_vector(&l), None);
-        assert_eq!(write(&mut l, reg::SVR, 0x1ff, true), Ok(Effect::Enabled));
+        assert_eq!(write(&mut l, reg::SVR, 0x1ff, true), Ok(Effect::Enabled(true)));
         assert!(raise(&mut l, 0xf3));
         assert_eq!(pending_vector(&l), Some(0xf3));
+        assert_eq!(write(&mut l, reg::SVR, 0xff, true), Ok(Effect::Enabled(false)));
     }
 
     #[test]

@@ -162,6 +162,8 @@ impl<H: Host> Cx<'_, H> {
             // Microcode update, and writing zero to the revision to read it afresh.
             0x79 | 0x8b => {}
             0x17a => {}
+            // Feature enables: none is there to be turned on, and kernels for Intel's processors write that back.
+            0x140 => need(v == 0)?,
             0x174 => self.cpu.msr.sysenter_cs = v & 0xffff_ffff,
             0x175 => self.cpu.msr.sysenter_esp = checked(v)?,
             0x176 => self.cpu.msr.sysenter_eip = checked(v)?,
@@ -255,8 +257,8 @@ impl<H: Host> Cx<'_, H> {
                 self.host.send_ipi(ipi);
                 Ok(())
             }
-            Ok(Effect::Enabled) => {
-                self.host.apic_enabled();
+            Ok(Effect::Enabled(on)) => {
+                self.host.set_apic_enabled(on);
                 Ok(())
             }
             Err(lapic::BadRegister) => Err(Exception::gp(0)),

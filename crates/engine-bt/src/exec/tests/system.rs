@@ -35,6 +35,7 @@ fn msr_values_are_checked_and_read_back() {
         (0x174, 0x10),
         (0x48, 1),
         (0xc000_0103, 3),
+        (0x140, 0),
     ];
     let mut m = Machine::long();
     for (index, v) in good {
@@ -52,6 +53,7 @@ fn msr_values_are_checked_and_read_back() {
         (0xfe, 0),
         (0xdead, 0),
         (0x10a, 0),
+        (0x140, 1),
     ];
     for (index, v) in bad {
         let mut m = Machine::long();
