@@ -392,6 +392,75 @@ fn popf_of_all_images_matches() {
 }
 
 #[test]
+fn time_stamp_counter_closed_to_user_code_stays_closed_behind_sysret() {
+    let make = || {
+        let m = Machine::new();
+        m.code(ENTRY, |a| {
+            let (mut close, mut end) = (a.create_label(), a.create_label());
+            a.dec(r8).unwrap();
+            a.jz(close).unwrap();
+            a.cmp(r8, -20).unwrap();
+            a.je(end).unwrap();
+            a.sysretq().unwrap();
+            a.set_label(&mut close).unwrap();
+            a.mov(rax, cr4).unwrap();
+            a.or(rax, cr::CR4_TSD as i32).unwrap();
+            a.mov(cr4, rax).unwrap();
+            a.sysretq().unwrap();
+            a.set_label(&mut end).unwrap();
+            a.vmcall().unwrap();
+        });
+        m.code_for(0x5000, USER + 0x5000, |a| {
+            let mut again = a.create_label();
+            a.set_label(&mut again).unwrap();
+            a.rdtsc().unwrap();
+            a.xor(eax, eax).unwrap();
+            a.xor(edx, edx).unwrap();
+            a.syscall().unwrap();
+            a.jmp(again).unwrap();
+        });
+        m
+    };
+    let end = compare("TSD", (false, !rflags::RF), make, |cpu| {
+        to_user(cpu);
+        cpu.rip = USER + 0x5000;
+        cpu.gpr[8] = 30;
+    });
+    assert_eq!(end.gpr[reg::RAX], 13);
+}
+
+#[test]
+fn stack_pointer_into_the_signal_stack_does_no_harm() {
+    let m = Machine::new();
+    m.code_for(0x5000, USER + 0x5000, |a| {
+        a.vmcall().unwrap();
+        a.movaps(xmm0, xmmword_ptr(rbx)).unwrap();
+    });
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            let mut started = m.start(Execution::Translated, |cpu| {
+                to_user(cpu);
+                cpu.rip = USER + 0x5000;
+            });
+            assert_eq!(started.vcpu.run().unwrap(), Exit::Hypercall);
+            // SAFETY: all-zero is a valid structure, and the call only fills it.
+            let stack = unsafe {
+                let mut stack: libc::stack_t = std::mem::zeroed();
+                assert_eq!(libc::sigaltstack(std::ptr::null(), &mut stack), 0);
+                stack
+            };
+            let cpu = started.vcpu.state();
+            cpu.gpr[reg::RSP] = stack.ss_sp as u64 + 512;
+            // Not aligned: a fault of the host's.
+            cpu.gpr[reg::RBX] = USER + 0x6008;
+            started.vcpu.state_changed();
+            assert_eq!(started.vcpu.run().unwrap(), Exit::Hypercall);
+            assert_eq!(started.vcpu.state().gpr[reg::RAX], 13);
+        });
+    });
+}
+
+#[test]
 fn kick_behind_a_string_instruction_that_faults_arrives() {
     let m = Machine::new();
     m.code(CODE, |a| {

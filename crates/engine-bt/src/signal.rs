@@ -161,22 +161,28 @@ fn install() {
 }
 
 /// An alternate signal stack for the present thread; withdrawn when dropped.
+/// A signal begins at the top of the alternate stack wherever the stack pointer is (sigaltstack(2)): that is the guest's, which could point into it.
+const SS_AUTODISARM: libc::c_int = 1 << 31;
+
 #[derive(Debug)]
 struct AltStack {
+    /// A page that nothing can be written to, and the stack behind it.
     base: *mut libc::c_void,
     len: usize,
 }
 
 impl AltStack {
     fn new() -> std::io::Result<AltStack> {
+        const GUARD: usize = 4096;
         // SAFETY: plain system calls on memory just mapped.
         unsafe {
             let min = libc::getauxval(libc::AT_MINSIGSTKSZ) as usize;
-            let len = (min + 64 * 1024).next_multiple_of(4096);
+            let size = (min + 64 * 1024).next_multiple_of(4096);
+            let len = GUARD + size;
             let base = libc::mmap(
                 ptr::null_mut(),
                 len,
-                libc::PROT_READ | libc::PROT_WRITE,
+                libc::PROT_NONE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
                 -1,
                 0,
@@ -184,15 +190,18 @@ impl AltStack {
             if base == libc::MAP_FAILED {
                 return Err(std::io::Error::last_os_error());
             }
+            let made = AltStack { base, len };
             let stack = libc::stack_t {
-                ss_sp: base,
-                ss_flags: 0,
-                ss_size: len,
+                ss_sp: base.byte_add(GUARD),
+                ss_flags: SS_AUTODISARM,
+                ss_size: size,
             };
-            if libc::sigaltstack(&stack, ptr::null_mut()) != 0 {
+            if libc::mprotect(stack.ss_sp, size, libc::PROT_READ | libc::PROT_WRITE) != 0
+                || libc::sigaltstack(&stack, ptr::null_mut()) != 0
+            {
                 return Err(std::io::Error::last_os_error());
             }
-            Ok(AltStack { base, len })
+            Ok(made)
         }
     }
 }

@@ -290,10 +290,16 @@ mod tests {
         let mut l = LapicState::default();
         assert!(!raise(&mut l, 0xf3));
         assert_eq!(pending_vector(&l), None);
-        assert_eq!(write(&mut l, reg::SVR, 0x1ff, true), Ok(Effect::Enabled(true)));
+        assert_eq!(
+            write(&mut l, reg::SVR, 0x1ff, true),
+            Ok(Effect::Enabled(true))
+        );
         assert!(raise(&mut l, 0xf3));
         assert_eq!(pending_vector(&l), Some(0xf3));
-        assert_eq!(write(&mut l, reg::SVR, 0xff, true), Ok(Effect::Enabled(false)));
+        assert_eq!(
+            write(&mut l, reg::SVR, 0xff, true),
+            Ok(Effect::Enabled(false))
+        );
     }
 
     #[test]

@@ -204,7 +204,8 @@ impl<H: Host> Cx<'_, H> {
             self.check_pdptes(self.cpu.cr3)?;
         }
         self.cpu.cr4 = v;
-        let rights = cr::CR4_SMEP | cr::CR4_SMAP | cr::CR4_PCIDE;
+        // With TSD changes what user code may do, not the mode of the kernel's that returns to it: whatever leads there is forgotten.
+        let rights = cr::CR4_SMEP | cr::CR4_SMAP | cr::CR4_PCIDE | cr::CR4_TSD;
         if changed & (paging | rights) != 0 {
             self.host.tlb_flush(self.cpu, TlbFlush::All);
         }
