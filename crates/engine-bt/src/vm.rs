@@ -199,6 +199,8 @@ impl BtVm {
         code.put(0, &bytes);
         let end = code.len() - SNIPPET_BYTES * max_vcpus as usize;
         let frames = memory.reserved_bytes() >> 12;
+        let mut translator = Translator::new(LAYOUT, stubs);
+        translator.amd = processor.vendor() == Vendor::Amd;
         Ok(BtVm {
             shared: Arc::new(Shared {
                 memory,
@@ -209,7 +211,7 @@ impl BtVm {
                 pages: CodePages::new(frames),
                 translations: Mutex::new(Translations {
                     blocks: Blocks::new(STUB_BYTES, end),
-                    translator: Translator::new(LAYOUT, stubs),
+                    translator,
                 }),
                 controls: RwLock::default(),
                 max_vcpus: max_vcpus as usize,

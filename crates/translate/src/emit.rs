@@ -120,6 +120,8 @@ pub struct Translator {
     cut: bool,
     /// Jumps from one page of kernel code to another may be connected.
     pub kernel_links: bool,
+    /// The guest's processor is AMD's, which takes near branches with an operand-size prefix for 16-bit ones.
+    pub amd: bool,
     room: Room,
     /// Empty, with the room of one that is no longer needed.
     spare: Translation,
@@ -173,6 +175,7 @@ struct Work<'a> {
     /// The places that a copy for another address differs in are being noted.
     movable: bool,
     kernel_links: bool,
+    amd: bool,
 }
 
 fn bit(reg: u8) -> u16 {
@@ -188,13 +191,14 @@ fn ones(mut mask: u16) -> impl Iterator<Item = u8> {
     })
 }
 
-fn decode(bytes: &[u8], pc: u64, mode: Mode) -> Decoder<'_> {
-    Decoder::with_ip(
-        if mode.has(Mode::LONG) { 64 } else { 32 },
-        bytes,
-        pc,
-        DecoderOptions::NONE,
-    )
+fn decode(bytes: &[u8], pc: u64, mode: Mode, amd: bool) -> Decoder<'_> {
+    let bits = if mode.has(Mode::LONG) { 64 } else { 32 };
+    let options = if amd {
+        DecoderOptions::AMD
+    } else {
+        DecoderOptions::NONE
+    };
+    Decoder::with_ip(bits, bytes, pc, options)
 }
 
 impl Translator {
@@ -207,6 +211,7 @@ impl Translator {
             snippet_encoder: Encoder::new(64),
             cut: false,
             kernel_links: true,
+            amd: false,
             room: Room::default(),
             spare: Translation::default(),
         }
@@ -313,6 +318,7 @@ impl Translator {
             cold,
             movable,
             kernel_links: self.kernel_links,
+            amd: self.amd,
         };
         work.entry(live_in);
         work.body(ended, self.cut || request.crossing);

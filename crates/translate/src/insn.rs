@@ -151,6 +151,24 @@ fn forgets_old_flags(instr: &Instruction) -> bool {
     )
 }
 
+/// Whether a PUSH or CALL reads, below the stack pointer, some of what it overwrites: half done it could not be done again. An operand that lies there by way of another
+/// register does not show.
+fn overwrites_itself(instr: &Instruction, stack: usize) -> bool {
+    let word = stack as i64;
+    let disp = instr.memory_displacement64() as i64;
+    let disp = if stack == 4 {
+        i64::from(disp as i32)
+    } else {
+        disp
+    };
+    let same = instr.mnemonic() == Mnemonic::Push && disp == -word;
+    instr.op0_kind() == OpKind::Memory
+        && gpr(instr.memory_base()) == Some(4)
+        && instr.memory_index() == Register::None
+        && (1 - 2 * word..0).contains(&disp)
+        && !same
+}
+
 fn count_is_zero_or_unknown(instr: &Instruction) -> bool {
     use Mnemonic as M;
     let operand = match instr.mnemonic() {
@@ -375,7 +393,9 @@ impl Insn {
                     OpKind::Register => {
                         i.op0_register().is_gpr() && i.op0_register().size() == stack
                     }
-                    OpKind::Memory => i.memory_size().size() == stack,
+                    OpKind::Memory => {
+                        i.memory_size().size() == stack && !overwrites_itself(i, stack)
+                    }
                     OpKind::Immediate8to64 | OpKind::Immediate32to64 => long,
                     OpKind::Immediate8to32 | OpKind::Immediate32 => !long,
                     _ => false,
@@ -411,6 +431,7 @@ impl Insn {
             FlowControl::Call if i.op0_kind() == near(long) => {
                 return Kind::Call(i.near_branch_target());
             }
+            FlowControl::IndirectCall if overwrites_itself(i, stack) => return Kind::Step,
             FlowControl::IndirectBranch | FlowControl::IndirectCall
                 if matches!(
                     (i.code(), long),

@@ -9,7 +9,7 @@ impl Translator {
     /// Decodes a block into an empty list. True if its last instruction ends it.
     pub(super) fn decode_block(&mut self, request: &Request<'_>, insns: &mut Vec<Insn>) -> bool {
         self.cut = false;
-        let mut decoder = decode(request.bytes, request.pc, request.mode);
+        let mut decoder = decode(request.bytes, request.pc, request.mode, self.amd);
         let mut mode = request.mode;
         let most = if request.crossing {
             1
@@ -88,7 +88,7 @@ impl Translator {
             return STATUS;
         }
         let start = (target - request.pc) as usize;
-        let mut decoder = decode(&request.bytes[start..], target, request.mode);
+        let mut decoder = decode(&request.bytes[start..], target, request.mode, self.amd);
         let mut undecided = STATUS;
         for _ in 0..LOOKAHEAD {
             if !decoder.can_decode() {

@@ -47,7 +47,7 @@ impl Work<'_> {
     pub(super) fn same_page(&self, target: u64) -> bool {
         if target & 0xfff > 0xff1 && target >= self.pc {
             let start = ((target - self.pc) as usize).min(self.bytes.len());
-            let mut decoder = decode(&self.bytes[start..], target, self.mode);
+            let mut decoder = decode(&self.bytes[start..], target, self.mode, self.amd);
             let _ = decoder.decode();
             if decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
                 return false;

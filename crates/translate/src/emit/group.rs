@@ -16,6 +16,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use super::memory::Address;
 use super::{ColdKind, Work, bit};
 use crate::asm::{RAX, RCX, RSP};
+use crate::block::Resume;
 use crate::insn::{Insn, Kind, gpr};
 
 /// Bytes between the first and the last of a group's accesses. More would make more groups lie across a page boundary.
@@ -350,7 +351,7 @@ impl Work<'_> {
             .find(|g| {
                 g.family == a.family
                     && g.low <= a.at
-                    && a.at + i64::from(a.size) <= g.high
+                    && a.at.saturating_add(a.size.into()) <= g.high
                     && (g.write || !a.write)
             })
             .map(|g| Place {
@@ -416,6 +417,10 @@ impl Work<'_> {
     fn plan(&self, i: usize, which: usize, avoid: u16) -> Option<(Access, Plan)> {
         let a = self.accesses[i][which]?;
         if self.single || self.groups.len() >= GROUPS || barrier(&self.insns[i]) {
+            return None;
+        }
+        // The translation without groups would begin without the shadow.
+        if matches!(self.resume, Resume::OffsetInShadow(_)) {
             return None;
         }
         let (mut low, mut high, mut write) = (a.at, a.at.checked_add(a.size.into())?, a.write);

@@ -87,6 +87,31 @@ fn translate_access_after_a_change_of_rights_checks_again() {
 }
 
 #[test]
+fn translate_group_does_not_begin_in_the_shadow_of_sti() {
+    let sti: &[u8] = &[0xfb];
+    assert_eq!(checks(Mode::LONG, &[LOAD_RDI, LOAD_RDI_8]), 1);
+    assert_eq!(checks(Mode::LONG, &[sti, LOAD_RDI, LOAD_RDI_8]), 2);
+}
+
+#[test]
+fn translate_what_overwrites_its_own_operand_is_left_to_the_engine() {
+    // CALL and PUSH of what lies below the stack pointer, whole and in part; the whole word again is what PUSH writes anyhow.
+    let call = |disp: i8| [0xff, 0x54, 0x24, disp as u8];
+    let push = |disp: i8| [0xff, 0x74, 0x24, disp as u8];
+    for disp in [-15, -8, -1] {
+        assert_eq!(checks(USER, &[&call(disp)]), 0, "{disp}");
+    }
+    for disp in [-15, -9, -7, -1] {
+        assert_eq!(checks(USER, &[&push(disp)]), 0, "{disp}");
+    }
+    for disp in [-16, 0, 8] {
+        assert_ne!(checks(USER, &[&call(disp)]), 0, "{disp}");
+        assert_ne!(checks(USER, &[&push(disp)]), 0, "{disp}");
+    }
+    assert_ne!(checks(USER, &[&push(-8)]), 0);
+}
+
+#[test]
 fn translate_carry_chain_through_memory_saves_no_flags() {
     // ADD RAX, RDX between makes the flags before it dead and those behind it live.
     let add: &[u8] = &[0x48, 0x01, 0xd0];
