@@ -96,6 +96,7 @@ deny: $(DENY_TOOL)
 unit-test:
 	guests/install.sh test
 	python3 -m unittest discover --quiet --start-directory bench
+	python3 -m unittest discover --quiet --start-directory tests
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
 	    $(CARGO) nextest run --release --workspace --no-fail-fast && $(CARGO) test --release --workspace --doc; \
 	else \
