@@ -1,5 +1,5 @@
 # Everything a user or a CI run needs. `make help` lists the targets.
-.PHONY: help run build man install uninstall guests test lint deny unit-test boot-test command-test soak-test net-test debian-test cut-test fuzz bench bench-page soak clean-guests
+.PHONY: help run build install uninstall guests test lint deny unit-test boot-test command-test soak-test net-test debian-test cut-test fuzz bench bench-page soak clean-guests
 
 # rustup puts cargo where a shell may not look.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -12,6 +12,8 @@ FUZZ_SECONDS ?= 60
 PREFIX ?= /usr/local
 DESTDIR ?=
 UNITS ?= $(if $(filter /usr,$(PREFIX)),/lib,$(PREFIX)/lib)/systemd/system
+# The monitor of this tree.
+BIN := $(or $(CARGO_TARGET_DIR),target)/release/hospes
 DENY_TOOL := target/tools/bin/cargo-deny
 
 help:
@@ -19,7 +21,8 @@ help:
 	@echo 'make test               formatting, lints, dependencies, unit tests, guests, power cuts, a soak (BOOTS=5, CUTS=12, SOAK_MINUTES=3)'
 	@echo 'make debian-test        full Debian guests with disks and networks, a part of make test'
 	@echo 'make cut-test           power cuts and kills under guests that write (CUTS=12)'
-	@echo 'make install            into PREFIX=/usr/local, with manual pages, completions and a unit for systemd; XL=1: as xl, too'
+	@echo 'make build              build the program alone'
+	@echo 'make install            what was built into PREFIX=/usr/local, with manual pages, completions and, as root, a unit for systemd; XL=1: as xl, too'
 	@echo 'make uninstall          remove that again'
 	@echo 'make bench              Hospes against this machine, QEMU TCG and User-Mode Linux (BENCH=quick for the first rows, ROWS=a,b, SYSTEMS=a,b, DIRECT=0|1|both)'
 	@echo 'make bench-page         docs/bench-result.md and its plot from the last results'
@@ -37,33 +40,41 @@ build:
 	guests/install.sh build
 	$(CARGO) build --release -p hospes
 
-# Made by the program itself, of the tables that it reads arguments and configurations by.
-man: build
-	@mkdir -p target/install
-	target/release/hospes manual hospes.1 > target/install/hospes.1
-	target/release/hospes manual hospes.cfg.5 > target/install/hospes.cfg.5
-
-install: man
-	install -D -m 755 target/release/hospes $(DESTDIR)$(PREFIX)/bin/hospes
-	install -D -m 644 target/install/hospes.1 $(DESTDIR)$(PREFIX)/share/man/man1/hospes.1
-	install -D -m 644 target/install/hospes.cfg.5 $(DESTDIR)$(PREFIX)/share/man/man5/hospes.cfg.5
-	target/release/hospes completions bash > target/install/hospes.bash
-	target/release/hospes completions zsh > target/install/_hospes
-	target/release/hospes completions fish > target/install/hospes.fish
-	install -D -m 644 target/install/hospes.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/hospes
-	install -D -m 644 target/install/_hospes $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_hospes
-	install -D -m 644 target/install/hospes.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/hospes.fish
-	sed 's|@PREFIX@|$(PREFIX)|' systemd/hospes-domains.service.in > target/install/hospes-domains.service
-	install -D -m 644 target/install/hospes-domains.service $(DESTDIR)$(UNITS)/hospes-domains.service
-	install -d -m 755 $(DESTDIR)/etc/hospes/auto
+# What was built is installed as it is: root needs no Rust for it. Manual pages and completions are made by the program itself, of the
+# tables that it reads arguments and configurations by. The unit and its directory are the host's, so they take root or a DESTDIR.
+install:
+	@test -x '$(BIN)' || { echo '$(BIN) is not there: run `make build` first, as the user whose checkout it is' >&2; exit 2; }
+	install -D -m 755 '$(BIN)' $(DESTDIR)$(PREFIX)/bin/hospes
+	@set -e; made=$$(mktemp -d); trap 'rm -rf "$$made"' EXIT; \
+	put() { echo "install -D -m 644 $$1 $(DESTDIR)$$2"; install -D -m 644 "$$made/$$1" "$(DESTDIR)$$2"; }; \
+	'$(BIN)' manual hospes.1 > "$$made/hospes.1"; \
+	'$(BIN)' manual hospes.cfg.5 > "$$made/hospes.cfg.5"; \
+	'$(BIN)' completions bash > "$$made/hospes"; \
+	'$(BIN)' completions zsh > "$$made/_hospes"; \
+	'$(BIN)' completions fish > "$$made/hospes.fish"; \
+	put hospes.1 $(PREFIX)/share/man/man1/hospes.1; \
+	put hospes.cfg.5 $(PREFIX)/share/man/man5/hospes.cfg.5; \
+	put hospes $(PREFIX)/share/bash-completion/completions/hospes; \
+	put _hospes $(PREFIX)/share/zsh/site-functions/_hospes; \
+	put hospes.fish $(PREFIX)/share/fish/vendor_completions.d/hospes.fish; \
+	if [ -n "$(DESTDIR)" ] || [ "$$(id -u)" = 0 ]; then \
+	    sed 's|@PREFIX@|$(PREFIX)|' systemd/hospes-domains.service.in > "$$made/hospes-domains.service"; \
+	    put hospes-domains.service $(UNITS)/hospes-domains.service; \
+	    install -d -m 755 $(DESTDIR)/etc/hospes/auto; \
+	else \
+	    echo 'not root: without the unit that starts domains with the host'; \
+	fi
 	@if [ -n "$(XL)" ]; then \
 	    ln -sf hospes $(DESTDIR)$(PREFIX)/bin/xl && \
 	    ln -sf hospes.1 $(DESTDIR)$(PREFIX)/share/man/man1/xl.1 && \
 	    ln -sf hospes $(DESTDIR)$(PREFIX)/share/bash-completion/completions/xl; \
 	fi
 
-# What is in /etc/hospes stays; xl goes where it is ours.
+# What is in /etc/hospes stays, and domains run on; xl goes where it is ours.
 uninstall:
+	@if [ -z "$(DESTDIR)" ] && [ -e $(UNITS)/hospes-domains.service ] && command -v systemctl >/dev/null; then \
+	    systemctl disable hospes-domains.service || :; \
+	fi
 	rm -f $(DESTDIR)$(PREFIX)/bin/hospes $(DESTDIR)$(PREFIX)/share/man/man1/hospes.1 \
 	    $(DESTDIR)$(PREFIX)/share/man/man5/hospes.cfg.5 $(DESTDIR)$(PREFIX)/share/bash-completion/completions/hospes \
 	    $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_hospes $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/hospes.fish \

@@ -118,5 +118,75 @@ printf 'kernel = "%s"\\nramdisk = "%s"\\ndisk = [ "format=raw, target=%s" ]\\n' 
             )
 
 
+class Install(Scripts):
+    """make install, make uninstall"""
+
+    OF_EVERYONE = {
+        "bin/hospes", "share/man/man1/hospes.1", "share/man/man5/hospes.cfg.5", "share/bash-completion/completions/hospes",
+        "share/zsh/site-functions/_hospes", "share/fish/vendor_completions.d/hospes.fish",
+    }
+    OF_XL = {"bin/xl", "share/man/man1/xl.1", "share/bash-completion/completions/xl"}
+    UNIT = "lib/systemd/system/hospes-domains.service"
+
+    def setUp(self):
+        super().setUp()
+        self.binary = pathlib.Path(self.tool("hospes", 'echo "made by $*"', self.home / "built/release"))
+        self.environment["CARGO_TARGET_DIR"] = str(self.home / "built")
+        self.tool("cargo")
+        self.tool("systemctl")
+        self.user(1000)
+        self.stage = self.home / "stage"
+
+    def user(self, number):
+        self.tool("id", f"echo {number}")
+
+    def make(self, *words, status=0):
+        return self.run_here("make", "--no-print-directory", *words, status=status)
+
+    def tree(self, below="."):
+        """The files under the place where things are put."""
+        top = self.stage / below
+        return {str(path.relative_to(top)) for path in top.rglob("*") if not path.is_dir()}
+
+    def test_package_has_everything_and_is_removed_again(self):
+        self.make("install", f"DESTDIR={self.stage}", "XL=1")
+        self.assertEqual(self.tree("usr/local"), self.OF_EVERYONE | self.OF_XL | {self.UNIT})
+        self.assertTrue((self.stage / "etc/hospes/auto").is_dir())
+        page = self.stage / "usr/local/share/man/man5/hospes.cfg.5"
+        self.assertEqual((page.read_text(), page.stat().st_mode & 0o777), ("made by manual hospes.cfg.5\n", 0o644))
+        (self.stage / "etc/hospes/auto/web.cfg").write_text("memory = 512\n")
+        self.make("uninstall", f"DESTDIR={self.stage}")
+        self.assertEqual(self.tree(), {"etc/hospes/auto/web.cfg"})
+
+    def test_nothing_is_built_as_root(self):
+        self.make("install", f"DESTDIR={self.stage}")
+        self.assertNotIn("cargo", self.called())
+        self.binary.unlink()
+        self.assertIn("make build", self.make("install", f"DESTDIR={self.stage}", status=2))
+        self.assertNotIn("cargo", self.called())
+
+    def test_user_needs_no_root(self):
+        self.assertIn("not root", self.make("install", f"PREFIX={self.stage}"))
+        self.assertEqual(self.tree(), self.OF_EVERYONE)
+
+    def test_program_that_fails_ends_the_installation(self):
+        self.tool("hospes", "exit 3", self.binary.parent)
+        self.make("install", f"DESTDIR={self.stage}", status=2)
+
+    def test_unit_is_disabled_before_it_goes(self):
+        self.user(0)
+        unit = self.stage / self.UNIT
+        unit.parent.mkdir(parents=True)
+        unit.touch()
+        self.make("uninstall", f"PREFIX={self.stage}")
+        self.assertIn("systemctl disable hospes-domains.service\n", self.called())
+        self.assertEqual(self.tree(), set())
+
+    def test_package_is_removed_without_touching_units_of_this_machine(self):
+        self.make("install", f"DESTDIR={self.stage}")
+        self.make("uninstall", f"DESTDIR={self.stage}")
+        self.assertNotIn("systemctl", self.called())
+
+
 if __name__ == "__main__":
     unittest.main()
