@@ -158,6 +158,12 @@ class Install(Scripts):
         self.make("uninstall", f"DESTDIR={self.stage}")
         self.assertEqual(self.tree(), {"etc/hospes/auto/web.cfg"})
 
+    def test_unit_survives_a_domain_that_is_killed_for_lack_of_memory(self):
+        self.make("install", f"DESTDIR={self.stage}", "PREFIX=/usr")
+        unit = self.stage / self.UNIT
+        self.assertIn("\nOOMPolicy=continue\n", unit.read_text())
+        self.assertIn("\nExecStart=-/usr/bin/hospes domains start\n", unit.read_text())
+
     def test_nothing_is_built_as_root(self):
         self.make("install", f"DESTDIR={self.stage}")
         self.assertNotIn("cargo", self.called())
