@@ -23,7 +23,8 @@ rust() {
     fi
     # Security updates bring newer ones: the lists have to be of today.
     as_root apt-get -qq update >&2 || say "the package lists could not be refreshed: going on with the old ones"
-    install_packages rustc-web cargo-web
+    # One that is installed may be too old.
+    install_newest rustc-web cargo-web
     new_enough || die "the archive's rustc-web is $(rustc --version | cut -d' ' -f2), needed is $MINIMUM_RUST: add bookworm-security to the apt sources (or install rustup) and try again."
 }
 

@@ -28,26 +28,29 @@ as_root() {
 
 installed() { dpkg-query -W -f '${Status}\n' "$1" 2>/dev/null | grep -q '^install ok installed$'; }
 
-# install_packages PACKAGE...: install those that are missing, with a fresh list if the machine has none.
+# install_packages PACKAGE...: install those that are missing.
 install_packages() {
     missing=
     for package; do
         installed "$package" || missing="$missing $package"
     done
-    [ -n "$missing" ] || return 0
-    have apt-get || die "these packages are needed and this machine has no apt-get:$missing. Install their equivalents."
-    say "installing:$missing"
+    # shellcheck disable=SC2086
+    [ -z "$missing" ] || install_newest $missing
+}
+
+# install_newest PACKAGE...: install or upgrade them, with a fresh list if the machine has none.
+install_newest() {
+    have apt-get || die "these packages are needed and this machine has no apt-get: $*. Install their equivalents."
+    say "installing: $*"
     mkdir -p "$GUESTS"
     log=$GUESTS/install.log
-    # shellcheck disable=SC2086
-    if ! as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing >"$log" 2>&1; then
-        # No lists yet, or lists older than the mirror: refresh once, then it has to work.
+    if ! as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >"$log" 2>&1; then
+        # No lists yet, or lists older than the mirror: refresh once, then it has to work. Where one source is dead, others may do.
         say "refreshing the package lists"
-        as_root apt-get update >>"$log" 2>&1
-        # shellcheck disable=SC2086
-        as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing >>"$log" 2>&1 || {
+        as_root apt-get update >>"$log" 2>&1 || :
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >>"$log" 2>&1 || {
             tail -n 5 "$log" >&2
-            die "these packages could not be installed (see $log):$missing. Install them as root and try again."
+            die "these packages could not be installed (see $log): $*. Install them as root and try again."
         }
     fi
 }

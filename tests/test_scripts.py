@@ -194,5 +194,37 @@ class Install(Scripts):
         self.assertNotIn("systemctl", self.called())
 
 
+class Packages(Scripts):
+    """guests/install.sh: what it does where packages are missing"""
+
+    def setUp(self):
+        super().setUp()
+        self.tool("sudo", "exit 1")
+        self.tool("id", "echo 0")
+        self.tool("rustc", "echo rustc 99.0.0")
+        self.tool("cargo")
+        self.tool("dpkg-query", "exit 1")
+        self.tool("apt-get")
+
+    def test_user_without_root_is_told_what_to_install(self):
+        self.tool("id", "echo 1000")
+        said = self.run_here("guests/install.sh", "run", status=1)
+        self.assertRegex(said, "mmdebstrap.*Install them as root")
+
+    def test_one_dead_source_does_not_matter(self):
+        updated = self.home / "updated"
+        self.tool("apt-get", f'case $1 in update) touch "{updated}"; exit 100 ;; esac; [ -e "{updated}" ]')
+        self.run_here("guests/install.sh", "run")
+        self.assertRegex(self.called(), "(?s)apt-get update\n.*apt-get install .*mmdebstrap")
+
+    def test_installed_rust_that_is_too_old_is_upgraded(self):
+        new = self.home / "new"
+        self.tool("rustc", f'[ -e "{new}" ] && echo rustc 99.0.0 || echo rustc 1.63.0')
+        self.tool("dpkg-query", 'case "$*" in *" rustc"|*" cargo") exit 1 ;; esac; echo install ok installed')
+        self.tool("apt-get", f'case "$*" in install*rustc-web*) touch "{new}" ;; esac')
+        self.run_here("guests/install.sh", "build")
+        self.assertTrue(new.exists())
+
+
 if __name__ == "__main__":
     unittest.main()
