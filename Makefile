@@ -1,8 +1,8 @@
 # Everything a user or a CI run needs. `make help` lists the targets.
 .PHONY: help run build install uninstall guests test lint deny unit-test boot-test command-test soak-test net-test debian-test cut-test fuzz bench bench-page soak clean-guests
 
-# rustup puts cargo where a shell may not look.
-export PATH := $(PATH):$(HOME)/.cargo/bin
+# rustup puts cargo where a shell may not look, and mke2fs and chroot are where the PATH of ordinary users does not lead.
+export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 
 CARGO ?= cargo
 BOOTS ?= 5

@@ -29,7 +29,7 @@ TIMEOUT_S = 180
 TRIES, RETRY_S = 8, 0.5
 TAP_HOST, TAP_GUEST = "10.77.0.1", "10.77.0.2"
 # What a measurement may end with; the row is then without a figure.
-FAILURES = (ValueError, KeyError, AttributeError, subprocess.SubprocessError, vm.GuestError)
+FAILURES = (OSError, ValueError, KeyError, AttributeError, subprocess.SubprocessError, vm.GuestError)
 NO_NETWORK = "network rows need root and ip(8)"
 NGINX = """worker_processes 1; daemon off; pid nginx.pid; error_log stderr crit;
 events {{ worker_connections 512; }}
@@ -247,7 +247,7 @@ def session(plan, results, variant):
                 say(f"{variant}: booting Debian")
                 sides.append(machine := Machine(plan, stack, variant))
                 results.add(variant, "boot_to_login", 0, machine.login)
-        except (vm.GuestError, subprocess.SubprocessError) as error:
+        except (OSError, subprocess.SubprocessError, vm.GuestError) as error:
             results.note(f"{variant}: Debian: {error}")
             results.missing(variant.system, rows.DEVICES, "Debian did not come up")
         for row in rows.FIO:
@@ -282,7 +282,7 @@ def logins(plan, results, able, numbers):
             with contextlib.ExitStack() as stack:
                 try:
                     results.add(variant, "boot_to_login", number, Machine(plan, stack, variant, whole=False).login)
-                except vm.GuestError as error:
+                except (OSError, subprocess.SubprocessError, vm.GuestError) as error:
                     results.note(f"{variant}: no login: {error}")
                     results.missing(variant.system, ["boot_to_login"], "Debian did not come up")
         results.save()

@@ -38,7 +38,7 @@ def start(plan, results, guests, stack, level, **more):
         try:
             workers[variant] = stack.enter_context(systems.worker(plan, results, variant, **more))
             say(f"{variant} is ready")
-        except vm.GuestError as error:
+        except (OSError, vm.GuestError) as error:
             results.note(f"{variant}: the benchmark's guest did not come up: {error}")
             results.missing(variant.system, rows.ROWS, "its guest did not come up")
     return workers
@@ -64,7 +64,7 @@ def one(results, workers, variant, row, number, box_ms):
     """One figure. A worker that does not answer is left out of what follows."""
     try:
         value = workers[variant].measure(box_ms, row).get(row)
-    except vm.GuestError as error:
+    except (OSError, vm.GuestError) as error:
         results.note(f"{variant}: {row}: {error}")
         results.missing(variant.system, rows.ROWS, f"its guest did not survive {row}")
         del workers[variant]

@@ -81,7 +81,7 @@ def jobs(results, sets, row, number, box_ms, each):
             found = [worker.finish(box_ms / 1000 + systems.ROW_TIMEOUT_S) for worker in workers]
             totals = [values["jobs_total"] for values in found]
             slowest = found[0]["jobs"] if len(found) == 1 else min(totals) / max(totals)
-        except (vm.GuestError, KeyError) as error:
+        except (OSError, KeyError, vm.GuestError) as error:
             results.note(f"{variant}: {row}: no figure: {error}")
             results.missing(variant.system, [row], "its jobs did not finish")
             continue
@@ -103,7 +103,7 @@ def five_guests(plan, results, guests):
                 sets[variant] = [
                     stack.enter_context(systems.worker(plan, results, variant, name=f"bench{number}", **SMALL)) for number in range(JOBS)
                 ]
-            except vm.GuestError as error:
+            except (OSError, vm.GuestError) as error:
                 results.note(f"{variant}: {row}: not all guests came up: {error}")
                 results.missing(variant.system, [row], "not all of its guests came up")
                 continue
@@ -147,7 +147,7 @@ def idle_beside_busy(plan, results, guests):
                     used = cpu_seconds(resident.family(idle.run.processes())) - used
                     results.add(variant, row, number, 100 * used / (time.monotonic() - begin))
                     busy.finish()
-        except vm.GuestError as error:
+        except (OSError, vm.GuestError) as error:
             results.note(f"{variant}: {row}: {error}")
             results.missing(variant.system, [row], "its guests did not come up")
         results.save()
@@ -167,7 +167,7 @@ def memory(plan, results, guests):
             try:
                 value = busy_overhead(plan, results, variant, vcpus) if vcpus else idle_overhead(plan, variant)
                 results.add(variant, row, 0, value)
-            except vm.GuestError as error:
+            except (OSError, vm.GuestError) as error:
                 results.note(f"{variant}: {row}: {error}")
                 results.missing(variant.system, [row], "its guest did not come up")
         results.save()

@@ -17,6 +17,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GUESTS = pathlib.Path(os.environ.get("HOSPES_GUESTS", ROOT / "target" / "guests"))
+# The PATH of ordinary users does not lead to chroot, mke2fs, losetup and debugfs.
+os.environ["PATH"] = ":".join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
 CONSOLE = {"hospes": "hvc0", "tcg": "ttyS0"}
 
 

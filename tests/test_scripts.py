@@ -226,5 +226,20 @@ class Packages(Scripts):
         self.assertTrue(new.exists())
 
 
+class Tools(Scripts):
+    """An ordinary user's PATH does not lead to the tools of the administrator."""
+
+    def test_programs_of_guests_find_them(self):
+        self.environment["PYTHONPATH"] = str(ROOT / "guests")
+        said = self.run_here(sys.executable, "-B", "-c", "import os, vm; print(os.environ['PATH'])")
+        self.assertIn("/usr/sbin", said.strip().split(":"))
+
+    def test_targets_find_them(self):
+        makefile = self.home / "Makefile"
+        makefile.write_text('include Makefile\nshow: ; @echo "$$PATH"\n')
+        said = self.run_here("make", "--no-print-directory", "-f", str(makefile), "show")
+        self.assertIn("/usr/sbin", said.strip().split(":"))
+
+
 if __name__ == "__main__":
     unittest.main()
