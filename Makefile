@@ -1,6 +1,9 @@
 # Everything a user or a CI run needs. `make help` lists the targets.
 .PHONY: help run build install uninstall guests test lint deny unit-test boot-test command-test soak-test net-test debian-test cut-test fuzz bench bench-page soak clean-guests
 
+# The parts of `make test` use the same machine, the same guests and the same binary: one after the other, under `make -j` too.
+.NOTPARALLEL:
+
 # rustup puts cargo where a shell may not look, and mke2fs and chroot are where the PATH of ordinary users does not lead.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin
 

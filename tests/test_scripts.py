@@ -240,6 +240,12 @@ class Tools(Scripts):
         said = self.run_here("make", "--no-print-directory", "-f", str(makefile), "show")
         self.assertIn("/usr/sbin", said.strip().split(":"))
 
+    def test_targets_follow_one_another(self):
+        makefile = self.home / "Makefile"
+        makefile.write_text("include Makefile\nboth: slow fast\nslow: ; @sleep 0.3; echo slow\nfast: ; @echo fast\n")
+        said = self.run_here("make", "--no-print-directory", "-j4", "-f", str(makefile), "both")
+        self.assertEqual(said, "slow\nfast\n")
+
 
 if __name__ == "__main__":
     unittest.main()
