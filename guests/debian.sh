@@ -69,11 +69,11 @@ repository() {
     version=$(newest_version hello "$SUITE(-updates|-security)?/")
     [ -n "$version" ] || die "the archive has no package hello: remove $GUESTS/apt and try again."
     mkdir -p "$directory/repository"
-    [ -f "$directory/repository/Packages" ] || (
-        cd "$directory/repository"
-        apt-get -c "$APT_CONF" -qq download "hello=$version" >&2
-        dpkg-scanpackages --multiversion . >Packages.new 2>/dev/null
-        mv Packages.new Packages
+    [ -s "$directory/repository/Packages" ] || (
+        cd "$directory/repository" &&
+            apt-get -c "$APT_CONF" -qq download "hello=$version" >&2 &&
+            dpkg-scanpackages --multiversion . >Packages.new 2>/dev/null &&
+            mv Packages.new Packages
     ) || die "the package hello could not be fetched: remove $GUESTS/apt and try again."
 }
 

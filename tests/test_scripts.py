@@ -53,8 +53,8 @@ class Scripts(unittest.TestCase):
         return done.stdout
 
 
-class RunImage(Scripts):
-    """guests/debian.sh run"""
+class Images(Scripts):
+    """guests/debian.sh"""
 
     # Makes what `hospes image debian ... FILE` makes.
     MAKE = """for last; do :; done
@@ -116,6 +116,21 @@ printf 'kernel = "%s"\\nramdisk = "%s"\\ndisk = [ "format=raw, target=%s" ]\\n' 
                 f'kernel = "{written}/run.vmlinuz"\nramdisk = "{written}/run.initrd"\n'
                 f'disk = [ "format=raw, target={written}/run.img" ]\n',
             )
+
+    def test_repository_that_could_not_be_fetched_is_fetched_again(self):
+        (self.guests / "apt").mkdir(parents=True)
+        (self.guests / "apt/updated").touch()
+        self.tool("apt-cache", "echo 'hello | 2.10-3 | http://deb.debian.org/debian bookworm/main amd64 Packages'")
+        self.tool("dpkg-scanpackages", "cat hello.deb 2>/dev/null; exit 0")
+        self.tool("apt-get", "exit 100")
+        self.assertIn("could not be fetched", self.run_here("guests/debian.sh", "test", status=1))
+        packages = self.images / "repository/Packages"
+        self.assertFalse(packages.exists())
+        # As left behind by a download that failed unnoticed.
+        packages.touch()
+        self.tool("apt-get", "echo Package: hello >hello.deb")
+        self.run_here("guests/debian.sh", "test")
+        self.assertEqual(packages.read_text(), "Package: hello\n")
 
 
 class Install(Scripts):
@@ -226,15 +241,15 @@ class Packages(Scripts):
         self.assertTrue(new.exists())
 
 
-class Tools(Scripts):
-    """An ordinary user's PATH does not lead to the tools of the administrator."""
+class Targets(Scripts):
+    """What targets, and programs that are started without them, run in."""
 
-    def test_programs_of_guests_find_them(self):
+    def test_programs_find_tools_of_the_administrator(self):
         self.environment["PYTHONPATH"] = str(ROOT / "guests")
         said = self.run_here(sys.executable, "-B", "-c", "import os, vm; print(os.environ['PATH'])")
         self.assertIn("/usr/sbin", said.strip().split(":"))
 
-    def test_targets_find_them(self):
+    def test_targets_find_tools_of_the_administrator(self):
         makefile = self.home / "Makefile"
         makefile.write_text('include Makefile\nshow: ; @echo "$$PATH"\n')
         said = self.run_here("make", "--no-print-directory", "-f", str(makefile), "show")
