@@ -6,7 +6,7 @@
 export PATH=/soak:/usr/bin:/bin HOME=/tmp LC_ALL=C
 b=/bin/busybox
 
-# task NAME COMMAND...
+# task NAME COMMAND...; the status of one that is a function here says whether all of it worked
 task() {
     name=$1
     shift
@@ -23,11 +23,11 @@ task() {
 
 ciphers() {
     words=/soak/check64-O3
-    for digest in sha1 sha256 sha512 sha3-256 blake2b512 md5; do openssl dgst -"$digest" "$words"; done
+    for digest in sha1 sha256 sha512 sha3-256 blake2b512 md5; do openssl dgst -"$digest" "$words" || return; done
     for cipher in aes-128-cbc aes-256-ctr chacha20 camellia-128-cbc; do
         openssl enc -"$cipher" -pbkdf2 -S 0011223344556677 -k soak -in "$words" -out /tmp/encrypted &&
             openssl dgst -sha256 /tmp/encrypted &&
-            openssl enc -d -"$cipher" -pbkdf2 -S 0011223344556677 -k soak -in /tmp/encrypted | $b cmp - "$words"
+            openssl enc -d -"$cipher" -pbkdf2 -S 0011223344556677 -k soak -in /tmp/encrypted | $b cmp - "$words" || return
     done
 }
 
@@ -40,7 +40,7 @@ signatures() {
         esac
         openssl pkey -in /tmp/key -pubout -out /tmp/public &&
             openssl pkeyutl -sign -inkey /tmp/key -rawin -in /soak/jit.lua -out /tmp/signature &&
-            openssl pkeyutl -verify -pubin -inkey /tmp/public -rawin -in /soak/jit.lua -sigfile /tmp/signature
+            openssl pkeyutl -verify -pubin -inkey /tmp/public -rawin -in /soak/jit.lua -sigfile /tmp/signature || return
     done
 }
 
@@ -50,7 +50,7 @@ files() {
     $b cp /soak/* /tmp/files/
     (cd /tmp/files && $b tar -cf - . | $b gzip -9 | $b gunzip | $b tar -tf - | $b sort)
     (cd /tmp/files && $b sha256sum ./* | $b sort -k2)
-    $b bzip2 -k /tmp/files/parallel && $b bunzip2 -c /tmp/files/parallel.bz2 | $b sha256sum
+    $b bzip2 -k /tmp/files/parallel && $b bunzip2 -c /tmp/files/parallel.bz2 | $b sha256sum || return
     $b rm -rf /tmp/files
 }
 
@@ -72,7 +72,7 @@ shell_loop() {
 objects() {
     $b rm -rf /tmp/objects
     $b mkdir /tmp/objects
-    make -j2 -f /soak/objects.mk -C /soak OUT=/tmp/objects && (cd /tmp/objects && $b sha256sum ./*.o)
+    make -j2 -f /soak/objects.mk -C /soak OUT=/tmp/objects && (cd /tmp/objects && $b sha256sum ./*.o) || return
     $b rm -rf /tmp/objects
 }
 
