@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -54,17 +55,26 @@ def environment():
     return chosen
 
 
+def in_user_shell(chosen, *words):
+    """A command line as the user has to type it to reach a domain that was started with the environment `chosen`."""
+    name = "HOSPES_RUN_DIR"
+    line = shlex.join(words)
+    return line if chosen.get(name) == os.environ.get(name) else f"{name}={shlex.quote(chosen[name])} {line}"
+
+
 def shell():
     """Becomes the console of a new domain; returns only when the monitor cannot be started."""
     name = f"debian-{os.getpid()}"
     binary = vm.hospes_binary()
+    chosen = environment()
     print(
         f"run: booting Debian as domain {name} with {debian.image('run', 'cfg')}\n"
-        f"run: in the guest, `poweroff` ends it; Ctrl-] leaves the console and lets it run on: `{binary} shutdown {name}` ends it",
+        "run: in the guest, `poweroff` ends it; Ctrl-] leaves the console and lets it run on: "
+        f"`{in_user_shell(chosen, binary, 'shutdown', name)}` ends it",
         file=sys.stderr,
     )
     try:
-        os.execve(binary, [binary, "create", "-c", debian.image("run", "cfg"), f'name="{name}"'], environment())
+        os.execve(binary, [binary, "create", "-c", debian.image("run", "cfg"), f'name="{name}"'], chosen)
     except OSError as error:
         return f"{binary} cannot be started ({error.strerror}): build it with cargo build --release"
 
