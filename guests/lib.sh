@@ -55,11 +55,16 @@ install_newest() {
     fi
 }
 
-# host_uri SUFFIX DEFAULT: the mirror that this machine uses for a Debian archive whose address ends in SUFFIX.
+# host_uri LABEL SUFFIX DEFAULT: the mirror that this machine uses for the archive that calls itself LABEL, if its address ends
+# in SUFFIX; where apt has no lists yet, an address at debian.org in its sources. Other vendors' addresses may end so, too.
 host_uri() {
-    uri=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list 2>/dev/null |
-        grep -v '^#' | grep -oE "https?://[^ ]*/$1/?([[:space:]]|\$)" | head -n 1 | sed 's|[/[:space:]]*$||')
-    printf '%s\n' "${uri:-$2}"
+    # shellcheck disable=SC2016
+    uri=$({
+        apt-get indextargets --format '$(REPO_URI)' 'Origin: Debian' "Label: $1"
+        cat /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list |
+            grep -v '^#' | grep -oE 'https?://[^/[:space:]]+\.debian\.org/[^[:space:]]*'
+    } 2>/dev/null | sed 's|/*$||' | grep -E "^https?://.*/$2\$" | head -n 1)
+    printf '%s\n' "${uri:-$3}"
 }
 
 # private_apt: make the private view if it is missing or older than a day.
@@ -75,8 +80,8 @@ private_apt() {
     : >"$apt_dir/status"
     keyring=/usr/share/keyrings/debian-archive-keyring.gpg
     [ -f "$keyring" ] || install_packages debian-archive-keyring
-    main=$(host_uri debian http://deb.debian.org/debian)
-    security=$(host_uri debian-security http://deb.debian.org/debian-security)
+    main=$(host_uri Debian debian http://deb.debian.org/debian)
+    security=$(host_uri Debian-Security debian-security http://deb.debian.org/debian-security)
     cat >"$apt_dir/sources.list" <<END
 deb [signed-by=$keyring] $main $SUITE main
 deb [signed-by=$keyring] $main $SUITE-updates main

@@ -240,6 +240,29 @@ class Packages(Scripts):
         self.run_here("guests/install.sh", "build")
         self.assertTrue(new.exists())
 
+    def mirror(self, listed, sources, label="Debian", suffix="debian"):
+        """The mirror that guests are made from where apt knows `listed`, and `sources` are in its configuration."""
+        self.tool("apt-get", f'case "$*" in *"Label: {label}") printf "%s\\n" {listed} ;; *) exit 1 ;; esac')
+        self.tool("cat", f"printf '%s\\n' '{sources}'; exit 1")
+        script = f'. guests/lib.sh; host_uri {label} {suffix} http://default/{suffix}'
+        return self.run_here("sh", "-euc", script, str(ROOT / "guests/lib.sh")).strip()
+
+    def test_mirror_is_that_of_debian(self):
+        docker = "deb [signed-by=/k] https://download.docker.com/linux/debian bookworm stable"
+        self.assertEqual(self.mirror("mirror+file:/m https://mirror.example/debian/", docker), "https://mirror.example/debian")
+        self.assertEqual(
+            self.mirror("http://mirror.example/debian-security/", docker, "Debian-Security", "debian-security"),
+            "http://mirror.example/debian-security",
+        )
+
+    def test_mirror_without_lists_is_that_of_the_sources(self):
+        docker = "deb https://download.docker.com/linux/debian bookworm stable"
+        sources = f"{docker}\n#URIs: http://old.debian.org/debian\nURIs:\thttps://ftp.de.debian.org/debian/\nSuites: bookworm"
+        self.assertEqual(self.mirror("''", sources), "https://ftp.de.debian.org/debian")
+        self.assertEqual(self.mirror("''", docker), "http://default/debian")
+        # A state of the archive at one time, whose lists are out of date.
+        self.assertEqual(self.mirror("https://snapshot.debian.org/archive/debian/20250520T000000Z/", docker), "http://default/debian")
+
 
 class Targets(Scripts):
     """What targets, and programs that are started without them, run in."""
