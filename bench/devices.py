@@ -268,8 +268,7 @@ def alternate(plan, results, sides, row, value):
                 results.add(side.variant, row, number, value(side))
             except FAILURES as error:
                 detail = getattr(error, "stderr", None) or getattr(error, "stdout", None) or error
-                results.note(f"{side.variant}: {row}: {str(detail)[-400:]}")
-                results.missing(side.variant.system, [row], "its measurement failed")
+                results.failed(side.variant, row, number, "its measurement failed", str(detail)[-400:])
                 left = [other for other in left if other is not side]
     results.save()
     say(suite.progress(results, row))
@@ -283,7 +282,6 @@ def logins(plan, results, able, numbers):
                 try:
                     results.add(variant, "boot_to_login", number, Machine(plan, stack, variant, whole=False).login)
                 except (OSError, subprocess.SubprocessError, vm.GuestError) as error:
-                    results.note(f"{variant}: no login: {error}")
-                    results.missing(variant.system, ["boot_to_login"], "Debian did not come up")
+                    results.failed(variant, "boot_to_login", number, "Debian did not come up", error)
         results.save()
         say(f"login {number + 1} of {plan.logins}: {suite.progress(results, 'boot_to_login')}")

@@ -94,10 +94,9 @@ def page(found, run):
     yield "| row | unit | native | tcg | uml | hospes | of native | pairs | x tcg | x uml | bars |"
     yield "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|"
     for row in found:
-        against = row["vs_native"]
         cells = [
-            row["name"], row["unit"], *(table.number(row[system]) for system in rows.SYSTEMS), table.interval(against),
-            str(against["pairs"]) if against else "-", table.times(row["vs_tcg"]), table.times(row["vs_uml"]), table.verdicts(row),
+            row["name"], row["unit"], *(table.number(row[system]) for system in rows.SYSTEMS), table.interval(row["vs_native"]),
+            table.pairs(row["vs_native"]), table.times(row["vs_tcg"]), table.times(row["vs_uml"]), table.verdicts(row),
         ]
         yield f"| {' | '.join(cells)} |"
     yield ""

@@ -3,7 +3,8 @@
 target/bench/results.json is a list of rows {name, unit, better, native, tcg, uml, hospes, ...}: medians, null where a system has no
 figure. `vs_native`, `vs_tcg`, `vs_uml` and `vs_direct_off` say how many times as fast Hospes is: {median, low, high, pairs, coverage}
 (stats.py).
-`reasons` says why a figure is null, `measured` when the row was. target/bench/run.json is about the run: machine, mitigations, notes.
+`reasons` says why a figure is null, `failed` which rounds of a variant gave none, `measured` when the row was.
+target/bench/run.json is about the run: machine, mitigations, notes.
 """
 
 import datetime
@@ -61,6 +62,8 @@ class Results:
         self.plan = plan
         self.samples = {}
         self.reasons = {}
+        # {(variant, row): rounds without a figure, counted from 0}
+        self.failures = {}
         self.notes = []
         self.mitigations = {}
         self.measured = {}
@@ -101,6 +104,21 @@ class Results:
         for name in names:
             self.reasons.setdefault((system, name), reason)
 
+    def failed(self, variant, row, number, reason, detail=None):
+        """A variant gave no figure in round `number`. Its other rounds count, so it has to be said that they are not all."""
+        self.failures.setdefault((variant, row), []).append(number)
+        self.note(f"{variant}: no figure in round {number + 1} of {row}: {reason}" + (f": {detail}" if detail else ""))
+        self.missing(variant.system, [row], reason)
+
+    def shortcomings(self, left_out=()):
+        """Sentences about what Hospes did not do of what this run wanted of it, but for some rows."""
+        if "hospes" not in self.plan.systems:
+            return []
+        nothing = [row for row in self.plan.rows if row not in left_out and self.value("hospes", row) is None]
+        sometimes = {row: None for variant, row in self.failures if variant.monitor == "hospes" and row not in nothing}
+        found = [(nothing, "Hospes has no result for"), (sometimes, "Hospes failed in some rounds of")]
+        return [f"{what} {', '.join(names)}" for names, what in found if names]
+
     def best(self, system, row):
         """The samples of a system, by round; for one with several variants those of the better one."""
         if system == "native" and row.endswith(rows.LEVEL_SUFFIX):
@@ -134,12 +152,25 @@ class Results:
             found = self.against(other, name)
             row[f"vs_{other}"] = found.as_json() if found else None
         reasons = {system: self._reason(system, name) for system in rows.SYSTEMS if row[system] is None}
-        return row | {"reasons": reasons, "direct": self.plan.direct, "measured": self.measured.get(rows.measured_as(name))}
+        measured = self.measured.get(rows.measured_as(name))
+        return row | {"reasons": reasons, "failed": self._failed(name), "direct": self.plan.direct, "measured": measured}
 
     def _reason(self, system, name):
         if system not in self.plan.systems:
             return "not chosen"
+        if system == "native" and name.endswith(rows.LEVEL_SUFFIX):
+            system = "level"
         return self.reasons.get((system, rows.measured_as(name)), "not measured")
+
+    def _failed(self, name):
+        """{variant: rounds without a figure, counted from 1} of those variants of a row that have figures of other rounds."""
+        row = rows.measured_as(name)
+        elsewhere = "native" if name.endswith(rows.LEVEL_SUFFIX) else "level"
+        return {
+            str(variant): [number + 1 for number in numbers]
+            for (variant, failed), numbers in self.failures.items()
+            if failed == row and variant.system != elsewhere and (variant, row) in self.samples
+        }
 
     def rows(self):
         """All rows in their order: those that were measured now, else those kept."""

@@ -37,10 +37,9 @@ def report(results):
         print(f"note: {note}")
 
 
-def lacking(plan, found):
-    """The rows of which Hospes should have a figure and has none; without root nobody has one of the network rows."""
-    left_out = () if netns.possible() else rows.NETWORK
-    return [row["name"] for row in found if "hospes" in plan.systems and row["hospes"] is None and row["name"] not in left_out]
+def left_out():
+    """Rows of which nobody has a figure here: those of the network without root."""
+    return () if netns.possible() else rows.NETWORK
 
 
 def main():
@@ -64,10 +63,10 @@ def main():
     say(f"{time.monotonic() - started:.0f} s; {DIRECTORY / 'results.json'}")
     if interrupted:
         return 130
-    missing = lacking(plan, results.rows())
-    if missing:
-        say(f"Hospes has no result for {', '.join(missing)}")
-    return 1 if missing else 0
+    shortcomings = results.shortcomings(left_out())
+    for sentence in shortcomings:
+        say(sentence)
+    return 1 if shortcomings else 0
 
 
 if __name__ == "__main__":

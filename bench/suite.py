@@ -65,12 +65,12 @@ def one(results, workers, variant, row, number, box_ms):
     try:
         value = workers[variant].measure(box_ms, row).get(row)
     except (OSError, vm.GuestError) as error:
-        results.note(f"{variant}: {row}: {error}")
+        results.failed(variant, row, number, "its guest did not survive it", error)
         results.missing(variant.system, rows.ROWS, f"its guest did not survive {row}")
         del workers[variant]
         return
     if value is None:
-        results.missing(variant.system, [row], "its programs gave no figure")
+        results.failed(variant, row, number, "its programs gave none")
     else:
         results.add(variant, row, number, value)
 
@@ -97,7 +97,6 @@ def boots(plan, results, guests):
                     results.add(variant, "boot_to_user", number, guest.arrival(mark.start()))
                     guest.wait(BOOT_TIMEOUT_S)
                 except vm.GuestError as error:
-                    results.note(f"{variant}: no boot: {error}")
-                    results.missing(variant.system, ["boot_to_user"], "it did not boot")
+                    results.failed(variant, "boot_to_user", number, "it did not boot", error)
         results.save()
         say(f"boot {number + 1} of {plan.boots}: {progress(results, 'boot_to_user')}")

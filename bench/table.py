@@ -3,7 +3,7 @@
 import rows
 import stats
 
-LINE = "{:<30} {:<14} {:>11} {:>11} {:>11} {:>11} {:>21} {:>7} {:>7}  {}"
+LINE = "{:<30} {:<14} {:>11} {:>11} {:>11} {:>11} {:>21} {:>5} {:>7} {:>7}  {}"
 
 
 def number(value):
@@ -16,6 +16,10 @@ def number(value):
 
 def interval(found):
     return f"{found['median']:.3f} [{found['low']:.2f}, {found['high']:.2f}]" if found else "-"
+
+
+def pairs(found):
+    return str(found["pairs"]) if found else "-"
 
 
 def times(found):
@@ -37,8 +41,16 @@ def verdict(bar, row):
     return f"{bar.factor:g} x {bar.against}: {word}"
 
 
+def failures(row):
+    """A short text for each variant that has no figure of some of the row's rounds."""
+    for variant, numbers in row["failed"].items():
+        yield f"{variant} FAILED in round{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
 def verdicts(row):
-    return "; ".join(filter(None, (verdict(bar, row) for bar in rows.BARS if bar.row == row["name"])))
+    """What the row's last column says."""
+    held = (verdict(bar, row) for bar in rows.BARS if bar.row == row["name"])
+    return "; ".join((*failures(row), *filter(None, held)))
 
 
 def means(found):
@@ -59,10 +71,10 @@ def mean_lines(found):
 
 def text(found):
     """The lines of the table."""
-    yield LINE.format("row", "unit", "native", "tcg", "uml", "hospes", "of native", "x tcg", "x uml", "bars")
+    yield LINE.format("row", "unit", "native", "tcg", "uml", "hospes", "of native", "pairs", "x tcg", "x uml", "bars")
     for row in found:
         values = [number(row[system]) for system in rows.SYSTEMS]
-        against = interval(row["vs_native"]), times(row["vs_tcg"]), times(row["vs_uml"])
+        against = interval(row["vs_native"]), pairs(row["vs_native"]), times(row["vs_tcg"]), times(row["vs_uml"])
         yield LINE.format(row["name"], row["unit"], *values, *against, verdicts(row)).rstrip()
     yield "of native, x tcg, x uml: how many times as fast Hospes is, for times and sizes as well; in brackets the interval of the median"
     yield from mean_lines(found)

@@ -82,8 +82,7 @@ def jobs(results, sets, row, number, box_ms, each):
             totals = [values["jobs_total"] for values in found]
             slowest = found[0]["jobs"] if len(found) == 1 else min(totals) / max(totals)
         except (OSError, KeyError, vm.GuestError) as error:
-            results.note(f"{variant}: {row}: no figure: {error}")
-            results.missing(variant.system, [row], "its jobs did not finish")
+            results.failed(variant, row, number, "its jobs did not finish", error)
             continue
         results.add(variant, row, number, slowest)
         results.add(variant, f"{row}_total", number, sum(totals))
@@ -134,6 +133,7 @@ def idle_beside_busy(plan, results, guests):
         return
     results.missing("native", [row], "there is no guest")
     for variant in guests:
+        number = 0
         try:
             with systems.worker(plan, results, variant, name="idle", **SMALL) as idle, systems.worker(
                 plan, results, variant, name="busy", **SMALL
@@ -145,11 +145,11 @@ def idle_beside_busy(plan, results, guests):
                     begin, used = time.monotonic(), cpu_seconds(resident.family(idle.run.processes()))
                     time.sleep(plan.idle)
                     used = cpu_seconds(resident.family(idle.run.processes())) - used
-                    results.add(variant, row, number, 100 * used / (time.monotonic() - begin))
+                    share = 100 * used / (time.monotonic() - begin)
                     busy.finish()
+                    results.add(variant, row, number, share)
         except (OSError, vm.GuestError) as error:
-            results.note(f"{variant}: {row}: {error}")
-            results.missing(variant.system, [row], "its guests did not come up")
+            results.failed(variant, row, number, "its guests did not answer", error)
         results.save()
     say(suite.progress(results, row))
 
