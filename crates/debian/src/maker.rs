@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
 use crate::configuration::{self, Files};
-use crate::mirror;
+use crate::mirror::{self, Archives};
 use crate::recipe::{Format, Recipe, RecipeError};
 use crate::seed::{self, SeedError};
 use crate::work::{self, Unfinished};
@@ -244,7 +244,7 @@ fn bootstrap(recipe: &Recipe) -> Result<Command, BuildError> {
     command.args(mirror::sources(
         &recipe.suite,
         recipe.mirror.as_deref(),
-        &mirror::configured_sources(),
+        &Archives::of_this_machine(),
     ));
     let password = match &recipe.password_file {
         Some(path) => read_text(path)?
