@@ -79,14 +79,18 @@ def plot(found, date):
 
 def page(found, run):
     """The page in Markdown."""
-    dates = sorted({row["measured"][:10] for row in found if row["measured"]})
-    command = "BENCH=quick make bench" if run["quick"] else "make bench"
-    directs = {row["direct"] for row in found}
     yield "# A result of the benchmark"
     yield ""
-    yield f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} by `{command}`, {len(found)} of {len(rows.ROWS)} rows,"
-    yield f"on {run['processor']}, {run['cpus']} CPUs, Linux {run['kernel']}; direct execution"
-    yield f"{', '.join(DIRECT[direct] for direct in sorted(directs, key=str))}."
+    yield f"{len(found)} of {len(rows.ROWS)} rows, measured by"
+    yield ""
+    for one in run["runs"]:
+        its = [row for row in found if row["run"] == one["date"]]
+        directs = sorted({DIRECT[row["direct"]] for row in its})
+        yield (
+            f"* `{one['command']}`, {one['date'][:10]}, {len(its)} row{'s' * (len(its) > 1)}, on {one['processor']}, {one['cpus']} CPUs, "
+            f"Linux {one['kernel']}; direct execution {', '.join(directs)}"
+        )
+    yield ""
     yield "[bench.md](bench.md) says what the rows and columns are. Made by `make bench-page`."
     yield ""
     yield "![How fast guests are, this machine being 1](bench.svg)"
@@ -115,11 +119,13 @@ def main():
     try:
         found = json.loads((directory / "results.json").read_text())
         run = json.loads((directory / "run.json").read_text())
+        made = {"bench-result.md": [*page(found, run)], "bench.svg": [*plot(found, run["date"])]}
     except FileNotFoundError as error:
         raise SystemExit(f"bench: {error.filename} is not there: run make bench first") from None
-    docs = vm.ROOT / "docs"
-    (docs / "bench-result.md").write_text("\n".join(page(found, run)) + "\n")
-    (docs / "bench.svg").write_text("\n".join(plot(found, run["date"])) + "\n")
+    except (ValueError, KeyError) as error:
+        raise SystemExit(f"bench: what {directory} holds cannot be read ({error}): run make bench first") from None
+    for name, lines in made.items():
+        (vm.ROOT / "docs" / name).write_text("\n".join(lines) + "\n")
     print("docs/bench-result.md and docs/bench.svg are made")
 
 

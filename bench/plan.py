@@ -4,6 +4,8 @@ import rows
 
 # Hospes with direct execution, and once more without, side by side.
 BOTH = "both"
+# What a run may be told. The command that repeats it is made of these.
+VARIABLES = ("BENCH", "ROWS", "SYSTEMS", "DIRECT", "KEEP")
 
 
 class Plan:
@@ -14,6 +16,7 @@ class Plan:
     """
 
     def __init__(self, environment):
+        self.command = " ".join((*(f"{name}={environment[name]}" for name in VARIABLES if environment.get(name)), "make bench"))
         self.quick = quick = environment.get("BENCH") == "quick"
         self.box_ms = 200 if quick else 500
         self.pairs = 9 if quick else 12

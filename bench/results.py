@@ -3,8 +3,9 @@
 target/bench/results.json is a list of rows {name, unit, better, native, tcg, uml, hospes, ...}: medians, null where a system has no
 figure. `vs_native`, `vs_tcg`, `vs_uml` and `vs_direct_off` say how many times as fast Hospes is: {median, low, high, pairs, coverage}
 (stats.py).
-`reasons` says why a figure is null, `failed` which rounds of a variant gave none, `measured` when the row was.
-target/bench/run.json is about the run: machine, mitigations, notes.
+`reasons` says why a figure is null, `failed` which rounds of a variant gave none, `measured` when the row was, `run` the date
+of the run that did it.
+target/bench/run.json is about the run: its date, mitigations, notes; `runs` are all those that rows are from: date, command, machine.
 """
 
 import datetime
@@ -67,22 +68,23 @@ class Results:
         self.notes = []
         self.mitigations = {}
         self.measured = {}
-        self.started = datetime.datetime.now(datetime.timezone.utc)
-        self.kept, self.kept_notes = self._earlier() if plan.keep else ({}, [])
+        self.date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+        self.kept, self.kept_runs, self.kept_notes = self._earlier() if plan.keep else ({}, [], [])
 
     def _earlier(self):
-        """The rows of the last run, by name, and its notes."""
+        """The rows of the last run, by name, the runs that they are from, and its notes."""
         try:
             kept = {row["name"]: row for row in json.loads((DIRECTORY / "results.json").read_text())}
             run = json.loads((DIRECTORY / "run.json").read_text())
+            found = kept, run["runs"], run["notes"]
+            self.mitigations = run["mitigations"]
         except FileNotFoundError:
-            return {}, []
+            return {}, [], []
         except (ValueError, KeyError, TypeError) as error:
             raise SystemExit(
                 f"bench: what {DIRECTORY} holds of earlier runs cannot be read ({error}): remove it, or leave KEEP out"
             ) from None
-        self.mitigations = run["mitigations"]
-        return kept, run["notes"]
+        return found
 
     def add(self, variant, row, number, value):
         """The figure of one variant in round `number`."""
@@ -153,7 +155,7 @@ class Results:
             row[f"vs_{other}"] = found.as_json() if found else None
         reasons = {system: self._reason(system, name) for system in rows.SYSTEMS if row[system] is None}
         measured = self.measured.get(rows.measured_as(name))
-        return row | {"reasons": reasons, "failed": self._failed(name), "direct": self.plan.direct, "measured": measured}
+        return row | {"reasons": reasons, "failed": self._failed(name), "direct": self.plan.direct, "measured": measured, "run": self.date}
 
     def _reason(self, system, name):
         if system not in self.plan.systems:
@@ -184,8 +186,10 @@ class Results:
         return found
 
     def run(self):
+        wanted = {row["run"] for row in self.rows()}
+        this = {"date": self.date, "command": self.plan.command, **machine()}
         return {
-            "date": self.started.strftime("%Y-%m-%d %H:%M UTC"), "quick": self.plan.quick, **machine(), "mitigations": self.mitigations,
+            "date": self.date, "runs": [run for run in (*self.kept_runs, this) if run["date"] in wanted], "mitigations": self.mitigations,
             "notes": list(dict.fromkeys([*self.kept_notes, *self.notes])),
         }
 

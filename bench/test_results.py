@@ -1,11 +1,14 @@
 """python3 -m unittest discover -s bench"""
 
+import json
 import pathlib
 import sys
+import tempfile
 import unittest
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
 
+import page  # noqa: E402
 import plan  # noqa: E402
 import results  # noqa: E402
 import suite  # noqa: E402
@@ -34,6 +37,42 @@ def measured(row, wanted, **stubs):
     found = results.Results(chosen)
     suite.measure_row(chosen, found, {variants[name]: stub for name, stub in stubs.items()}, row)
     return found
+
+
+class Pages(unittest.TestCase):
+    ENVIRONMENT = {"BENCH": "quick", "ROWS": "dhrystone", "SYSTEMS": "native,hospes", "DIRECT": "both", "HOME": "/"}
+
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.addCleanup(setattr, results, "DIRECTORY", results.DIRECTORY)
+        results.DIRECTORY = pathlib.Path(directory.name)
+
+    def run_of(self, row, date, **more):
+        """One run as it is kept, and the page that is made of it."""
+        found = results.Results(plan.Plan({**self.ENVIRONMENT, "ROWS": row, **more}))
+        found.date = date
+        for variant in (systems.NATIVE, systems.HOSPES):
+            found.add(variant, row, 0, 100.0)
+        found.save()
+        kept = [json.loads((results.DIRECTORY / name).read_text()) for name in ("results.json", "run.json")]
+        return kept[1], "\n".join(page.page(*kept))
+
+    def test_a_page_says_the_whole_command(self):
+        run, text = self.run_of("dhrystone", "2026-01-01 10:00:00 UTC")
+        command = "BENCH=quick ROWS=dhrystone SYSTEMS=native,hospes DIRECT=both make bench"
+        self.assertEqual([one["command"] for one in run["runs"]], [command])
+        self.assertIn(f"* `{command}`, 2026-01-01, 1 row, on ", text)
+
+    def test_rows_that_were_kept_are_of_their_own_run(self):
+        self.run_of("dhrystone", "2026-01-01 10:00:00 UTC")
+        run, text = self.run_of("whetstone", "2026-01-02 10:00:00 UTC", BENCH="", KEEP="1")
+        self.assertEqual([one["date"][:10] for one in run["runs"]], ["2026-01-01", "2026-01-02"])
+        self.assertIn("* `BENCH=quick ROWS=dhrystone SYSTEMS", text)
+        self.assertIn("* `ROWS=whetstone SYSTEMS=native,hospes DIRECT=both KEEP=1 make bench`, 2026-01-02, 1 row,", text)
+        # Nothing of the first is left.
+        run, _ = self.run_of("dhrystone", "2026-01-03 10:00:00 UTC", KEEP="1")
+        self.assertEqual([one["date"][:10] for one in run["runs"]], ["2026-01-02", "2026-01-03"])
 
 
 class Failures(unittest.TestCase):
