@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use hospes_toolstack::{Entry, Host, ShutdownKind, Until, Watch};
+use hospes_toolstack::{Entry, Host, Until, Watch};
 
 use crate::commands::life::describe_end;
 use crate::table::Call;
@@ -89,7 +89,7 @@ fn start_one(file: &str) -> anyhow::Result<Option<String>> {
     Ok(None)
 }
 
-/// Asks all at once, waits for them together, and destroys those that are left.
+/// Asks all at once to end for good, waits for them together, and destroys those that are left.
 fn stop(timeout: Duration) -> anyhow::Result<()> {
     let host = Host::from_environment()?;
     let deadline = Instant::now() + timeout;
@@ -118,7 +118,7 @@ fn stop(timeout: Duration) -> anyhow::Result<()> {
             Some(ended) => eprintln!("{}", describe_end(entry.domid, &ended)),
             None => eprintln!("Domain {} has not shut down: it is destroyed", entry.domid),
         }
-        // Whatever its configuration says about restarts and about being kept.
+        // One that has ended is waited for until it is gone.
         if !destroy(&host, &entry) {
             failed += 1;
         }
@@ -135,7 +135,7 @@ fn ask(host: &Host, entry: &Entry) -> hospes_toolstack::Result<Watch> {
     let watch = host.watch(entry.domid, Until::Shutdown)?;
     // A paused guest cannot follow.
     host.unpause(&who)?;
-    host.shutdown(&who, ShutdownKind::Poweroff)?;
+    host.shutdown_for_good(&who)?;
     Ok(watch)
 }
 

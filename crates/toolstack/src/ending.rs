@@ -1,6 +1,7 @@
-//! What becomes of a domain whose process is asked to end (SIGTERM): its guest is asked to power off and gets time for that.
+//! A domain that is to end for good: its guest is asked to shut down, and nothing comes behind it.
 //!
-//! So does systemd end what was started in a session, when the host shuts down.
+//! A command may ask for that, which destroys the domain itself when it has waited long enough, or a signal to the process (SIGTERM), after
+//! which the guest gets some time. So does systemd end what was started in a session, when the host shuts down.
 
 use std::sync::{Arc, Mutex, Weak};
 use std::thread;
@@ -10,6 +11,7 @@ use hospes_sys::Termination;
 
 use crate::instance::{Instance, lock};
 use crate::log::log;
+use crate::machine::MachineError;
 use crate::protocol::ShutdownKind;
 
 #[derive(Default)]
@@ -48,7 +50,10 @@ impl Ending {
     fn obey(&self, termination: &Termination) {
         // Without requests there is nothing to do; a fault in waiting for them would come again.
         while let Ok(true) = termination.wait(None) {
-            self.ask();
+            log!("The process has been asked to end: the guest is to shut down");
+            if let Err(fault) = self.ask(ShutdownKind::Poweroff) {
+                log!("The guest cannot be asked, so the domain is destroyed: {fault}");
+            }
             match termination.wait(Some(Instant::now() + self.patience)) {
                 Ok(false) => log!(
                     "The guest has not shut down within {} seconds: the domain is destroyed",
@@ -66,32 +71,32 @@ impl Ending {
         lock(&self.state).instance.upgrade()
     }
 
-    fn ask(&self) {
+    /// Asks the guest. A domain whose guest has ended, or cannot be asked, is destroyed.
+    pub(crate) fn ask(&self, kind: ShutdownKind) -> Result<(), MachineError> {
         lock(&self.state).asked = true;
-        log!("The process has been asked to end: the guest is to shut down");
         // One that is being built is met when it is there.
         let Some(instance) = self.instance() else {
-            return;
+            return Ok(());
         };
         if instance.has_shut_down() {
-            return instance.destroy();
+            instance.destroy();
+            return Ok(());
         }
         let machine = instance.machine();
         // A paused guest cannot follow.
         machine.unpause();
-        if let Err(fault) = machine.request_shutdown(ShutdownKind::Poweroff) {
-            log!("The guest cannot be asked, so the domain is destroyed: {fault}");
-            instance.destroy();
-        }
+        machine
+            .request_shutdown(kind)
+            .inspect_err(|_| instance.destroy())
     }
 
-    /// The process has been asked to end. To be looked at when the end of the present domain id is known to all: one that has ended before
+    /// The domain is to end for good. To be looked at when the end of the present domain id is known to all: one that has ended before
     /// is destroyed.
     pub(crate) fn is_asked(&self) -> bool {
         lock(&self.state).asked
     }
 
-    /// Makes known the present domain id, whose guest has not started yet. It never does where the process has been asked to end.
+    /// Makes known the present domain id, whose guest has not started yet. It never does where the domain is to end.
     pub(crate) fn set_instance(&self, instance: &Arc<Instance>) {
         let asked = {
             let mut state = lock(&self.state);

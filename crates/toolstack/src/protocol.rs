@@ -117,6 +117,9 @@ pub enum Request {
     Unpause,
     Shutdown {
         kind: ShutdownKind,
+        /// Nothing is to come behind the domain, whatever its configuration says.
+        #[serde(default)]
+        last: bool,
     },
     /// The reply comes when the domain is gone. There is none where it has become another id's before it could be
     /// destroyed: then that one is to be asked.
@@ -335,11 +338,24 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
+    fn decode_shutdown_that_does_not_say_is_not_the_last() {
+        let line =
+            format!(r#"{{"version":{VERSION},"body":{{"op":"shutdown","kind":"poweroff"}}}}"#);
+        let expected = Request::Shutdown {
+            kind: ShutdownKind::Poweroff,
+            last: false,
+        };
+        let decoded: Request = decode(line.as_bytes()).expect("a request");
+        assert_eq!(decoded, expected);
+    }
+
+    #[test]
     fn decode_encoded_request_returns_it() {
         for request in [
             Request::Info,
             Request::Shutdown {
                 kind: ShutdownKind::Reboot,
+                last: true,
             },
             Request::Wait {
                 until: Until::Death,

@@ -15,6 +15,7 @@ use std::time::Duration;
 use hospes_config::CpuList;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::ending::Ending;
 use crate::error::{Result, at};
 use crate::hub::{ConsoleHub, Watcher};
 use crate::instance::Instance;
@@ -43,6 +44,7 @@ impl Server {
         dir: &Path,
         instance: &Arc<Instance>,
         hub: &Arc<ConsoleHub>,
+        ending: &Arc<Ending>,
     ) -> Result<Server> {
         let mut server = Server {
             listeners: Vec::new(),
@@ -60,11 +62,12 @@ impl Server {
         // An idle connection must not keep an ended machine's memory.
         let instance = Arc::downgrade(instance);
         let to_announce = instance.clone();
+        let ending = ending.clone();
         server.listen(
             &dir.join("control.sock"),
             |stream| refuse(stream, &full()),
             move || Announced::new(&to_announce),
-            move |stream, announced| serve_control(&stream, announced, &instance),
+            move |stream, announced| serve_control(&stream, announced, &instance, &ending),
         )?;
         Ok(server)
     }
@@ -152,7 +155,12 @@ impl Drop for Announced {
 }
 
 /// `first` is from the moment the connection was accepted: somebody who asks for the end, and then for what brings it about, is told.
-fn serve_control(stream: &UnixStream, first: Announced, instance: &Weak<Instance>) {
+fn serve_control(
+    stream: &UnixStream,
+    first: Announced,
+    instance: &Weak<Instance>,
+    ending: &Ending,
+) {
     if stream.set_read_timeout(Some(IDLE)).is_err() {
         return;
     }
@@ -174,8 +182,8 @@ fn serve_control(stream: &UnixStream, first: Announced, instance: &Weak<Instance
         let announced = announced
             .take()
             .unwrap_or_else(|| Announced::new(&Arc::downgrade(&instance)));
-        let answered =
-            answer(stream, &instance, request).is_some_and(|reply| reply_to(stream, &reply));
+        let answered = answer(stream, &instance, ending, request)
+            .is_some_and(|reply| reply_to(stream, &reply));
         drop(announced);
         if !answered {
             return;
@@ -205,7 +213,12 @@ fn reply_to(stream: &UnixStream, reply: &Reply) -> bool {
 }
 
 /// `None` where the client has left, or has to ask the domain's next instance.
-fn answer(stream: &UnixStream, instance: &Instance, request: Request) -> Option<Reply> {
+fn answer(
+    stream: &UnixStream,
+    instance: &Instance,
+    ending: &Ending,
+    request: Request,
+) -> Option<Reply> {
     let machine = instance.machine();
     let ended = "it has shut down already: destroy it";
     let asks_guest = !matches!(
@@ -215,6 +228,7 @@ fn answer(stream: &UnixStream, instance: &Instance, request: Request) -> Option<
             | Request::Share
             | Request::Pause
             | Request::Unpause
+            | Request::Shutdown { last: true, .. }
             | Request::Destroy
             | Request::Wait { .. }
             | Request::Rename { .. }
@@ -235,7 +249,8 @@ fn answer(stream: &UnixStream, instance: &Instance, request: Request) -> Option<
             machine.unpause();
             Reply::Done
         }
-        Request::Shutdown { kind } => done(machine.request_shutdown(kind)),
+        Request::Shutdown { kind, last: true } => done(ending.ask(kind)),
+        Request::Shutdown { kind, .. } => done(machine.request_shutdown(kind)),
         Request::Destroy => {
             instance.destroy();
             match wait(stream, instance, Until::Death)? {

@@ -170,7 +170,7 @@ impl<'a> Supervisor<'a> {
             machine,
         ));
         self.ending.set_instance(&instance);
-        let server = Server::start(slot.dir(), &instance, &self.hub)?;
+        let server = Server::start(slot.dir(), &instance, &self.hub, &self.ending)?;
         Ok((server, instance))
     }
 
@@ -216,7 +216,7 @@ impl<'a> Supervisor<'a> {
                     .update(|progress| progress.shutdown = Some(reason));
             }
             if self.ending.is_asked() {
-                log!("The process has been asked to end: nothing comes behind the domain");
+                log!("The domain is to end for good: nothing comes behind it");
                 return self.end(current);
             }
             if next == Next::RenameRestart {

@@ -237,6 +237,24 @@ fn domains_start_and_stop_what_the_directory_says() {
 }
 
 #[test]
+fn domains_that_stop_do_not_start_again_while_others_take_their_time() {
+    let bench = Bench::new();
+    bench.create("slow", &["extra='deaf'"]);
+    bench.create("again", &["on_poweroff='restart'"]);
+    bench.create("kept", &["on_poweroff='preserve'"]);
+    // Longer than a domain has to have run before it is restarted.
+    bench.ok(&["domains", "stop", "--timeout", "3"]);
+    assert_eq!(bench.ok(&["vm-list"]).lines().count(), 1);
+    let log = bench.log("again.log");
+    assert!(
+        log.contains("Domain 2 has shut down, reason code 0") && !log.contains("Rebooting"),
+        "{log}"
+    );
+    bench.create("next", &[]);
+    assert_eq!(bench.row("next").expect("it runs")[1], "4");
+}
+
+#[test]
 fn completions_are_scripts_that_the_shell_takes() {
     let bench = Bench::new();
     let script = bench.path("completions.bash");
