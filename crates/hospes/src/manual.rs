@@ -128,15 +128,15 @@ const DISK: &[(&str, &str)] = &[
     ),
     (
         "direct-io-safe",
-        "The image may be read and written around the host's page cache.",
+        "Accepted: the disk is read and written past the host's page cache in any case where the host can do that.",
     ),
     (
         "script=PROGRAM",
-        "Program that makes a block device of the target.",
+        "Refused, and so are the prefixes that stand for one: make the block device first and give its path.",
     ),
     (
         "backend=DOMAIN",
-        "Domain whose back end serves the disk; the host where it is not given.",
+        "Refused unless it names the host, which serves all disks.",
     ),
     (
         "trusted, untrusted",
@@ -160,11 +160,13 @@ const VIF: &[(&str, &str)] = &[
     ),
     (
         "ip=ADDRESS...",
-        "Addresses the guest may use, for the script.",
+        "Addresses and networks of IPv4 and IPv6, separated by spaces, that the guest may send from. On a bridge, or with a script, packets from \
+         others are dropped, and without ip= everything passes. In the network of Hospes they are allowed beside the addresses that the guest gets \
+         there. 0.0.0.0/0 lets everything pass.",
     ),
     (
         "script=PROGRAM",
-        "Program that sets the interface of the host up.",
+        "Program that sets the interface of the host up, called as Xen calls it; without a path it lies in /etc/xen/scripts.",
     ),
     (
         "vifname=NAME",
@@ -177,11 +179,11 @@ const VIF: &[(&str, &str)] = &[
     ("mtu=BYTES", "Largest packet; that of the bridge, or 1500."),
     (
         "gatewaydev=NAME",
-        "Interface of the host that a routed guest goes through.",
+        "Interface of the host that a routed guest goes through, for the script.",
     ),
     (
         "backend=DOMAIN",
-        "Domain whose back end serves the interface.",
+        "Refused unless it names the host, which serves all interfaces.",
     ),
     (
         "devid=NUMBER",
@@ -262,6 +264,19 @@ mod tests {
                 key.name
             );
         }
+    }
+
+    #[test]
+    fn keys_that_are_refused_are_said_to_be() {
+        let about = |keys: &[(&str, &'static str)], key: &str| {
+            let found = keys.iter().find(|(name, _)| name.starts_with(key));
+            found.expect("described").1
+        };
+        // What devices.rs and vifs.rs refuse.
+        for (keys, key) in [(DISK, "script="), (DISK, "backend="), (VIF, "backend=")] {
+            assert!(about(keys, key).starts_with("Refused"), "{key}");
+        }
+        assert!(about(VIF, "ip=").contains("dropped"));
     }
 
     #[test]
