@@ -51,6 +51,7 @@ fn names() -> String {
 const BASH_HEAD: &str = r#"# Completions of hospes and xl for bash.
 _hospes() {
     local cur=${COMP_WORDS[COMP_CWORD]} program=${COMP_WORDS[0]} command= index=1 words= domains= files=
+    local name quoted found
     while [ $index -lt "$COMP_CWORD" ]; do
         case ${COMP_WORDS[index]} in
             -*) ;;
@@ -62,13 +63,21 @@ _hospes() {
 "#;
 
 const BASH_TAIL: &str = r#"    esac
-    if [ -n "$domains" ]; then
-        words="$words $("$program" vm-list 2>/dev/null | awk 'NR > 1 { print $3 }')"
-    fi
     COMPREPLY=($(compgen -W "$words" -- "$cur"))
+    if [ -n "$domains" ]; then
+        # A name may hold what the shell would expand. Beside files readline quotes it.
+        while read -r _ _ name; do
+            printf -v quoted %q "$name"
+            if [[ $name == "$cur"* || $quoted == "$cur"* ]]; then
+                [ -n "$files" ] || name=$quoted
+                COMPREPLY+=("$name")
+            fi
+        done < <("$program" vm-list 2>/dev/null | tail -n +2)
+    fi
     if [ -n "$files" ]; then
         compopt -o filenames 2>/dev/null
-        COMPREPLY+=($(compgen -f -- "$cur"))
+        mapfile -t found < <(compgen -f -- "$cur")
+        COMPREPLY+=("${found[@]}")
     fi
 }
 complete -F _hospes hospes

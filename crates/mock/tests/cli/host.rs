@@ -254,33 +254,59 @@ fn domains_that_stop_do_not_start_again_while_others_take_their_time() {
     assert_eq!(bench.row("next").expect("it runs")[1], "4");
 }
 
+/// What bash makes of the words behind the program's name, in the directory of the test.
+fn completed(bench: &Bench, line: &str) -> Vec<String> {
+    let script = bench.path("completions.bash");
+    std::fs::write(&script, bench.ok(&["completions", "bash"])).expect("writable");
+    let words: Vec<&str> = line.split(' ').collect();
+    let output = Command::new("bash")
+        .args([
+            "-c",
+            r#"source ./completions.bash; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _hospes; printf '%s\n' "${COMPREPLY[@]}""#,
+            "bash",
+            env!("CARGO_BIN_EXE_hospes-mock"),
+        ])
+        .args(words)
+        .env("HOSPES_RUN_DIR", bench.path("run"))
+        .env("HOSPES_LOG_DIR", bench.path("log"))
+        .current_dir(bench.path("."))
+        .output()
+        .expect("bash");
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8(output.stdout).expect("text");
+    text.lines().map(String::from).collect()
+}
+
+#[test]
+fn completions_leave_names_of_domains_and_files_whole() {
+    let bench = Bench::new();
+    bench.create("we b", &[]);
+    bench.create("we$(touch hit)", &[]);
+    std::fs::write(bench.path("my vm.cfg"), "").expect("writable");
+    assert_eq!(
+        completed(&bench, "pause we"),
+        [r"we\ b", r"we\$\(touch\ hit\)"]
+    );
+    assert_eq!(
+        completed(&bench, r"pause we\"),
+        [r"we\ b", r"we\$\(touch\ hit\)"]
+    );
+    assert_eq!(completed(&bench, "create my"), ["my vm.cfg"]);
+    assert!(!bench.path("hit").exists(), "the name was run");
+}
+
 #[test]
 fn completions_are_scripts_that_the_shell_takes() {
     let bench = Bench::new();
-    let script = bench.path("completions.bash");
-    std::fs::write(&script, bench.ok(&["completions", "bash"])).expect("writable");
-    let reply = |line: &str| {
-        let words: Vec<&str> = line.split(' ').collect();
-        let text = format!(
-            "source '{}'; COMP_WORDS=({}); COMP_CWORD={}; _hospes; echo \"${{COMPREPLY[*]}}\"",
-            script.display(),
-            words
-                .iter()
-                .map(|word| format!("'{word}'"))
-                .collect::<Vec<_>>()
-                .join(" "),
-            words.len() - 1
-        );
-        let output = Command::new("bash")
-            .args(["-c", &text])
-            .output()
-            .expect("bash");
-        assert!(output.status.success(), "{output:?}");
-        String::from_utf8(output.stdout).expect("text")
-    };
-    assert_eq!(reply("hospes vcpu-"), "vcpu-list vcpu-pin vcpu-set\n");
-    assert_eq!(reply("hospes -v shutdown --"), "--all --wait --help\n");
-    assert_eq!(reply("hospes domains st"), "start stop\n");
+    assert_eq!(
+        completed(&bench, "vcpu-"),
+        ["vcpu-list", "vcpu-pin", "vcpu-set"]
+    );
+    assert_eq!(
+        completed(&bench, "-v shutdown --"),
+        ["--all", "--wait", "--help"]
+    );
+    assert_eq!(completed(&bench, "domains st"), ["start", "stop"]);
     assert!(
         bench
             .ok(&["completions", "zsh"])
