@@ -6,7 +6,7 @@ import math
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
 
 import rows  # noqa: E402
 import table  # noqa: E402

@@ -13,7 +13,7 @@ import pathlib
 import sys
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
 
 import devices  # noqa: E402
 import netns  # noqa: E402
