@@ -123,10 +123,11 @@ impl Xen {
 
     /// Arms, renews or stops a watchdog; returns the number of a new one.
     fn watchdog(&self, a: sched::Watchdog) -> Result<Reply, Errno> {
-        let deadline = self.time.now_ns() + u64::from(a.timeout) * 1_000_000_000;
+        let now = self.time.now_ns();
+        let timeout = u64::from(a.timeout) * 1_000_000_000;
         match a.id as usize {
             0 if a.timeout == 0 => Err(Errno::Inval),
-            0 => match self.timers.set_free_watchdog(deadline) {
+            0 => match self.timers.set_free_watchdog(now, timeout) {
                 Some(number) => Ok(Reply::Value(number as u64 + 1)),
                 None => Err(Errno::NoSpc),
             },
@@ -135,7 +136,7 @@ impl Xen {
                 if a.timeout == 0 {
                     self.timers.cancel(Timer::Watchdog(n - 1));
                 } else {
-                    self.timers.set(Timer::Watchdog(n - 1), deadline);
+                    self.timers.set_watchdog(n - 1, now, timeout);
                 }
                 Ok(Reply::OK)
             }

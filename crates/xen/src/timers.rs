@@ -36,6 +36,8 @@ struct Inner {
     /// Single-shot, periodic and poll timers of all vCPUs, then the watchdogs.
     deadlines: Vec<u64>,
     periods: Vec<u64>,
+    /// What the watchdogs were last armed with, ns.
+    timeouts: [u64; sched::WATCHDOGS],
     /// When the thread wakes by itself.
     wakes_at: u64,
     stop: bool,
@@ -47,6 +49,7 @@ impl Timers {
             inner: Mutex::new(Inner {
                 deadlines: vec![NEVER; 3 * vcpus + sched::WATCHDOGS],
                 periods: vec![0; vcpus],
+                timeouts: [0; sched::WATCHDOGS],
                 wakes_at: 0,
                 stop: false,
             }),
@@ -81,17 +84,27 @@ impl Timers {
         self.cancel(Timer::Periodic(id));
     }
 
+    /// Arms or renews a watchdog.
+    pub fn set_watchdog(&self, number: usize, now: u64, timeout: u64) {
+        self.arm_watchdog(&mut lock(&self.inner), number, now, timeout);
+    }
+
     /// Arms a watchdog that is not in use; returns its number.
-    pub fn set_free_watchdog(&self, deadline_ns: u64) -> Option<usize> {
+    pub fn set_free_watchdog(&self, now: u64, timeout: u64) -> Option<usize> {
         let mut inner = lock(&self.inner);
         let number = (0..sched::WATCHDOGS).find(|n| {
             let slot = inner.slot(Timer::Watchdog(*n));
             inner.deadlines[slot] == NEVER
         })?;
-        let slot = inner.slot(Timer::Watchdog(number));
-        inner.deadlines[slot] = deadline_ns;
-        self.hurry(&inner, deadline_ns);
+        self.arm_watchdog(&mut inner, number, now, timeout);
         Some(number)
+    }
+
+    fn arm_watchdog(&self, inner: &mut Inner, number: usize, now: u64, timeout: u64) {
+        let slot = inner.slot(Timer::Watchdog(number));
+        inner.timeouts[number] = timeout;
+        inner.deadlines[slot] = now.saturating_add(timeout);
+        self.hurry(inner, inner.deadlines[slot]);
     }
 
     fn hurry(&self, inner: &Inner, deadline_ns: u64) {
@@ -122,6 +135,16 @@ impl Inner {
             (id, 0) => Timer::Singleshot(id),
             (id, 1) => Timer::Periodic(id),
             (id, _) => Timer::Poll(id),
+        }
+    }
+
+    /// Gives the watchdogs in use their whole time again: the guest could not renew them.
+    fn renew_watchdogs(&mut self, now: u64) {
+        for number in 0..sched::WATCHDOGS {
+            let slot = self.slot(Timer::Watchdog(number));
+            if self.deadlines[slot] != NEVER {
+                self.deadlines[slot] = now.saturating_add(self.timeouts[number]);
+            }
         }
     }
 
@@ -206,6 +229,7 @@ impl Xen {
                 // Before any timer fires: the guest's watchdogs run in its timer interrupt.
                 self.time.mark_stopped();
                 self.note_stopped(now - expected);
+                inner.renew_watchdogs(now);
             }
             expected = now;
             let earliest = inner.take_due(now, &mut due);
@@ -244,5 +268,30 @@ impl Xen {
             Timer::Poll(id) => self.host.wake(VcpuId(id as u32)),
             Timer::Watchdog(_) => self.host.watchdog_expired(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering::SeqCst;
+
+    use super::*;
+    use crate::testing::Machine;
+
+    #[test]
+    fn watchdog_begins_anew_after_the_process_was_stopped() {
+        let m = Machine::new(1);
+        let _clock = m.xen.start_clock().unwrap();
+        let timeout = 1_000_000_000;
+        m.xen.timers.set_watchdog(0, m.xen.time.now_ns(), timeout);
+        // The clock's thread cannot go on without it.
+        let inner = lock(&m.xen.timers.inner);
+        std::thread::sleep(Duration::from_nanos(timeout + STOPPED_NS * 3 / 2));
+        let resumed = m.xen.time.now_ns();
+        drop(inner);
+        while !m.host.watchdog.load(SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(m.xen.time.now_ns() - resumed >= timeout);
     }
 }
