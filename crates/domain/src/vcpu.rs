@@ -127,6 +127,8 @@ impl Loop {
         self.run.set_activity(self.id, activity);
         self.note(match activity {
             Activity::Blocked => Runstate::Blocked,
+            // As on Xen: a pause steals no time from one that waits.
+            Activity::Held if self.runstate == Runstate::Blocked => Runstate::Blocked,
             _ => Runstate::Offline,
         });
         while !done(self) && !self.run.has_ended() && (held || !self.run.is_paused()) {
