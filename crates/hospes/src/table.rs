@@ -552,7 +552,7 @@ pub(crate) const COMMANDS: &[Command] = &[
             "ignore-host",
             "also more than the host has CPUs",
         )],
-        details: "At most maxvcpus of the configuration. The guest takes them on and off line by itself.",
+        details: "At most maxvcpus of the configuration. The guest takes them on and off line by itself. The number stays through reboots.",
         min: 2,
         max: 2,
         run: vcpus::set,

@@ -206,6 +206,15 @@ impl Instance {
         })?)
     }
 
+    /// Changes how many vCPUs the guest uses, for this domain and what it is restarted as; the next start may have fewer at most.
+    pub(crate) fn set_vcpus(&self, online: u32) -> std::result::Result<(), ChangeError> {
+        let _changes = lock(&self.changes);
+        self.machine
+            .set_vcpus(online)
+            .map_err(ChangeError::Machine)?;
+        Ok(self.change_config(|config| config.vcpus = online.min(config.maxvcpus))?)
+    }
+
     pub(crate) fn attach_disk(&self, disk: DiskConfig) -> std::result::Result<(), ChangeError> {
         let _changes = lock(&self.changes);
         let number = disk.vdev.number;

@@ -281,7 +281,7 @@ fn answer(
         Request::Pin { vcpu, hard, soft } => done(pin(machine, vcpu, hard.as_ref(), soft.as_ref())),
         Request::Share => Reply::Share(machine.share()),
         Request::SetShare { weight, cap } => done(instance.set_share(weight, cap)),
-        Request::SetVcpus { online } => done(machine.set_vcpus(online)),
+        Request::SetVcpus { online } => done(instance.set_vcpus(online)),
     })
 }
 

@@ -312,6 +312,31 @@ fn config_update_counts_from_the_next_start() {
 }
 
 #[test]
+fn vcpu_set_counts_from_now_on_and_for_the_next_start() {
+    let bench = Bench::new();
+    bench.create("one", &["vcpus=1", "maxvcpus=3"]);
+    let reboot = |id: &str| {
+        bench.ok(&["reboot", "one"]);
+        crate::common::until("it runs again", || {
+            bench.row("one").is_some_and(|row| row[1] == id)
+        });
+        bench.row("one").expect("it runs")[3].clone()
+    };
+    bench.ok(&["vcpu-set", "-i", "one", "2"]);
+    let online = config(&bench, "one")["b_info"]["avail_vcpus"].clone();
+    assert_eq!(online, serde_json::json!([0, 1]));
+    assert_eq!(reboot("2"), "2");
+    let file = bench.path("new.cfg");
+    let kernel = bench.path("kernel").display().to_string();
+    let text = format!("name='one'\nkernel='{kernel}'\nvcpus=1\nmaxvcpus=2\n");
+    std::fs::write(&file, text).expect("writable");
+    bench.ok(&["config-update", "one", &file.display().to_string()]);
+    bench.ok(&["vcpu-set", "-i", "one", "3"]);
+    assert_eq!(bench.row("one").expect("it runs")[3], "3");
+    assert_eq!(reboot("3"), "2", "the next one has no more");
+}
+
+#[test]
 fn config_update_leaves_what_is_attached_to_the_running_domain() {
     let bench = Bench::new();
     bench.create("one", &["disk=['/img/a,,xvda']", "memory=64"]);
