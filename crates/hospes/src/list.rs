@@ -4,7 +4,9 @@ use std::fs;
 
 use anyhow::Context;
 use hospes_config::Uuid;
-use hospes_toolstack::{DeviceKind, DomainInfo, EndReason, Entry, Error, HOST_NAME, Host};
+use hospes_toolstack::{
+    DeviceKind, DomainInfo, EndReason, Entry, Error, HOST_NAME, Host, host_cpus,
+};
 use serde_json::{Value, json as object};
 
 use crate::Outcome;
@@ -219,7 +221,7 @@ pub(crate) fn host_info<'a>(
         name: HOST_NAME.into(),
         uuid: Uuid::NIL,
         memory_kib: memory.total_kib.saturating_sub(others_kib),
-        vcpus_online: std::thread::available_parallelism().map_or(1, |count| count.get() as u32),
+        vcpus_online: host_cpus().cpus.iter().count() as u32,
         cpu_time_ns: ticks.saturating_mul(1_000_000_000 / ticks_per_s),
         running: true,
         blocked: false,

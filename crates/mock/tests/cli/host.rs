@@ -82,6 +82,18 @@ fn memory_of_all_domains_and_what_is_free_is_the_hosts() {
     );
 }
 
+#[test]
+fn host_has_its_cpus_wherever_the_command_may_run() {
+    let bench = Bench::new();
+    // Commands inherit it.
+    let mut first = rustix::thread::CpuSet::new();
+    first.set(rustix::thread::sched_getcpu());
+    rustix::thread::sched_setaffinity(None, &first).expect("one that it runs on");
+    let rows = bench.ok(&["vcpu-list", "0"]).lines().skip(1).count();
+    let listed = &bench.row("Domain-0").expect("the host is there")[3];
+    assert_eq!(*listed, rows.to_string());
+}
+
 /// What scripts such as Xen's own for the start of the host look for in JSON.
 #[test]
 fn json_is_laid_out_as_that_of_xl() {
