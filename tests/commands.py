@@ -282,6 +282,10 @@ def processors_are_taken_and_given(bench):
     shell.until("cd /sys/devices/system/cpu; for c in cpu1 cpu2; do echo 1 >$c/online; done; " + online.format("0-2"))
     wait_until(lambda: bench.row("cpus").split()[3] == "3", f"`list` shows {bench.row('cpus')}")
     bench.refused("4", "vcpu-set", "-i", "cpus", "4")
+    bench.hospes("vcpu-set", "cpus", "2")
+    bench.hospes("reboot", "cpus")
+    shell.wait_for("HOSPES-GUEST ready", BOOT_S)
+    shell.until(online.format("0-1"))
     shell.off()
 
 
