@@ -1,15 +1,17 @@
 //! A control group of the host's `cpu` controller for the vCPUs of one domain: version 1 where it is mounted, else version 2.
 //!
-//! The group is made beside the others of the process's own group (version 1) or at the top (version 2, which allows groups only where no processes are),
-//! named after the domain's process, and removed when dropped. One whose process was killed is removed by the next that makes a group.
+//! The group is made in the process's own group, named after the domain's process, and removed when dropped. One whose process was killed is removed by
+//! the next that makes a group. In version 2 it is a threaded one: it divides the time of the own group alone, and the process stays where whoever
+//! started it (systemd, a container) put it. The host's root group and the groups of others are never touched.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Beginning of the groups' names.
 const PREFIX: &str = "hospes-";
-/// Weight of a group that says nothing: in Xen, in version 1 for each thread, in version 2.
+/// Weight of what says nothing: a domain in Xen, a group in version 1 and in version 2. In both a group of it counts as much as one thread beside it.
 const XEN_WEIGHT: u64 = 256;
 const V1_SHARES: u64 = 1024;
 const V2_WEIGHT: u64 = 100;
@@ -23,19 +25,47 @@ enum Version {
     V2,
 }
 
-/// Where groups can be made.
+impl Version {
+    /// The file of a group that lists its threads and takes others.
+    fn threads(self) -> &'static str {
+        match self {
+            Version::V1 => "tasks",
+            Version::V2 => "cgroup.threads",
+        }
+    }
+
+    /// Files of a group with what limits and prefers nobody.
+    fn defaults(self) -> [(&'static str, String); 2] {
+        match self {
+            Version::V1 => [
+                ("cpu.cfs_quota_us", "-1".to_owned()),
+                ("cpu.shares", V1_SHARES.to_string()),
+            ],
+            Version::V2 => [
+                ("cpu.max", "max".to_owned()),
+                ("cpu.weight", V2_WEIGHT.to_string()),
+            ],
+        }
+    }
+}
+
+/// Where groups can be made: the process's own group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Place {
     version: Version,
     parent: PathBuf,
 }
 
-/// A group with a domain's vCPU threads in it (version 2: with its whole process).
+/// A group with a domain's vCPU threads in it.
 #[derive(Debug)]
 pub struct Group {
-    version: Version,
+    place: Place,
     path: PathBuf,
 }
+
+/// How long a thread that was joined may still count as one of its group.
+const GONE_TRIES: u32 = 20;
+const GONE_WAIT: Duration = Duration::from_millis(1);
 
 impl Group {
     /// Makes a group and moves the given threads of this process into it.
@@ -48,25 +78,23 @@ impl Group {
 
     fn make(place: &Place, process: u32, threads: &[i32]) -> io::Result<Group> {
         remove_abandoned(&place.parent);
-        if place.version == Version::V2 {
-            fs::write(place.parent.join("cgroup.subtree_control"), "+cpu")?;
-        }
         let path = place.parent.join(format!("{PREFIX}{process}"));
         match fs::create_dir(&path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => {}
         }
+        // Dropped, and so undone, where a step fails.
         let group = Group {
-            version: place.version,
+            place: place.clone(),
             path,
         };
-        match group.version {
-            Version::V1 => {
-                for thread in threads {
-                    fs::write(group.path.join("tasks"), thread.to_string())?;
-                }
-            }
-            Version::V2 => fs::write(group.path.join("cgroup.procs"), process.to_string())?,
+        if place.version == Version::V2 {
+            // Only a group that has threaded children may give them controllers while it has processes itself.
+            fs::write(group.path.join("cgroup.type"), "threaded")?;
+            fs::write(place.parent.join("cgroup.subtree_control"), "+cpu")?;
+        }
+        for thread in threads {
+            fs::write(group.path.join(place.version.threads()), thread.to_string())?;
         }
         Ok(group)
     }
@@ -75,11 +103,11 @@ impl Group {
     pub fn set(&self, weight: u16, cap: u16, vcpus: u32) -> io::Result<()> {
         let put = |name: &str, value: String| fs::write(self.path.join(name), value);
         let (period, quota) = period_and_quota(cap);
-        let weight = u64::from(weight);
-        match self.version {
+        // Threads of other domains count each for itself, so this group has to count for as many as it has.
+        let weight = u64::from(weight) * u64::from(vcpus);
+        match self.place.version {
             Version::V1 => {
-                // Threads of other domains count each for itself, so this group has to count for as many as it has.
-                let shares = weight * V1_SHARES * u64::from(vcpus) / XEN_WEIGHT;
+                let shares = weight * V1_SHARES / XEN_WEIGHT;
                 put("cpu.shares", shares.clamp(2, 262_144).to_string())?;
                 // The old quota may not fit into the new period.
                 put("cpu.cfs_quota_us", "-1".to_owned())?;
@@ -101,8 +129,22 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // In version 1 the threads have ended; in version 2 the process is still in it, and the next to make a group removes this one.
-        let _ = fs::remove_dir(&self.path);
+        let version = self.place.version;
+        for (name, value) in version.defaults() {
+            let _ = fs::write(self.path.join(name), value);
+        }
+        let left = fs::read_to_string(self.path.join(version.threads())).unwrap_or_default();
+        for thread in left.lines() {
+            let _ = fs::write(self.place.parent.join(version.threads()), thread);
+        }
+        for _ in 0..GONE_TRIES {
+            match fs::remove_dir(&self.path) {
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                    std::thread::sleep(GONE_WAIT);
+                }
+                _ => break,
+            }
+        }
     }
 }
 
@@ -153,15 +195,27 @@ fn find(mounts: &str, groups: &str) -> Option<Place> {
             });
         }
         if kind == "cgroup2" {
-            second = Some(Place {
-                version: Version::V2,
-                parent: directory,
-            });
+            second = Some(directory);
         }
     }
-    second.filter(|place| {
-        fs::read_to_string(place.parent.join("cgroup.controllers"))
-            .is_ok_and(|all| all.split_whitespace().any(|c| c == "cpu"))
+    find_v2(&second?, groups)
+}
+
+/// The same in version 2, mounted there.
+fn find_v2(mount: &Path, groups: &str) -> Option<Place> {
+    let own = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    // In a container the path may be one that leads out of the mount.
+    if own.split('/').any(|part| part == "..") {
+        return None;
+    }
+    let parent = mount.join(own);
+    let controllers = fs::read_to_string(parent.join("cgroup.controllers")).ok()?;
+    // The host's root group is the one without a type.
+    let usable =
+        parent.join("cgroup.type").exists() && controllers.split_whitespace().any(|c| c == "cpu");
+    usable.then_some(Place {
+        version: Version::V2,
+        parent,
     })
 }
 
@@ -187,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn find_prefers_version_1_and_takes_version_2_with_the_controller() {
+    fn find_prefers_version_1() {
         let d = Directory::new("find");
         let dir = d.0.display();
         let v1 = format!(
@@ -197,11 +251,26 @@ mod tests {
         assert_eq!((place.version, &place.parent), (Version::V1, &d.0.join("")));
         let gone = find(&v1, "3:cpu:/not/there\n").unwrap();
         assert_eq!(gone.parent, d.0);
-        let v2 = format!("cgroup2 {dir} cgroup2 rw 0 0\n");
-        assert_eq!(find(&v2, "0::/\n"), None, "no controllers");
-        fs::write(d.0.join("cgroup.controllers"), "memory cpu io\n").unwrap();
-        assert_eq!(find(&v2, "0::/\n").unwrap().version, Version::V2);
         assert_eq!(find("", ""), None);
+    }
+
+    #[test]
+    fn find_takes_the_own_group_of_version_2() {
+        let d = Directory::new("own");
+        let v2 = format!("cgroup2 {} cgroup2 rw 0 0\n", d.0.display());
+        let own = d.0.join("a/b");
+        fs::create_dir_all(&own).unwrap();
+        for group in [&d.0, &d.0.join("a"), &own] {
+            fs::write(group.join("cgroup.controllers"), "memory cpu io\n").unwrap();
+        }
+        assert_eq!(find(&v2, "0::/\n"), None, "the host's root group");
+        fs::write(own.join("cgroup.type"), "domain\n").unwrap();
+        let place = find(&v2, "1:name=systemd:/\n0::/a/b\n").unwrap();
+        assert_eq!((place.version, &place.parent), (Version::V2, &own));
+        assert_eq!(find(&v2, "0::/a/c\n"), None, "not there");
+        assert_eq!(find(&v2, "0::/../a/b\n"), None, "outside");
+        fs::write(own.join("cgroup.controllers"), "memory io\n").unwrap();
+        assert_eq!(find(&v2, "0::/a/b\n"), None, "no controller");
     }
 
     #[test]
@@ -226,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn group_of_version_2_gets_the_process_and_values() {
+    fn group_of_version_2_is_threaded_and_gets_its_threads_and_values() {
         let d = Directory::new("v2");
         let place = Place {
             version: Version::V2,
@@ -234,12 +303,54 @@ mod tests {
         };
         let group = Group::make(&place, 78, &[5]).unwrap();
         group.set(128, 5, 4).unwrap();
-        let read = |name: &str| fs::read_to_string(d.0.join("hospes-78").join(name)).unwrap();
-        assert_eq!(read("cgroup.procs"), "78");
-        assert_eq!(read("cpu.weight"), "50");
-        assert_eq!(read("cpu.max"), "1000 20000");
+        let read = |name: &str| fs::read_to_string(d.0.join(name)).unwrap();
+        assert_eq!(read("hospes-78/cgroup.type"), "threaded");
+        assert_eq!(read("cgroup.subtree_control"), "+cpu");
+        assert_eq!(read("hospes-78/cgroup.threads"), "5");
+        assert!(
+            !d.0.join("hospes-78/cgroup.procs").exists(),
+            "the process stays"
+        );
+        assert_eq!(read("hospes-78/cpu.weight"), "200");
+        assert_eq!(read("hospes-78/cpu.max"), "1000 20000");
         group.set(256, 0, 4).unwrap();
-        assert_eq!(read("cpu.max"), "max 10000");
+        assert_eq!(read("hospes-78/cpu.max"), "max 10000");
+    }
+
+    #[test]
+    fn group_that_is_dropped_limits_nobody_and_gives_its_threads_back() {
+        let d = Directory::new("drop");
+        let read = |name: &str| fs::read_to_string(d.0.join(name)).unwrap();
+        let drop_one = |version, process| {
+            let place = Place {
+                version,
+                parent: d.0.clone(),
+            };
+            let group = Group::make(&place, process, &[process as i32]).unwrap();
+            group.set(128, 50, 1).unwrap();
+        };
+        drop_one(Version::V2, 79);
+        assert_eq!(read("hospes-79/cpu.max"), "max");
+        assert_eq!(read("hospes-79/cpu.weight"), "100");
+        assert_eq!(read("cgroup.threads"), "79");
+        drop_one(Version::V1, 80);
+        assert_eq!(read("hospes-80/cpu.cfs_quota_us"), "-1");
+        assert_eq!(read("hospes-80/cpu.shares"), "1024");
+        assert_eq!(read("tasks"), "80");
+    }
+
+    #[test]
+    fn group_that_cannot_be_made_takes_no_threads() {
+        let d = Directory::new("refused");
+        let place = Place {
+            version: Version::V2,
+            parent: d.0.clone(),
+        };
+        // A directory takes no text, as a file without rights to it.
+        fs::create_dir(d.0.join("cgroup.subtree_control")).unwrap();
+        assert!(Group::make(&place, 81, &[5]).is_err());
+        let threads = d.0.join("hospes-81/cgroup.threads");
+        assert!(!threads.exists() && !d.0.join("cgroup.threads").exists());
     }
 
     #[test]
