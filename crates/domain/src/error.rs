@@ -7,6 +7,7 @@ use hospes_memory::MemoryError;
 use hospes_units::VcpuId;
 use hospes_xen::{EventError, XenError};
 
+use crate::share::ShareError;
 use crate::{AttachError, EndReason};
 
 #[derive(Debug, thiserror::Error)]
@@ -51,8 +52,8 @@ pub enum RequestError {
     Vcpus { online: u32, max: u32 },
     #[error("the weight of a domain is 1 to 65535")]
     Weight,
-    #[error("the host does not let the domain's share of its CPUs be changed: {0}")]
-    Share(std::io::Error),
+    #[error(transparent)]
+    Share(#[from] ShareError),
     #[error("the host does not let vCPU {id} run on these CPUs: {source}")]
     Affinity { id: VcpuId, source: std::io::Error },
     #[error("cannot write the request into the domain's store: {0}")]

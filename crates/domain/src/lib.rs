@@ -54,7 +54,7 @@ pub use placement::Affinity;
 pub use run::EndReason;
 
 use devices::Devices;
-pub use share::Share;
+pub use share::{Share, ShareError};
 
 use placement::Placement;
 use run::{Activity, Run};
@@ -384,9 +384,7 @@ impl Domain {
             return Err(RequestError::Weight);
         }
         let threads = self.placement.threads();
-        self.sharing
-            .set(share, &threads, &self.xen, &self.run)
-            .map_err(RequestError::Share)?;
+        self.sharing.set(share, &threads, &self.xen, &self.run)?;
         self.run.place_changed();
         Ok(())
     }

@@ -1,9 +1,10 @@
 //! How much of the host's CPUs a domain gets: its weight against others, and a limit.
 //!
 //! Both are the business of the host's scheduler, told through a control group. Where none can be made (no right to, no controller) the
-//! weight becomes the nice value of the vCPU threads, a quarter more for each step, and a thread of the domain keeps the limit by holding the
+//! weight changes the nice value of the vCPU threads, a quarter more for each step, and a thread of the domain keeps the limit by holding the
 //! vCPUs when they have used up theirs.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -11,7 +12,8 @@ use std::time::Duration;
 
 use hospes_units::VcpuId;
 use hospes_xen::Xen;
-use rustix::process::Pid;
+use rustix::io::Errno;
+use rustix::process::{Pid, getpriority_process, setpriority_process};
 
 use crate::cgroup::Group;
 use crate::lock;
@@ -35,6 +37,17 @@ impl Default for Share {
     }
 }
 
+/// Why a share cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ShareError {
+    #[error(
+        "without a control group, which cannot be made here, a weight of {weight} takes root's rights or a limit on nice of {limit} or more (`ulimit -e`, `LimitNICE=` of systemd) for the domain's process"
+    )]
+    Nice { weight: u16, limit: i32 },
+    #[error("the host does not let the domain's share of its CPUs be changed: {0}")]
+    Host(#[from] io::Error),
+}
+
 /// How long the limit's thread lets the vCPUs run before it looks, and how much unused time they may save up.
 const LOOK: Duration = Duration::from_millis(2);
 const SAVED_NS: i64 = 10_000_000;
@@ -45,17 +58,27 @@ pub struct Sharing {
     state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     share: Share,
     group: Option<Group>,
     limiter: Option<Limiter>,
+    /// The nice value that the vCPU threads start with, and the steps that they are away from it.
+    nice: i32,
+    steps: i32,
 }
 
 impl Sharing {
+    /// To be made where the vCPU threads are started: they inherit this thread's nice value.
     pub fn new() -> Sharing {
         Sharing {
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                share: Share::default(),
+                group: None,
+                limiter: None,
+                nice: getpriority_process(None).unwrap_or(0),
+                steps: 0,
+            }),
         }
     }
 
@@ -63,46 +86,99 @@ impl Sharing {
         lock(&self.state).share
     }
 
-    /// Changes the share of the domain with these vCPU threads. Fails where neither the host's scheduler nor the domain itself can do it.
+    /// Changes the share of the domain with these vCPU threads. Fails where neither the host's scheduler nor the domain itself can do it; then
+    /// the share is what it was.
     pub fn set(
         &self,
         share: Share,
         threads: &[Pid],
         xen: &Arc<Xen>,
         run: &Arc<Run>,
-    ) -> Result<(), std::io::Error> {
+    ) -> Result<(), ShareError> {
         let mut state = lock(&self.state);
-        if share == state.share {
-            return Ok(());
-        }
-        if state.group.is_none() && state.limiter.is_none() {
-            let numbers: Vec<i32> = threads.iter().map(|t| t.as_raw_nonzero().get()).collect();
-            state.group = Group::new(&numbers).ok();
-        }
-        let vcpus = threads.len() as u32;
-        let by_group = state
-            .group
-            .as_ref()
-            .is_some_and(|group| group.set(share.weight, share.cap, vcpus).is_ok());
-        if !by_group {
-            state.group = None;
-            let nice = nice_of(share.weight);
-            for thread in threads {
-                rustix::process::setpriority_process(Some(*thread), nice)?;
+        if share != state.share {
+            if !state.set_by_group(share, threads) {
+                state.set_by_domain(share, threads, xen, run)?;
             }
-            state.limiter = None;
-            if share.cap != 0 {
-                let threads = threads.len() as u32;
-                state.limiter = Some(Limiter::start(share.cap, threads, xen, run)?);
-            }
+            state.share = share;
         }
-        state.share = share;
         Ok(())
     }
 
     /// Ends the limit: the domain ends, and nothing may be held back any more.
     pub fn end(&self) {
         lock(&self.state).limiter = None;
+    }
+}
+
+impl State {
+    /// False where the host's scheduler does not take it. A domain that does something by itself stays with that.
+    fn set_by_group(&mut self, share: Share, threads: &[Pid]) -> bool {
+        if self.group.is_none() && self.limiter.is_none() && self.steps == 0 {
+            let numbers: Vec<i32> = threads.iter().map(|t| t.as_raw_nonzero().get()).collect();
+            self.group = Group::new(&numbers).ok();
+        }
+        let vcpus = threads.len() as u32;
+        let done = self
+            .group
+            .as_ref()
+            .is_some_and(|group| group.set(share.weight, share.cap, vcpus).is_ok());
+        if !done {
+            self.group = None;
+        }
+        done
+    }
+
+    fn set_by_domain(
+        &mut self,
+        share: Share,
+        threads: &[Pid],
+        xen: &Arc<Xen>,
+        run: &Arc<Run>,
+    ) -> Result<(), ShareError> {
+        let vcpus = threads.len() as u32;
+        self.limit(share.cap, vcpus, xen, run)?;
+        self.prefer(share.weight, threads).inspect_err(|_| {
+            let _ = self.limit(self.share.cap, vcpus, xen, run);
+        })
+    }
+
+    fn limit(
+        &mut self,
+        cap: u16,
+        vcpus: u32,
+        xen: &Arc<Xen>,
+        run: &Arc<Run>,
+    ) -> Result<(), ShareError> {
+        let wanted = (cap != 0).then_some(cap);
+        if self.limiter.as_ref().map(|limiter| limiter.cap) == wanted {
+            return Ok(());
+        }
+        self.limiter = None;
+        if cap != 0 {
+            self.limiter = Some(Limiter::start(cap, vcpus, xen, run)?);
+        }
+        Ok(())
+    }
+
+    /// Changes the threads' nice values, where the weight takes others than they have.
+    fn prefer(&mut self, weight: u16, threads: &[Pid]) -> Result<(), ShareError> {
+        let steps = nice_of(weight);
+        if steps == self.steps {
+            return Ok(());
+        }
+        let nice = (self.nice + steps).clamp(-20, 19);
+        for thread in threads {
+            setpriority_process(Some(*thread), nice).map_err(|error| match error {
+                Errno::ACCESS | Errno::PERM => ShareError::Nice {
+                    weight,
+                    limit: 20 - nice,
+                },
+                error => ShareError::Host(error.into()),
+            })?;
+        }
+        self.steps = steps;
+        Ok(())
     }
 }
 
@@ -115,17 +191,13 @@ fn nice_of(weight: u16) -> i32 {
 /// The thread that keeps a limit.
 #[derive(Debug)]
 struct Limiter {
+    cap: u16,
     stop: Arc<(AtomicBool, Mutex<()>, Condvar)>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Limiter {
-    fn start(
-        cap: u16,
-        vcpus: u32,
-        xen: &Arc<Xen>,
-        run: &Arc<Run>,
-    ) -> Result<Limiter, std::io::Error> {
+    fn start(cap: u16, vcpus: u32, xen: &Arc<Xen>, run: &Arc<Run>) -> io::Result<Limiter> {
         let stop = Arc::new((AtomicBool::new(false), Mutex::new(()), Condvar::new()));
         let (seen, xen, run) = (Arc::clone(&stop), Arc::clone(xen), Arc::clone(run));
         let thread = std::thread::Builder::new()
@@ -147,6 +219,7 @@ impl Limiter {
                 run.set_limited(false);
             })?;
         Ok(Limiter {
+            cap,
             stop,
             thread: Some(thread),
         })
@@ -202,6 +275,9 @@ impl Account {
 
 #[cfg(test)]
 mod tests {
+    use hospes_engine::Exit;
+    use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+
     use super::*;
 
     #[test]
@@ -216,6 +292,70 @@ mod tests {
         ] {
             assert_eq!(nice_of(weight), nice, "{weight}");
         }
+    }
+
+    /// A state of a domain without a group, and the calling thread as its only vCPU's; the thread is not allowed what root is.
+    fn without_rights(nice: i32) -> (State, Pid) {
+        let me = rustix::thread::gettid();
+        setpriority_process(Some(me), nice).unwrap();
+        let none = CapabilitySets {
+            effective: CapabilitySet::empty(),
+            permitted: CapabilitySet::empty(),
+            inheritable: CapabilitySet::empty(),
+        };
+        set_capabilities(None, none).unwrap();
+        (Sharing::new().state.into_inner().unwrap(), me)
+    }
+
+    #[test]
+    fn nice_is_changed_from_where_it_was_and_only_with_the_weight() {
+        std::thread::spawn(|| {
+            let (mut state, me) = without_rights(5);
+            let nice = || getpriority_process(Some(me)).unwrap();
+            state.prefer(256, &[me]).unwrap();
+            assert_eq!(nice(), 5);
+            state.prefer(128, &[me]).unwrap();
+            assert_eq!(nice(), 8);
+            let refused = state.prefer(256, &[me]).unwrap_err();
+            assert!(
+                matches!(
+                    refused,
+                    ShareError::Nice {
+                        weight: 256,
+                        limit: 15
+                    }
+                ),
+                "{refused}"
+            );
+            state.prefer(128, &[me]).unwrap();
+            state.prefer(1, &[me]).unwrap();
+            assert_eq!(nice(), 19);
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn limit_needs_no_rights_and_survives_a_weight_that_is_refused() {
+        let domain = crate::tests::domain(|_| Exit::Yield);
+        std::thread::spawn(move || {
+            let (mut state, me) = without_rights(5);
+            let mut set = |weight, cap| {
+                let share = Share { weight, cap };
+                let done = state.set_by_domain(share, &[me], &domain.xen, &domain.run);
+                if done.is_ok() {
+                    state.share = share;
+                }
+                (done.is_ok(), state.limiter.as_ref().map(|l| l.cap))
+            };
+            assert_eq!(set(256, 50), (true, Some(50)));
+            assert_eq!(set(512, 70), (false, Some(50)));
+            assert_eq!(set(128, 70), (true, Some(70)));
+            assert_eq!(set(256, 0), (false, Some(70)));
+            assert_eq!(set(128, 0), (true, None));
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

@@ -84,7 +84,7 @@ fn try_domain(
     )
 }
 
-fn domain(script: impl FnMut(&mut Cpu<'_>) -> Exit + Send + 'static) -> Domain {
+pub(crate) fn domain(script: impl FnMut(&mut Cpu<'_>) -> Exit + Send + 'static) -> Domain {
     let mut script = script;
     try_domain(1, 64 << 20, Sink::default(), move |c| Ok(script(c))).unwrap()
 }
