@@ -1,6 +1,6 @@
 //! Where on the host a domain's vCPU threads may run, and where they last ran.
 
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use hospes_units::{CpuSet, HOST_CPUS_MAX, VcpuId};
 use rustix::process::Pid;
@@ -30,12 +30,11 @@ impl Placement {
         Placement((0..vcpus).map(|_| Default::default()).collect())
     }
 
-    /// To be called by a vCPU's thread when it starts: what was set before holds from now on.
+    /// To be called by a vCPU's thread when it starts. An affinity that it inherits (of `taskset`, of a unit) is its hard one.
     pub fn thread_starts(&self, id: VcpuId) {
         let mut place = lock(&self.0[id.0 as usize].0);
         place.thread = Some(thread::gettid());
-        // What the host's kernel refuses was refused, or would have been, to whoever set it.
-        let _ = place.apply();
+        place.hard = inherited();
         drop(place);
         self.0[id.0 as usize].1.notify_all();
     }
@@ -55,26 +54,27 @@ impl Placement {
 
     /// The threads of all vCPUs. Waits for those that are just being started.
     pub fn threads(&self) -> Vec<Pid> {
-        let thread = |(place, started): &(Mutex<Place>, Condvar)| {
-            let mut place = lock(place);
-            loop {
-                if let Some(thread) = place.thread {
-                    return thread;
-                }
-                place = started.wait(place).unwrap_or_else(PoisonError::into_inner);
-            }
-        };
-        self.0.iter().map(thread).collect()
+        let ids = (0..self.0.len() as u32).map(VcpuId);
+        ids.filter_map(|id| self.started(id).thread).collect()
     }
 
-    /// Changes one vCPU's affinities; what is `None` stays. On an error nothing is changed.
+    /// A vCPU's place once its thread runs.
+    fn started(&self, id: VcpuId) -> MutexGuard<'_, Place> {
+        let (place, started) = &self.0[id.0 as usize];
+        started
+            .wait_while(lock(place), |place| place.thread.is_none())
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes one vCPU's affinities; what is `None` stays. On an error nothing is changed. Waits for a thread that is just being started: before
+    /// that the host's kernel would have nothing to refuse.
     pub fn set(
         &self,
         id: VcpuId,
         hard: Option<&Affinity>,
         soft: Option<&Affinity>,
     ) -> Result<(), std::io::Error> {
-        let mut place = lock(&self.0[id.0 as usize].0);
+        let mut place = self.started(id);
         let before = (place.hard.clone(), place.soft.clone());
         if let Some(hard) = hard {
             place.hard.clone_from(hard);
@@ -107,9 +107,6 @@ impl Placement {
 
 impl Place {
     fn apply(&self) -> Result<(), std::io::Error> {
-        if self.thread.is_none() {
-            return Ok(());
-        }
         let preferred = match (&self.hard, &self.soft) {
             (_, None) => None,
             (None, Some(soft)) => Some(soft.clone()),
@@ -122,6 +119,18 @@ impl Place {
         }
         thread::sched_setaffinity(self.thread, &mask(self.hard.as_ref())).map_err(Into::into)
     }
+}
+
+/// The calling thread's affinity; `None` where it is not narrower than what it could get. Then it follows what the host allows later, too.
+fn inherited() -> Affinity {
+    let own = thread::sched_getaffinity(None).ok()?;
+    thread::sched_setaffinity(None, &mask(None)).ok()?;
+    if thread::sched_getaffinity(None).ok()? == own {
+        return None;
+    }
+    let cpus = (0..HOST_CPUS_MAX).filter(|cpu| own.is_set(*cpu as usize));
+    let _ = thread::sched_setaffinity(None, &own);
+    Some(cpus.collect())
 }
 
 fn mask(affinity: Option<&CpuSet>) -> Mask {
@@ -153,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn affinity_set_before_and_after_the_start_is_the_threads() {
+    fn affinity_is_the_threads() {
         let allowed = thread::sched_getaffinity(None).unwrap();
         let cpu = (0..HOST_CPUS_MAX)
             .rev()
@@ -162,10 +171,10 @@ mod tests {
         let one: Affinity = Some([cpu].into_iter().collect());
         let id = VcpuId(0);
         let placement = Placement::new(1);
-        placement.set(id, Some(&one), None).unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 placement.thread_starts(id);
+                placement.set(id, Some(&one), None).unwrap();
                 assert_eq!(thread::sched_getaffinity(None).unwrap().count(), 1);
                 assert_eq!(placement.host_cpu(id), Some(cpu));
                 let nowhere: Affinity = Some([HOST_CPUS_MAX - 1].into_iter().collect());
@@ -175,6 +184,30 @@ mod tests {
                 let now = thread::sched_getaffinity(None).unwrap();
                 assert_eq!(now.count(), allowed.count());
                 assert_eq!(placement.affinity(id), (None, one.clone()));
+            });
+        });
+    }
+
+    #[test]
+    fn inherited_affinity_holds_until_another_is_set() {
+        let count = || thread::sched_getaffinity(None).unwrap().count();
+        let all = count();
+        let one: CpuSet = [thread::sched_getcpu() as u32].into_iter().collect();
+        let id = VcpuId(0);
+        let placement = Placement::new(1);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sched_setaffinity(None, &mask(Some(&one))).unwrap();
+                placement.thread_starts(id);
+                assert_eq!(count(), 1);
+                let narrow = (all > 1).then_some(one);
+                assert_eq!(placement.affinity(id).0, narrow);
+                placement.stay(id, true);
+                placement.stay(id, false);
+                placement.set(id, None, Some(&None)).unwrap();
+                assert_eq!(count(), 1);
+                placement.set(id, Some(&None), None).unwrap();
+                assert_eq!(count(), all);
             });
         });
     }

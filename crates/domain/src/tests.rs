@@ -1,5 +1,7 @@
 //! Domains whose engine runs a script in place of a guest's kernel.
 
+mod vcpus;
+
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
@@ -388,31 +390,6 @@ fn blocked_guest_shows_as_blocked() {
     assert_eq!(d.info().state.to_string(), "--p---");
     let info = d.info();
     assert_eq!((info.memory_kib, info.vcpus_online), (65536, 1));
-}
-
-#[test]
-fn pause_steals_no_time_from_a_blocked_guest() {
-    let d = domain(|c| {
-        c.state.rflags |= rflags::IF;
-        match c.step {
-            0 => Exit::Halt {
-                interrupts_enabled: true,
-            },
-            _ => Exit::Yield,
-        }
-    });
-    let becomes = |wanted| while d.xen.runstate(VcpuId(0)) != Some(wanted) {};
-    d.unpause();
-    becomes(Runstate::Blocked);
-    d.pause();
-    while d.run.activities() != [Activity::Held] {}
-    std::thread::sleep(Duration::from_millis(5));
-    assert_eq!(d.xen.runstate(VcpuId(0)), Some(Runstate::Blocked));
-    d.unpause();
-    assert!(d.run.raise_nmi(VcpuId(0)));
-    becomes(Runstate::Running);
-    d.pause();
-    becomes(Runstate::Offline);
 }
 
 #[test]

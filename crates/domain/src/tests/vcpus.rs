@@ -1,0 +1,38 @@
+//! What becomes of vCPUs whose domain is paused or pinned.
+
+use super::*;
+
+#[test]
+fn pause_steals_no_time_from_a_blocked_guest() {
+    let d = domain(|c| {
+        c.state.rflags |= rflags::IF;
+        match c.step {
+            0 => Exit::Halt {
+                interrupts_enabled: true,
+            },
+            _ => Exit::Yield,
+        }
+    });
+    let becomes = |wanted| while d.xen.runstate(VcpuId(0)) != Some(wanted) {};
+    d.unpause();
+    becomes(Runstate::Blocked);
+    d.pause();
+    while d.run.activities() != [Activity::Held] {}
+    std::thread::sleep(Duration::from_millis(5));
+    assert_eq!(d.xen.runstate(VcpuId(0)), Some(Runstate::Blocked));
+    d.unpause();
+    assert!(d.run.raise_nmi(VcpuId(0)));
+    becomes(Runstate::Running);
+    d.pause();
+    becomes(Runstate::Offline);
+}
+
+#[test]
+fn pin_to_a_cpu_that_is_not_there_is_refused_from_the_start() {
+    let nowhere: Affinity = Some([hospes_units::HOST_CPUS_MAX - 1].into_iter().collect());
+    for _ in 0..20 {
+        let d = try_domain(4, 64 << 20, Sink::default(), |_| Ok(Exit::Yield)).unwrap();
+        let refused = d.pin(None, Some(&nowhere), None).unwrap_err();
+        assert!(matches!(refused, RequestError::Affinity { .. }));
+    }
+}
