@@ -52,6 +52,12 @@ pub enum RequestError {
     Vcpus { online: u32, max: u32 },
     #[error("the weight of a domain is 1 to 65535")]
     Weight,
+    #[error(
+        "a cap of {cap} is out of range: the domain has {vcpus} vCPU{plural}, so it is 0 to {max}",
+        plural = if *vcpus == 1 { "" } else { "s" },
+        max = vcpus * 100
+    )]
+    Cap { cap: u16, vcpus: u32 },
     #[error(transparent)]
     Share(#[from] ShareError),
     #[error("the host does not let vCPU {id} run on these CPUs: {source}")]

@@ -383,6 +383,13 @@ impl Domain {
         if share.weight == 0 {
             return Err(RequestError::Weight);
         }
+        let vcpus = self.spec.vcpus;
+        if u32::from(share.cap) > vcpus * 100 {
+            return Err(RequestError::Cap {
+                cap: share.cap,
+                vcpus,
+            });
+        }
         let threads = self.placement.threads();
         self.sharing.set(share, &threads, &self.xen, &self.run)?;
         self.run.place_changed();

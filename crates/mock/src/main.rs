@@ -230,7 +230,9 @@ impl Machine for Mock {
     }
 
     fn set_share(&self, share: Share) -> Result<(), MachineError> {
-        self.lock().share = share;
+        let mut state = self.lock();
+        check(share, state.affinities.len())?;
+        state.share = share;
         Ok(())
     }
 
@@ -263,6 +265,12 @@ impl MachineFactory for Factory {
         if !kernel.is_file() {
             return Err(format!("the kernel {} is no file: give another", kernel.display()).into());
         }
+        let scheduling = &spec.config.scheduling;
+        let share = Share {
+            weight: scheduling.weight.unwrap_or(Share::DEFAULT.weight),
+            cap: scheduling.cap.unwrap_or(Share::DEFAULT.cap),
+        };
+        check(share, spec.config.maxvcpus as usize)?;
         let membership = enter(spec)?;
         Ok(Arc::new(Mock {
             membership: Mutex::new(Some(membership)),
@@ -274,14 +282,7 @@ impl MachineFactory for Factory {
                 end: None,
                 stuck: None,
                 online: spec.config.vcpus,
-                share: Share {
-                    weight: spec
-                        .config
-                        .scheduling
-                        .weight
-                        .unwrap_or(Share::DEFAULT.weight),
-                    cap: spec.config.scheduling.cap.unwrap_or(Share::DEFAULT.cap),
-                },
+                share,
                 affinities: vec![(None, None); spec.config.maxvcpus as usize],
             }),
             changed: Condvar::new(),
@@ -293,6 +294,15 @@ impl MachineFactory for Factory {
     fn shutdown_patience(&self) -> Duration {
         Duration::from_secs(2)
     }
+}
+
+/// Refuses what a real domain with so many vCPUs refuses.
+fn check(share: Share, vcpus: usize) -> Result<(), MachineError> {
+    let most = vcpus * 100;
+    if usize::from(share.cap) > most {
+        return Err(format!("a cap of {} is out of range: it is 0 to {most}", share.cap).into());
+    }
+    Ok(())
 }
 
 /// Enters the domain into the store, as a real one is.

@@ -1,4 +1,4 @@
-//! What becomes of vCPUs whose domain is paused or pinned.
+//! What becomes of vCPUs whose domain is paused, pinned or limited.
 
 use super::*;
 
@@ -35,4 +35,14 @@ fn pin_to_a_cpu_that_is_not_there_is_refused_from_the_start() {
         let refused = d.pin(None, Some(&nowhere), None).unwrap_err();
         assert!(matches!(refused, RequestError::Affinity { .. }));
     }
+}
+
+#[test]
+fn cap_of_more_than_all_vcpus_is_refused() {
+    let d = try_domain(2, 64 << 20, Sink::default(), |_| Ok(Exit::Yield)).unwrap();
+    let set = |cap| d.set_share(Share { weight: 256, cap });
+    set(200).unwrap();
+    let refused = set(201).unwrap_err().to_string();
+    assert!(refused.contains("201") && refused.contains("0 to 200"));
+    assert_eq!(d.share().cap, 200);
 }

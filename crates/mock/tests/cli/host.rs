@@ -349,7 +349,7 @@ fn manual_pages_are_made_of_the_tables() {
 #[test]
 fn shares_are_shown_and_changed_as_by_xl() {
     let bench = Bench::new();
-    bench.create("web", &["cpu_weight=300"]);
+    bench.create("web", &["cpu_weight=300", "vcpus=2"]);
     let table = bench.ok(&["sched-credit2"]);
     assert_eq!(
         table,
@@ -374,7 +374,8 @@ fn shares_are_shown_and_changed_as_by_xl() {
 fn shares_out_of_range_are_refused() {
     let bench = Bench::new();
     bench.create("web", &[]);
-    let cases: [(&[&str], &str); 7] = [
+    let cases: [(&[&str], &str); 8] = [
+        (&["-d", "web", "-c", "101"], "0 to 100"),
         (&["-d", "web", "-w", "0"], "out of range"),
         (&["-d", "web", "-w", "65536"], "out of range"),
         (&["-d", "web", "-c", "-1"], "out of range"),
@@ -387,4 +388,14 @@ fn shares_out_of_range_are_refused() {
         let said = bench.fails(1, &[&["sched-credit2"], arguments].concat());
         assert!(said.contains(sentence), "{arguments:?}: {said}");
     }
+}
+
+#[test]
+fn cap_of_more_than_all_vcpus_is_refused_at_creation() {
+    let bench = Bench::new();
+    let mut arguments = bench.creation("web", &["-q"]);
+    arguments.extend(["vcpus=2", "cap=201"].map(String::from));
+    let said = bench.fails(1, &arguments);
+    assert!(said.contains("0 to 200"), "{said}");
+    assert!(bench.row("web").is_none());
 }
