@@ -4,11 +4,11 @@
 //! weight changes the nice value of the vCPU threads, a quarter more for each step, and a thread of the domain keeps the limit by holding the
 //! vCPUs when they have used up theirs.
 
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
+use std::{fs, io};
 
 use hospes_units::VcpuId;
 use hospes_xen::Xen;
@@ -44,9 +44,16 @@ pub enum ShareError {
         "without a control group, which cannot be made here, a weight of {weight} takes root's rights or a limit on nice of {limit} or more (`ulimit -e`, `LimitNICE=` of systemd) for the domain's process"
     )]
     Nice { weight: u16, limit: i32 },
+    #[error(
+        "without a control group, which cannot be made here, a cap takes a host whose kernel counts the time that threads run (CONFIG_SCHED_INFO)"
+    )]
+    Uncounted,
     #[error("the host does not let the domain's share of its CPUs be changed: {0}")]
     Host(#[from] io::Error),
 }
+
+/// Time that the calling thread has run, as the limit's thread reads it of the vCPUs' threads.
+const TIME: &str = "/proc/thread-self/schedstat";
 
 /// How long the limit's thread lets the vCPUs run before it looks, and how much unused time they may save up.
 const LOOK: Duration = Duration::from_millis(2);
@@ -154,6 +161,9 @@ impl State {
         if self.limiter.as_ref().map(|limiter| limiter.cap) == wanted {
             return Ok(());
         }
+        if cap != 0 && !is_counted(&fs::read_to_string(TIME).unwrap_or_default()) {
+            return Err(ShareError::Uncounted);
+        }
         self.limiter = None;
         if cap != 0 {
             self.limiter = Some(Limiter::start(cap, vcpus, xen, run)?);
@@ -235,6 +245,14 @@ impl Drop for Limiter {
             let _ = thread.join();
         }
     }
+}
+
+/// Whether the host's kernel counts a thread's time, from the `schedstat` of one that runs. A kernel that does not has no such file, or zeros in it;
+/// one that does has at least counted that the thread was given a CPU.
+fn is_counted(schedstat: &str) -> bool {
+    schedstat
+        .split_ascii_whitespace()
+        .any(|number| number != "0")
 }
 
 /// CPU time of all vCPUs, ns.
@@ -356,6 +374,14 @@ mod tests {
         })
         .join()
         .unwrap();
+    }
+
+    #[test]
+    fn limit_takes_a_kernel_that_counts_time() {
+        assert!(is_counted("0 0 1\n"));
+        assert!(!is_counted("0 0 0\n"));
+        assert!(!is_counted(""));
+        assert!(is_counted(&fs::read_to_string(TIME).unwrap()));
     }
 
     #[test]
