@@ -15,6 +15,8 @@ const PREFIX: &str = "hospes-";
 const XEN_WEIGHT: u64 = 256;
 const V1_SHARES: u64 = 1024;
 const V2_WEIGHT: u64 = 100;
+/// Whether the kernel has a group for each session.
+const AUTOGROUP: &str = "/proc/sys/kernel/sched_autogroup_enabled";
 /// Least time in microseconds that the host's kernel takes for a quota, and the shortest period used here.
 const QUOTA_MIN_US: u64 = 1_000;
 const PERIOD_MIN_US: u64 = 10_000;
@@ -103,8 +105,8 @@ impl Group {
     pub fn set(&self, weight: u16, cap: u16, vcpus: u32) -> io::Result<()> {
         let put = |name: &str, value: String| fs::write(self.path.join(name), value);
         let (period, quota) = period_and_quota(cap);
-        // Threads of other domains count each for itself, so this group has to count for as many as it has.
-        let weight = u64::from(weight) * u64::from(vcpus);
+        let autogroup = fs::read_to_string(AUTOGROUP).unwrap_or_default();
+        let weight = u64::from(weight) * u64::from(self.counts_for(vcpus, &autogroup));
         match self.place.version {
             Version::V1 => {
                 let shares = weight * V1_SHARES / XEN_WEIGHT;
@@ -123,6 +125,21 @@ impl Group {
                 let quota = quota.map_or("max".to_owned(), |us| us.to_string());
                 put("cpu.max", format!("{quota} {period}"))
             }
+        }
+    }
+}
+
+impl Group {
+    /// For how many threads of other domains this group has to count: each for itself, so for as many as it has. Where the kernel has a group for each
+    /// session, which it has for what is in the root group of version 1, all threads of another domain count as one.
+    fn counts_for(&self, vcpus: u32, autogroup: &str) -> u32 {
+        // The root group alone has that file.
+        let in_root =
+            self.place.version == Version::V1 && self.place.parent.join("release_agent").exists();
+        if in_root && autogroup.trim() == "1" {
+            1
+        } else {
+            vcpus
         }
     }
 }
@@ -315,6 +332,25 @@ mod tests {
         assert_eq!(read("hospes-78/cpu.max"), "1000 20000");
         group.set(256, 0, 4).unwrap();
         assert_eq!(read("hospes-78/cpu.max"), "max 10000");
+    }
+
+    #[test]
+    fn group_counts_as_one_where_sessions_are_groups() {
+        let d = Directory::new("autogroup");
+        let group = |version| Group {
+            place: Place {
+                version,
+                parent: d.0.clone(),
+            },
+            path: d.0.join("none"),
+        };
+        let v1 = group(Version::V1);
+        assert_eq!(v1.counts_for(4, "1\n"), 4, "not in the root group");
+        fs::write(d.0.join("release_agent"), "").unwrap();
+        assert_eq!(v1.counts_for(4, "1\n"), 1);
+        assert_eq!(v1.counts_for(4, "0\n"), 4);
+        assert_eq!(v1.counts_for(4, ""), 4, "a kernel without");
+        assert_eq!(group(Version::V2).counts_for(4, "1\n"), 4);
     }
 
     #[test]

@@ -2,8 +2,11 @@
 //!
 //! Both are the business of the host's scheduler, told through a control group. Where none can be made (no right to, no controller) the
 //! weight changes the nice value of the vCPU threads, a quarter more for each step, and a thread of the domain keeps the limit by holding the
-//! vCPUs when they have used up theirs.
+//! vCPUs when they have used up theirs. Where the kernel has a group for each session (autogroup), nice values of threads count inside of it only: the
+//! session of the domain's process gets the same one.
 
+use std::io::Write;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -13,7 +16,7 @@ use std::{fs, io};
 use hospes_units::VcpuId;
 use hospes_xen::Xen;
 use rustix::io::Errno;
-use rustix::process::{Pid, getpriority_process, setpriority_process};
+use rustix::process::{Pid, getpid, getpriority_process, getsid, setpriority_process};
 
 use crate::cgroup::Group;
 use crate::lock;
@@ -51,6 +54,11 @@ pub enum ShareError {
     #[error("the host does not let the domain's share of its CPUs be changed: {0}")]
     Host(#[from] io::Error),
 }
+
+/// The nice value of the process's session. Whoever is not root may write it every tenth of a second only.
+const AUTOGROUP: &str = "/proc/self/autogroup";
+const AUTOGROUP_TRIES: u32 = 20;
+const AUTOGROUP_WAIT: Duration = Duration::from_millis(20);
 
 /// Time that the calling thread has run, as the limit's thread reads it of the vCPUs' threads.
 const TIME: &str = "/proc/thread-self/schedstat";
@@ -177,18 +185,62 @@ impl State {
         if steps == self.steps {
             return Ok(());
         }
+        let refused = |error: io::Error, nice: i32| match error.kind() {
+            io::ErrorKind::PermissionDenied => ShareError::Nice {
+                weight,
+                limit: 20 - nice,
+            },
+            _ => ShareError::Host(error),
+        };
         let nice = (self.nice + steps).clamp(-20, 19);
-        for thread in threads {
-            setpriority_process(Some(*thread), nice).map_err(|error| match error {
-                Errno::ACCESS | Errno::PERM => ShareError::Nice {
-                    weight,
-                    limit: 20 - nice,
-                },
-                error => ShareError::Host(error.into()),
-            })?;
+        renice(threads, nice).map_err(|error| refused(error.into(), nice))?;
+        if let Err(error) = renice_session(steps) {
+            let _ = renice(threads, self.nice + self.steps);
+            return Err(refused(error, steps));
         }
         self.steps = steps;
         Ok(())
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        // The threads end with the domain; the process may go on with the guest's next start.
+        if self.steps != 0 {
+            let _ = renice_session(0);
+        }
+    }
+}
+
+fn renice(threads: &[Pid], nice: i32) -> Result<(), Errno> {
+    threads
+        .iter()
+        .try_for_each(|thread| setpriority_process(Some(*thread), nice))
+}
+
+/// Does nothing to a session that is not this process's own.
+fn renice_session(nice: i32) -> io::Result<()> {
+    if getsid(None) == Ok(getpid()) {
+        write_autogroup(Path::new(AUTOGROUP), nice)
+    } else {
+        Ok(())
+    }
+}
+
+/// Fine where there is no such file: the kernel knows no groups of sessions then.
+fn write_autogroup(path: &Path, nice: i32) -> io::Result<()> {
+    let mut file = match fs::File::options().write(true).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        file => file?,
+    };
+    let mut tries = 0..AUTOGROUP_TRIES;
+    loop {
+        match file.write_all(nice.to_string().as_bytes()) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && tries.next().is_some() => {
+                std::thread::sleep(AUTOGROUP_WAIT);
+            }
+            done => return done,
+        }
     }
 }
 
@@ -351,6 +403,17 @@ mod tests {
         })
         .join()
         .unwrap();
+    }
+
+    #[test]
+    fn session_gets_its_nice_value_where_sessions_are_groups() {
+        let path = std::env::temp_dir().join(format!("hospes-autogroup-{}", std::process::id()));
+        write_autogroup(&path, 3).unwrap();
+        assert!(!path.exists(), "the kernel knows none");
+        fs::write(&path, "").unwrap();
+        write_autogroup(&path, 3).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "3");
+        fs::remove_file(&path).unwrap();
     }
 
     #[test]
