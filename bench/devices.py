@@ -71,7 +71,8 @@ def program(name):
     """The command line that runs one of the image's programs here, with the image's own libraries."""
     root = tree()
     loader = root / "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
-    libraries = f"{root}/usr/lib/x86_64-linux-gnu"
+    # Debian's fio has one library in a place of its own, which the loader looks for from the root only.
+    libraries = ":".join(f"{root}/usr/lib/x86_64-linux-gnu{place}" for place in ("", "/ceph"))
     path = next(found for where in ("usr/bin", "usr/sbin") if (found := root / where / name).exists())
     return [str(loader), "--library-path", libraries, str(path)]
 
