@@ -25,6 +25,7 @@ mod stub;
 mod tables;
 
 use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
 
 use hospes_engine::Stay;
 use hospes_memory::GuestMemory;
@@ -114,8 +115,8 @@ pub(crate) struct Direct {
     pub stay: Option<Stay>,
     /// Interrupts.
     ticks: u32,
-    /// The thread may go to another host CPU with the next run.
-    roams: bool,
+    /// Until when, and for one run at least, the thread may go to another host CPU.
+    roams: Option<Instant>,
 }
 
 impl Direct {
@@ -131,14 +132,14 @@ impl Direct {
             scratch: Vec::new(),
             stay: None,
             ticks: 0,
-            roams: false,
+            roams: None,
         }
     }
 
-    /// The host is to have the choice again where the thread runs.
-    fn let_go(&mut self) {
+    /// The host is to have the choice again where the thread runs, for so long.
+    fn let_go(&mut self, time: Duration) {
         self.stay(false);
-        self.roams = true;
+        self.roams = Some(Instant::now() + time);
     }
 
     /// Keeps the vCPU's thread on the host CPU where it is, or lets it go.

@@ -38,6 +38,8 @@ const SWITCHES: Duration = Duration::from_micros(8);
 const STAY_TICKS: u32 = 16;
 /// A longer wait for that CPU says that another may be better.
 const MOST_WAIT: Duration = Duration::from_micros(200);
+/// How long the thread is not kept then: the host takes some tens of ms to even its CPUs out, and while they are all busy no switch wakes an idle one.
+const ROAMING: Duration = Duration::from_millis(400);
 const XSTATE_SSE: u8 = 2;
 /// Components of the XSAVE image that AVX-512 code uses: mask registers, upper halves, registers from 16 on.
 const XSTATE_AVX512: u8 = 0xe0;
@@ -123,7 +125,7 @@ impl BtVcpu {
         }
         direct.ticks = direct.ticks.wrapping_add(1);
         if direct.ticks.is_multiple_of(STAY_TICKS) {
-            direct.let_go();
+            direct.let_go(Duration::ZERO);
         }
         if !suits(cpu, direct.components) {
             return;
@@ -180,7 +182,7 @@ impl BtVcpu {
         self.host.control.add_direct(used, waited);
         let direct = &mut self.host.direct;
         if waited > MOST_WAIT {
-            direct.let_go();
+            direct.let_go(ROAMING);
         }
         match end {
             End::Broken => {
@@ -306,7 +308,9 @@ impl BtVcpu {
                 self.store_native(space, regs)?;
                 return Ok(End::Interrupted);
             }
-            let stays = !std::mem::take(&mut self.host.direct.roams);
+            let roams = &mut self.host.direct.roams;
+            let stays = roams.is_none();
+            roams.take_if(|until| *until <= Instant::now());
             self.host.direct.stay(stays);
             space.process.follow(stays);
             self.host.control.enter_direct(space.process.kick_fd());
