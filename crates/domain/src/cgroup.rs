@@ -127,9 +127,7 @@ impl Group {
             }
         }
     }
-}
 
-impl Group {
     /// For how many threads of other domains this group has to count: each for itself, so for as many as it has. Where the kernel has a group for each
     /// session, which it has for what is in the root group of version 1, all threads of another domain count as one.
     fn counts_for(&self, vcpus: u32, autogroup: &str) -> u32 {

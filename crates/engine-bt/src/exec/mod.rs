@@ -201,7 +201,7 @@ impl<'a, H: Host> Cx<'a, H> {
             Flow::Next => self.cpu.rip = self.next,
             Flow::Shadow { traps } => {
                 self.cpu.rip = self.next;
-                // Of several loads of SS in a row only the first has one: else user code could do without interrupts for as long as it likes.
+                // A load of SS directly behind another has none: else user code could do without interrupts for as long as it likes.
                 if !(traps && shadowed) {
                     self.cpu.interrupt_shadow = true;
                     trap &= !traps;
