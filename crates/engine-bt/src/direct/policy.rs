@@ -16,6 +16,8 @@ const TRANSLATED: i64 = 8;
 const STOP_NS: i64 = 14_000;
 /// With visits to the kernel more often than that, native execution hardly pays.
 const QUIET: Duration = Duration::from_micros(60);
+/// What an interrupt counts at most: one without any such visit before it says more than many that found just enough quiet.
+const MOST_QUIET: u32 = 8;
 /// Interrupts that follow each other more quickly count as one.
 const TICK: Duration = Duration::from_millis(1);
 /// Time without an interrupt in user code that counts at most: the rest may have been sleep.
@@ -149,18 +151,20 @@ impl Policy {
         self.programs.insert(program, wait);
     }
 
-    /// Whether user code has mostly gone on by itself since the last interrupt that counted.
-    fn is_quiet(&mut self, now: Instant, visits: u32) -> bool {
+    /// How far user code has gone on by itself since the last interrupt that counted: how many times as long between two visits as [`QUIET`] asks, or 0.
+    fn quiet(&mut self, now: Instant, visits: u32) -> u32 {
         let Some((then, before)) = self.last else {
             self.last = Some((now, visits));
-            return true;
+            return 1;
         };
         let passed = now.saturating_duration_since(then);
         if passed < TICK {
-            return false;
+            return 0;
         }
         self.last = Some((now, visits));
-        passed.min(MOST_TICK) > QUIET.saturating_mul(visits.wrapping_sub(before))
+        let made = visits.wrapping_sub(before).max(1);
+        let times = passed.min(MOST_TICK).as_nanos() / QUIET.as_nanos() / u128::from(made);
+        (times as u32).min(MOST_QUIET)
     }
 
     /// An interrupt found the vCPU in user code, which had visited its kernel so many times by then. `program` gives something that all address spaces of one program share. True if
@@ -172,7 +176,8 @@ impl Policy {
         visits: u32,
         program: impl FnOnce() -> Option<Gfn>,
     ) -> bool {
-        if !self.is_quiet(now, visits) {
+        let quiet = self.quiet(now, visits);
+        if quiet == 0 {
             return false;
         }
         if self.heats.len() >= REMEMBERED && !self.heats.contains_key(&root) {
@@ -192,7 +197,7 @@ impl Policy {
                 before: 0,
             }
         });
-        heat.ticks += 1;
+        heat.ticks += quiet;
         let becomes = !heat.hot && heat.ticks >= heat.wait;
         if becomes {
             heat.hot = true;
@@ -242,6 +247,8 @@ mod tests {
     use super::*;
 
     const PERIOD: Duration = Duration::from_millis(4);
+    /// Visits in a period that leave just enough quiet.
+    const BARELY_QUIET: u32 = 60;
     /// A page fault of the program.
     const SHORT: Burst = Burst {
         native: Duration::from_micros(11),
@@ -291,7 +298,7 @@ mod tests {
         /// Ticks until it becomes hot.
         fn heat_of(&mut self, program: u64, root: u64) -> u32 {
             1 + (0..1000)
-                .take_while(|_| !self.tick_of(program, root, 1))
+                .take_while(|_| !self.tick_of(program, root, BARELY_QUIET))
                 .count() as u32
         }
 
@@ -393,6 +400,19 @@ mod tests {
             assert!(!guest.tick(1, 80));
         }
         assert!(guest.tick(1, 40));
+    }
+
+    #[test]
+    fn longer_quiet_counts_more() {
+        for (visits, ticks) in [(60, 128), (30, 64), (10, 22), (8, 16), (0, 16)] {
+            let mut guest = Guest::new();
+            for _ in 0..4 {
+                guest.heat(1);
+                guest.cool(1, SHORT);
+            }
+            let waited = 1 + (0..1000).take_while(|_| !guest.tick(1, visits)).count();
+            assert_eq!(waited, ticks, "{visits} visits in a period");
+        }
     }
 
     #[test]
