@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import platform
 import statistics
 import sys
@@ -58,6 +59,10 @@ def busy_share(seconds):
     return 1 - (idle_now - idle) / max(1, total_now - total)
 
 
+# How the note of a round without a figure names its row.
+NO_FIGURE = re.compile(r": no figure in round \d+ of (\w+): ")
+
+
 class Results:
     def __init__(self, plan):
         self.plan = plan
@@ -100,6 +105,11 @@ class Results:
     def note(self, text):
         say(text)
         self.notes.append(text)
+
+    def _holds(self, note):
+        """Whether a note of an earlier run is about something that this run has not measured anew."""
+        about = NO_FIGURE.search(note)
+        return not about or about.group(1) not in self.measured
 
     def missing(self, system, names, reason):
         """Says why a system has no figure in some rows."""
@@ -190,7 +200,7 @@ class Results:
         this = {"date": self.date, "command": self.plan.command, **machine()}
         return {
             "date": self.date, "runs": [run for run in (*self.kept_runs, this) if run["date"] in wanted], "mitigations": self.mitigations,
-            "notes": list(dict.fromkeys([*self.kept_notes, *self.notes])),
+            "notes": list(dict.fromkeys([*filter(self._holds, self.kept_notes), *self.notes])),
         }
 
     def save(self):

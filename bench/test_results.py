@@ -74,6 +74,16 @@ class Pages(unittest.TestCase):
         run, _ = self.run_of("dhrystone", "2026-01-03 10:00:00 UTC", KEEP="1")
         self.assertEqual([one["date"][:10] for one in run["runs"]], ["2026-01-02", "2026-01-03"])
 
+    def test_notes_about_rows_that_are_measured_again_are_not_kept(self):
+        def note(row):
+            return f"hospes: no figure in round 2 of {row}: its programs gave none"
+
+        first = results.Results(plan.Plan(self.ENVIRONMENT))
+        first.notes = [note("dhrystone"), note("whetstone"), "the host was busy"]
+        first.save()
+        run, _ = self.run_of("dhrystone", "2026-01-02 10:00:00 UTC", KEEP="1")
+        self.assertEqual(run["notes"], [note("whetstone"), "the host was busy"])
+
 
 class Failures(unittest.TestCase):
     def setUp(self):
