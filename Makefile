@@ -70,7 +70,8 @@ install:
 	@if [ -n "$(XL)" ]; then \
 	    ln -sf hospes $(DESTDIR)$(PREFIX)/bin/xl && \
 	    ln -sf hospes.1 $(DESTDIR)$(PREFIX)/share/man/man1/xl.1 && \
-	    ln -sf hospes $(DESTDIR)$(PREFIX)/share/bash-completion/completions/xl; \
+	    ln -sf hospes $(DESTDIR)$(PREFIX)/share/bash-completion/completions/xl && \
+	    ln -sf hospes.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/xl.fish; \
 	fi
 
 # What is in /etc/hospes stays, and domains run on; xl goes where it is ours.
@@ -82,8 +83,8 @@ uninstall:
 	    $(DESTDIR)$(PREFIX)/share/man/man5/hospes.cfg.5 $(DESTDIR)$(PREFIX)/share/bash-completion/completions/hospes \
 	    $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_hospes $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/hospes.fish \
 	    $(DESTDIR)$(UNITS)/hospes-domains.service
-	@for link in bin/xl share/man/man1/xl.1 share/bash-completion/completions/xl; do \
-	    case $$(readlink $(DESTDIR)$(PREFIX)/$$link) in hospes|hospes.1) rm -f $(DESTDIR)$(PREFIX)/$$link ;; esac; \
+	@for link in bin/xl share/man/man1/xl.1 share/bash-completion/completions/xl share/fish/vendor_completions.d/xl.fish; do \
+	    case $$(readlink $(DESTDIR)$(PREFIX)/$$link) in hospes|hospes.1|hospes.fish) rm -f $(DESTDIR)$(PREFIX)/$$link ;; esac; \
 	done
 
 guests:

@@ -140,7 +140,7 @@ class Install(Scripts):
         "bin/hospes", "share/man/man1/hospes.1", "share/man/man5/hospes.cfg.5", "share/bash-completion/completions/hospes",
         "share/zsh/site-functions/_hospes", "share/fish/vendor_completions.d/hospes.fish",
     }
-    OF_XL = {"bin/xl", "share/man/man1/xl.1", "share/bash-completion/completions/xl"}
+    OF_XL = {"bin/xl", "share/man/man1/xl.1", "share/bash-completion/completions/xl", "share/fish/vendor_completions.d/xl.fish"}
     UNIT = "lib/systemd/system/hospes-domains.service"
 
     def setUp(self):
