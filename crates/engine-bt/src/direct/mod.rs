@@ -115,8 +115,24 @@ pub(crate) struct Direct {
     pub stay: Option<Stay>,
     /// Interrupts.
     ticks: u32,
-    /// Until when, and for one run at least, the thread may go to another host CPU.
-    roams: Option<Instant>,
+    roam: Roam,
+}
+
+/// Until when, and for one run at least, the vCPU's thread may go to another host CPU.
+#[derive(Debug, Default)]
+struct Roam(Option<Instant>);
+
+impl Roam {
+    fn begin(&mut self, now: Instant, time: Duration) {
+        self.0 = Some(now + time);
+    }
+
+    /// Whether a run that begins now stays on its CPU.
+    fn is_over(&mut self, now: Instant) -> bool {
+        let over = self.0.is_none();
+        self.0.take_if(|until| *until <= now);
+        over
+    }
 }
 
 impl Direct {
@@ -132,14 +148,14 @@ impl Direct {
             scratch: Vec::new(),
             stay: None,
             ticks: 0,
-            roams: None,
+            roam: Roam::default(),
         }
     }
 
     /// The host is to have the choice again where the thread runs, for so long.
     fn let_go(&mut self, time: Duration) {
         self.stay(false);
-        self.roams = Some(Instant::now() + time);
+        self.roam.begin(Instant::now(), time);
     }
 
     /// Keeps the vCPU's thread on the host CPU where it is, or lets it go.
@@ -203,4 +219,27 @@ fn host_suits(wide: Option<Wide>) -> bool {
     let capabilities = unsafe { libc::getauxval(libc::AT_HWCAP2) };
     let same_layout = wide.is_none() || Wide::new(|n| hospes_sys::cpuid(0xd, n)) == Ok(wide);
     capabilities & HWCAP2_FSGSBASE != 0 && same_layout
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn roaming_lasts_its_time_and_one_run_at_least() {
+        let (mut roam, now, long) = (Roam::default(), Instant::now(), Duration::from_millis(400));
+        assert!(roam.is_over(now));
+        roam.begin(now, Duration::ZERO);
+        assert!(!roam.is_over(now));
+        assert!(roam.is_over(now));
+        roam.begin(now, long);
+        for ms in [0, 100, 399] {
+            assert!(!roam.is_over(now + Duration::from_millis(ms)));
+        }
+        // A burst that waited for its CPU again.
+        roam.begin(now + long, long);
+        assert!(!roam.is_over(now + long));
+        assert!(!roam.is_over(now + 2 * long));
+        assert!(roam.is_over(now + 2 * long));
+    }
 }

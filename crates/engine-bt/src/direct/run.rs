@@ -308,9 +308,7 @@ impl BtVcpu {
                 self.store_native(space, regs)?;
                 return Ok(End::Interrupted);
             }
-            let roams = &mut self.host.direct.roams;
-            let stays = roams.is_none();
-            roams.take_if(|until| *until <= Instant::now());
+            let stays = self.host.direct.roam.is_over(Instant::now());
             self.host.direct.stay(stays);
             space.process.follow(stays);
             self.host.control.enter_direct(space.process.kick_fd());
