@@ -112,6 +112,12 @@ impl Backend for Block {
         Ok(self.properties())
     }
 
+    fn abandon(&mut self) {
+        for queue in &self.queues {
+            queue.abandon();
+        }
+    }
+
     fn disconnect(&mut self) {
         for queue in &self.queues {
             queue.stop();

@@ -237,6 +237,45 @@ impl Serve {
         self.in_flight() > 0 && self.image.status() == Status::Good
     }
 
+    /// Ends all that is left with errors, whatever the image has made of it by then.
+    pub fn gives_up(self) {
+        let Serve {
+            mut ring,
+            port,
+            queue,
+            xen,
+            stats,
+            open,
+            parked,
+            ..
+        } = self;
+        // From here on the image touches neither the guest's memory nor what it was to write.
+        drop(queue);
+        for (gpa, len) in open.iter().flatten().flat_map(|open| &open.written) {
+            xen.mark_written(*gpa, *len);
+        }
+        let open = open.iter().flatten().map(|open| (open.id, open.operation));
+        let parked = parked.map(|(id, operation, _)| (id, operation));
+        let mut left: Vec<_> = open.chain(parked).collect();
+        // What a barrier kept in the ring.
+        left.extend((0..ring.slots()).map_while(|_| {
+            let request = ring.take().ok()??;
+            Some((request.id, answered_operation(&request)))
+        }));
+        for (id, operation) in left {
+            ring.answer(&blkif::Response {
+                id,
+                operation,
+                status: blkif::STATUS_ERROR,
+                ..Default::default()
+            });
+        }
+        if ring.publish() {
+            stats.event();
+            port.notify();
+        }
+    }
+
     /// Has the device closed.
     pub fn alarm(&self, broken: &Broken) {
         (self.alarm)(broken.to_string());

@@ -35,6 +35,8 @@ pub struct Shared {
     prompt: AtomicBool,
     wake: Wake,
     stop: AtomicBool,
+    /// What is left at the end is answered with an error: nobody asks for it again.
+    abandoned: AtomicBool,
 }
 
 impl Shared {
@@ -45,6 +47,7 @@ impl Shared {
             prompt: AtomicBool::new(false),
             wake,
             stop: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
         }))
     }
 
@@ -132,6 +135,7 @@ impl Shared {
             return;
         };
         match broken {
+            Ok(()) if self.abandoned.load(SeqCst) => serve.gives_up(),
             Ok(()) => serve.publish(),
             Err(broken) => serve.alarm(&broken),
         }
@@ -223,6 +227,11 @@ impl QueueThread {
                 Err(host(fault))
             }
         }
+    }
+
+    /// Has the queue answer what is left when it stops: the guest does not come back for it.
+    pub fn abandon(&self) {
+        self.shared.abandoned.store(true, SeqCst);
     }
 
     /// Has the queue take no more requests.

@@ -42,6 +42,14 @@ pub enum DeviceError {
     Thread(DeviceId, std::io::Error),
     #[error("the domain has ended")]
     Closed,
+    #[error(
+        "the guest does not let go of device {0}, so it stays: see whether the domain is paused or hangs, or use --force, by which data can be lost that the guest has not written yet"
+    )]
+    Kept(DeviceId),
+    #[error(
+        "requests of device {0} wait ({1}), so it stays: see to that first, or use --force, by which the guest loses what it has not written yet"
+    )]
+    Waits(DeviceId, String),
 }
 
 /// A device at one moment.
@@ -195,13 +203,29 @@ impl Bus {
         })
     }
 
-    /// Takes a device away and returns when what it stood for is free: when the guest has let go of it, or its time is over, which is short by `force`.
+    /// Takes a device away and returns when what it stood for is free: when the guest has let go of it, or its time is over, which is short by `force`. A disk that the guest does not
+    /// let go of stays without `force`, as for xl.
     pub fn detach(&self, id: DeviceId, force: bool) -> Result<(), DeviceError> {
+        self.detach_within(id, force, if force { FORCED_PATIENCE } else { PATIENCE })
+    }
+
+    pub(crate) fn detach_within(
+        &self,
+        id: DeviceId,
+        force: bool,
+        patience: Duration,
+    ) -> Result<(), DeviceError> {
         let handle = self.handle(id)?;
         let mailbox = &handle.mailbox;
-        let patience = if force { FORCED_PATIENCE } else { PATIENCE };
+        if !force && let Some(why) = handle.monitor.trouble() {
+            return Err(DeviceError::Waits(id, why));
+        }
         mailbox.leave(Leave::Orderly);
         if !mailbox.wait_gone(Some(patience)) && !force {
+            if id.kind == super::Kind::Vbd {
+                mailbox.stay();
+                return Err(DeviceError::Kept(id));
+            }
             (self.log)(&format!(
                 "Domain {} does not let go of device {id}: it is taken away",
                 self.domid

@@ -25,6 +25,8 @@ pub(crate) enum Leave {
 /// What the thread is to look at.
 #[derive(Debug, Default)]
 struct Mail {
+    /// The guest had its time to let go: the device stays where it has not begun.
+    stay: bool,
     front: bool,
     alarm: Option<String>,
     renew: bool,
@@ -78,6 +80,11 @@ impl Mailbox {
         self.post(|mail| mail.leave = mail.leave.max(Some(how)));
     }
 
+    /// Takes back [`Leave::Orderly`] where the guest has not begun to let go.
+    pub fn stay(&self) {
+        self.post(|mail| mail.stay = true);
+    }
+
     pub fn phase(&self) -> Phase {
         lock(&self.inbox).phase
     }
@@ -116,7 +123,8 @@ impl Mailbox {
         let mut inbox = lock(&self.inbox);
         loop {
             let mail = &mut inbox.mail;
-            if mail.front || mail.renew || mail.alarm.is_some() || mail.leave.is_some() {
+            if mail.front || mail.renew || mail.stay || mail.alarm.is_some() || mail.leave.is_some()
+            {
                 return std::mem::take(mail);
             }
             inbox = self
@@ -173,6 +181,7 @@ impl Device {
         match mail.leave {
             Some(Leave::Forced) => return false,
             Some(Leave::Orderly) => self.start_leaving(),
+            None if mail.stay => self.stop_leaving(),
             None => {}
         }
         if let Some(reason) = mail.alarm
@@ -256,6 +265,19 @@ impl Device {
         }
     }
 
+    fn stop_leaving(&mut self) {
+        let connected = XenbusState::Connected.number().to_string();
+        let untouched = self
+            .store
+            .read(&format!("{}/state", self.paths.front))
+            .is_ok_and(|state| state == connected.as_bytes());
+        if self.leaving && self.phase == Phase::Closing && untouched {
+            self.leaving = false;
+            self.write(&[("online".to_owned(), "1".to_owned())]);
+            self.go(Phase::Connected);
+        }
+    }
+
     /// The thing behind the device changed: its nodes are written again, and the state, for which the guest watches.
     fn renew(&mut self) {
         let nodes = self.backend.renewed();
@@ -300,6 +322,9 @@ impl Device {
     }
 
     fn remove(&mut self) {
+        if self.leaving {
+            self.backend.abandon();
+        }
         self.backend.disconnect();
         self.backend.leave();
         for path in [&self.paths.front, &self.paths.back, &self.paths.tools] {

@@ -73,6 +73,9 @@ pub trait Backend: Send {
     /// Stops the queues and waits for what they have in flight. The guest's memory is not touched afterwards. Does nothing without a connection.
     fn disconnect(&mut self);
 
+    /// The guest loses the device: what it still waits for is to be answered, with an error where it cannot be carried out now. Comes before [`Backend::disconnect`].
+    fn abandon(&mut self) {}
+
     /// Nodes to be written again because the thing behind the device changed, with the state after them; empty where the device has no such.
     fn renewed(&mut self) -> Vec<Node> {
         Vec::new()

@@ -230,6 +230,72 @@ fn forced_detach_does_not_wait_for_a_guest_that_does_not_let_go() {
 }
 
 #[test]
+fn disk_that_the_guest_does_not_let_go_of_stays_without_force() {
+    let mut m = Machine::connected(MemoryImage::new(MIB));
+    let short = Duration::from_millis(20);
+    assert!(matches!(
+        m.bus.detach_within(ID, false, short),
+        Err(DeviceError::Kept(ID))
+    ));
+    m.guest.wait_state(ID, "4");
+    assert_eq!(m.guest.read(ID, "online").as_deref(), Some("1"));
+    works(&mut m, 0);
+    // It is about to let go when its time is over.
+    std::thread::scope(|scope| {
+        let detaching = scope.spawn(|| m.bus.detach_within(ID, false, 20 * short));
+        m.guest.wait_state(ID, "5");
+        m.guest.write(ID, "state", 5);
+        assert!(matches!(
+            detaching.join().unwrap(),
+            Err(DeviceError::Kept(ID))
+        ));
+    });
+    m.guest.write(ID, "state", 6);
+    m.bus.detach(ID, false).unwrap();
+    assert!(gone(&m));
+}
+
+#[test]
+fn disk_whose_requests_wait_goes_by_force_only_and_answers_them() {
+    let mut m = Machine::connected(MemoryImage::new(MIB));
+    let (_, gref) = m.page(3);
+    m.image.hold(true);
+    let requests: Vec<_> = (0..3)
+        .map(|i| request(blkif::OP_WRITE, 8 * i, &[segment(gref, 0, 7)]))
+        .collect();
+    m.send(0, &requests);
+    wait("the trouble", || m.bus.list()[0].trouble.is_some());
+    assert!(matches!(
+        m.bus.detach(ID, false),
+        Err(DeviceError::Waits(ID, _))
+    ));
+    assert_eq!(m.guest.read(ID, "state").as_deref(), Some("4"));
+    m.bus.detach(ID, true).unwrap();
+    assert!(gone(&m));
+    let mut ids: Vec<u64> = (0..3)
+        .map(|_| {
+            let response = m.receive(0);
+            assert_eq!(response.status, blkif::STATUS_ERROR);
+            response.id
+        })
+        .collect();
+    ids.sort_unstable();
+    assert_eq!(ids, requests.iter().map(|r| r.id).collect::<Vec<_>>());
+    assert_eq!(m.image.done(), []);
+}
+
+#[test]
+fn requests_that_wait_are_not_answered_where_the_guest_comes_back_for_them() {
+    let mut m = Machine::connected(MemoryImage::new(MIB));
+    let (_, gref) = m.page(3);
+    m.image.hold(true);
+    m.send(0, &[request(blkif::OP_WRITE, 8, &[segment(gref, 0, 7)])]);
+    wait("the trouble", || m.bus.list()[0].trouble.is_some());
+    m.bus.close();
+    assert!(m.queues[0].ring.take().is_none());
+}
+
+#[test]
 fn attach_waits_until_the_guest_has_seen_the_disk_before_it_go() {
     let mut m = Machine::connected(MemoryImage::new(MIB));
     m.bus.remove(ID).unwrap();
