@@ -14,6 +14,7 @@ mod error;
 mod hold;
 mod host;
 mod lock;
+mod loops;
 mod make;
 mod open;
 #[cfg(any(test, feature = "power-cut"))]

@@ -6,6 +6,8 @@
 //! by who does not share it with others. Shared locks never meet each other; a conflict is found by asking for the lock that would.
 //! So its tools refuse an image that a domain writes, and a domain one that they write.
 //!
+//! The host's loop devices take none, so the file behind one is in use as long as it has it; who is given such a device has the file's locks as well.
+//!
 //! Such locks do not say who holds them. A file in the run directory does, else the processes that have the file open.
 
 use std::fs::{self, File};
@@ -15,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::ImageError;
+use crate::loops;
 
 const USES: i64 = 100;
 const KEEPS: i64 = 200;
@@ -73,6 +76,41 @@ pub(crate) struct Target<'a> {
 impl Target<'_> {
     /// Locks for reading or for writing.
     pub(crate) fn lock(&self, write: bool, owner: &str) -> Result<Lock, ImageError> {
+        let sys = Path::new("/sys");
+        let mut lock = self.lock_own(write)?;
+        match self.identity {
+            (0, device) => {
+                if let Some(path) = loops::backing_of(sys, device)
+                    && let Ok(file) = File::open(&path)
+                    && let Ok(metadata) = file.metadata()
+                {
+                    let backing = Target {
+                        path: &path,
+                        fd: file.as_fd(),
+                        data: None,
+                        identity: identity_of(&metadata),
+                    };
+                    lock.files.append(&mut backing.lock_own(write)?.files);
+                }
+            }
+            identity => {
+                if let Some(device) = loops::device_on(sys, identity)
+                    && (write || !device.read_only)
+                {
+                    return Err(ImageError::Locked {
+                        path: self.path.to_owned(),
+                        holder: format!("the host's loop device {}", device.node),
+                        advice: "unmount what is on it, then detach it with `losetup -d`",
+                    });
+                }
+            }
+        }
+        lock.record = self.record(owner);
+        Ok(lock)
+    }
+
+    /// Locks the bytes of this file alone.
+    fn lock_own(&self, write: bool) -> Result<Lock, ImageError> {
         let used: &[i64] = if write {
             &[READ, WRITE, RESIZE]
         } else {
@@ -104,7 +142,6 @@ impl Target<'_> {
         if let Some(data) = self.data {
             self.add(&mut lock, data, &bytes, write)?;
         }
-        lock.record = self.record(owner);
         Ok(lock)
     }
 
