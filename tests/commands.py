@@ -171,6 +171,9 @@ def media_are_changed(bench):
     for name, path in (("other", other), ("one", one)):
         bench.hospes("cd-insert", "player", "xvdc", path)
         shell.until(medium.format(name))
+    # One that cannot be opened leaves the medium where it is.
+    bench.refused("a directory", "cd-insert", "player", "xvdc", os.path.dirname(one))
+    shell.run("echo 3 >/proc/sys/vm/drop_caches; " + medium.format("one"))
     bench.hospes("cd-eject", "player", "xvdc")
     shell.until("! [ -b /dev/xvdc ]")
     bench.refused("Cannot stat file", "cd-insert", "player", "xvdc", "/nonexistent.iso")

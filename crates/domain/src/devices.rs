@@ -97,9 +97,25 @@ impl Devices {
 
     /// Opens and locks the image, and shows the disk to the guest.
     pub fn attach_disk(&self, disk: &DiskSpec) -> Result<(), AttachError> {
-        let id = disk_id(disk.devid);
+        self.show(disk, self.open(disk)?)
+    }
+
+    /// Puts another disk in the place of one, or none. After an error in opening the other one the first is still there.
+    pub fn replace_disk(&self, devid: u32, other: Option<&DiskSpec>) -> Result<(), AttachError> {
+        let opened = match other {
+            Some(disk) => Some((disk, self.open(disk)?)),
+            None => None,
+        };
+        let id = disk_id(devid);
+        if self.bus.list().iter().any(|device| device.id == id) {
+            self.bus.detach(id, false)?;
+        }
+        opened.map_or(Ok(()), |(disk, image)| self.show(disk, image))
+    }
+
+    fn open(&self, disk: &DiskSpec) -> Result<Arc<dyn Image>, ImageError> {
         let read_only = disk.read_only || disk.cdrom;
-        let image = hospes_image::open(&OpenSpec {
+        hospes_image::open(&OpenSpec {
             path: disk.target.clone(),
             format: disk.format,
             read_only,
@@ -107,7 +123,11 @@ impl Devices {
             discard: disk.discard && !read_only,
             sector_bytes: None,
             lock_owner: format!("domain {} ({})", self.domid, self.name),
-        })?;
+        })
+    }
+
+    fn show(&self, disk: &DiskSpec, image: Arc<dyn Image>) -> Result<(), AttachError> {
+        let id = disk_id(disk.devid);
         let seen = Arc::downgrade(&image);
         let block = Block::new(image, disk.cdrom, self.vcpus, self.log.clone());
         self.bus.attach(id, &disk_nodes(disk), Box::new(block))?;

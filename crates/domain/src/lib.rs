@@ -422,6 +422,11 @@ impl Domain {
         self.devices.attach_disk(disk)
     }
 
+    /// Puts another disk in the place of the one with this number, or none. After an error in opening the other one the first is still there.
+    pub fn replace_disk(&self, devid: u32, other: Option<&DiskSpec>) -> Result<(), AttachError> {
+        self.devices.replace_disk(devid, other)
+    }
+
     /// Adds a network interface; the guest takes it when it likes.
     pub fn attach_vif(&self, vif: VifSpec) -> Result<(), AttachError> {
         self.devices.attach_vif(vif)

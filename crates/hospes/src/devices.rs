@@ -1,7 +1,7 @@
 //! Devices of a configuration as the domain takes them.
 
 use hospes_config::{DiskConfig, DiskFormat};
-use hospes_domain::frame::{DeviceId, DeviceInfo, Kind};
+use hospes_domain::frame::{DeviceInfo, Kind};
 use hospes_domain::{DiskSpec, ImageFormat};
 use hospes_toolstack::{DeviceKind, MachineError, MachineInfo};
 
@@ -47,14 +47,6 @@ pub fn kind(kind: DeviceKind) -> Kind {
     match kind {
         DeviceKind::Disk => Kind::Vbd,
         DeviceKind::Vif => Kind::Vif,
-    }
-}
-
-/// A disk's identity.
-pub fn disk(devid: u32) -> DeviceId {
-    DeviceId {
-        kind: Kind::Vbd,
-        devid,
     }
 }
 

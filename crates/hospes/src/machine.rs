@@ -286,12 +286,7 @@ impl Machine for Running {
     fn change_medium(&self, disk: &DiskConfig) -> Result<(), MachineError> {
         // To a PVH guest a drive is its medium: another medium is another disk in the same place.
         let medium = devices::disk_spec(disk)?;
-        let devid = disk.vdev.number;
-        let attached = self.0.devices().into_iter();
-        if attached.map(|d| d.id).any(|id| id == devices::disk(devid)) {
-            self.0.detach(Kind::Vbd, devid, false)?;
-        }
-        medium.map_or(Ok(()), |medium| Ok(self.0.attach_disk(&medium)?))
+        Ok(self.0.replace_disk(disk.vdev.number, medium.as_ref())?)
     }
 
     fn describe(&self) -> String {
