@@ -18,6 +18,8 @@ pub(crate) const FAREWELL: Duration = Duration::from_secs(2);
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
     pub(crate) shutdown: Option<EndReason>,
+    /// It has shut down and is about to start again.
+    pub(crate) returns: bool,
     /// The domain's id is free; with the id that took its place.
     pub(crate) gone: Option<Option<DomId>>,
     destroy: bool,
@@ -111,6 +113,11 @@ impl Instance {
 
     pub(crate) fn has_shut_down(&self) -> bool {
         lock(&self.progress).shutdown.is_some()
+    }
+
+    /// Whether it has shut down and is about to start again.
+    pub(crate) fn returns(&self) -> bool {
+        lock(&self.progress).returns
     }
 
     /// The configuration with what has changed since the start.

@@ -21,7 +21,7 @@ use crate::hub::{ConsoleHub, Watcher};
 use crate::instance::Instance;
 use crate::log::log;
 use crate::machine::{Machine, MachineError};
-use crate::protocol::{self, Ended, Reply, Request, Until};
+use crate::protocol::{self, Ended, Reply, Request, ShutdownKind, Until};
 use crate::scheduling::{host_cpus, resolve};
 
 /// Most connections at a time, per socket.
@@ -220,7 +220,6 @@ fn answer(
     request: Request,
 ) -> Option<Reply> {
     let machine = instance.machine();
-    let ended = "it has shut down already: destroy it";
     let asks_guest = !matches!(
         request,
         Request::Info
@@ -232,11 +231,26 @@ fn answer(
             | Request::Destroy
             | Request::Wait { .. }
             | Request::Rename { .. }
+            | Request::UpdateConfig { .. }
             | Request::Describe
     );
     if asks_guest && instance.has_shut_down() {
+        let message = if instance.returns() {
+            "it has shut down and is about to start again: try again in a moment"
+        } else if matches!(
+            request,
+            Request::Shutdown {
+                kind: ShutdownKind::Poweroff,
+                ..
+            }
+        ) {
+            // What was wanted has come already: nobody's script has to fail for that.
+            return Some(Reply::Done);
+        } else {
+            "it has shut down already: destroy it"
+        };
         return Some(Reply::Error {
-            message: ended.into(),
+            message: message.into(),
         });
     }
     Some(match request {

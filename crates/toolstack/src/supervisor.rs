@@ -211,9 +211,10 @@ impl<'a> Supervisor<'a> {
                 }
             }
             if reason != EndReason::Destroyed {
-                current
-                    .instance
-                    .update(|progress| progress.shutdown = Some(reason));
+                current.instance.update(|progress| {
+                    progress.shutdown = Some(reason);
+                    progress.returns = next == Next::Restart;
+                });
             }
             if self.ending.is_asked() {
                 log!("The domain is to end for good: nothing comes behind it");

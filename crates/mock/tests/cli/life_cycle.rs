@@ -206,8 +206,12 @@ fn end_preserved_shows_its_reason_until_destroyed() {
         until("the domain has ended", || {
             bench.row("kept").is_some_and(|row| row[4] == state)
         });
-        let said = bench.fails(1, &["shutdown", "kept"]);
-        assert!(said.contains("shut down already"), "{said}");
+        bench.ok(&["shutdown", "-w", "kept"]);
+        bench.ok(&["shutdown", "-a", "-w"]);
+        for ask in [&["reboot", "kept"][..], &["sysrq", "kept", "s"]] {
+            let said = bench.fails(1, ask);
+            assert!(said.contains("shut down already: destroy it"), "{said}");
+        }
         bench.ok(&["destroy", "kept"]);
         assert_eq!(bench.row("kept"), None);
         assert_eq!(console.wait(), Some(0));
@@ -237,6 +241,20 @@ fn end_restarting_destroyed_does_not_come_back() {
     // Whether it is waiting, being built or running again.
     bench.ok(&["destroy", "again"]);
     assert_eq!(bench.row("again"), None);
+}
+
+#[test]
+fn end_restarting_is_no_end_to_advise_destroying() {
+    let bench = Bench::new();
+    bench.create("again", &["on_poweroff='restart'"]);
+    // Each that is carried out is followed by a rest of up to two seconds.
+    until("a shutdown meets the rest before the next start", || {
+        let asked = bench.run(&["shutdown", "again"]);
+        let said = String::from_utf8_lossy(&asked.stderr);
+        assert!(!said.contains("destroy"), "{said}");
+        said.contains("is about to start again: try again in a moment")
+    });
+    bench.ok(&["destroy", "again"]);
 }
 
 #[test]
