@@ -1,14 +1,12 @@
 //! From the nodes that a guest wrote to running queues.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use hospes_ring::BackRing;
 
 use super::link::{Link, Offloads};
 use super::memory::DomainPages;
 use super::queue::{QueueThread, Serve};
-use super::rate::{Credit, Rate};
 use super::receive::{Receive, Shape};
 use super::transmit::Transmit;
 use super::{Net, Wire};
@@ -53,7 +51,7 @@ impl Net {
                 1 => String::new(),
                 _ => format!("queue-{number}/"),
             };
-            halves.push(self.half(front, &directory, shape, count)?);
+            halves.push(self.half(front, &directory, shape, number)?);
         }
         let host = |fault: std::io::Error| ConnectError::Host(fault.to_string());
         for (number, link) in self.links.iter().enumerate() {
@@ -108,7 +106,7 @@ impl Net {
         front: &Frontend<'_>,
         directory: &str,
         shape: Shape,
-        queues: u32,
+        number: u32,
     ) -> Result<Half, ConnectError> {
         let pages = |node: &str| front.ring(&format!("{directory}{node}"));
         let transmit = BackRing::attach(pages("tx-ring-ref")?).ok_or(ConnectError::RingTooSmall)?;
@@ -129,13 +127,8 @@ impl Net {
             receive: split.then(|| port("event-channel-rx")).transpose()?,
             wake: Arc::clone(&wake),
         };
-        let credit = self.rate.map(|rate| {
-            let share = Rate {
-                bytes: (rate.bytes / u64::from(queues)).max(1),
-                ..rate
-            };
-            Credit::new(share, Instant::now())
-        });
+        let limit = self.limit.as_ref();
+        let credit = limit.map(|limit| limit.credit(number as usize));
         let pages = || DomainPages(Arc::clone(front.xen()));
         let stats = || Arc::clone(&self.stats);
         Ok((

@@ -31,11 +31,13 @@ use std::any::Any;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::frame::{Backend, ConnectError, Frontend, Log, Monitor, Node};
 
 use link::Link;
 use queue::QueueThread;
+use rate::Limit;
 use stats::Stats;
 
 pub use fuzz::fuzz_packets;
@@ -53,7 +55,7 @@ pub struct NetConfig {
     pub queues: Vec<OwnedFd>,
     /// Bytes of the longest packet that is not to be cut.
     pub mtu: u32,
-    /// Limit of what the guest sends, shared by its queues in equal parts.
+    /// Limit of what the guest sends, one for all queues.
     pub rate: Option<Rate>,
     /// What the guest may send; everything without one.
     pub guard: Option<Guard>,
@@ -79,7 +81,7 @@ impl fmt::Debug for NetConfig {
 pub struct Net {
     wire: Wire,
     mtu: u32,
-    rate: Option<Rate>,
+    limit: Option<Arc<Limit>>,
     guard: Option<Guard>,
     log: Log,
     stats: Arc<Stats>,
@@ -102,7 +104,7 @@ impl Net {
         Net {
             wire: config.wire,
             mtu: config.mtu,
-            rate: config.rate,
+            limit: config.rate.map(|rate| Limit::new(rate, Instant::now())),
             guard: config.guard,
             log: config.log,
             stats: Arc::default(),

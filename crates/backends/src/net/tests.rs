@@ -20,7 +20,7 @@ use super::guard::Guard;
 use super::headers::{PROTOCOL_TCP, samples};
 use super::link::{Link, Span, Wire};
 use super::memory::{GuestPage, GuestPages, PAGE};
-use super::rate::{Credit, Rate};
+use super::rate::{Limit, Rate};
 use super::receive::{self, Receive, Shape};
 use super::stats::Stats;
 use super::transmit::{self, Transmit};
@@ -89,7 +89,7 @@ fn sender(guard: Option<Guard>, rate: Option<Rate>) -> Sender {
     let memory = LocalMemory::new(PAGE);
     let front = FrontRing::new(memory.clone()).unwrap();
     let (pages, stats) = (Pages::new(32), Arc::<Stats>::default());
-    let credit = rate.map(|rate| Credit::new(rate, std::time::Instant::now()));
+    let credit = rate.map(|rate| Limit::new(rate, std::time::Instant::now()).credit(0));
     let ring = BackRing::attach(memory).unwrap();
     Sender {
         front,

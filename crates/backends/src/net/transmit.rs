@@ -74,7 +74,7 @@ impl<M: SharedMemory, P: GuestPages> Transmit<M, P> {
                     None => return Ok(Turn::Idle),
                 },
             };
-            if let Some(credit) = &mut self.credit
+            if let Some(credit) = &self.credit
                 && packet.error.is_none()
                 && let Err(next) = credit.pay(packet.len as u64, Instant::now())
             {
@@ -84,7 +84,7 @@ impl<M: SharedMemory, P: GuestPages> Transmit<M, P> {
             let status = match self.carry(&packet, link) {
                 Ok(status) => status,
                 Err(WireIsFull) => {
-                    if let Some(credit) = &mut self.credit {
+                    if let Some(credit) = &self.credit {
                         credit.refund(packet.len as u64);
                     }
                     self.held = Some(packet);
