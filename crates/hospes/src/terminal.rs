@@ -4,40 +4,12 @@ use std::io::{self, Read, Write, stdin, stdout};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
+use hospes_sys::terminal::Raw;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
 /// Leaves the console: Ctrl-], as in xenconsole.
 const ESCAPE: u8 = 0x1d;
-
-/// A terminal that passes every key on; it is set back when this is dropped.
-pub(crate) struct Raw {
-    saved: Option<Termios>,
-}
-
-impl Raw {
-    pub(crate) fn enter() -> io::Result<Raw> {
-        let input = stdin();
-        if !isatty(&input) {
-            return Ok(Raw { saved: None });
-        }
-        let saved = tcgetattr(&input)?;
-        let mut raw = saved.clone();
-        raw.make_raw();
-        tcsetattr(&input, OptionalActions::Now, &raw)?;
-        Ok(Raw { saved: Some(saved) })
-    }
-}
-
-impl Drop for Raw {
-    fn drop(&mut self) {
-        if let Some(saved) = &self.saved {
-            // There is nobody to tell where this fails.
-            let _ = tcsetattr(stdin(), OptionalActions::Now, saved);
-        }
-    }
-}
 
 /// Why a console was left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +24,7 @@ pub(crate) enum Left {
 /// no reason to leave: the output may still be wanted.
 pub(crate) fn attach(stream: &UnixStream) -> io::Result<Left> {
     let _raw = Raw::enter()?;
+    stdout().flush()?;
     // A guest that does not read must keep neither its output nor the escape key from the user.
     stream.set_nonblocking(true)?;
     let mut session = Session {
@@ -90,6 +63,27 @@ fn is_end(fault: &io::Error) -> bool {
         fault.kind(),
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
     )
+}
+
+/// Writes to standard output, which another program may have made non-blocking.
+fn show(mut bytes: &[u8]) -> io::Result<()> {
+    let out = stdout();
+    while !bytes.is_empty() {
+        match rustix::io::write(&out, bytes) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
+                let ready = poll(&mut [PollFd::new(&out, PollFlags::OUT)], None);
+                if let Err(fault) = ready
+                    && fault != Errno::INTR
+                {
+                    return Err(fault.into());
+                }
+            }
+            Err(fault) => return Err(fault.into()),
+        }
+    }
+    Ok(())
 }
 
 impl Session<'_> {
@@ -135,9 +129,7 @@ impl Session<'_> {
             Err(fault) if is_end(&fault) => 0,
             Err(fault) => return Err(fault),
         };
-        let mut out = stdout().lock();
-        out.write_all(&buffer[..length])?;
-        out.flush()?;
+        show(&buffer[..length])?;
         Ok(length > 0)
     }
 

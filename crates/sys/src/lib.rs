@@ -3,6 +3,7 @@
 //!
 //! Refuses: all other system calls, which are rustix's.
 
+pub mod terminal;
 mod termination;
 
 pub use termination::Termination;

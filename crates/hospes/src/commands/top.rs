@@ -4,13 +4,13 @@ use std::fmt::Write;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
+use hospes_sys::terminal::Raw;
 use hospes_toolstack::{DomainInfo, Host};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::list::{HostMemory, host_info};
 use crate::output::print;
 use crate::table::Call;
-use crate::terminal::Raw;
 use crate::{Failure, Outcome};
 
 const DELAY_S: f64 = 3.0;

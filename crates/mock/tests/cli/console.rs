@@ -4,8 +4,13 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Stdio;
 
 use crate::common::{Bench, until};
+use rustix::fs::OFlags;
+use rustix::pipe::PipeFlags;
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 
@@ -158,4 +163,53 @@ fn create_console_on_a_terminal_is_raw_and_gives_it_back() {
     assert!(is_line_mode(&user));
     drop((controller, user));
     assert!(bench.row("one").is_some());
+}
+
+#[test]
+fn console_that_a_signal_ends_gives_the_terminal_back() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    for signal in [Signal::TERM, Signal::HUP, Signal::INT, Signal::QUIT] {
+        let (controller, user) = terminal();
+        let mut child = bench
+            .command()
+            .args(["console", "one"])
+            .stdin(user.try_clone().expect("open"))
+            .stdout(user.try_clone().expect("open"))
+            .spawn()
+            .expect("the program can be started");
+        until("the terminal is raw", || !is_line_mode(&user));
+        kill_process(Pid::from_child(&child), signal).expect("it lives");
+        let status = child.wait().expect("a child");
+        assert_eq!(status.signal(), Some(signal.as_raw()));
+        assert!(is_line_mode(&user));
+        drop(controller);
+    }
+}
+
+#[test]
+fn console_waits_for_an_output_that_does_not_block() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::NONBLOCK).expect("a pipe");
+    // Full, so that nothing goes into it.
+    while rustix::io::write(&writer, &[b'.'; 4096]).is_ok() {}
+    let mut child = bench
+        .command()
+        .args(["console", "one"])
+        .stdin(Stdio::piped())
+        .stdout(writer)
+        .spawn()
+        .expect("the program can be started");
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(child.try_wait().expect("a child"), None);
+    rustix::fs::fcntl_setfl(&reader, OFlags::empty()).expect("a pipe");
+    let output = crate::common::read_in_thread(File::from(reader));
+    let mut seen = String::new();
+    until("the guest is seen", || {
+        seen.extend(output.try_iter());
+        seen.contains("mock guest ready")
+    });
+    child.kill().expect("it lives");
+    child.wait().expect("a child");
 }
