@@ -2,6 +2,7 @@
 # mmdebstrap's customize hook: turns the installed packages into a guest, then the tree into a file system.
 # $1 is the new root. The environment says what is wanted: HOSTNAME_OF_GUEST, AUTOLOGIN (yes or no), SSH_KEYS (text),
 # PASSWORD, RUN (the text of a program to run in the root, or nothing), FS_UUID, FS_BYTES, SOURCE_DATE_EPOCH.
+# SCRATCH is where temporary files may lie on this machine.
 # IMAGE, KERNEL, INITRD are written: open descriptors under /proc/self/fd, because the hook may run as a user that cannot
 # reach the directory they are in.
 set -eu
@@ -139,8 +140,8 @@ cat "$initrd" >"$INITRD"
 
 # mmdebstrap's own apt configuration lies in the root until it is done. Without it mmdebstrap's apt-get would work on this
 # machine's package lists, and mmdebstrap ends with an error where it cannot remove it: it is set aside, and comes back.
-aside=$(mktemp -d)
-own=$(mktemp -d)
+aside=$(mktemp -d -p "$SCRATCH")
+own=$(mktemp -d -p "$SCRATCH")
 find "$root/etc/apt/apt.conf.d" -name '??mmdebstrap' -exec mv -t "$own" {} +
 find "$root/tmp" -mindepth 1 -maxdepth 1 -name 'mmdebstrap.*' -exec mv -t "$aside" {} +
 
@@ -154,7 +155,7 @@ find "$root/etc" -xdev \( -name 'passwd-' -o -name 'group-' -o -name 'shadow-' -
 
 step "writing the file system"
 # The tree alone: what is mounted in it now (/proc, /sys, devices) does not follow a bind mount.
-tree=$(mktemp -d)
+tree=$(mktemp -d -p "$SCRATCH")
 # The variables of the inner script are its own.
 # shellcheck disable=SC2016
 unshare --mount --propagation private sh -euc '

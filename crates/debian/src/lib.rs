@@ -9,7 +9,8 @@
 //!
 //! Invariants: nothing appears under its final name before it is complete. The same recipe on the same state of the archive
 //! gives the same bytes, passwords aside. Programs of the host run in the new root; nothing of the host's own
-//! configuration is changed.
+//! configuration is changed. A request to end the process ends the programs too, and leaves nothing behind. Where root may make name spaces,
+//! mounts and programs cannot outlive this process, however it ends.
 //!
 //! Limits: one file system without a partition table, amd64 alone; the host needs the packages mmdebstrap and e2fsprogs,
 //! for qcow2 qemu-utils, and for users other than root uidmap.
@@ -18,6 +19,7 @@
 mod configuration;
 mod maker;
 mod mirror;
+mod program;
 mod recipe;
 pub mod seed;
 mod work;

@@ -3,10 +3,13 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
+use std::process::ExitStatus;
+
+use hospes_sys::Termination;
 
 use crate::configuration::{self, Files};
 use crate::mirror::{self, Archives};
+use crate::program::{Program, Runner};
 use crate::recipe::{Format, Recipe, RecipeError};
 use crate::seed::{self, SeedError};
 use crate::work::{self, Unfinished};
@@ -93,6 +96,8 @@ pub enum BuildError {
          /etc/subgid (usermod --add-subuids); or run this as root. It said:\n{tail}"
     )]
     NoUserNamespace { tail: String },
+    #[error("interrupted: no image has been made, and what was begun is removed")]
+    Interrupted,
 }
 
 impl BuildError {
@@ -117,8 +122,14 @@ impl BuildError {
     }
 }
 
-/// Makes the image and what lies beside it. Takes about a minute, most of it for packages.
-pub fn build(recipe: &Recipe, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Made, BuildError> {
+/// Makes the image and what lies beside it. Takes about a minute, most of it for packages, unless `termination` asks to end before that.
+///
+/// The thread that calls has to wait for it: mmdebstrap is killed when that thread ends.
+pub fn build(
+    recipe: &Recipe,
+    termination: &Termination,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<Made, BuildError> {
     recipe.check()?;
     let made = places(recipe)?;
     let unfinished = Unfinished::create(&made.image)?;
@@ -128,7 +139,14 @@ pub fn build(recipe: &Recipe, progress: &mut dyn FnMut(Progress<'_>)) -> Result<
         return Err(BuildError::Exists { path: path.clone() });
     }
     let log = unfinished.file("log");
-    make(recipe, &made, &unfinished, &log, progress).map_err(|fault| {
+    let runner = Runner {
+        log: &log,
+        termination,
+    };
+    make(recipe, &made, &unfinished, &runner, progress).map_err(|fault| {
+        if matches!(fault, BuildError::Interrupted) {
+            return fault;
+        }
         match work::keep_log(&log, &made.image) {
             Some(log) => BuildError::Logged {
                 fault: Box::new(fault),
@@ -144,7 +162,7 @@ fn make(
     recipe: &Recipe,
     made: &Made,
     unfinished: &Unfinished,
-    log: &Path,
+    runner: &Runner<'_>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<(), BuildError> {
     let mut keys = String::new();
@@ -159,22 +177,26 @@ fn make(
         let (_disk, disk_name) = work::writable(&disk, recipe.bytes)?;
         let (_kernel, kernel_name) = work::writable(&kernel, 0)?;
         let (_initrd, initrd_name) = work::writable(&initrd, 0)?;
-        let mut command = bootstrap(recipe)?;
-        command
+        let mut program = bootstrap(recipe, unfinished)?;
+        program
+            .command
             .env("IMAGE", disk_name)
             .env("KERNEL", kernel_name)
-            .env("INITRD", initrd_name);
-        command.env("SSH_KEYS", keys.trim());
+            .env("INITRD", initrd_name)
+            .env("SSH_KEYS", keys.trim());
         let packages = recipe.all_packages().len();
-        work::run(&mut command, log, |line| {
-            work::translate(line, packages, progress)
-        })
-        .map_err(explain)?;
+        runner
+            .run(program, |line| work::translate(line, packages, progress))
+            .map_err(explain)?;
     }
     let disk = match recipe.format {
         Format::Raw => disk,
-        Format::Qcow2 => convert(unfinished, &disk, log, progress)?,
+        Format::Qcow2 => convert(unfinished, &disk, runner, progress)?,
     };
+    // From here on it is a matter of moments, and the files belong together.
+    if runner.termination.first().is_some() {
+        return Err(BuildError::Interrupted);
+    }
     work::finish(&disk, &made.image)?;
     work::finish(&kernel, &made.kernel)?;
     work::finish(&initrd, &made.initrd)?;
@@ -222,8 +244,22 @@ fn write(unfinished: &Unfinished, path: &Path, content: &[u8]) -> Result<(), Bui
 }
 
 /// The mmdebstrap command, whose hooks write the files.
-fn bootstrap(recipe: &Recipe) -> Result<Command, BuildError> {
-    let mut command = Command::new("mmdebstrap");
+fn bootstrap(recipe: &Recipe, unfinished: &Unfinished) -> Result<Program, BuildError> {
+    let path = std::env::var("PATH").unwrap_or_default();
+    let path = format!("{path}:/usr/local/sbin:/usr/sbin:/sbin");
+    if !std::env::split_paths(&path).any(|directory| directory.join("mmdebstrap").is_file()) {
+        return Err(BuildError::missing("mmdebstrap"));
+    }
+    let mut program = Program::enclosed("mmdebstrap");
+    // Where it is not enclosed it may be another user's files that remain, or mounts, which only mmdebstrap removes.
+    let scratch = if program.enclosed {
+        let scratch = unfinished.temporary()?;
+        program.command.env("TMPDIR", &scratch);
+        scratch
+    } else {
+        "/tmp".into()
+    };
+    let command = &mut program.command;
     command.args([
         "--variant=minbase",
         "--format=null",
@@ -254,16 +290,15 @@ fn bootstrap(recipe: &Recipe) -> Result<Command, BuildError> {
             .to_string(),
         None => String::new(),
     };
-    let program = match &recipe.run {
+    let run = match &recipe.run {
         Some(path) => read_text(path)?,
         None => String::new(),
     };
     let epoch = std::env::var("SOURCE_DATE_EPOCH")
         .ok()
         .and_then(|text| text.parse().ok());
-    let path = std::env::var("PATH").unwrap_or_default();
     command
-        .env("PATH", format!("{path}:/usr/local/sbin:/usr/sbin:/sbin"))
+        .env("PATH", path)
         .env("LC_ALL", "C.UTF-8")
         .env("ESSENTIAL_HOOK", ESSENTIAL_HOOK)
         .env("CUSTOMIZE_HOOK", CUSTOMIZE_HOOK)
@@ -274,11 +309,12 @@ fn bootstrap(recipe: &Recipe) -> Result<Command, BuildError> {
         .env("HOSTNAME_OF_GUEST", &recipe.hostname)
         .env("AUTOLOGIN", if recipe.autologin { "yes" } else { "no" })
         .env("PASSWORD", password)
-        .env("RUN", program)
+        .env("RUN", run)
+        .env("SCRATCH", scratch)
         .env("FS_UUID", FS_UUID)
         .env("FS_BYTES", recipe.bytes.to_string())
         .current_dir("/");
-    Ok(command)
+    Ok(program)
 }
 
 fn explain(fault: BuildError) -> BuildError {
@@ -298,17 +334,18 @@ fn explain(fault: BuildError) -> BuildError {
 fn convert(
     unfinished: &Unfinished,
     raw: &Path,
-    log: &Path,
+    runner: &Runner<'_>,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<PathBuf, BuildError> {
     progress(Progress::Step("converting to qcow2"));
     let path = unfinished.file("qcow2");
-    let mut command = Command::new("qemu-img");
-    command
+    let mut program = Program::new("qemu-img");
+    program
+        .command
         .args(["convert", "-f", "raw", "-O", "qcow2"])
         .arg(raw)
         .arg(&path);
-    work::run(&mut command, log, |line| progress(Progress::Detail(line)))?;
+    runner.run(program, |line| progress(Progress::Detail(line)))?;
     Ok(path)
 }
 

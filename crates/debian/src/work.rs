@@ -1,24 +1,29 @@
-//! Running the programs that make an image, and the directory in which unfinished files lie.
+//! The directory in which unfinished files lie, and what the programs that make an image say.
 
-use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use rustix::io::{Errno, FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 
 use crate::maker::{BuildError, Progress};
 
-/// Lines of a failed program that its error shows.
-const TAIL_LINES: usize = 12;
 /// The shell that mmdebstrap uses knows single-digit descriptors alone: ours are out of their way.
 const DESCRIPTOR_MIN: i32 = 20;
 /// Names for a log that are tried.
 const LOGS_MAX: usize = 100;
+/// Names for a directory of temporary files that are tried.
+const TEMPORARY_MAX: usize = 100;
+/// The link to the directory of temporary files.
+const TEMPORARY: &str = "temporary";
+/// How often it is tried to remove what programs that are ending may still write to, and the time between.
+const REMOVALS: usize = 50;
+const REMOVAL_PAUSE: Duration = Duration::from_millis(100);
 
 /// A directory beside the image for what is not finished, and the program's log. It goes when this goes; what a killed run left in it is
 /// removed first.
@@ -73,11 +78,54 @@ impl Unfinished {
     pub fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
+
+    /// A directory for temporary files where those of other programs are, which goes with this one. Other users may reach it: apt fetches as one.
+    ///
+    /// Nothing may be mounted in it where this process sees it: what is in it is removed.
+    pub fn temporary(&self) -> Result<PathBuf, BuildError> {
+        let place = std::env::temp_dir();
+        let failed = |source| BuildError::file("make a directory in", &place, source);
+        let place = std::path::absolute(&place).map_err(failed)?;
+        for n in 0..TEMPORARY_MAX {
+            let path = place.join(format!("hospes-image.{}.{n}", std::process::id()));
+            match fs::DirBuilder::new().mode(0o700).create(&path) {
+                Err(fault) if fault.kind() == io::ErrorKind::AlreadyExists => continue,
+                made => made.map_err(failed)?,
+            }
+            // Not before it is known to be ours: what is linked is removed.
+            symlink(&path, self.file(TEMPORARY))
+                .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o755)))
+                .map_err(failed)?;
+            return Ok(path);
+        }
+        Err(failed(io::ErrorKind::AlreadyExists.into()))
+    }
 }
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.path);
+        for _ in 0..REMOVALS {
+            let removed =
+                remove_temporary(&self.path).and_then(|()| fs::remove_dir_all(&self.path));
+            if removed.is_ok() {
+                return;
+            }
+            thread::sleep(REMOVAL_PAUSE);
+        }
+    }
+}
+
+/// Removes the directory that [`Unfinished::temporary`] has linked in `directory`.
+fn remove_temporary(directory: &Path) -> io::Result<()> {
+    let Ok(path) = fs::read_link(directory.join(TEMPORARY)) else {
+        return Ok(());
+    };
+    match fs::symlink_metadata(&path) {
+        // A restart of the machine may have emptied the place, and its name be another's since.
+        Ok(there) if there.is_dir() && there.uid() == rustix::process::geteuid().as_raw() => {
+            fs::remove_dir_all(&path)
+        }
+        _ => Ok(()),
     }
 }
 
@@ -87,6 +135,7 @@ fn open_directory(path: &Path) -> Result<OwnedFd, Errno> {
 }
 
 fn empty(directory: &Path) -> io::Result<()> {
+    remove_temporary(directory)?;
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
@@ -122,74 +171,6 @@ pub(crate) fn writable(path: &Path, bytes: u64) -> Result<(OwnedFd, String), Bui
         std::os::fd::AsRawFd::as_raw_fd(&inherited)
     );
     Ok((inherited, name))
-}
-
-/// Runs a program to its end. What it writes goes to the log and, line by line, to `line`.
-pub(crate) fn run(
-    command: &mut Command,
-    log: &Path,
-    mut line: impl FnMut(&str),
-) -> Result<(), BuildError> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    let failed = |source| BuildError::file("write", log, source);
-    let mut log_file = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(log)
-        .map_err(failed)?;
-    let (reader, writer) = io::pipe().map_err(|source| BuildError::Start {
-        program: program.clone(),
-        source,
-    })?;
-    let copy = writer.try_clone().map_err(|source| BuildError::Start {
-        program: program.clone(),
-        source,
-    })?;
-    command.stdin(Stdio::null()).stdout(writer).stderr(copy);
-    let mut child = command.spawn().map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => BuildError::missing(&program),
-        _ => BuildError::Start {
-            program: program.clone(),
-            source,
-        },
-    })?;
-    // The command holds the writing ends: the reader would wait for ours for ever.
-    command.stdout(Stdio::null()).stderr(Stdio::null());
-    let mut tail = VecDeque::new();
-    let mut reader = BufReader::new(reader);
-    let mut bytes = Vec::new();
-    while matches!(reader.read_until(b'\n', &mut bytes), Ok(length) if length > 0) {
-        log_file.write_all(&bytes).map_err(failed)?;
-        let text = String::from_utf8_lossy(&bytes);
-        let text = text.trim_end();
-        line(text);
-        if tail.len() == TAIL_LINES {
-            tail.pop_front();
-        }
-        tail.push_back(text.to_string());
-        bytes.clear();
-    }
-    let status = child.wait().map_err(|source| BuildError::Start {
-        program: program.clone(),
-        source,
-    })?;
-    succeeded(status, program, tail)
-}
-
-fn succeeded(
-    status: ExitStatus,
-    program: String,
-    tail: VecDeque<String>,
-) -> Result<(), BuildError> {
-    if status.success() {
-        return Ok(());
-    }
-    let tail: Vec<String> = tail.into();
-    Err(BuildError::Program {
-        program,
-        status,
-        tail: tail.join("\n"),
-    })
 }
 
 /// What mmdebstrap and its hooks say, as progress.
@@ -258,6 +239,7 @@ pub(crate) fn finish(from: &Path, to: &Path) -> Result<(), BuildError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::process::Command;
 
     fn said(line: &str) -> String {
         let mut text = String::new();
@@ -282,44 +264,15 @@ mod tests {
     }
 
     #[test]
-    fn run_failed_program_shows_its_last_lines() {
-        let directory = std::env::temp_dir().join(format!("hospes-debian-{}", std::process::id()));
-        fs::create_dir_all(&directory).unwrap();
-        let mut lines = Vec::new();
-        let fault = run(
-            Command::new("sh").args(["-c", "echo one; echo two >&2; exit 3"]),
-            &directory.join("log"),
-            |line| lines.push(line.to_string()),
-        )
-        .unwrap_err();
-        assert_eq!(lines, ["one", "two"]);
-        assert!(fault.to_string().contains("one\ntwo"), "{fault}");
-        assert_eq!(
-            fs::read_to_string(directory.join("log")).unwrap(),
-            "one\ntwo\n"
-        );
-        let fault = run(
-            &mut Command::new("mmdebstrap-is-not-here"),
-            &directory.join("log"),
-            |_| {},
-        );
-        assert!(matches!(fault, Err(BuildError::Missing { .. })));
-        fs::remove_dir_all(&directory).unwrap();
-    }
-
-    #[test]
     fn writable_child_writes_by_name_and_directory_goes() {
         let output =
             std::env::temp_dir().join(format!("hospes-writable-{}.img", std::process::id()));
         let unfinished = Unfinished::create(&output).unwrap();
         let (file, name) = writable(&unfinished.file("disk"), 4096).unwrap();
-        let log = unfinished.file("log");
-        run(
-            Command::new("sh").args(["-c", "printf hello >\"$0\"", &name]),
-            &log,
-            |_| {},
-        )
-        .unwrap();
+        let status = Command::new("sh")
+            .args(["-c", "printf hello >\"$0\"", &name])
+            .status();
+        assert!(status.unwrap().success());
         drop(file);
         assert_eq!(fs::read(unfinished.file("disk")).unwrap(), b"hello");
         let path = unfinished.path.clone();
@@ -353,6 +306,28 @@ mod tests {
         drop(first);
         Unfinished::create(&output).unwrap();
         assert_eq!(fs::read_dir(&directory).unwrap().count(), 0);
+        fs::remove_dir(&directory).unwrap();
+    }
+
+    #[test]
+    fn temporary_goes_with_unfinished_and_after_a_killed_run() {
+        let directory = scratch("temporary");
+        let output = directory.join("web.img");
+        let unfinished = Unfinished::create(&output).unwrap();
+        let first = unfinished.temporary().unwrap();
+        fs::create_dir(first.join("tree")).unwrap();
+        assert_eq!(fs::metadata(&first).unwrap().mode() & 0o777, 0o755);
+        drop(unfinished);
+        assert!(!first.exists());
+        // As if it had been killed.
+        let unfinished = std::mem::ManuallyDrop::new(Unfinished::create(&output).unwrap());
+        let second = unfinished.temporary().unwrap();
+        fs::write(second.join("half"), "").unwrap();
+        rustix::fs::flock(&unfinished._lock, FlockOperation::Unlock).unwrap();
+        let unfinished = Unfinished::create(&output).unwrap();
+        assert!(!second.exists());
+        assert_eq!(fs::read_dir(&unfinished.path).unwrap().count(), 0);
+        drop(unfinished);
         fs::remove_dir(&directory).unwrap();
     }
 

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use hospes_debian::{Made, Progress, Recipe, build, parse_size};
+use hospes_debian::{BuildError, Made, Progress, Recipe, build, parse_size};
 use hospes_image::{Format, Image, ImageError, OpenSpec, open};
+use hospes_sys::Termination;
 
 use crate::args::Args;
 use crate::output::print;
@@ -33,10 +34,16 @@ fn debian(call: &Call) -> Outcome {
     if call.global.dry_run {
         return Ok(());
     }
-    let _held = hold(&recipe)?;
+    let held = hold(&recipe)?;
+    let termination = Termination::catch_not_ignored().context("signals cannot be caught")?;
     let mut screen = Screen::new();
-    let made = build(&recipe, &mut |progress| screen.show(progress));
+    let made = build(&recipe, &termination, &mut |progress| screen.show(progress));
     screen.clear();
+    drop(held);
+    if let Err(fault @ BuildError::Interrupted) = &made {
+        eprintln!("{}: {fault}", call.program);
+        termination.obey();
+    }
     let made = made?;
     screen.show(Progress::Step("done"));
     Ok(print(format_args!("{}", summary(&call.program, &made)))?)

@@ -2,14 +2,17 @@
 
 use std::ffi::c_int;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 /// Counts the requests. It is made before the handlers and never closed.
 static REQUESTS: OnceLock<OwnedFd> = OnceLock::new();
+/// The signal that was the first request, or 0.
+static FIRST: AtomicI32 = AtomicI32::new(0);
 
 /// The requests to end that this process gets from now on, which no longer end it by themselves.
 #[derive(Debug)]
@@ -21,17 +24,45 @@ impl Termination {
     /// By handlers and not by a signal mask: programs that this process starts inherit a mask, but no handlers. The handlers may come to run
     /// in any thread, so they use the thread's alternate stack where it has one, and interrupt no system call that can go on.
     pub fn catch() -> io::Result<Termination> {
-        let requests = match REQUESTS.get() {
-            Some(requests) => requests,
-            None => {
-                let made = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::SEMAPHORE)?;
-                REQUESTS.get_or_init(|| made)
-            }
-        };
+        let requests = requests()?;
         handle(libc::SIGTERM, count)?;
         handle(libc::SIGINT, count)?;
         handle(libc::SIGHUP, pass_over)?;
         Ok(Termination(requests))
+    }
+
+    /// Counts those of SIGTERM, SIGINT and SIGHUP that this process does not ignore: for work of a terminal's, which ends with the session
+    /// unless somebody has said otherwise (nohup).
+    pub fn catch_not_ignored() -> io::Result<Termination> {
+        let requests = requests()?;
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            if !ignored(signal)? {
+                handle(signal, count)?;
+            }
+        }
+        Ok(Termination(requests))
+    }
+
+    /// The signal that was the first request of all.
+    pub fn first(&self) -> Option<c_int> {
+        match FIRST.load(Ordering::Relaxed) {
+            0 => None,
+            signal => Some(signal),
+        }
+    }
+
+    /// Ends the process by the signal that was the first request, so that who waits for the process sees why it ended. Returns where there
+    /// was none.
+    pub fn obey(self) {
+        let Some(signal) = self.first() else {
+            return;
+        };
+        // SAFETY: an all-zero sigaction is valid: the default action. The signals that are counted end the process by default.
+        unsafe {
+            let action: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(signal, &action, std::ptr::null_mut());
+            libc::raise(signal);
+        }
     }
 
     /// Waits for the next request until then, or for ever; false where none has come.
@@ -63,6 +94,37 @@ impl Termination {
     }
 }
 
+/// Readable while there are requests that have not been waited for.
+impl AsFd for Termination {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn requests() -> io::Result<&'static OwnedFd> {
+    match REQUESTS.get() {
+        Some(requests) => Ok(requests),
+        None => {
+            let made = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::SEMAPHORE)?;
+            Ok(REQUESTS.get_or_init(|| made))
+        }
+    }
+}
+
+fn ignored(signal: c_int) -> io::Result<bool> {
+    // SAFETY: an all-zero sigaction is valid, and the call writes no more than one; it changes nothing.
+    let (result, action) = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        let result = libc::sigaction(signal, std::ptr::null(), &mut action);
+        (result, action)
+    };
+    if result == 0 {
+        Ok(action.sa_sigaction == libc::SIG_IGN)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 fn handle(signal: c_int, handler: extern "C" fn(c_int)) -> io::Result<()> {
     // SAFETY: an all-zero sigaction is valid, and both handlers do nothing but what is safe in one.
     let result = unsafe {
@@ -79,7 +141,8 @@ fn handle(signal: c_int, handler: extern "C" fn(c_int)) -> io::Result<()> {
     }
 }
 
-extern "C" fn count(_signal: c_int) {
+extern "C" fn count(signal: c_int) {
+    let _ = FIRST.compare_exchange(0, signal, Ordering::Relaxed, Ordering::Relaxed);
     let Some(requests) = REQUESTS.get() else {
         return;
     };
@@ -100,9 +163,14 @@ extern "C" fn pass_over(_signal: c_int) {}
 mod tests {
     use super::*;
     use rustix::process::{Signal, getpid, kill_process};
+    use std::sync::{Mutex, PoisonError};
+
+    /// Handlers are the process's, so one test at a time.
+    static ALONE: Mutex<()> = Mutex::new(());
 
     #[test]
     fn wait_counts_requests_and_passes_over_the_end_of_the_session() {
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let termination = Termination::catch().unwrap();
         let soon = || Some(Instant::now() + Duration::from_millis(50));
         let send = |signal| kill_process(getpid(), signal).unwrap();
@@ -116,7 +184,18 @@ mod tests {
     }
 
     #[test]
+    fn signals_that_are_ignored_stay_ignored() {
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: no handler; the process is of these tests alone.
+        unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+        let _termination = Termination::catch_not_ignored().unwrap();
+        assert!(ignored(libc::SIGHUP).unwrap());
+        assert!(!ignored(libc::SIGTERM).unwrap());
+    }
+
+    #[test]
     fn programs_that_are_started_end_by_the_signal() {
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let _termination = Termination::catch().unwrap();
         let mut child = std::process::Command::new("sleep")
             .arg("600")

@@ -2,7 +2,10 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Output, Stdio};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Output, Stdio};
+
+use rustix::process::{Pid, Signal, geteuid, kill_process, kill_process_group};
 
 use crate::common::{Bench, until};
 
@@ -129,4 +132,176 @@ fn image_debian_forced_refuses_an_image_in_use() {
     drop(held);
     let output = image(&bench, WORKS, &["--force", &text]);
     assert!(output.status.success(), "{}", said(&output));
+}
+
+const NOTHING: [&str; 0] = [];
+
+/// What mmdebstrap is like in the middle: a tree with a mount where it may make one, files beside it, and children. A request to end makes it
+/// clear up.
+const WORKS_LONG: &str = "tree=$(mktemp -d) other=$(mktemp -d)
+trap 'umount $tree; rm -rf $tree $other; exit 1' TERM
+[ $(id -u) != 0 ] || mount -t tmpfs tree $tree
+touch $tree/file $other/file
+sleep 600 &
+touch $BEGAN
+wait";
+
+/// An image that is being made, with temporary files of its own.
+struct Making {
+    bench: Bench,
+    child: Child,
+}
+
+impl Making {
+    /// Returns when mmdebstrap is in the middle.
+    fn begin(prepare: impl FnOnce(&mut std::process::Command)) -> Making {
+        let bench = Bench::new();
+        let (temporary, began) = (bench.path("tmp"), bench.path("began"));
+        fs::create_dir(&temporary).expect("writable");
+        fs::create_dir(bench.path("images")).expect("writable");
+        let path = bench.path("images/web.img").display().to_string();
+        let mut command = command(&bench, WORKS_LONG, &[&path]);
+        command
+            .env("TMPDIR", &temporary)
+            .env("BEGAN", &began)
+            .stderr(Stdio::piped());
+        prepare(&mut command);
+        let child = command.spawn().expect("started");
+        until("it is in the middle", || began.exists());
+        Making { bench, child }
+    }
+
+    fn send(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("it runs");
+    }
+
+    fn end(&mut self) -> Output {
+        let status = self.child.wait().expect("a child");
+        let mut stderr = Vec::new();
+        let mut pipe = self.child.stderr.take().expect("piped");
+        std::io::Read::read_to_end(&mut pipe, &mut stderr).expect("text");
+        Output {
+            status,
+            stdout: Vec::new(),
+            stderr,
+        }
+    }
+
+    fn mounts(&self) -> Vec<String> {
+        let place = self.bench.path("tmp").display().to_string();
+        fs::read_to_string("/proc/self/mounts")
+            .expect("there")
+            .lines()
+            .filter_map(|line| line.split(' ').nth(1))
+            .filter(|path| path.starts_with(&place))
+            .map(String::from)
+            .collect()
+    }
+
+    /// The processes that have this test's mmdebstrap in their PATH.
+    fn processes(&self) -> Vec<Pid> {
+        let tools = self.bench.path("tools").display().to_string();
+        let entries = fs::read_dir("/proc").expect("there").flatten();
+        entries
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .filter(|pid: &i32| {
+                let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+                String::from_utf8_lossy(&environment).contains(&tools)
+            })
+            .filter_map(Pid::from_raw)
+            .collect()
+    }
+
+    fn names(&self, directory: &str) -> Vec<String> {
+        let entries = fs::read_dir(self.bench.path(directory)).expect("there");
+        let path = |entry: fs::DirEntry| entry.path().display().to_string();
+        entries.map(|entry| path(entry.expect("there"))).collect()
+    }
+
+    fn leaves_nothing(&self) {
+        assert_eq!(self.processes(), []);
+        assert_eq!(self.mounts(), NOTHING);
+        assert_eq!(self.names("tmp"), NOTHING);
+        assert_eq!(self.names("images"), NOTHING);
+    }
+}
+
+impl Drop for Making {
+    /// What a test that has failed leaves.
+    fn drop(&mut self) {
+        for pid in self.processes() {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        for path in self.mounts() {
+            let _ = std::process::Command::new("umount").arg(path).status();
+        }
+    }
+}
+
+#[test]
+fn image_debian_interrupted_leaves_nothing() {
+    for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
+        let mut making = Making::begin(|_| {});
+        making.send(signal);
+        let output = making.end();
+        making.leaves_nothing();
+        assert_eq!(output.status.signal(), Some(signal.as_raw()));
+        assert!(said(&output).contains("interrupted"), "{}", said(&output));
+    }
+}
+
+#[test]
+fn image_debian_interrupted_at_a_terminal_leaves_nothing() {
+    use std::os::unix::process::CommandExt;
+    let mut making = Making::begin(|command| {
+        command.process_group(0);
+    });
+    // Ctrl-C is for all processes of the group in the foreground.
+    kill_process_group(Pid::from_child(&making.child), Signal::INT).expect("it runs");
+    let output = making.end();
+    making.leaves_nothing();
+    assert_eq!(output.status.signal(), Some(Signal::INT.as_raw()));
+}
+
+#[test]
+fn image_debian_goes_on_under_nohup() {
+    let mut making = Making::begin(|command| {
+        let mut nohup = std::process::Command::new("sh");
+        nohup
+            .args(["-c", "trap '' HUP; exec \"$@\"", "sh"])
+            .arg(command.get_program())
+            .args(command.get_args());
+        for (name, value) in command.get_envs() {
+            nohup.env(name, value.expect("set"));
+        }
+        nohup.stdin(Stdio::null()).stderr(Stdio::piped());
+        *command = nohup;
+    });
+    making.send(Signal::HUP);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert!(making.child.try_wait().expect("a child").is_none());
+    making.send(Signal::TERM);
+    assert_eq!(making.end().status.signal(), Some(Signal::TERM.as_raw()));
+    making.leaves_nothing();
+}
+
+#[test]
+fn image_debian_killed_leaves_no_mounts_and_the_next_clears_up() {
+    if !geteuid().is_root() {
+        eprintln!("not tried: mounts of the host are root's");
+        return;
+    }
+    let mut making = Making::begin(|_| {});
+    making.send(Signal::KILL);
+    making.child.wait().expect("a child");
+    until("mmdebstrap has ended", || making.processes().is_empty());
+    assert_eq!(making.mounts(), NOTHING);
+    let path = making.bench.path("images/web.img").display().to_string();
+    let output = command(&making.bench, WORKS, &[&path])
+        .env("TMPDIR", making.bench.path("tmp"))
+        .output()
+        .expect("started");
+    assert!(output.status.success(), "{}", said(&output));
+    assert_eq!(making.names("tmp"), NOTHING);
+    assert!(!making.bench.path("images/.web.unfinished").exists());
 }
