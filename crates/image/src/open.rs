@@ -152,7 +152,18 @@ impl Chain<'_> {
             return Ok(None);
         };
         let below = backing_path(path, name)?;
-        let identity = identity(&below)?;
+        // The image that names it is the one to mend, and the one that the user knows.
+        let refused = |error| match error {
+            ImageError::Host { source, .. } => ImageError::format(
+                path,
+                format!(
+                    "its backing file {} cannot be opened: {source}",
+                    below.display()
+                ),
+            ),
+            error => error,
+        };
+        let identity = identity(&below).map_err(refused)?;
         if self.seen.contains(&identity) {
             return Err(ImageError::format(
                 path,
@@ -182,7 +193,7 @@ impl Chain<'_> {
             direct: false,
             unit: 512,
         };
-        let file = HostFile::open(&below, access, Some(self.owner))?;
+        let file = HostFile::open(&below, access, Some(self.owner)).map_err(refused)?;
         let fixed = file.is_block();
         let storage: Arc<dyn Storage> = Arc::new(file);
         if !is_qcow2(&below, &*storage, format)? {

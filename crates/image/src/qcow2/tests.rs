@@ -231,6 +231,24 @@ fn open_of_a_backing_loop_is_refused() {
 }
 
 #[test]
+fn open_without_the_backing_file_names_both_images() {
+    let directory = Directory::new();
+    let path = |name| directory.join(name);
+    let (base, middle, top) = (path("base.raw"), path("middle.qcow2"), path("top.qcow2"));
+    std::fs::write(&base, [0; 4096]).unwrap();
+    create_overlay(&middle, &base, Format::Raw).unwrap();
+    create_overlay(&top, &middle, Format::Qcow2).unwrap();
+    for (gone, refers) in [(&base, &middle), (&middle, &top)] {
+        std::fs::remove_file(gone).unwrap();
+        let refusal = refusal(&top);
+        for named in [gone, refers] {
+            assert!(refusal.contains(text(named)), "{refusal}");
+        }
+        assert!(refusal.contains("No such file"), "{refusal}");
+    }
+}
+
+#[test]
 fn read_of_compressed_clusters_unpacks_them_and_writes_replace_them() {
     let directory = Directory::new();
     let raw = directory.join("a.raw");
