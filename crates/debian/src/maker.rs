@@ -72,19 +72,20 @@ pub enum BuildError {
         fault: Box<BuildError>,
         log: PathBuf,
     },
-    #[error("cannot {what} {path}: {source}")]
+    // No `source` here and below: what prints a fault with its sources would say the same twice.
+    #[error("cannot {what} {path}: {fault}")]
     File {
         what: &'static str,
         path: PathBuf,
-        source: io::Error,
+        fault: io::Error,
     },
     #[error("{program} is not on this machine: install the package {package}")]
     Missing {
         program: String,
         package: &'static str,
     },
-    #[error("{program} could not be run: {source}")]
-    Start { program: String, source: io::Error },
+    #[error("{program} could not be run: {fault}")]
+    Start { program: String, fault: io::Error },
     #[error("{program} failed ({status}); its last lines:\n{tail}")]
     Program {
         program: String,
@@ -101,11 +102,11 @@ pub enum BuildError {
 }
 
 impl BuildError {
-    pub(crate) fn file(what: &'static str, path: &Path, source: io::Error) -> BuildError {
+    pub(crate) fn file(what: &'static str, path: &Path, fault: io::Error) -> BuildError {
         BuildError::File {
             what,
             path: path.into(),
-            source,
+            fault,
         }
     }
 
@@ -170,6 +171,11 @@ fn make(
         keys.push_str(&read_text(path)?);
         keys.push('\n');
     }
+    // What is read of the user's files is read before the work begins.
+    let seed = match &made.seed {
+        Some(path) => Some((path, seed_volume(recipe, &keys)?)),
+        None => None,
+    };
     let disk = unfinished.file("disk");
     let kernel = unfinished.file("kernel");
     let initrd = unfinished.file("initrd");
@@ -200,8 +206,8 @@ fn make(
     work::finish(&disk, &made.image)?;
     work::finish(&kernel, &made.kernel)?;
     work::finish(&initrd, &made.initrd)?;
-    if let Some(path) = &made.seed {
-        write(unfinished, path, &seed_volume(recipe, &keys)?)?;
+    if let Some((path, volume)) = seed {
+        write(unfinished, path, &volume)?;
     }
     let files = Files {
         image: &made.image,
@@ -218,7 +224,7 @@ fn make(
 
 fn places(recipe: &Recipe) -> Result<Made, BuildError> {
     let absolute = |path: PathBuf| {
-        std::path::absolute(&path).map_err(|source| BuildError::file("find", &path, source))
+        std::path::absolute(&path).map_err(|fault| BuildError::file("find", &path, fault))
     };
     let seed = recipe
         .cloud_init
@@ -234,12 +240,12 @@ fn places(recipe: &Recipe) -> Result<Made, BuildError> {
 }
 
 fn read_text(path: &Path) -> Result<String, BuildError> {
-    fs::read_to_string(path).map_err(|source| BuildError::file("read", path, source))
+    fs::read_to_string(path).map_err(|fault| BuildError::file("read", path, fault))
 }
 
 fn write(unfinished: &Unfinished, path: &Path, content: &[u8]) -> Result<(), BuildError> {
     let new = unfinished.file("new");
-    fs::write(&new, content).map_err(|source| BuildError::file("write", path, source))?;
+    fs::write(&new, content).map_err(|fault| BuildError::file("write", path, fault))?;
     work::finish(&new, path)
 }
 

@@ -100,15 +100,15 @@ impl Runner<'_> {
             mut command,
             enclosed,
         } = program;
-        let failed = |source| BuildError::Start {
+        let failed = |fault| BuildError::Start {
             program: name.into(),
-            source,
+            fault,
         };
         let log = OpenOptions::new()
             .create(true)
             .append(true)
             .open(self.log)
-            .map_err(|source| BuildError::file("write", self.log, source))?;
+            .map_err(|fault| BuildError::file("write", self.log, fault))?;
         let (reader, writer) = io::pipe().map_err(failed)?;
         let copy = writer.try_clone().map_err(failed)?;
         // A group of its own: the terminal's signals come to this process alone, which passes them on.
@@ -117,9 +117,9 @@ impl Runner<'_> {
             .stdout(writer)
             .stderr(copy)
             .process_group(0);
-        let child = command.spawn().map_err(|source| match source.kind() {
+        let child = command.spawn().map_err(|fault| match fault.kind() {
             io::ErrorKind::NotFound => BuildError::missing(name),
-            _ => failed(source),
+            _ => failed(fault),
         })?;
         // It holds the writing ends: the reader would wait for ours for ever.
         drop(command);
@@ -140,7 +140,7 @@ impl Runner<'_> {
             running.kill();
         }
         let status = running.child.wait().map_err(failed)?;
-        read.map_err(|source| BuildError::file("write", self.log, source))?;
+        read.map_err(|fault| BuildError::file("write", self.log, fault))?;
         if running.deadline.is_some() {
             return Err(BuildError::Interrupted);
         }

@@ -38,7 +38,7 @@ impl Unfinished {
     pub fn create(output: &Path) -> Result<Unfinished, BuildError> {
         let stem = output.file_stem().unwrap_or_default().to_string_lossy();
         let path = output.with_file_name(format!(".{stem}.unfinished"));
-        let failed = |source| BuildError::file("make the directory", &path, source);
+        let failed = |fault| BuildError::file("make the directory", &path, fault);
         loop {
             // Files in it are open to everyone for a while: see `writable`.
             match fs::DirBuilder::new().mode(0o700).create(&path) {
@@ -84,7 +84,7 @@ impl Unfinished {
     /// Nothing may be mounted in it where this process sees it: what is in it is removed.
     pub fn temporary(&self) -> Result<PathBuf, BuildError> {
         let place = std::env::temp_dir();
-        let failed = |source| BuildError::file("make a directory in", &place, source);
+        let failed = |fault| BuildError::file("make a directory in", &place, fault);
         let place = std::path::absolute(&place).map_err(failed)?;
         for n in 0..TEMPORARY_MAX {
             let path = place.join(format!("hospes-image.{}.{n}", std::process::id()));
@@ -153,7 +153,7 @@ fn empty(directory: &Path) -> io::Result<()> {
 /// In a user name space the child is another user: it may not reach the file's directory, but it may open the descriptor's
 /// name again where the file's mode lets everyone. The directory keeps everyone else away.
 pub(crate) fn writable(path: &Path, bytes: u64) -> Result<(OwnedFd, String), BuildError> {
-    let failed = |source| BuildError::file("make", path, source);
+    let failed = |fault| BuildError::file("make", path, fault);
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -220,7 +220,7 @@ pub(crate) fn keep_log(log: &Path, image: &Path) -> Option<PathBuf> {
 
 /// Puts a finished file in its place, readable by whom the user's mask allows, and makes it durable.
 pub(crate) fn finish(from: &Path, to: &Path) -> Result<(), BuildError> {
-    let failed = |source| BuildError::file("write", to, source);
+    let failed = |fault| BuildError::file("write", to, fault);
     let mask = rustix::process::umask(rustix::fs::Mode::empty());
     rustix::process::umask(mask);
     let mode = 0o666 & !mask.bits();

@@ -134,6 +134,25 @@ fn image_debian_forced_refuses_an_image_in_use() {
     assert!(output.status.success(), "{}", said(&output));
 }
 
+#[test]
+fn image_debian_says_once_and_at_once_what_cannot_be_read() {
+    let bench = Bench::new();
+    let path = bench.path("web.img").display().to_string();
+    let missing = bench.path("missing").display().to_string();
+    let nowhere = bench.path("missing/web.img").display().to_string();
+    for arguments in [
+        &["--ssh-key", &missing, &path] as &[&str],
+        &["--cloud-init", "--user-data", &missing, &path],
+        &[&nowhere],
+    ] {
+        let output = image(&bench, "touch $0.began; exit 1", arguments);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(!bench.path("tools/mmdebstrap.began").exists());
+        let said = said(&output);
+        assert_eq!(said.matches("No such file").count(), 1, "{said}");
+    }
+}
+
 const NOTHING: [&str; 0] = [];
 
 /// What mmdebstrap is like in the middle: a tree with a mount where it may make one, files beside it, and children. A request to end makes it
