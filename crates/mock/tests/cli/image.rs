@@ -174,12 +174,28 @@ struct Making {
 impl Making {
     /// Returns when mmdebstrap is in the middle.
     fn begin(prepare: impl FnOnce(&mut std::process::Command)) -> Making {
+        Making::begin_with(Bench::new(), WORKS_LONG, prepare)
+    }
+
+    /// One whose mmdebstrap is in no name spaces of its own, for root either.
+    fn begin_open(script: &str) -> Making {
         let bench = Bench::new();
+        let program = bench.path("tools/setpriv");
+        fs::create_dir(bench.path("tools")).expect("writable");
+        std::os::unix::fs::symlink("/bin/false", program).expect("writable");
+        Making::begin_with(bench, script, |_| {})
+    }
+
+    fn begin_with(
+        bench: Bench,
+        script: &str,
+        prepare: impl FnOnce(&mut std::process::Command),
+    ) -> Making {
         let (temporary, began) = (bench.path("tmp"), bench.path("began"));
         fs::create_dir(&temporary).expect("writable");
         fs::create_dir(bench.path("images")).expect("writable");
         let path = bench.path("images/web.img").display().to_string();
-        let mut command = command(&bench, WORKS_LONG, &[&path]);
+        let mut command = command(&bench, script, &[&path]);
         command
             .env("TMPDIR", &temporary)
             .env("BEGAN", &began)
@@ -280,6 +296,27 @@ fn image_debian_interrupted_at_a_terminal_leaves_nothing() {
     let output = making.end();
     making.leaves_nothing();
     assert_eq!(output.status.signal(), Some(Signal::INT.as_raw()));
+}
+
+#[test]
+fn image_debian_interrupted_lets_mmdebstrap_clear_up() {
+    let mut making = Making::begin_open(WORKS_LONG);
+    making.send(Signal::INT);
+    assert_eq!(making.end().status.signal(), Some(Signal::INT.as_raw()));
+    making.leaves_nothing();
+}
+
+#[test]
+fn image_debian_interrupted_twice_does_not_wait() {
+    let deaf = "trap '' TERM; touch $BEGAN; while :; do sleep 0.05; done";
+    let mut making = Making::begin_open(deaf);
+    let began = std::time::Instant::now();
+    making.send(Signal::INT);
+    making.send(Signal::TERM);
+    assert_eq!(making.end().status.signal(), Some(Signal::INT.as_raw()));
+    // mmdebstrap would get 20 seconds.
+    assert!(began.elapsed().as_secs() < 10);
+    until("it has ended", || making.processes().is_empty());
 }
 
 #[test]
