@@ -43,10 +43,10 @@ fn records() -> Option<PathBuf> {
     Some(run.join("locks"))
 }
 
-/// A lock, until it is dropped, and the record of who holds it.
+/// A lock, until it is dropped, and the records of who holds it.
 pub(crate) struct Lock {
     files: Vec<File>,
-    record: Option<PathBuf>,
+    records: Vec<PathBuf>,
 }
 
 impl Drop for Lock {
@@ -55,7 +55,7 @@ impl Drop for Lock {
         for file in &self.files {
             let _ = call(file.as_fd(), libc::F_OFD_SETLK, libc::F_UNLCK, 0, 0);
         }
-        if let Some(record) = &self.record {
+        for record in &self.records {
             let _ = fs::remove_file(record);
         }
     }
@@ -91,6 +91,7 @@ impl Target<'_> {
                         identity: identity_of(&metadata),
                     };
                     lock.files.append(&mut backing.lock_own(write)?.files);
+                    lock.records.extend(backing.record(owner));
                 }
             }
             identity => {
@@ -105,7 +106,7 @@ impl Target<'_> {
                 }
             }
         }
-        lock.record = self.record(owner);
+        lock.records.extend(self.record(owner));
         Ok(lock)
     }
 
@@ -121,7 +122,7 @@ impl Target<'_> {
         let bytes: Vec<i64> = bytes.chain(kept.map(|n| KEEPS + n)).collect();
         let mut lock = Lock {
             files: Vec::new(),
-            record: None,
+            records: Vec::new(),
         };
         self.add(&mut lock, self.fd, &bytes, write)?;
         let taken = |byte| {
@@ -175,6 +176,7 @@ impl Target<'_> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let directory = records()?;
         fs::create_dir_all(&directory).ok()?;
+        forget_dead(&directory);
         let pid = std::process::id();
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = directory.join(format!("{}{pid}.{number}", prefix(self.identity)));
@@ -224,27 +226,28 @@ fn prefix(identity: (u64, u64)) -> String {
     format!("{:x}-{:x}.", identity.0, identity.1)
 }
 
-/// Who wrote down that it holds a lock on the file, and still lives.
-pub(crate) fn recorded_holder(identity: (u64, u64)) -> Option<String> {
-    let prefix = prefix(identity);
-    for entry in fs::read_dir(records()?).ok()?.flatten() {
+/// Removes the records of processes that ended without doing so.
+fn forget_dead(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(&prefix)) else {
-            continue;
-        };
-        let pid = rest.split('.').next().unwrap_or_default();
-        if !Path::new("/proc").join(pid).exists() {
-            // Its process was killed.
+        let pid = name.to_str().and_then(|name| name.split('.').nth(1));
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
             let _ = fs::remove_file(entry.path());
-            continue;
-        }
-        if let Ok(owner) = fs::read_to_string(entry.path())
-            && !owner.is_empty()
-        {
-            return Some(owner);
         }
     }
-    None
+}
+
+/// Who wrote down that it holds a lock on the file, and still lives.
+pub(crate) fn recorded_holder(identity: (u64, u64)) -> Option<String> {
+    let directory = records()?;
+    forget_dead(&directory);
+    let prefix = prefix(identity);
+    fs::read_dir(&directory)
+        .ok()?
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
+        .filter_map(|entry| fs::read_to_string(entry.path()).ok())
+        .find(|owner| !owner.is_empty())
 }
 
 /// Tells files apart, and block devices by what they are rather than by their node.
@@ -309,6 +312,21 @@ mod tests {
         assert!(reader.contains("domain 3 (web)"), "{reader}");
         drop(first);
         open(&wanted(&path, false, "domain 4 (db)")).unwrap();
+    }
+
+    #[test]
+    fn records_of_dead_processes_are_removed() {
+        let directory = Directory::new();
+        let (dead, own) = (
+            format!("1-2.{}.0", i32::MAX),
+            format!("1-3.{}.0", std::process::id()),
+        );
+        for name in [&dead, &own, "other"] {
+            directory.file(name, 1);
+        }
+        super::forget_dead(&directory.join(""));
+        let left = [&dead, &own, "other"].map(|name| directory.join(name).exists());
+        assert_eq!(left, [false, true, true]);
     }
 
     #[test]
