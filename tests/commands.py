@@ -225,9 +225,48 @@ def writes_wait_for_a_full_host(bench):
     expect(len(bench.row("full").split()) == 6, f"`list` shows {bench.row('full')}")
     expect("held: xvdb\n" in bench.hospes("list", "-v"), "`list -v` does not show it")
     expect("Disk requests wait" in bench.hospes("dmesg"), "the log does not tell")
+    bench.refused("use --force", "block-detach", "full", "xvdb")
     subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
     shell.until("grep -q 'written 0' /tmp/done")
     wait_until(lambda: held() == [], f"there is room and `list -l` shows {held()}")
+    # Full again: what waits ends with an error once the disk is taken by force, and the guest goes on.
+    subprocess.run(["mount", "-o", "remount,size=20m", small], check=True)
+    shell.run("(dd if=/dev/zero of=/dev/xvdb bs=1M seek=16 count=16 conv=fsync; echo written $?) >/tmp/done 2>&1 & true")
+    wait_until(lambda: held() != [], "the disk is not held a second time")
+    bench.hospes("block-detach", "--force", "full", "xvdb")
+    shell.until("grep -q 'written 1' /tmp/done")
+    shell.until("! [ -b /dev/xvdb ]")
+    shell.run("sync")
+    shell.off()
+
+
+def disks_of_paused_guests_stay(bench):
+    shell = bench.boot("stopped", disks=(vm.Disk(blank(bench.path("kept.img"), 8), vdev="xvdb"),))
+    shell.until("[ -b /dev/xvdb ]")
+    shell.run("dd if=/dev/zero of=/dev/xvdb bs=1M count=4 conv=fsync")
+    bench.hospes("pause", "stopped")
+    bench.refused("does not let go", "block-detach", "stopped", "xvdb")
+    bench.hospes("unpause", "stopped")
+    shell.run("dd if=/dev/zero of=/dev/xvdb bs=1M count=8 conv=fsync")
+    bench.hospes("block-detach", "stopped", "xvdb")
+    shell.until("! [ -b /dev/xvdb ]")
+    shell.off()
+
+
+def images_on_loop_devices_are_in_use(bench):
+    if os.geteuid() != 0 or not os.path.exists("/dev/loop-control"):
+        print("note images_on_loop_devices_are_in_use: there are no loop devices for this user")
+        return
+    image = blank(bench.path("loop.img"), 8)
+    device = subprocess.run(["losetup", "-f", "--show", image], capture_output=True, text=True, check=False).stdout.strip()
+    if not device:
+        print("note images_on_loop_devices_are_in_use: the host gives no loop device")
+        return
+    bench.stack.callback(subprocess.run, ["losetup", "-d", device], check=False)
+    shell = bench.boot("looped")
+    bench.refused(f"loop device {device}", "block-attach", "looped", f"{image},raw,xvdb,w")
+    bench.hospes("block-attach", "looped", f"{device},raw,xvdb,w")
+    bench.refused("is locked by domain", "block-attach", "looped", f"{image},raw,xvdc,w")
     shell.off()
 
 
@@ -395,7 +434,7 @@ def tools_find_the_store(bench):
 
 TESTS = (
     disks_come_and_go, disks_change_their_size, disks_in_use_are_taken_by_force, media_are_changed, interfaces_come_and_go,
-    writes_wait_for_a_full_host, names_and_shares_change, configuration_is_that_of_the_next_start, processors_are_taken_and_given,
+    writes_wait_for_a_full_host, disks_of_paused_guests_stay, images_on_loop_devices_are_in_use, names_and_shares_change, configuration_is_that_of_the_next_start, processors_are_taken_and_given,
     keys_and_triggers_arrive, crashed_domains_are_kept_beside_their_successors, processes_asked_to_end_shut_their_guests_down,
     domains_are_seen_from_outside, tools_find_the_store,
 )

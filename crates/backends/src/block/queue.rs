@@ -16,6 +16,12 @@ use crate::frame::{Alarm, Log, RingPages};
 
 /// How often a queue that waits for the image looks whether the image makes progress at all.
 pub const LOOK_AT_STATUS: Duration = Duration::from_secs(2);
+/// When a guest has sent nothing for so long, it has sent all to a disk that it lets go of.
+const LAST_REQUEST: Duration = Duration::from_millis(50);
+/// Whatever it sends, it is left alone after that.
+const LAST_REQUESTS: Duration = Duration::from_secs(5);
+/// Time between two looks for such requests.
+const LOOK_FOR_LAST: Duration = Duration::from_millis(2);
 
 /// How soon it looks again after a silence: a completion of that time may show a moment after the silence ended, and had no event.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
@@ -237,8 +243,9 @@ impl Serve {
         self.in_flight() > 0 && self.image.status() == Status::Good
     }
 
-    /// Ends all that is left with errors, whatever the image has made of it by then.
-    pub fn gives_up(self) {
+    /// Ends all that is left with errors, whatever the image has made of it by then, until the guest sends nothing more: what found no place in the ring comes when
+    /// the first of them are answered. `sleep` is for the time between two looks.
+    pub fn gives_up(self, sleep: impl Fn(Duration)) {
         let Serve {
             mut ring,
             port,
@@ -257,22 +264,29 @@ impl Serve {
         let open = open.iter().flatten().map(|open| (open.id, open.operation));
         let parked = parked.map(|(id, operation, _)| (id, operation));
         let mut left: Vec<_> = open.chain(parked).collect();
-        // What a barrier kept in the ring.
-        left.extend((0..ring.slots()).map_while(|_| {
-            let request = ring.take().ok()??;
-            Some((request.id, answered_operation(&request)))
-        }));
-        for (id, operation) in left {
-            ring.answer(&blkif::Response {
-                id,
-                operation,
-                status: blkif::STATUS_ERROR,
-                ..Default::default()
-            });
-        }
-        if ring.publish() {
-            stats.event();
-            port.notify();
+        let begun = Instant::now();
+        let mut answered = begun;
+        while answered.elapsed() < LAST_REQUEST && begun.elapsed() < LAST_REQUESTS {
+            left.extend((0..ring.slots()).map_while(|_| {
+                let request = ring.take().ok()??;
+                Some((request.id, answered_operation(&request)))
+            }));
+            if !left.is_empty() {
+                answered = Instant::now();
+            }
+            for (id, operation) in left.drain(..) {
+                ring.answer(&blkif::Response {
+                    id,
+                    operation,
+                    status: blkif::STATUS_ERROR,
+                    ..Default::default()
+                });
+            }
+            if ring.publish() {
+                stats.event();
+                port.notify();
+            }
+            sleep(LOOK_FOR_LAST);
         }
     }
 

@@ -135,7 +135,9 @@ impl Shared {
             return;
         };
         match broken {
-            Ok(()) if self.abandoned.load(SeqCst) => serve.gives_up(),
+            Ok(()) if self.abandoned.load(SeqCst) => {
+                serve.gives_up(|time| self.wake.sleep(&[], Some(time)))
+            }
             Ok(()) => serve.publish(),
             Err(broken) => serve.alarm(&broken),
         }
