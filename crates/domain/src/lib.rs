@@ -437,8 +437,8 @@ impl Domain {
         self.devices.detach_vifs();
     }
 
-    /// Takes a device away once the guest has let go of it, or at once with `force`; also where the guest does not let go within seconds. When
-    /// this returns, what the device stood for is free.
+    /// Takes a device away once the guest has let go of it, or at once with `force`. Where the guest does not let go within seconds, a disk stays and this fails; another
+    /// device goes. When this succeeds, what the device stood for is free.
     pub fn detach(&self, kind: Kind, devid: u32, force: bool) -> Result<(), AttachError> {
         self.devices.detach(frame::DeviceId { kind, devid }, force)
     }

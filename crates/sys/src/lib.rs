@@ -1,8 +1,9 @@
-//! What no library wraps safely: the processor's own instructions (the time-stamp counter, CPUID, XGETBV), and handlers of the signals that
-//! ask a process to end.
+//! What no library wraps safely: the processor's own instructions (the time-stamp counter, CPUID, XGETBV), handlers of the signals that
+//! ask a process to end, and what these handlers do to a terminal.
 //!
 //! Refuses: all other system calls, which are rustix's.
 
+mod action;
 pub mod terminal;
 mod termination;
 

@@ -1,10 +1,12 @@
 //! A terminal that passes every key on, and gets its settings back whatever ends the program that asked for it.
 
 use std::ffi::c_int;
-use std::io::{self, stdin};
+use std::io::{self, IsTerminal, stdin};
 use std::mem;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
+
+use crate::action::{handle, is_ignored};
 
 /// Settings that standard input is to have in the end; null while it has them.
 static SETTINGS: AtomicPtr<libc::termios> = AtomicPtr::new(ptr::null_mut());
@@ -18,7 +20,6 @@ pub struct Raw(());
 impl Raw {
     /// Makes standard input raw where it is a terminal. There is one such value at a time.
     pub fn enter() -> io::Result<Raw> {
-        use std::io::IsTerminal;
         if !stdin().is_terminal() {
             return Ok(Raw(()));
         }
@@ -33,7 +34,10 @@ impl Raw {
             // A handler may look at them at any time, so they are never freed.
             SETTINGS.store(Box::leak(Box::new(settings)), Ordering::SeqCst);
             for signal in ENDS {
-                end_by(signal)?;
+                if !is_ignored(signal)? {
+                    // All others are blocked meanwhile, among them SIGTTOU, which would stop a program of the background there.
+                    handle(signal, end, libc::SA_RESETHAND)?;
+                }
             }
             if libc::tcsetattr(0, libc::TCSANOW, &raw) != 0 {
                 return Err(io::Error::last_os_error());
@@ -58,27 +62,8 @@ fn give_back() {
     }
 }
 
-/// Has a signal end the program as it did, but with the terminal given back; one that is ignored stays so.
-fn end_by(signal: c_int) -> io::Result<()> {
-    // SAFETY: all-zero actions are valid, and the handler does nothing but what is safe in one.
-    unsafe {
-        let mut action: libc::sigaction = mem::zeroed();
-        let mut before: libc::sigaction = mem::zeroed();
-        action.sa_sigaction = handle as *const () as usize;
-        action.sa_flags = libc::SA_RESETHAND | libc::SA_ONSTACK;
-        // Among them SIGTTOU, which would stop a program of the background here.
-        libc::sigfillset(&mut action.sa_mask);
-        if libc::sigaction(signal, ptr::null(), &mut before) != 0
-            || before.sa_sigaction != libc::SIG_IGN
-                && libc::sigaction(signal, &action, ptr::null_mut()) != 0
-        {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
-}
-
-extern "C" fn handle(signal: c_int) {
+/// Ends the program as the signal would have, but with the terminal given back.
+extern "C" fn end(signal: c_int) {
     give_back();
     // SAFETY: raise(3) may be called in a handler. The signal comes again, now with its default action, as soon as this handler has ended.
     unsafe { libc::raise(signal) };

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
+use crate::action::{handle, is_ignored};
+
 /// Counts the requests. It is made before the handlers and never closed.
 static REQUESTS: OnceLock<OwnedFd> = OnceLock::new();
 /// The signal that was the first request, or 0.
@@ -25,9 +27,9 @@ impl Termination {
     /// in any thread, so they use the thread's alternate stack where it has one, and interrupt no system call that can go on.
     pub fn catch() -> io::Result<Termination> {
         let requests = requests()?;
-        handle(libc::SIGTERM, count)?;
-        handle(libc::SIGINT, count)?;
-        handle(libc::SIGHUP, pass_over)?;
+        handle(libc::SIGTERM, count, libc::SA_RESTART)?;
+        handle(libc::SIGINT, count, libc::SA_RESTART)?;
+        handle(libc::SIGHUP, pass_over, libc::SA_RESTART)?;
         Ok(Termination(requests))
     }
 
@@ -36,8 +38,8 @@ impl Termination {
     pub fn catch_not_ignored() -> io::Result<Termination> {
         let requests = requests()?;
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
-            if !ignored(signal)? {
-                handle(signal, count)?;
+            if !is_ignored(signal)? {
+                handle(signal, count, libc::SA_RESTART)?;
             }
         }
         Ok(Termination(requests))
@@ -111,36 +113,6 @@ fn requests() -> io::Result<&'static OwnedFd> {
     }
 }
 
-fn ignored(signal: c_int) -> io::Result<bool> {
-    // SAFETY: an all-zero sigaction is valid, and the call writes no more than one; it changes nothing.
-    let (result, action) = unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        let result = libc::sigaction(signal, std::ptr::null(), &mut action);
-        (result, action)
-    };
-    if result == 0 {
-        Ok(action.sa_sigaction == libc::SIG_IGN)
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
-fn handle(signal: c_int, handler: extern "C" fn(c_int)) -> io::Result<()> {
-    // SAFETY: an all-zero sigaction is valid, and both handlers do nothing but what is safe in one.
-    let result = unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = handler as usize;
-        action.sa_flags = libc::SA_RESTART | libc::SA_ONSTACK;
-        libc::sigfillset(&mut action.sa_mask);
-        libc::sigaction(signal, &action, std::ptr::null_mut())
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 extern "C" fn count(signal: c_int) {
     let _ = FIRST.compare_exchange(0, signal, Ordering::Relaxed, Ordering::Relaxed);
     let Some(requests) = REQUESTS.get() else {
@@ -189,8 +161,8 @@ mod tests {
         // SAFETY: no handler; the process is of these tests alone.
         unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
         let _termination = Termination::catch_not_ignored().unwrap();
-        assert!(ignored(libc::SIGHUP).unwrap());
-        assert!(!ignored(libc::SIGTERM).unwrap());
+        assert!(is_ignored(libc::SIGHUP).unwrap());
+        assert!(!is_ignored(libc::SIGTERM).unwrap());
     }
 
     #[test]

@@ -275,12 +275,7 @@ impl Serve {
                 answered = Instant::now();
             }
             for (id, operation) in left.drain(..) {
-                ring.answer(&blkif::Response {
-                    id,
-                    operation,
-                    status: blkif::STATUS_ERROR,
-                    ..Default::default()
-                });
+                ring.answer(&response(id, operation, blkif::STATUS_ERROR));
             }
             if ring.publish() {
                 stats.event();
@@ -474,12 +469,7 @@ impl Serve {
     }
 
     fn answer(&mut self, id: u64, operation: u8, status: i16) {
-        self.ring.answer(&blkif::Response {
-            id,
-            operation,
-            status,
-            ..Default::default()
-        });
+        self.ring.answer(&response(id, operation, status));
     }
 
     /// Shows the guest the responses written so far.
@@ -489,6 +479,15 @@ impl Serve {
             self.stats.event();
             self.port.notify();
         }
+    }
+}
+
+fn response(id: u64, operation: u8, status: i16) -> blkif::Response {
+    blkif::Response {
+        id,
+        operation,
+        status,
+        ..Default::default()
     }
 }
 

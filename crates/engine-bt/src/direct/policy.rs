@@ -30,7 +30,7 @@ const CREDIT: i64 = 3_000_000;
 const LEAST: i64 = -200_000;
 /// What it costs when an interrupt finds code that must stay translated, ns.
 const STAYED: i64 = 400_000;
-/// Interrupts in user code before the first attempt.
+/// What interrupts in user code have to count together before the first attempt.
 const FIRST_TICKS: u32 = 2;
 /// The same for a program to which attempts were worth their cost.
 const GOOD_TICKS: u32 = 1;
