@@ -67,6 +67,7 @@ impl Guest {
                 kind: 1,
             }],
             ram_pages: RAM_BYTES >> 12,
+            pages: RAM_BYTES >> 12,
             store_gfn: Gfn(0xc),
             console_gfn: Gfn(0xd),
             grant_frames: 4,

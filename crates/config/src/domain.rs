@@ -163,6 +163,9 @@ pub struct DomainConfig {
     pub memory_mib: u64,
     /// Memory the guest may ever see, in MiB; at least `memory_mib`.
     pub maxmem_mib: u64,
+    /// Memory at start, in KiB, where it was changed while the domain ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_kib: Option<u64>,
     /// Virtual CPUs online at start, 1 or more.
     pub vcpus: u32,
     /// Virtual CPUs in all; at least `vcpus`.
@@ -198,6 +201,16 @@ impl DomainConfig {
         let config = reader.config();
         let failed = diagnostics[before..].iter().any(Diagnostic::is_error);
         config.filter(|_| !failed)
+    }
+
+    /// Memory at start, in KiB; at most [`DomainConfig::memory_max_kib`].
+    pub fn memory_kib(&self) -> u64 {
+        self.target_kib.unwrap_or(self.memory_mib << 10)
+    }
+
+    /// Memory the guest may ever see, in KiB.
+    pub fn memory_max_kib(&self) -> u64 {
+        self.maxmem_mib << 10
     }
 }
 
@@ -349,6 +362,7 @@ impl<'a> Reader<'a> {
             cmdline,
             memory_mib,
             maxmem_mib,
+            target_kib: None,
             vcpus,
             maxvcpus,
             scheduling,

@@ -21,8 +21,8 @@ impl DomainConfig {
         let mut build = Map::new();
         build.insert("max_vcpus".into(), json!(self.maxvcpus));
         build.insert("avail_vcpus".into(), (0..self.vcpus).collect());
-        build.insert("max_memkb".into(), json!(self.maxmem_mib * 1024));
-        build.insert("target_memkb".into(), json!(self.memory_mib * 1024));
+        build.insert("max_memkb".into(), json!(self.memory_max_kib()));
+        build.insert("target_memkb".into(), json!(self.memory_kib()));
         let share = object(vec![
             ("weight", self.scheduling.weight.map(|weight| json!(weight))),
             ("cap", self.scheduling.cap.map(|cap| json!(cap))),

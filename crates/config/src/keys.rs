@@ -127,11 +127,15 @@ const FULL: &[Key] = &[
         "Put on the kernel command line as root=.",
     ),
     full("extra", Shape::Text, "The rest of the kernel command line."),
-    full("memory", Shape::Number, "Memory at the start, in MiB."),
+    full(
+        "memory",
+        Shape::Number,
+        "Memory at the start, in MiB; mem-set changes it while the domain runs.",
+    ),
     full(
         "maxmem",
         Shape::Number,
-        "Memory the guest may have at most, in MiB; that of memory where it is not given.",
+        "Memory the guest may have at most, in MiB; that of memory where it is not given. The guest needs a balloon driver where it is more, as Linux has one: it sees all of it at first and has to give the rest back.",
     ),
     full(
         "vcpus",

@@ -15,6 +15,7 @@ use hospes_xen::{
 
 use crate::console::Console;
 use crate::devices::Devices;
+use crate::memory::{self, MemoryUse};
 use crate::placement::Placement;
 use crate::run::Run;
 use crate::services::{GuestConnection, serve_console, serve_store};
@@ -34,8 +35,19 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
     if spec.vcpus == 0 || spec.vcpus > hospes_xen::MAX_VCPUS {
         return Err(hospes_xen::XenError::Vcpus(spec.vcpus).into());
     }
-    let layout = memory_layout(spec.memory_bytes)?;
-    host_memory::check(&spec.name, spec.memory_bytes, spec.promised_bytes)?;
+    if spec.memory_bytes > spec.memory_max_bytes {
+        return Err(CreateError::MemoryAboveMax {
+            memory_mib: spec.memory_bytes >> 20,
+            max_mib: spec.memory_max_bytes >> 20,
+        });
+    }
+    let layout = memory_layout(spec.memory_max_bytes)?;
+    host_memory::room(spec.memory_bytes, spec.promised_bytes).map_err(|shortage| {
+        CreateError::HostMemory {
+            name: spec.name.clone(),
+            shortage,
+        }
+    })?;
     let memory = Arc::new(GuestMemory::new(&layout.backed)?);
     let boot = build(
         &memory,
@@ -73,7 +85,8 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
             vcpus: spec.vcpus,
             trap,
             memory_map: layout.memmap().iter().map(e820).collect(),
-            ram_pages: spec.memory_bytes / PAGE_SIZE,
+            ram_pages: spec.memory_max_bytes / PAGE_SIZE,
+            pages: spec.memory_bytes / PAGE_SIZE,
             store_gfn: layout.xenstore,
             console_gfn: layout.console,
             grant_frames: GRANT_FRAMES,
@@ -121,6 +134,7 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
         uuid,
         name: spec.name.clone(),
         memory_kib: spec.memory_bytes / 1024,
+        memory_max_kib: spec.memory_max_bytes / 1024,
         vcpus: spec.vcpus,
         console_port: console_port.port().0,
         console_ring: layout.console.0,
@@ -148,7 +162,7 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
             domid: spec.domid,
             uuid: spec.uuid,
             name: spec.name,
-            memory_bytes: spec.memory_bytes,
+            memory_max_bytes: spec.memory_max_bytes,
             vcpus: spec.vcpus,
         },
         store,
@@ -157,6 +171,7 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
         devices,
         placement,
         sharing: Sharing::new(),
+        memory_use: MemoryUse::new(spec.memory_bytes / 1024),
         console,
         threads: Vec::new(),
         clock: None,
@@ -214,6 +229,13 @@ fn start_services(
     let run = Arc::clone(&domain.run);
     domain.threads.push(spawn("console".to_owned(), move || {
         serve_console(&console, &run);
+    })?);
+    let (run, xen) = (Arc::clone(&domain.run), Arc::clone(&domain.xen));
+    let max_pages = domain.spec.memory_max_bytes / PAGE_SIZE;
+    let changed = Arc::clone(&domain.memory_use.changed);
+    domain.run.on_end(Arc::clone(&changed));
+    domain.threads.push(spawn("memory".to_owned(), move || {
+        memory::watch(&xen, &run, &changed, max_pages);
     })?);
     Ok(())
 }

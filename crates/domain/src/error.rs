@@ -7,21 +7,20 @@ use hospes_memory::MemoryError;
 use hospes_units::VcpuId;
 use hospes_xen::{EventError, XenError};
 
+use crate::host_memory::Shortage;
 use crate::share::ShareError;
 use crate::{AttachError, EndReason};
 
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
     #[error(
-        "Domain {name} needs {needed_mib} MiB of memory; the host has {available_mib} MiB left, of which other domains may still claim {promised_mib} MiB and the host keeps {reserve_mib} MiB: stop another domain or lower `memory`"
+        "Domain {name} cannot have its memory: {shortage}: stop another domain or lower `memory`"
     )]
-    HostMemory {
-        name: String,
-        needed_mib: u64,
-        available_mib: u64,
-        promised_mib: u64,
-        reserve_mib: u64,
-    },
+    HostMemory { name: String, shortage: Shortage },
+    #[error(
+        "a domain cannot start with {memory_mib} MiB of memory where it has {max_mib} MiB at most: raise `maxmem` or lower `memory`"
+    )]
+    MemoryAboveMax { memory_mib: u64, max_mib: u64 },
     #[error(transparent)]
     Build(#[from] BuildError),
     #[error("cannot set up the domain's memory: {0}")]
@@ -50,6 +49,18 @@ pub enum RequestError {
     NoVcpu { id: VcpuId, last: u32 },
     #[error("the domain has {max} vCPUs, of which 1 to {max} can be online, not {online}")]
     Vcpus { online: u32, max: u32 },
+    #[error(
+        "memory_dynamic_max must be less than or equal to memory_static_max, which is {max_mib} MiB by the domain's configuration (`maxmem', or `memory' without it)"
+    )]
+    MemoryAboveMax { max_mib: u64 },
+    #[error("a domain has {least_mib} MiB of memory at least")]
+    MemoryTooLittle { least_mib: u64 },
+    #[error(
+        "memory_static_max must be greater than or equal to memory_dynamic_max, which is {target_kib} KiB: see mem-set"
+    )]
+    MemoryBelowTarget { target_kib: u64 },
+    #[error("{0}: stop another domain, or take memory away from one with mem-set")]
+    HostMemory(#[from] Shortage),
     #[error("the weight of a domain is 1 to 65535")]
     Weight,
     #[error(

@@ -1,34 +1,38 @@
-//! Whether the host can give a new domain its memory.
-
-use crate::CreateError;
+//! Whether the host can give a domain memory.
 
 /// Kept for the host, and for what a domain needs beside its guest's memory, in bytes.
 const RESERVE_BYTES: u64 = 128 << 20;
 
-/// Refuses a domain that the host's free memory, without what is promised to others, does not hold. A host that does not tell how much it has is trusted to have enough.
-pub fn check(name: &str, memory_bytes: u64, promised: u64) -> Result<(), CreateError> {
+/// What the host lacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{needed_mib} MiB of memory are needed; the host has {available_mib} MiB left, of which other domains may still claim {promised_mib} MiB and the host keeps {reserve_mib} MiB"
+)]
+pub struct Shortage {
+    pub needed_mib: u64,
+    pub available_mib: u64,
+    pub promised_mib: u64,
+    pub reserve_mib: u64,
+}
+
+/// Whether the host's free memory, without what is promised to others, holds so many bytes more. A host that does not tell how much it has is trusted to have enough.
+pub fn room(bytes: u64, promised: u64) -> Result<(), Shortage> {
     let available = std::fs::read_to_string("/proc/meminfo")
         .ok()
         .and_then(|text| available_bytes(&text));
     match available {
-        Some(available) => check_against(name, memory_bytes, promised, available),
+        Some(available) => room_in(bytes, promised, available),
         None => Ok(()),
     }
 }
 
-fn check_against(
-    name: &str,
-    memory_bytes: u64,
-    promised: u64,
-    available: u64,
-) -> Result<(), CreateError> {
+fn room_in(bytes: u64, promised: u64, available: u64) -> Result<(), Shortage> {
     let spoken_for = promised.saturating_add(RESERVE_BYTES);
-    if memory_bytes.saturating_add(spoken_for) <= available {
+    if bytes.saturating_add(spoken_for) <= available {
         return Ok(());
     }
-    Err(CreateError::HostMemory {
-        name: name.to_owned(),
-        needed_mib: memory_bytes >> 20,
+    Err(Shortage {
+        needed_mib: bytes.div_ceil(1 << 20),
         available_mib: available >> 20,
         promised_mib: promised >> 20,
         reserve_mib: RESERVE_BYTES >> 20,
@@ -57,14 +61,13 @@ mod tests {
     }
 
     #[test]
-    fn check_beyond_the_host_names_the_numbers() {
-        assert!(check_against("web", 512 << 20, 0, 640 << 20).is_ok());
-        assert!(check_against("web", 412 << 20, 100 << 20, 640 << 20).is_ok());
-        assert!(check_against("web", 413 << 20, 100 << 20, 640 << 20).is_err());
-        let e = check_against("web", 513 << 20, 0, 640 << 20).unwrap_err();
-        let text = e.to_string();
+    fn room_beyond_the_host_names_the_numbers() {
+        assert!(room_in(512 << 20, 0, 640 << 20).is_ok());
+        assert!(room_in(412 << 20, 100 << 20, 640 << 20).is_ok());
+        assert!(room_in(413 << 20, 100 << 20, 640 << 20).is_err());
+        let text = room_in(513 << 20, 0, 640 << 20).unwrap_err().to_string();
         assert!(
-            text.contains("web") && text.contains("513 MiB") && text.contains("640 MiB"),
+            text.contains("513 MiB") && text.contains("640 MiB"),
             "{text}"
         );
     }

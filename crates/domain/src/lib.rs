@@ -18,6 +18,7 @@ mod devices;
 mod error;
 mod halt_poll;
 mod host_memory;
+mod memory;
 mod placement;
 mod run;
 mod services;
@@ -56,6 +57,7 @@ pub use run::EndReason;
 use devices::Devices;
 pub use share::{Share, ShareError};
 
+use memory::MemoryUse;
 use placement::Placement;
 use run::{Activity, Run};
 use share::Sharing;
@@ -72,8 +74,10 @@ pub struct DomainSpec {
     pub kernel: PathBuf,
     pub ramdisk: Option<PathBuf>,
     pub cmdline: String,
-    /// A multiple of 4096.
+    /// Memory that the guest may use at first; counted in whole pages.
     pub memory_bytes: u64,
+    /// RAM in its memory map, the most that it can ever have: a multiple of 4096, the same or more.
+    pub memory_max_bytes: u64,
     /// Memory of the host that is free and yet spoken for, in bytes.
     pub promised_bytes: u64,
     pub vcpus: u32,
@@ -175,6 +179,7 @@ pub struct Domain {
     devices: Devices,
     placement: Arc<Placement>,
     sharing: Sharing,
+    memory_use: MemoryUse,
     console: Arc<Console>,
     threads: Vec<JoinHandle<()>>,
     clock: Option<ClockThread>,
@@ -188,7 +193,7 @@ struct Identity {
     domid: DomId,
     uuid: [u8; 16],
     name: String,
-    memory_bytes: u64,
+    memory_max_bytes: u64,
     vcpus: u32,
 }
 
@@ -302,7 +307,7 @@ impl Domain {
             vcpus: self.spec.vcpus,
             vcpus_online: self.run.online(),
             memory_kib: self.xen.current_pages() * 4,
-            memory_max_kib: self.spec.memory_bytes / 1024,
+            memory_max_kib: self.spec.memory_max_bytes / 1024,
             cpu_time_ns: ids().map(|id| self.xen.vcpu_time_ns(id)).sum(),
             state: DomainState {
                 running,

@@ -88,8 +88,8 @@ pub struct Run {
     life: Mutex<Life>,
     changed: Condvar,
     console: Arc<Console>,
-    /// What the store's thread sleeps on.
-    on_end: OnceLock<Arc<Signal>>,
+    /// What threads sleep on that are to hear of the end.
+    on_end: Mutex<Vec<Arc<Signal>>>,
 }
 
 #[derive(Default)]
@@ -118,13 +118,13 @@ impl Run {
             life: Mutex::new(Life::default()),
             changed: Condvar::new(),
             console,
-            on_end: OnceLock::new(),
+            on_end: Mutex::default(),
         }
     }
 
-    /// Sets what the store's thread sleeps on; it is woken when the domain ends.
+    /// Adds what a thread sleeps on that is to be woken when the domain ends.
     pub fn on_end(&self, signal: Arc<Signal>) {
-        let _ = self.on_end.set(signal);
+        lock(&self.on_end).push(signal);
     }
 
     pub fn attach(&self, id: VcpuId, control: Arc<dyn VcpuControl>) {
@@ -220,7 +220,7 @@ impl Run {
         drop(life);
         self.stop_running();
         self.changed.notify_all();
-        if let Some(signal) = self.on_end.get() {
+        for signal in lock(&self.on_end).iter() {
             signal.set();
         }
         if self.threads.load(SeqCst) == 0 {

@@ -1,6 +1,7 @@
 //! A flag to sleep on.
 
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::lock;
 
@@ -29,6 +30,15 @@ impl Signal {
                 .wait(set)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+        *set = false;
+    }
+
+    /// Sleeps until the flag is set, and takes it, or until the time has passed.
+    pub fn wait_for(&self, time: Duration) {
+        let (mut set, _) = self
+            .changed
+            .wait_timeout_while(lock(&self.set), time, |set| !*set)
+            .unwrap_or_else(PoisonError::into_inner);
         *set = false;
     }
 }

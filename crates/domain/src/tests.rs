@@ -1,5 +1,6 @@
 //! Domains whose engine runs a script in place of a guest's kernel.
 
+mod memory;
 mod vcpus;
 
 use std::io::Write;
@@ -59,6 +60,16 @@ fn try_domain(
     sink: Sink,
     script: impl FnMut(&mut Cpu<'_>) -> Result<Exit, EngineError> + Send + 'static,
 ) -> Result<Domain, CreateError> {
+    domain_with(vcpus, [memory_bytes; 2], sink, script)
+}
+
+/// With so much memory at first and at most.
+fn domain_with(
+    vcpus: u32,
+    [memory_bytes, memory_max_bytes]: [u64; 2],
+    sink: Sink,
+    script: impl FnMut(&mut Cpu<'_>) -> Result<Exit, EngineError> + Send + 'static,
+) -> Result<Domain, CreateError> {
     let file = KernelFile::new();
     let spec = DomainSpec {
         domid: DomId(3),
@@ -68,6 +79,7 @@ fn try_domain(
         ramdisk: None,
         cmdline: "console=hvc0".to_owned(),
         memory_bytes,
+        memory_max_bytes,
         promised_bytes: 0,
         vcpus,
         level: Level::default(),

@@ -40,7 +40,8 @@ impl toolstack::MachineFactory for Domains {
             kernel: config.kernel.clone(),
             ramdisk: config.ramdisk.clone(),
             cmdline: config.cmdline.clone(),
-            memory_bytes: config.memory_mib << 20,
+            memory_bytes: config.memory_kib() << 10,
+            memory_max_bytes: config.memory_max_kib() << 10,
             promised_bytes: spec.promised_bytes,
             vcpus: config.maxvcpus,
             level: match config.cpu_level {
@@ -158,6 +159,7 @@ impl Machine for Running {
         let info = self.0.info();
         MachineInfo {
             memory_kib: info.memory_kib,
+            promised_kib: self.0.promised_kib(),
             vcpus_online: info.vcpus_online,
             cpu_time_ns: info.cpu_time_ns,
             running: info.state.running,
@@ -256,6 +258,14 @@ impl Machine for Running {
 
     fn set_vcpus(&self, online: u32) -> Result<(), MachineError> {
         Ok(self.0.set_vcpus(online)?)
+    }
+
+    fn set_memory_target(&self, kib: u64, promised: &dyn Fn() -> u64) -> Result<(), MachineError> {
+        Ok(self.0.set_memory_target(kib, promised)?)
+    }
+
+    fn set_memory_max(&self, kib: u64, promised: &dyn Fn() -> u64) -> Result<(), MachineError> {
+        Ok(self.0.set_memory_max(kib, promised)?)
     }
 
     fn attach_disk(&self, disk: &DiskConfig) -> Result<(), MachineError> {

@@ -243,19 +243,33 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Gives the frame's memory back to the host; it reads as zeros afterwards and takes memory again when written.
-    pub fn discard(&self, gfn: Gfn) -> Result<(), MemoryError> {
-        let offset = self.ram_offset(gfn).ok_or(MemoryError::NotMemory {
-            gpa: gfn.gpa(),
-            len: PAGE_SIZE,
-        })?;
+    /// Gives the memory of frames that lie in one range of RAM back to the host; they read as zeros afterwards and take memory again when written.
+    pub fn discard(&self, first: Gfn, pages: u64) -> Result<(), MemoryError> {
+        let len = pages.saturating_mul(PAGE_SIZE);
+        let offset = self
+            .ram_offset(first, pages)
+            .ok_or(MemoryError::NotMemory {
+                gpa: Gpa(first.0.saturating_mul(PAGE_SIZE)),
+                len,
+            })?;
         rustix::fs::fallocate(
             &self.fd,
             FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
             offset,
-            PAGE_SIZE,
+            len,
         )
-        .map_err(host("discard", PAGE_SIZE))
+        .map_err(host("discard", len))
+    }
+
+    /// Memory of the host that all frames together take now, in bytes: what was never touched and what was discarded takes none.
+    pub fn used_bytes(&self) -> u64 {
+        // The file is open, so its state can be had; blocks are 512 bytes by definition (stat(2)).
+        rustix::fs::fstat(&self.fd).map_or(0, |stat| stat.st_blocks as u64 * 512)
+    }
+
+    /// Whether frames lie in one range of RAM, whatever they show.
+    pub fn is_ram(&self, first: Gfn, pages: u64) -> bool {
+        self.ram_offset(first, pages).is_some()
     }
 
     /// Where what a frame shows lies in the memory file, in bytes; `None` for special pages.
@@ -263,16 +277,17 @@ impl GuestMemory {
         if self.extra.read().expect("extra lock").contains(&gfn) {
             return None;
         }
-        self.ram_offset(gfn)
+        self.ram_offset(gfn, 1)
     }
 
-    /// Where a frame of RAM lies in the memory file, whatever it shows.
-    fn ram_offset(&self, gfn: Gfn) -> Option<u64> {
-        let a = gfn.gpa().0;
+    /// Where frames of one range of RAM lie in the memory file, whatever they show.
+    fn ram_offset(&self, first: Gfn, pages: u64) -> Option<u64> {
+        let start = first.0.checked_mul(PAGE_SIZE)?;
+        let end = first.0.checked_add(pages)?.checked_mul(PAGE_SIZE)?;
         let mut ranges = self.ram.iter().zip(&self.offsets);
         ranges
-            .find(|(r, _)| r.start <= a && a < r.end)
-            .map(|(r, offset)| offset + (a - r.start))
+            .find(|(r, _)| r.start <= start && start < end && end <= r.end)
+            .map(|(r, offset)| offset + (start - r.start))
     }
 
     /// Host pointer to `len` bytes at `gpa`; an error unless every page of them is backed.
@@ -414,12 +429,35 @@ mod tests {
     }
 
     #[test]
-    fn discard_gives_zeros() {
+    fn discard_gives_zeros_and_the_memory_back() {
         let m = memory();
-        m.write(Gpa(1 << 32), &[9; 16]).unwrap();
-        m.discard(Gfn(1 << 20)).unwrap();
+        m.write(Gpa(0x8000), &[9; 0x3000]).unwrap();
+        let used = m.used_bytes();
+        assert!(used >= 0x3000);
+        m.discard(Gfn(8), 2).unwrap();
         let mut b = [1; 16];
-        m.read(Gpa(1 << 32), &mut b).unwrap();
+        m.read(Gpa(0x9000), &mut b).unwrap();
         assert_eq!(b, [0; 16]);
+        m.read(Gpa(0xa000), &mut b).unwrap();
+        assert_eq!(b, [9; 16]);
+        m.discard(Gfn(0), 0x100).unwrap();
+        // Reading takes memory, too.
+        assert!(m.used_bytes() <= used);
+        assert_eq!(m.used_bytes(), 0);
+    }
+
+    #[test]
+    fn discard_beyond_a_range_is_refused() {
+        let m = memory();
+        for (first, pages) in [
+            (0xff, 2),
+            (0x100, 1),
+            (u64::MAX, 1),
+            (u64::MAX >> 12, 2),
+            (0, 0),
+        ] {
+            assert!(m.discard(Gfn(first), pages).is_err(), "{first:#x} {pages}");
+            assert!(!m.is_ram(Gfn(first), pages));
+        }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Once unpaused it prints `mock guest ready` and obeys the lines it gets on its console: `poweroff`, `reboot`, `crash`,
 //! `watchdog` and `suspend` end it, `flood` prints 4 MiB, anything else is answered with `echo: ` and the line. With
-//! Devices and keys are said on the console: `attached disk xvdb`, `sysrq h`. A disk whose target is called `bad` cannot be
+//! Devices and keys are said on the console: `attached disk xvdb`, `sysrq h`. Its balloon driver follows at once, and it may have what a host of 1 TiB has left. A disk whose target is called `bad` cannot be
 //! attached, one called `stuck` is not given back but by force. With `deaf` in its kernel command line it does not follow requests to shut down,
 //! for which a process that is asked to end gives it two seconds. A kernel that is no file is an error.
 #![forbid(unsafe_code)]
@@ -19,6 +19,9 @@ use hospes_toolstack::{
     MachineSpec, Share, ShutdownKind, Trigger, VcpuInfo,
 };
 
+/// What the host of these domains has.
+const HOST_BYTES: u64 = 1 << 40;
+
 struct State {
     console: Box<dyn Write + Send>,
     line: Vec<u8>,
@@ -28,6 +31,7 @@ struct State {
     /// A disk that is not given back.
     stuck: Option<u32>,
     online: u32,
+    memory_kib: u64,
     share: Share,
     affinities: Vec<(Affinity, Affinity)>,
 }
@@ -37,7 +41,7 @@ struct Mock {
     membership: Mutex<Option<(Box<dyn GuestLink>, Membership)>>,
     state: Mutex<State>,
     changed: Condvar,
-    memory_kib: u64,
+    memory_max_kib: u64,
     deaf: bool,
 }
 
@@ -129,7 +133,9 @@ impl Machine for Mock {
     fn info(&self) -> MachineInfo {
         let state = self.lock();
         MachineInfo {
-            memory_kib: self.memory_kib,
+            memory_kib: state.memory_kib,
+            // It never touches any.
+            promised_kib: state.memory_kib,
             vcpus_online: state.online,
             cpu_time_ns: 1_500_000_000,
             running: false,
@@ -241,6 +247,25 @@ impl Machine for Mock {
         Ok(())
     }
 
+    fn set_memory_target(&self, kib: u64, promised: &dyn Fn() -> u64) -> Result<(), MachineError> {
+        if kib > self.memory_max_kib {
+            return Err(format!("it has {} KiB at most", self.memory_max_kib).into());
+        }
+        let others = promised();
+        let mut state = self.lock();
+        if kib > state.memory_kib && others.saturating_add(kib << 10) > HOST_BYTES {
+            return Err(format!("others may take {others} bytes of the host").into());
+        }
+        state.memory_kib = kib;
+        say(&mut state, &format!("memory {kib}"));
+        Ok(())
+    }
+
+    fn set_memory_max(&self, kib: u64, _: &dyn Fn() -> u64) -> Result<(), MachineError> {
+        say(&mut self.lock(), &format!("memory at most {kib}"));
+        Ok(())
+    }
+
     fn console_input(&self, bytes: &[u8]) -> usize {
         let mut state = self.lock();
         for byte in bytes {
@@ -282,11 +307,12 @@ impl MachineFactory for Factory {
                 end: None,
                 stuck: None,
                 online: spec.config.vcpus,
+                memory_kib: spec.config.memory_kib(),
                 share,
                 affinities: vec![(None, None); spec.config.maxvcpus as usize],
             }),
             changed: Condvar::new(),
-            memory_kib: spec.config.memory_mib << 10,
+            memory_max_kib: spec.config.memory_max_kib(),
             deaf: spec.config.cmdline.contains("deaf"),
         }))
     }
@@ -312,7 +338,8 @@ fn enter(spec: &MachineSpec<'_>) -> Result<(Box<dyn GuestLink>, Membership), Mac
         domid: spec.domid,
         uuid: uuid.clone(),
         name: spec.config.name.clone(),
-        memory_kib: spec.config.memory_mib << 10,
+        memory_kib: spec.config.memory_kib(),
+        memory_max_kib: spec.config.memory_max_kib(),
         vcpus: spec.config.maxvcpus,
         console_port: 2,
         console_ring: 0xfefff,

@@ -15,8 +15,10 @@ pub struct DomainEntry {
     /// In its usual text form.
     pub uuid: String,
     pub name: String,
-    /// RAM in KiB: exactly what the memory map lists, else the guest's balloon moves.
+    /// What the guest is to have, in KiB.
     pub memory_kib: u64,
+    /// RAM in KiB: exactly what the memory map lists, for the guest's balloon counts from there.
+    pub memory_max_kib: u64,
     pub vcpus: u32,
     pub console_port: u32,
     pub console_ring: u64,
@@ -52,14 +54,16 @@ impl DomainEntry {
         let home = domain_path(self.domid);
         let tools = format!("/libxl/{}", self.domid);
         let read_only = Perms::read_only(self.domid);
-        let memory = self.memory_kib.to_string();
         let mut nodes = identity_nodes(self.domid, &self.uuid, &self.name);
         for (path, value) in [
             (format!("{home}/domid"), self.domid.to_string()),
             (format!("{home}/cpu"), String::new()),
             (format!("{home}/memory"), String::new()),
-            (format!("{home}/memory/static-max"), memory.clone()),
-            (format!("{home}/memory/target"), memory),
+            (
+                format!("{home}/memory/static-max"),
+                self.memory_max_kib.to_string(),
+            ),
+            (format!("{home}/memory/target"), self.memory_kib.to_string()),
             (format!("{home}/memory/videoram"), "0".to_owned()),
             (format!("{home}/device"), String::new()),
             (format!("{home}/control"), String::new()),

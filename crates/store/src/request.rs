@@ -310,6 +310,7 @@ pub fn fuzz_requests(data: &[u8]) {
         uuid: "00000000-0000-0000-0000-000000000001".to_owned(),
         name: "fuzz".to_owned(),
         memory_kib: 65536,
+        memory_max_kib: 65536,
         vcpus: 1,
         console_port: 2,
         console_ring: 0xfefff,

@@ -15,6 +15,7 @@ use crate::paths::Paths;
 use crate::protocol::{self, DomainInfo, Ended, Reply, Request, ShutdownKind, Until};
 use crate::registry::{Entry, HOST_NAME, Registry, is_locked};
 use crate::scheduling::{Share, VcpuInfo};
+use crate::state::{self, promised_bytes};
 use crate::store;
 
 /// How long a domain that is being built may take to open its sockets.
@@ -23,8 +24,6 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 /// The same where the guest has a part in it: longer than the domain process waits for the guest.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(60);
-/// The same for a list, which has to go on with the next domain.
-const LIST_PATIENCE: Duration = Duration::from_secs(2);
 /// How often a domain is looked up anew that was restarted while it was asked.
 const RETRIES: usize = 5;
 
@@ -126,7 +125,7 @@ impl Host {
 
     /// Memory that the domains have not used yet and still may, in bytes.
     pub fn promised_bytes(&self) -> Result<u64> {
-        self.registry.promised_bytes(DomId::HOST)
+        promised_bytes(&self.registry, DomId::HOST)
     }
 
     /// The domain with this id (a number) or name.
@@ -147,24 +146,7 @@ impl Host {
 
     /// The state of a domain. One that does not answer is described by its record alone; `None` where it has ended.
     pub fn info(&self, entry: &Entry) -> Option<DomainInfo> {
-        match ask(entry, &Request::Info, Duration::ZERO, LIST_PATIENCE) {
-            Ok(Reply::Info(info)) => Some(info),
-            Err(Error::Gone { .. }) => None,
-            _ => Some(DomainInfo {
-                domid: entry.domid.0,
-                name: entry.record.name.clone(),
-                uuid: entry.record.uuid,
-                memory_kib: entry.record.config.memory_mib << 10,
-                vcpus_online: entry.record.config.vcpus,
-                cpu_time_ns: 0,
-                running: false,
-                blocked: false,
-                paused: false,
-                shutdown: None,
-                dying: false,
-                waiting: Vec::new(),
-            }),
-        }
+        state::info(entry)
     }
 
     pub fn pause(&self, who: &str) -> Result<()> {
@@ -255,6 +237,16 @@ impl Host {
     pub fn set_vcpus(&self, who: &str, online: u32) -> Result<()> {
         self.request(who, &Request::SetVcpus { online })
             .and_then(done)
+    }
+
+    /// Asks a guest to have this much memory.
+    pub fn set_memory_target(&self, who: &str, kib: u64) -> Result<()> {
+        self.ask(who, &Request::SetMemoryTarget { kib })
+    }
+
+    /// Lets a guest have this much memory.
+    pub fn set_memory_max(&self, who: &str, kib: u64) -> Result<()> {
+        self.ask(who, &Request::SetMemoryMax { kib })
     }
 
     /// Ends a domain. A domain process that does not answer is killed.
@@ -384,7 +376,7 @@ fn connect(entry: &Entry, socket: &str, patience: Duration) -> Result<UnixStream
 }
 
 /// One request and its answer.
-fn ask(
+pub(crate) fn ask(
     entry: &Entry,
     request: &Request,
     connecting: Duration,

@@ -11,6 +11,7 @@ use crate::machine::{Machine, MachineError};
 use crate::protocol::{DeviceKind, DomainInfo, EndReason, Ended, Until};
 use crate::registry::{Record, Registry};
 use crate::scheduling::Share;
+use crate::state::promised_bytes;
 
 /// How long commands that wait for the end, and readers of the console, get to hear of it.
 pub(crate) const FAREWELL: Duration = Duration::from_secs(2);
@@ -86,10 +87,11 @@ impl Instance {
 
     pub(crate) fn info(&self) -> DomainInfo {
         let machine = self.machine.info();
-        let (shutdown, dying) = {
+        let (shutdown, returns, dying) = {
             let progress = lock(&self.progress);
             (
                 progress.shutdown.clone(),
+                progress.returns,
                 progress.destroy || progress.gone.is_some(),
             )
         };
@@ -100,6 +102,12 @@ impl Instance {
             name: record.name.clone(),
             uuid: record.uuid,
             memory_kib: machine.memory_kib,
+            // One that has ended takes no more; one that is about to start again wants as much as before.
+            promised_kib: if alive || returns {
+                machine.promised_kib
+            } else {
+                0
+            },
             vcpus_online: machine.vcpus_online,
             cpu_time_ns: machine.cpu_time_ns,
             running: alive && machine.running,
@@ -220,6 +228,30 @@ impl Instance {
             .set_vcpus(online)
             .map_err(ChangeError::Machine)?;
         Ok(self.change_config(|config| config.vcpus = online.min(config.maxvcpus))?)
+    }
+
+    /// Changes how much memory the guest is to have, for this domain and what it is restarted as; the next start may have less at most.
+    pub(crate) fn set_memory_target(&self, kib: u64) -> std::result::Result<(), ChangeError> {
+        let _changes = lock(&self.changes);
+        self.machine
+            .set_memory_target(kib, &|| self.promised_to_others())
+            .map_err(ChangeError::Machine)?;
+        Ok(self.change_config(|config| {
+            config.target_kib = Some(kib.min(config.memory_max_kib()));
+        })?)
+    }
+
+    /// Changes how much memory the guest may have. As in xl, the next start does not know of it.
+    pub(crate) fn set_memory_max(&self, kib: u64) -> std::result::Result<(), ChangeError> {
+        let _changes = lock(&self.changes);
+        self.machine
+            .set_memory_max(kib, &|| self.promised_to_others())
+            .map_err(ChangeError::Machine)
+    }
+
+    /// What other domains may still take of the host's memory, in bytes. Where that cannot be found out, all is taken.
+    fn promised_to_others(&self) -> u64 {
+        promised_bytes(&self.registry, self.domid).unwrap_or(u64::MAX)
     }
 
     pub(crate) fn attach_disk(&self, disk: DiskConfig) -> std::result::Result<(), ChangeError> {

@@ -32,6 +32,7 @@ pub mod protocol;
 mod registry;
 mod scheduling;
 mod server;
+mod state;
 mod store;
 mod supervisor;
 

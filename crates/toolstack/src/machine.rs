@@ -33,6 +33,8 @@ pub struct MachineSpec<'a> {
 pub struct MachineInfo {
     /// Memory the guest has now, in KiB.
     pub memory_kib: u64,
+    /// Memory that it does not use yet and may take at any time, in KiB.
+    pub promised_kib: u64,
     pub vcpus_online: u32,
     /// Time all vCPUs together have run, in nanoseconds.
     pub cpu_time_ns: u64,
@@ -150,6 +152,19 @@ pub trait Machine: Send + Sync {
 
     /// Asks the guest to use its first `online` vCPUs.
     fn set_vcpus(&self, online: u32) -> Result<(), MachineError>;
+
+    /// Asks the guest to have this much memory, and lets it have no more. `promised` tells what other domains may still take of the host's, in
+    /// bytes: what the host cannot give is refused.
+    fn set_memory_target(&self, kib: u64, promised: &dyn Fn() -> u64) -> Result<(), MachineError> {
+        let _ = (kib, promised);
+        Err(cannot("have its memory changed"))
+    }
+
+    /// Lets the guest have this much memory, of which it is not told.
+    fn set_memory_max(&self, kib: u64, promised: &dyn Fn() -> u64) -> Result<(), MachineError> {
+        let _ = (kib, promised);
+        Err(cannot("have its memory changed"))
+    }
 
     /// Input for the guest's console; returns how many bytes were taken, 0 where there is no room now.
     fn console_input(&self, bytes: &[u8]) -> usize;

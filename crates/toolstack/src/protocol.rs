@@ -143,6 +143,14 @@ pub enum Request {
     SetVcpus {
         online: u32,
     },
+    /// How much memory the guest is to have. It stays through reboots of the domain.
+    SetMemoryTarget {
+        kib: u64,
+    },
+    /// How much memory the guest may have.
+    SetMemoryMax {
+        kib: u64,
+    },
     Wait {
         until: Until,
     },
@@ -205,6 +213,9 @@ pub struct DomainInfo {
     pub uuid: Uuid,
     /// Memory the guest has now, in KiB.
     pub memory_kib: u64,
+    /// Memory that it does not use yet and may take at any time, in KiB.
+    #[serde(default)]
+    pub promised_kib: u64,
     pub vcpus_online: u32,
     /// In nanoseconds.
     pub cpu_time_ns: u64,

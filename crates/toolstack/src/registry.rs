@@ -69,6 +69,16 @@ pub struct Entry {
     pub record: Record,
 }
 
+impl Entry {
+    /// Memory that it has not used yet and still may, in bytes, as far as is seen from outside.
+    pub(crate) fn promised_bytes(&self) -> u64 {
+        let memory = self.record.config.memory_kib() << 10;
+        // A process that is gone by now needs no more.
+        let used = shared_bytes(self.record.pid).unwrap_or(memory);
+        memory.saturating_sub(used)
+    }
+}
+
 /// The id and directory of a domain, held by its process.
 #[derive(Debug)]
 pub(crate) struct Slot {
@@ -187,19 +197,6 @@ impl Registry {
             );
             let _ = log.append(line.as_bytes());
         }
-    }
-
-    /// Memory that the domains but `except` have not used yet and still may, in bytes.
-    pub fn promised_bytes(&self, except: DomId) -> Result<u64> {
-        let others = self.entries()?.into_iter().filter(|e| e.domid != except);
-        Ok(others
-            .map(|entry| {
-                let memory = entry.record.config.memory_mib << 20;
-                // A process that is gone by now needs no more.
-                let used = shared_bytes(entry.record.pid).unwrap_or(memory);
-                memory.saturating_sub(used)
-            })
-            .sum())
     }
 
     /// Gives a new domain its id and directory. Name and UUID have to be unused.
@@ -479,23 +476,6 @@ mod tests {
             registry.update(slot.domid(), &record("b", 1)),
             Err(Error::NameTaken { .. })
         ));
-    }
-
-    #[test]
-    fn promised_bytes_counts_what_others_have_not_used() {
-        let (registry, _directory) = registry("promised");
-        let first = registry.allocate(&record("a", 1)).expect("free");
-        let _second = registry.allocate(&record("b", 2)).expect("free");
-        // Both are of this process, which shares little.
-        let used = shared_bytes(std::process::id()).expect("own status");
-        let promised = registry.promised_bytes(first.domid()).expect("list");
-        assert!(used < 64 << 20 && promised <= 64 << 20, "{promised} {used}");
-        assert!(
-            promised >= (64 << 20) - used - (1 << 20),
-            "{promised} {used}"
-        );
-        let all = registry.promised_bytes(DomId(99)).expect("list");
-        assert!(all > promised, "{all} {promised}");
     }
 
     #[test]

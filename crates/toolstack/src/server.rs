@@ -232,6 +232,8 @@ fn answer(
             | Request::Wait { .. }
             | Request::Rename { .. }
             | Request::UpdateConfig { .. }
+            | Request::SetMemoryTarget { .. }
+            | Request::SetMemoryMax { .. }
             | Request::Describe
     );
     if asks_guest && instance.has_shut_down() {
@@ -296,6 +298,8 @@ fn answer(
         Request::Share => Reply::Share(machine.share()),
         Request::SetShare { weight, cap } => done(instance.set_share(weight, cap)),
         Request::SetVcpus { online } => done(instance.set_vcpus(online)),
+        Request::SetMemoryTarget { kib } => done(instance.set_memory_target(kib)),
+        Request::SetMemoryMax { kib } => done(instance.set_memory_max(kib)),
     })
 }
 

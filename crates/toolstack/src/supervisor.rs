@@ -20,6 +20,7 @@ use crate::paths::Paths;
 use crate::protocol::{EndReason, Launch};
 use crate::registry::{Record, Registry, Slot};
 use crate::server::Server;
+use crate::state::promised_bytes;
 
 /// A domain that ended sooner than this after its start is restarted only then, so that one that cannot start does not
 /// take the whole host's time. xl waits as long before every restart.
@@ -155,7 +156,7 @@ impl<'a> Supervisor<'a> {
             domid: slot.domid(),
             uuid: self.uuid,
             config,
-            promised_bytes: self.registry.promised_bytes(slot.domid())?,
+            promised_bytes: promised_bytes(&self.registry, slot.domid())?,
             store: &self.store,
         };
         let machine = self

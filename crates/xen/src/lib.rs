@@ -80,8 +80,10 @@ pub struct Config {
     pub trap: TrapInstruction,
     /// The memory map as the start info gives it.
     pub memory_map: Vec<E820>,
-    /// RAM, in pages: what the guest's balloon calls its maximum.
+    /// RAM in the memory map, in pages: what the guest's balloon calls its maximum.
     pub ram_pages: u64,
+    /// How many of them it may have at first; it has to give the others back.
+    pub pages: u64,
     pub store_gfn: Gfn,
     pub console_gfn: Gfn,
     /// Frames of the grant table, at most; Xen's default is 64.
@@ -205,7 +207,7 @@ impl Xen {
             pollers: AtomicU32::new(0),
             timers: timers::Timers::new(vcpus.len()),
             grants: Mutex::new(grants),
-            memory_state: Mutex::new(memory_op::MemoryState::new(config.ram_pages)),
+            memory_state: Mutex::new(memory_op::MemoryState::new(config.ram_pages, config.pages)),
             callback: callback::Callback::default(),
             params: Mutex::new(hvm_op::Params::new(&config)),
             runstate_flag: false.into(),

@@ -1,6 +1,7 @@
 //! Memory operations: shared pages in the guest's map, the balloon, the memory map.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use hospes_engine::Vcpu;
 use hospes_units::{Gfn, Gva, PAGE_SIZE};
@@ -18,52 +19,141 @@ const PAGES_PER_CALL: u64 = 1024;
 /// Largest extent a guest may ask for: 2 MiB.
 const MAX_ORDER: u32 = 9;
 
-/// What changes of the guest's memory.
+/// What changes of the guest's memory. Numbers are pages.
 #[derive(Debug)]
 pub(crate) struct MemoryState {
     places: BTreeSet<u64>,
     /// One bit a frame, set while the guest has given it back. Grows to the highest such frame.
     ballooned: Vec<u64>,
-    /// Pages the guest has now, and may have.
-    current: u64,
-    max: u64,
+    /// Bits set in `ballooned`.
+    out: u64,
+    /// What the memory map lists.
+    ram: u64,
+    /// Frames of the memory map that the guest still has to give back: it was started with fewer pages than its map lists.
+    on_demand: u64,
+    /// What it may have: it is given no page back beyond this.
+    limit: u64,
 }
 
 impl MemoryState {
-    pub fn new(pages: u64) -> MemoryState {
+    pub fn new(ram: u64, pages: u64) -> MemoryState {
+        let limit = pages.min(ram);
         MemoryState {
             places: BTreeSet::new(),
             ballooned: Vec::new(),
-            current: pages,
-            max: pages,
+            out: 0,
+            ram,
+            on_demand: ram - limit,
+            limit,
         }
     }
 
-    /// Notes a frame as given back or taken.
-    fn set_ballooned(&mut self, gfn: Gfn, out: bool) {
-        let (word, bit) = ((gfn.0 / 64) as usize, 1u64 << (gfn.0 % 64));
+    /// What the guest has.
+    fn current(&self) -> u64 {
+        self.ram.saturating_sub(self.out + self.on_demand)
+    }
+
+    /// What it has, or may take while this is its limit.
+    fn claim(&self, limit: u64) -> u64 {
+        self.current().max(limit.min(self.ram))
+    }
+
+    fn is_out(&self, gfn: u64) -> bool {
+        let word = self.ballooned.get((gfn / 64) as usize);
+        word.is_some_and(|word| word & 1 << (gfn % 64) != 0)
+    }
+
+    fn flip(&mut self, gfn: u64) {
+        let word = (gfn / 64) as usize;
         if self.ballooned.len() <= word {
-            if !out {
-                return;
-            }
             self.ballooned.resize(word + 1, 0);
         }
-        if (self.ballooned[word] & bit != 0) == out {
-            return;
+        self.ballooned[word] ^= 1 << (gfn % 64);
+    }
+
+    /// Notes a frame as given back.
+    fn give(&mut self, gfn: u64) {
+        if !self.is_out(gfn) {
+            self.flip(gfn);
+            self.out += 1;
+            self.on_demand = self.on_demand.saturating_sub(1);
         }
-        self.ballooned[word] ^= bit;
-        self.current = if out {
-            self.current.saturating_sub(1)
-        } else {
-            self.current + 1
-        };
+    }
+
+    /// Notes frames as taken again, all or, where that would be more than the guest may have, none. One that was never given back is there already.
+    fn take(&mut self, frames: Range<u64>) -> bool {
+        let more = frames.clone().filter(|&gfn| self.is_out(gfn)).count() as u64;
+        if more > 0 && self.current() + more > self.limit {
+            return false;
+        }
+        for gfn in frames {
+            if self.is_out(gfn) {
+                self.flip(gfn);
+            }
+        }
+        self.out -= more;
+        true
+    }
+
+    /// All frames that are given back, in runs.
+    fn runs_out(&self) -> Vec<Range<u64>> {
+        let mut runs = Vec::new();
+        for (n, word) in (0..).zip(&self.ballooned).filter(|(_, word)| **word != 0) {
+            for bit in (0..64).filter(|bit| word & 1 << bit != 0) {
+                add_to_runs(&mut runs, n * 64 + bit..n * 64 + bit + 1);
+            }
+        }
+        runs
+    }
+}
+
+/// Adds frames to the last run where they lie next to it: balloons give and take frames in a row, upwards or downwards, and what they cost the host is by the run.
+fn add_to_runs(runs: &mut Vec<Range<u64>>, frames: Range<u64>) {
+    match runs.last_mut() {
+        Some(last) if last.end == frames.start => last.end = frames.end,
+        Some(last) if frames.end == last.start => last.start = frames.start,
+        _ => runs.push(frames),
     }
 }
 
 impl Xen {
     /// Pages of RAM the guest has now.
     pub fn current_pages(&self) -> u64 {
-        lock(&self.memory_state).current
+        lock(&self.memory_state).current()
+    }
+
+    /// Pages of RAM the guest has now or may take without asking anybody: as much as the host has promised to it.
+    pub fn claimed_pages(&self) -> u64 {
+        let state = lock(&self.memory_state);
+        state.claim(state.limit)
+    }
+
+    /// The same for another limit.
+    pub fn claim_with(&self, limit: u64) -> u64 {
+        lock(&self.memory_state).claim(limit)
+    }
+
+    /// Sets how many pages the guest is to have. What it has already stays until it gives it back.
+    pub fn set_target_pages(&self, pages: u64) {
+        let mut state = lock(&self.memory_state);
+        // What it has not given back yet of a memory map that lists too much it need not give back.
+        let more = pages.saturating_sub(state.current());
+        state.on_demand = state.on_demand.saturating_sub(more);
+        state.limit = pages;
+    }
+
+    /// Sets how many pages the guest may have.
+    pub fn set_limit_pages(&self, pages: u64) {
+        lock(&self.memory_state).limit = pages;
+    }
+
+    /// Gives the host back what the guest has written into frames that it had given back before.
+    pub fn discard_ballooned(&self) {
+        // Under the lock: none of them is taken again meanwhile.
+        let state = lock(&self.memory_state);
+        for run in state.runs_out() {
+            self.empty(&run);
+        }
     }
 
     pub(crate) fn memory_op(
@@ -96,7 +186,7 @@ impl Xen {
             }
             abi::MAXIMUM_RESERVATION => {
                 self.check_self(read(vcpu, arg)?)?;
-                Ok(Reply::Value(lock(&self.memory_state).max))
+                Ok(Reply::Value(lock(&self.memory_state).limit))
             }
             _ => Err(Errno::NoSys),
         }
@@ -170,44 +260,69 @@ impl Xen {
             // As much as was done in earlier rounds stands.
             return Ok(Reply::Value(start));
         }
-        for (i, first) in frames.iter().enumerate() {
-            let extent = (0..pages).map(|p| first.checked_add(p).map(Gfn));
-            for gfn in extent {
-                let done = gfn.is_some_and(|gfn| match op {
-                    abi::DECREASE_RESERVATION => self.give_back(gfn),
-                    _ => self.take_again(gfn),
-                });
-                if !done {
-                    return Ok(Reply::Value(start + i as u64));
-                }
-            }
-        }
-        if end == a.nr_extents {
-            return Ok(Reply::Value(end));
+        let extents: Vec<Range<u64>> = frames
+            .iter()
+            .map_while(|&first| {
+                let ram = self.memory.is_ram(Gfn(first), pages);
+                ram.then(|| first..first + pages)
+            })
+            .collect();
+        let done = match op {
+            abi::DECREASE_RESERVATION => self.give_back(&extents),
+            _ => self.take_again(&extents),
+        };
+        if done < frames.len() || end == a.nr_extents {
+            return Ok(Reply::Value(start + done as u64));
         }
         Ok(Reply::Continue(op | end << abi::OP_BITS))
     }
 
-    fn give_back(&self, gfn: Gfn) -> bool {
-        if gfn.0 > self.max_gfn() || self.memory.discard(gfn).is_err() {
-            return false;
+    /// The guest gives extents of RAM back; the result is how many.
+    fn give_back(&self, extents: &[Range<u64>]) -> usize {
+        let mut runs = Vec::new();
+        for extent in extents {
+            add_to_runs(&mut runs, extent.clone());
         }
-        lock(&self.memory_state).set_ballooned(gfn, true);
-        self.vm.mark_written(gfn.gpa(), PAGE_SIZE);
-        true
+        let mut state = lock(&self.memory_state);
+        let mut given = 0;
+        for run in runs {
+            if !self.empty(&run) {
+                break;
+            }
+            given += (run.end - run.start) as usize;
+            run.for_each(|gfn| state.give(gfn));
+        }
+        extents
+            .first()
+            .map_or(0, |e| given / (e.end - e.start) as usize)
     }
 
-    fn take_again(&self, gfn: Gfn) -> bool {
-        if gfn.0 > self.max_gfn() || !self.memory.is_backed(gfn) {
-            return false;
-        }
-        // The guest gets an empty page, whatever it wrote there after giving the frame back.
-        if self.memory.discard(gfn).is_err() {
-            return false;
-        }
-        lock(&self.memory_state).set_ballooned(gfn, false);
-        self.vm.mark_written(gfn.gpa(), PAGE_SIZE);
-        true
+    /// The guest takes extents of RAM, as many as it may have; the result is how many.
+    fn take_again(&self, extents: &[Range<u64>]) -> usize {
+        let mut runs = Vec::new();
+        let mut state = lock(&self.memory_state);
+        let allowed = extents.iter().take_while(|extent| {
+            let allowed = state.take((*extent).clone());
+            if allowed {
+                add_to_runs(&mut runs, (*extent).clone());
+            }
+            allowed
+        });
+        let done = allowed.count();
+        // The guest gets empty pages, whatever it wrote there after giving the frames back.
+        runs.iter().for_each(|run| {
+            self.empty(run);
+        });
+        done
+    }
+
+    /// Gives the memory of frames back to the host.
+    fn empty(&self, run: &Range<u64>) -> bool {
+        let pages = run.end - run.start;
+        let first = Gfn(run.start);
+        let done = self.memory.discard(first, pages).is_ok();
+        self.vm.mark_written(first.gpa(), pages * PAGE_SIZE);
+        done
     }
 
     fn write_memory_map(&self, vcpu: &mut dyn Vcpu, arg: u64) -> Result<Reply, Errno> {

@@ -44,6 +44,11 @@ pub const ARG: u64 = 0x8000;
 
 impl Machine {
     pub fn new(vcpus: u32) -> Machine {
+        Machine::with_pages(vcpus, 256)
+    }
+
+    /// One that may have so many of its 256 pages.
+    pub fn with_pages(vcpus: u32, pages: u64) -> Machine {
         let memory = Arc::new(
             GuestMemory::new(&[Range {
                 start: 0,
@@ -62,6 +67,7 @@ impl Machine {
                 kind: 1,
             }],
             ram_pages: 256,
+            pages,
             store_gfn: Gfn(0xc),
             console_gfn: Gfn(0xd),
             grant_frames: 64,

@@ -158,6 +158,7 @@ mod tests {
             name: "web".into(),
             uuid: Uuid::NIL,
             memory_kib: 512,
+            promised_kib: 0,
             vcpus_online: 2,
             cpu_time_ns,
             running: false,

@@ -35,6 +35,7 @@ fn populated() -> Store {
         uuid: "u-5".into(),
         name: "guest".into(),
         memory_kib: 262_144,
+        memory_max_kib: 524_288,
         vcpus: 2,
         console_port: 2,
         console_ring: 0xfefff,

@@ -151,6 +151,112 @@ fn long_reservation_is_continued_from_the_instruction() {
     assert_eq!(m.vcpus[0].state.rip, 0x1000);
 }
 
+/// A balloon's hypercall on these frames.
+fn reserve(m: &mut Machine, op: u64, order: u32, frames: &[u64]) -> i64 {
+    let memory = m.xen.memory().clone();
+    for (i, gfn) in frames.iter().enumerate() {
+        memory.write_obj(Gpa(0x9000 + 8 * i as u64), gfn).unwrap();
+    }
+    let mut r = memory::Reservation {
+        extent_start: 0x9000,
+        nr_extents: frames.len() as u64,
+        order,
+        domid: 0x7ff0,
+        ..Default::default()
+    };
+    m.call_with(nr::MEMORY_OP, op, &mut r)
+}
+
+const GIVE: u64 = memory::DECREASE_RESERVATION;
+const TAKE: u64 = memory::POPULATE_PHYSMAP;
+
+#[test]
+fn guest_takes_no_more_than_it_may_have() {
+    let mut m = Machine::new(1);
+    let frames: Vec<u64> = (0x40..0x50).collect();
+    assert_eq!(reserve(&mut m, GIVE, 0, &frames), 16);
+    // What it has it keeps until it gives it back.
+    m.xen.set_target_pages(200);
+    assert_eq!((m.xen.current_pages(), m.xen.claimed_pages()), (240, 240));
+    assert_eq!(reserve(&mut m, TAKE, 0, &frames), 0);
+    m.xen.set_target_pages(244);
+    assert_eq!((m.xen.current_pages(), m.xen.claimed_pages()), (240, 244));
+    // Whatever it asks for again and again, and in which order.
+    assert_eq!(reserve(&mut m, TAKE, 0, &[0x4f, 0x4f, 0x4f, 0x4e]), 4);
+    assert_eq!(m.xen.current_pages(), 242);
+    assert_eq!(reserve(&mut m, TAKE, 2, &[0x40, 0x44]), 0);
+    assert_eq!(reserve(&mut m, TAKE, 1, &[0x40, 0x44]), 1);
+    assert_eq!(
+        reserve(&mut m, TAKE, 0, &frames),
+        2,
+        "those that are there cost nothing"
+    );
+    assert_eq!((m.xen.current_pages(), m.xen.claimed_pages()), (244, 244));
+    // The limit alone is no reason to have less, and one beyond the map gives nothing more.
+    m.xen.set_limit_pages(u64::MAX);
+    assert_eq!(
+        m.call_with(nr::MEMORY_OP, memory::MAXIMUM_RESERVATION, &mut 0x7ff0u16),
+        -1
+    );
+    assert_eq!(m.xen.claimed_pages(), 256);
+    assert_eq!(reserve(&mut m, TAKE, 0, &frames), 16);
+    assert_eq!(reserve(&mut m, TAKE, 0, &[0xff, 0x100]), 1);
+    assert_eq!(m.xen.current_pages(), 256);
+}
+
+#[test]
+fn frames_that_cannot_be_given_back_end_the_call() {
+    let mut m = Machine::new(1);
+    for frames in [[0x40, u64::MAX], [0x40, 0x100], [0x40, u64::MAX >> 12]] {
+        assert_eq!(reserve(&mut m, GIVE, 0, &frames), 1, "{frames:x?}");
+    }
+    assert_eq!(reserve(&mut m, GIVE, 9, &[0x0]), 0, "more than there is");
+    assert_eq!(reserve(&mut m, GIVE, 10, &[0x0]), err(Errno::Inval));
+    assert_eq!(m.xen.current_pages(), 255);
+    // Downwards, overlapping, twice the same.
+    assert_eq!(reserve(&mut m, GIVE, 1, &[0x42, 0x40, 0x41, 0x40]), 4);
+    assert_eq!(m.xen.current_pages(), 252);
+    assert_eq!(
+        reserve(&mut m, TAKE, 0, &[0x42, 0x41, 0x40, 0x43, 0x100]),
+        4
+    );
+    assert_eq!(m.xen.current_pages(), 256);
+}
+
+#[test]
+fn guest_with_a_map_too_large_has_what_it_was_started_with() {
+    let mut m = Machine::with_pages(1, 200);
+    assert_eq!((m.xen.current_pages(), m.xen.claimed_pages()), (200, 200));
+    let frames: Vec<u64> = (0x40..0x60).collect();
+    // The first pages that it gives back it never had.
+    assert_eq!(reserve(&mut m, GIVE, 0, &frames), 32);
+    assert_eq!(m.xen.current_pages(), 200);
+    assert_eq!(reserve(&mut m, TAKE, 0, &frames), 0);
+    // 24 are left that it has not given back and need not any more.
+    m.xen.set_target_pages(210);
+    assert_eq!((m.xen.current_pages(), m.xen.claimed_pages()), (210, 210));
+    assert_eq!(reserve(&mut m, TAKE, 0, &frames), 0);
+    m.xen.set_target_pages(256);
+    assert_eq!((m.xen.current_pages(), m.xen.claimed_pages()), (224, 256));
+    assert_eq!(reserve(&mut m, TAKE, 0, &frames), 32);
+    assert_eq!(m.xen.current_pages(), 256);
+}
+
+#[test]
+fn what_is_written_into_frames_given_back_is_thrown_away() {
+    let mut m = Machine::new(1);
+    let memory = m.xen.memory().clone();
+    memory.write(Gpa(0x4_0000), &[7; 0x4000]).unwrap();
+    assert_eq!(reserve(&mut m, GIVE, 0, &[0x40, 0x42]), 2);
+    let used = memory.used_bytes();
+    memory.write(Gpa(0x4_0000), &[8; 0x4000]).unwrap();
+    assert_eq!(memory.used_bytes(), used + 0x2000);
+    m.xen.discard_ballooned();
+    assert_eq!(memory.used_bytes(), used);
+    assert_eq!(memory.read_obj::<u8>(Gpa(0x4_1000)).unwrap(), 8);
+    assert_eq!(memory.read_obj::<u8>(Gpa(0x4_2000)).unwrap(), 0);
+}
+
 #[test]
 fn memory_map_is_cut_to_the_buffer() {
     let mut m = Machine::new(1);
