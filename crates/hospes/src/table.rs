@@ -3,7 +3,7 @@
 
 use crate::args::{Args, Opt};
 use crate::commands::{
-    device_lists, devices, host, keys, life, logs, meta, names, shares, top, vcpus,
+    device_lists, devices, host, keys, life, logs, memory, meta, names, shares, top, vcpus,
 };
 use crate::{Global, Outcome, create, domains, image, list};
 
@@ -120,6 +120,9 @@ const SCHED: &[Opt] = &[
 ];
 const SCHED_DETAILS: &str = "Without options all domains are listed. The weight is 256 and the cap 0 where nothing is said. They stay through reboots of the \
                              domain. Linux schedules the virtual CPUs, so the pools of Xen's schedulers have no parameters here.";
+const MEMORY_DETAILS: &str = "MEM is in MiB, or with t, g, m, k or b behind it in TiB, GiB, MiB, KiB or bytes; at most maxmem of the configuration. The guest's \
+                              balloon driver gives memory back or takes it; a guest without one keeps what it has. More is refused where the host has not \
+                              enough. A guest may become unstable that has too little. What is set stays through reboots.";
 const SHUTDOWN_DETAILS: &str = "The guest decides whether and when it follows. What happens then is set by on_poweroff and on_reboot of its configuration.";
 
 const IMAGE: &[Opt] = &[
@@ -559,6 +562,27 @@ pub(crate) const COMMANDS: &[Command] = &[
         ..PLAIN
     },
     Command {
+        name: "mem-set",
+        arguments: "DOMAIN MEM",
+        summary: "Ask a guest to have more or less memory",
+        details: MEMORY_DETAILS,
+        min: 2,
+        max: 2,
+        run: memory::set,
+        ..PLAIN
+    },
+    Command {
+        name: "mem-max",
+        arguments: "DOMAIN MEM",
+        summary: "Set how much memory a guest may have",
+        details: "MEM is as for mem-set, which does this as well: the command is seldom needed. It cannot be less than what the guest is asked to have. \
+                  The guest is not told, and the next start does not know of it.",
+        min: 2,
+        max: 2,
+        run: memory::max,
+        ..PLAIN
+    },
+    Command {
         name: "sched-credit",
         arguments: "[OPTIONS]",
         summary: "Show or set the domains' shares of the host's CPUs, as sched-credit2",
@@ -662,8 +686,8 @@ const NOT_HERE: &[(&str, &[&str])] = &[
     ),
     ("core dumps cannot be written yet", &["dump-core"]),
     (
-        "the memory of a running domain cannot be changed yet",
-        &["mem-set", "mem-max", "claims", "sharing"],
+        "domains neither claim memory by themselves nor share any",
+        &["claims", "sharing"],
     ),
     ("there is no VNC server yet", &["vncviewer"]),
     (

@@ -6,6 +6,7 @@ pub(crate) mod host;
 pub(crate) mod keys;
 pub(crate) mod life;
 pub(crate) mod logs;
+pub(crate) mod memory;
 pub(crate) mod meta;
 pub(crate) mod names;
 pub(crate) mod shares;

@@ -8,5 +8,6 @@ mod devices;
 mod host;
 mod image;
 mod life_cycle;
+mod memory;
 mod signals;
 mod unprivileged;
