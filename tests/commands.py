@@ -331,6 +331,102 @@ def processors_are_taken_and_given(bench):
     shell.off()
 
 
+def total_mib(shell):
+    return int(re.search(r"MemTotal: +(\d+) kB", shell.run("grep MemTotal /proc/meminfo")).group(1)) >> 10
+
+
+def host_mib(bench, name):
+    """What the host has given a domain for its guest's memory: the file's blocks, and what the process has of all shared memory."""
+    directory = pathlib.Path(bench.run.environment()["HOSPES_RUN_DIR"]) / "domains" / bench.hospes("domid", name).strip()
+    process = pathlib.Path("/proc") / str(json.loads((directory / "domain.json").read_text())["pid"])
+    files = {
+        os.stat(link).st_ino: os.stat(link).st_blocks for link in (process / "fd").iterdir() if "memfd:hospes-guest" in os.readlink(link)
+    }
+    resident = re.search(r"RssShmem:\s+(\d+)", (process / "status").read_text()).group(1)
+    return sum(files.values()) * 512 >> 20, int(resident) >> 10
+
+
+def memory_is_given_and_taken(bench):
+    shell = bench.boot("memory", memory_mb=512, settings=("maxmem=1024",))
+    claims = lambda: int(bench.hospes("info", "outstanding_claims"))  # noqa: E731
+    build = lambda: json.loads(bench.hospes("list", "-l", "memory"))[0]["config"]["b_info"]  # noqa: E731
+    has = lambda mib: wait_until(  # noqa: E731
+        lambda: int(bench.row("memory").split()[2]) == mib and mib * 0.8 - 30 < total_mib(shell) <= mib,
+        f"the guest is to have {mib} MiB: {bench.row('memory')}",
+    )
+    # The kernel waits for its balloon before it starts the first program.
+    expect(380 < total_mib(shell) <= 512, f"after the boot the guest has {total_mib(shell)} MiB")
+    expect((build()["max_memkb"], build()["target_memkb"]) == (1024 << 10, 512 << 10), f"`list -l` shows {build()}")
+    shell.run("mkdir /big && mount -t tmpfs -o size=1g big /big")
+    fill = "dd if=/dev/zero of=/big/file bs=1M count={} 2>/dev/null && [ $(wc -c </big/file) = $(({} << 20)) ]"
+    shell.run(fill.format(330, 330))
+    full = host_mib(bench, "memory")
+    expect(min(full) > 330, f"the guest has filled 330 MiB, the host has given it {full}")
+    shell.run("rm /big/file")
+    # What the guest has freed is its own until it gives it back.
+    bench.hospes("mem-set", "memory", "300")
+    has(300)
+    given = host_mib(bench, "memory")
+    expect(given[0] <= 300 and given[1] < full[1] - 30, f"the host has given {full} MiB before and {given} after 212 of 512 were given back")
+    expect(claims() + given[0] <= 300 + 1, f"with {given} of 300 MiB used {claims()} are promised")
+    bench.hospes("mem-set", "memory", "1000m")
+    has(1000)
+    expect(claims() + given[0] > 950, f"{claims()} MiB are promised to a guest that has 1000 and uses {given}")
+    shell.run(fill.format(700, 700))
+    expect(host_mib(bench, "memory")[0] > 700, "the guest fills 700 MiB and the host does not notice")
+    shell.run("rm /big/file")
+    bench.refused("memory_dynamic_max must be less than", "mem-set", "memory", "1025")
+    bench.refused("memory_static_max must be greater", "mem-max", "memory", "999m")
+    bench.refused("Domain-0 is the host itself", "mem-set", "Domain-0", "1g")
+    bench.hospes("mem-max", "memory", "1024")
+    expect(total_mib(shell) > 770 and int(bench.row("memory").split()[2]) == 1000, "mem-max alone has changed what the guest has")
+    # A paused guest follows when it runs again.
+    bench.hospes("pause", "memory")
+    bench.hospes("mem-set", "memory", "400000k")
+    expect(int(bench.row("memory").split()[2]) == 1000, "a paused guest has given memory back")
+    bench.hospes("rename", "memory", "renamed")
+    bench.hospes("rename", "renamed", "memory")
+    bench.hospes("unpause", "memory")
+    has(400000 >> 10)
+    bench.hospes("reboot", "memory")
+    shell.wait_for("HOSPES-GUEST ready", BOOT_S)
+    shell.wait_for("guest# ", BOOT_S)
+    has(400000 >> 10)
+    expect(build()["target_memkb"] == 400000, f"after a reboot `list -l` shows {build()}")
+    shell.off()
+
+
+def memory_that_the_host_has_not_is_refused(bench):
+    """Of a domain that has not begun to run, too."""
+    total = int(re.search(r"MemTotal: +(\d+)", pathlib.Path("/proc/meminfo").read_text()).group(1)) >> 10
+    line = vm.Spec(name="huge", memory_mb=256, settings=(f"maxmem={total}",)).argv("hospes")
+    bench.hospes("create", "-p", *line[3:])
+    claims = lambda: int(bench.hospes("info", "outstanding_claims"))  # noqa: E731
+    before = claims()
+    for command in ("mem-set", "mem-max"):
+        bench.refused("the host has", command, "huge", f"{total}m")
+    expect(claims() == before, f"{before} MiB were promised and {claims()} are after nothing was given")
+    bench.hospes("mem-set", "huge", "512")
+    expect(claims() == before + 256, f"{before} MiB were promised and {claims()} are after 256 more")
+    expect(int(bench.row("huge").split()[2]) == 512, f"`list` shows {bench.row('huge')}")
+    bench.hospes("destroy", "huge")
+
+
+def guests_without_a_balloon_keep_to_their_memory(bench):
+    """One that does not give back what its memory map has too much goes on until it touches more than it may have."""
+    shell = bench.boot("stubborn", memory_mb=256, settings=("maxmem=1024", 'extra="console=hvc0 quiet initcall_blacklist=balloon_init"'))
+    expect(total_mib(shell) > 800, "the guest has a balloon driver")
+    expect(int(bench.row("stubborn").split()[2]) == 256, f"`list` shows {bench.row('stubborn')}")
+    bench.hospes("mem-set", "stubborn", "512")
+    shell.run("mkdir /big && mount -t tmpfs -o size=1g big /big && dd if=/dev/zero of=/big/file bs=1M count=300")
+    bench.hospes("mem-set", "stubborn", "400")
+    shell.run("ls /big")
+    shell.send("dd if=/dev/zero of=/big/file bs=1M count=800\n")
+    shell.wait(ANSWER_S)
+    log = pathlib.Path(bench.run.environment()["HOSPES_LOG_DIR"], "stubborn.log").read_text()
+    expect("it has touched more than the 512 MiB of memory" in log, f"the guest was not ended for that: {log}")
+
+
 def keys_and_triggers_arrive(bench):
     shell = bench.boot("keys")
     bench.hospes("sysrq", "keys", "h")
@@ -435,6 +531,7 @@ def tools_find_the_store(bench):
 TESTS = (
     disks_come_and_go, disks_change_their_size, disks_in_use_are_taken_by_force, media_are_changed, interfaces_come_and_go,
     writes_wait_for_a_full_host, disks_of_paused_guests_stay, images_on_loop_devices_are_in_use, names_and_shares_change, configuration_is_that_of_the_next_start, processors_are_taken_and_given,
+    memory_is_given_and_taken, memory_that_the_host_has_not_is_refused, guests_without_a_balloon_keep_to_their_memory,
     keys_and_triggers_arrive, crashed_domains_are_kept_beside_their_successors, processes_asked_to_end_shut_their_guests_down,
     domains_are_seen_from_outside, tools_find_the_store,
 )
