@@ -12,9 +12,16 @@ use crate::registry::{Entry, Registry};
 /// How long an answer may take: who asks for it goes on with the next domain.
 const LIST_PATIENCE: Duration = Duration::from_secs(2);
 
+/// The same where others wait for the sum of all answers.
+const SUM_PATIENCE: Duration = Duration::from_millis(500);
+
 /// The state of a domain; `None` where it has ended.
 pub(crate) fn info(entry: &Entry) -> Option<DomainInfo> {
-    match ask(entry, &Request::Info, Duration::ZERO, LIST_PATIENCE) {
+    info_within(entry, LIST_PATIENCE)
+}
+
+fn info_within(entry: &Entry, patience: Duration) -> Option<DomainInfo> {
+    match ask(entry, &Request::Info, Duration::ZERO, patience) {
         Ok(Reply::Info(info)) => Some(info),
         Err(Error::Gone { .. }) => None,
         _ => Some(by_record(entry)),
@@ -44,7 +51,7 @@ pub(crate) fn promised_bytes(registry: &Registry, except: DomId) -> Result<u64> 
     let entries = registry.entries()?.into_iter();
     let others = entries.filter(|entry| entry.domid != except);
     Ok(others
-        .map(|entry| info(&entry).map_or(0, |info| info.promised_kib << 10))
+        .map(|entry| info_within(&entry, SUM_PATIENCE).map_or(0, |info| info.promised_kib << 10))
         .sum())
 }
 

@@ -149,11 +149,14 @@ impl Xen {
 
     /// Gives the host back what the guest has written into frames that it had given back before.
     pub fn discard_ballooned(&self) {
-        // Under the lock: none of them is taken again meanwhile.
         let state = lock(&self.memory_state);
-        for run in state.runs_out() {
-            self.empty(&run);
-        }
+        let runs = state.runs_out();
+        // Under the lock: none of them is taken again meanwhile.
+        runs.iter().for_each(|run| {
+            self.discard(run);
+        });
+        drop(state);
+        runs.iter().for_each(|run| self.mark_run(run));
     }
 
     pub(crate) fn memory_op(
@@ -283,46 +286,50 @@ impl Xen {
         for extent in extents {
             add_to_runs(&mut runs, extent.clone());
         }
-        let mut state = lock(&self.memory_state);
         let mut given = 0;
         for run in runs {
-            if !self.empty(&run) {
+            if !self.discard(&run) {
                 break;
             }
+            self.mark_run(&run);
             given += (run.end - run.start) as usize;
+            let mut state = lock(&self.memory_state);
             run.for_each(|gfn| state.give(gfn));
         }
-        extents
-            .first()
-            .map_or(0, |e| given / (e.end - e.start) as usize)
+        let pages = extents.first().map_or(1, |e| (e.end - e.start) as usize);
+        given / pages
     }
 
     /// The guest takes extents of RAM, as many as it may have; the result is how many.
     fn take_again(&self, extents: &[Range<u64>]) -> usize {
         let mut runs = Vec::new();
+        let mut done = 0;
         let mut state = lock(&self.memory_state);
-        let allowed = extents.iter().take_while(|extent| {
-            let allowed = state.take((*extent).clone());
-            if allowed {
-                add_to_runs(&mut runs, (*extent).clone());
+        for extent in extents {
+            if !state.take(extent.clone()) {
+                break;
             }
-            allowed
-        });
-        let done = allowed.count();
-        // The guest gets empty pages, whatever it wrote there after giving the frames back.
-        runs.iter().for_each(|run| {
-            self.empty(run);
-        });
+            add_to_runs(&mut runs, extent.clone());
+            done += 1;
+        }
+        drop(state);
+        for run in runs {
+            // The guest gets empty pages, whatever it wrote there after giving the frames back.
+            self.discard(&run);
+            self.mark_run(&run);
+        }
         done
     }
 
     /// Gives the memory of frames back to the host.
-    fn empty(&self, run: &Range<u64>) -> bool {
+    fn discard(&self, run: &Range<u64>) -> bool {
         let pages = run.end - run.start;
-        let first = Gfn(run.start);
-        let done = self.memory.discard(first, pages).is_ok();
-        self.vm.mark_written(first.gpa(), pages * PAGE_SIZE);
-        done
+        self.memory.discard(Gfn(run.start), pages).is_ok()
+    }
+
+    fn mark_run(&self, run: &Range<u64>) {
+        let bytes = (run.end - run.start) * PAGE_SIZE;
+        self.vm.mark_written(Gfn(run.start).gpa(), bytes);
     }
 
     fn write_memory_map(&self, vcpu: &mut dyn Vcpu, arg: u64) -> Result<Reply, Errno> {

@@ -1,5 +1,7 @@
 //! How much memory a domain has and may have.
 
+use std::time::Instant;
+
 use hospes_engine::{Segment, cr, seg};
 use hospes_xen_abi::memory::{DECREASE_RESERVATION, Reservation};
 
@@ -157,7 +159,10 @@ fn guest_that_gives_back_what_it_has_too_much_goes_on() {
             c.memory.write_obj(before, &1u64).unwrap();
             return give_back(c, frame);
         }
-        std::thread::sleep(Duration::from_millis(50));
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while c.memory.used_bytes() > 96 * MIB && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         c.shutdown(sched::SHUTDOWN_POWEROFF)
     });
     d.unpause();
