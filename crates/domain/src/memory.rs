@@ -17,8 +17,12 @@ use crate::{Domain, RequestError, host_memory, lock};
 
 /// Least memory that a guest is asked to go down to, in KiB: the least that a configuration can give one.
 const LEAST_KIB: u64 = 8 << 10;
-/// How often a guest is looked at that could take more than it may have: it gets no further than the host's reserve meanwhile.
+/// How often a guest is looked at that could take more than it may have: the sooner the less is left to it, and often enough that it stays within the
+/// host's reserve.
 const LOOK: Duration = Duration::from_millis(20);
+const LOOK_LONGEST: Duration = Duration::from_millis(100);
+/// What a guest may take in a millisecond, in bytes: the host has to clear it.
+const RATE_BYTES: u64 = 4 << 20;
 /// What the host may use beyond the guest's pages, in bytes: the pages that are not RAM, and the rest of huge pages.
 const SLACK_BYTES: u64 = 32 << 20;
 
@@ -56,7 +60,7 @@ impl Domain {
     }
 
     /// Asks the guest to have this much memory, and lets it have no more than that. `promised` tells what the host has promised to other domains,
-    /// in bytes. A guest that has ended is not asked for what it needs.
+    /// in bytes. A guest that has ended needs nothing of the host.
     pub fn set_memory_target(
         &self,
         kib: u64,
@@ -128,13 +132,14 @@ pub fn watch(xen: &Xen, run: &Run, changed: &Signal, max_pages: u64) {
         if xen.claimed_pages() >= max_pages {
             changed.wait();
         } else {
-            changed.wait_for(LOOK);
+            let left = Duration::from_millis(left_bytes(xen).unwrap_or(0) / RATE_BYTES);
+            changed.wait_for(left.clamp(LOOK, LOOK_LONGEST));
         }
-        if !takes_too_much(xen) {
+        if left_bytes(xen).is_some() {
             continue;
         }
         xen.discard_ballooned();
-        if takes_too_much(xen) {
+        if left_bytes(xen).is_none() {
             let has_mib = (xen.claimed_pages() * PAGE_SIZE) >> 20;
             run.end(EndReason::Crash(format!(
                 "it has touched more than the {has_mib} MiB of memory that it has, and its balloon driver has not given the rest back: raise `memory' or lower `maxmem'"
@@ -143,7 +148,8 @@ pub fn watch(xen: &Xen, run: &Run, changed: &Signal, max_pages: u64) {
     }
 }
 
-fn takes_too_much(xen: &Xen) -> bool {
+/// What the guest may still take; `None` where it has too much.
+fn left_bytes(xen: &Xen) -> Option<u64> {
     let may = xen.claimed_pages() * PAGE_SIZE + SLACK_BYTES;
-    xen.memory().used_bytes() > may
+    may.checked_sub(xen.memory().used_bytes())
 }
