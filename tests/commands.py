@@ -146,6 +146,21 @@ def disks_change_their_size(bench):
     shell.off()
 
 
+def disks_that_the_host_cuts_fail(bench):
+    """What was there is not read as zeros, and a write does not make the image grow again."""
+    image = blank(bench.path("cut.img"), 16)
+    shell = bench.boot("cut", disks=(vm.Disk(image, vdev="xvdb"),))
+    shell.until("[ -b /dev/xvdb ]")
+    shell.run("dd if=/dev/zero bs=1M count=16 | tr '\\0' x | dd of=/dev/xvdb bs=1M conv=fsync")
+    os.truncate(image, 8 << 20)
+    shell.run("echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/xvdb bs=1M count=8 2>/dev/null | tr -d x | wc -c | grep -qx 0")
+    shell.run("! dd if=/dev/xvdb of=/dev/null bs=4k skip=2048 count=1")
+    shell.run("! dd if=/dev/zero of=/dev/xvdb bs=1M seek=10 count=1 conv=fsync")
+    expect(os.path.getsize(image) == 8 << 20, f"the image has grown to {os.path.getsize(image)} bytes")
+    expect(f"the image ends after {8 << 20} bytes" in bench.hospes("dmesg"), "the log does not tell")
+    shell.off()
+
+
 def disks_in_use_are_taken_by_force(bench):
     """The guest holds the disk open while it is taken; a new one in its place works at once."""
     image = blank(bench.path("used.img"), 16)
@@ -529,7 +544,7 @@ def tools_find_the_store(bench):
 
 
 TESTS = (
-    disks_come_and_go, disks_change_their_size, disks_in_use_are_taken_by_force, media_are_changed, interfaces_come_and_go,
+    disks_come_and_go, disks_change_their_size, disks_that_the_host_cuts_fail, disks_in_use_are_taken_by_force, media_are_changed, interfaces_come_and_go,
     writes_wait_for_a_full_host, disks_of_paused_guests_stay, images_on_loop_devices_are_in_use, names_and_shares_change, configuration_is_that_of_the_next_start, processors_are_taken_and_given,
     memory_is_given_and_taken, memory_that_the_host_has_not_is_refused, guests_without_a_balloon_keep_to_their_memory,
     keys_and_triggers_arrive, crashed_domains_are_kept_beside_their_successors, processes_asked_to_end_shut_their_guests_down,

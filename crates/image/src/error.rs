@@ -102,6 +102,14 @@ pub enum IoError {
     /// The range goes past the end of the disk.
     #[error("the request goes past the end of the disk")]
     OutOfRange,
+    /// The host has made the image shorter than the disk.
+    #[error(
+        "the image ends after {bytes} bytes and the request does not: the host has cut it off, and what lay behind is lost"
+    )]
+    Cut {
+        /// Where the image ends now, or ended when it was read.
+        bytes: u64,
+    },
     /// Offset or length is not a multiple of the sector.
     #[error("the request is not aligned to sectors of {sector_bytes} bytes")]
     Unaligned {

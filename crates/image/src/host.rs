@@ -295,12 +295,12 @@ fn sysfs_number((major, minor): (u32, u32), name: &str) -> Option<u64> {
 }
 
 impl Storage for HostFile {
-    fn read(&self, buffers: &[Buffer], offset: u64) -> io::Result<()> {
+    fn read(&self, buffers: &[Buffer], offset: u64) -> io::Result<u64> {
         self.transfer(buffers, offset, Direction::Read)
     }
 
     fn write(&self, buffers: &[Buffer], offset: u64) -> io::Result<()> {
-        self.transfer(buffers, offset, Direction::Write)
+        self.transfer(buffers, offset, Direction::Write).map(drop)
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -371,8 +371,8 @@ enum Direction {
 }
 
 impl HostFile {
-    /// Reads or writes everything, however often the host does less than asked.
-    fn transfer(&self, buffers: &[Buffer], offset: u64, direction: Direction) -> io::Result<()> {
+    /// Reads or writes everything, however often the host does less than asked. Returns how many bytes there were.
+    fn transfer(&self, buffers: &[Buffer], offset: u64, direction: Direction) -> io::Result<u64> {
         let bytes: u64 = buffers.iter().map(|b| b.len as u64).sum();
         let mut done = 0u64;
         while done < bytes {
@@ -387,7 +387,7 @@ impl HostFile {
             match count {
                 Ok(0) if direction == Direction::Read => {
                     fill_zero(&rest);
-                    return Ok(());
+                    return Ok(done);
                 }
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(count) => done += count,
@@ -395,7 +395,7 @@ impl HostFile {
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        Ok(done)
     }
 }
 

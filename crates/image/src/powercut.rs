@@ -128,7 +128,7 @@ impl PowerCut {
 }
 
 impl Storage for PowerCut {
-    fn read(&self, buffers: &[Buffer], offset: u64) -> io::Result<()> {
+    fn read(&self, buffers: &[Buffer], offset: u64) -> io::Result<u64> {
         let state = self.powered()?;
         let mut bytes = vec![0; buffers.iter().map(|b| b.len).sum()];
         self.below.read_bytes(&mut bytes, offset)?;
@@ -146,7 +146,7 @@ impl Storage for PowerCut {
             bytes[(start - offset) as usize..(stop - offset) as usize].copy_from_slice(source);
         }
         copy_to(buffers, &bytes);
-        Ok(())
+        Ok(state.bytes.saturating_sub(offset).min(bytes.len() as u64))
     }
 
     fn write(&self, buffers: &[Buffer], offset: u64) -> io::Result<()> {

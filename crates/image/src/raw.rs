@@ -10,7 +10,7 @@ use crate::hold::Hold;
 use crate::storage::Storage;
 use crate::threads::{Event, Threads, Work};
 use crate::types::{Completion, Geometry, Image, Op, Queue, Request, Status};
-use crate::uring::{self, Ring};
+use crate::uring::{self, End, Ring};
 
 /// An open raw image.
 pub(crate) struct Raw {
@@ -46,8 +46,11 @@ impl Work for RawFile {
     fn work(&self, request: &Request) -> Result<(), IoError> {
         request.check(&self.geometry())?;
         match request.op {
-            Op::Read => self.storage.read(&request.buffers, request.offset)?,
-            Op::Write => self.storage.write(&request.buffers, request.offset)?,
+            Op::Read => self.storage.read_whole(&request.buffers, request.offset)?,
+            Op::Write => {
+                self.storage.check_end(request.offset + request.bytes)?;
+                self.storage.write(&request.buffers, request.offset)?;
+            }
             Op::Flush => self.storage.sync()?,
             Op::Discard => self.storage.discard(request.offset, request.bytes)?,
         }
@@ -171,7 +174,7 @@ impl Image for Raw {
     fn queue(&self) -> Result<Box<dyn Queue>, ImageError> {
         let event = Event::new().map_err(ImageError::host(&self.path, "make an event for it"))?;
         let side = Threads::new(self.file.clone(), self.hold.clone(), event.clone());
-        let Some(ring) = uring::start(&self.file.storage, &self.hold, &event) else {
+        let Some(ring) = uring::start(&self.file.storage, &self.hold, &event, End::Cut) else {
             return Ok(Box::new(side));
         };
         Ok(Box::new(RawQueue {
@@ -236,9 +239,27 @@ impl Image for Raw {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::{Access, HostFile};
     use crate::testing::{Directory, discard, flush, pattern, raw, read, spec, write};
     use crate::{Format, open};
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    /// The work of an image of `bytes`, whatever the file has, without a lock.
+    fn raw_file(path: &Path, bytes: u64) -> Arc<dyn Work> {
+        let access = Access {
+            read_only: false,
+            direct: true,
+            unit: 512,
+        };
+        Arc::new(RawFile {
+            storage: Arc::new(HostFile::open(path, access, None).unwrap()),
+            bytes: AtomicU64::new(bytes),
+            sector_bytes: 512,
+            physical_sector_bytes: 512,
+            read_only: false,
+            discard: None,
+        })
+    }
 
     #[test]
     fn read_of_what_was_written_returns_it() {
@@ -354,6 +375,44 @@ mod tests {
         let nothing = open(&spec(&directory.file("b.img", 100), Format::Raw));
         let sentence = nothing.err().unwrap().to_string();
         assert!(sentence.contains("less than a sector"), "{sentence}");
+    }
+
+    #[test]
+    fn requests_past_the_end_of_a_file_that_was_cut_fail_and_the_file_stays_as_it_is() {
+        let directory = Directory::new();
+        let path = directory.file("a.img", 65536);
+        let image = raw(&path);
+        let mut queue = image.queue().unwrap();
+        write(&mut *queue, 0, &[7; 65536]).unwrap();
+        // In the middle of a sector, which is lost then.
+        let cut = 8192 + 100;
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(cut).unwrap();
+        let threads = Threads::new(
+            raw_file(&path, 65536),
+            Arc::new(Hold::new(path.clone())),
+            Event::new().unwrap(),
+        );
+        for mut queue in [queue, Box::new(threads)] {
+            assert_eq!(read(&mut *queue, 0, 8192).unwrap(), [7; 8192]);
+            write(&mut *queue, 4096, &[7; 4096]).unwrap();
+            for offset in [4096, 8192, 32768] {
+                let read = read(&mut *queue, offset, 8192);
+                assert!(matches!(read, Err(IoError::Cut { .. })), "{read:?}");
+                let write = write(&mut *queue, offset, &[8; 8192]);
+                assert!(
+                    matches!(write, Err(IoError::Cut { bytes }) if bytes == cut),
+                    "{write:?}"
+                );
+            }
+            flush(&mut *queue).unwrap();
+            assert_eq!(file.metadata().unwrap().len(), cut);
+            assert_eq!(std::fs::read(&path).unwrap()[..8192], [7; 8192]);
+        }
+        file.set_len(65536).unwrap();
+        let mut queue = image.queue().unwrap();
+        write(&mut *queue, 32768, &[9; 8192]).unwrap();
+        assert_eq!(read(&mut *queue, 32768, 8192).unwrap(), [9; 8192]);
     }
 
     #[test]

@@ -5,13 +5,14 @@ use std::io;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
+use crate::error::IoError;
 use crate::host::HostFile;
 use crate::types::Buffer;
 
 /// A file or something that acts like one. All calls block; all may be made by several threads at once.
 pub(crate) trait Storage: Send + Sync {
-    /// Fills `buffers` from `offset`; past the end there are zeros.
-    fn read(&self, buffers: &[Buffer], offset: u64) -> io::Result<()>;
+    /// Fills `buffers` from `offset`; past the end there are zeros. Returns how many bytes lie before it.
+    fn read(&self, buffers: &[Buffer], offset: u64) -> io::Result<u64>;
     /// Writes all of `buffers` at `offset`, past the end too.
     fn write(&self, buffers: &[Buffer], offset: u64) -> io::Result<()>;
     /// Makes durable what was written before.
@@ -27,7 +28,26 @@ pub(crate) trait Storage: Send + Sync {
 
     /// [`Storage::read`] into a slice.
     fn read_bytes(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-        self.read(&[Buffer::of(bytes)], offset)
+        self.read(&[Buffer::of(bytes)], offset).map(drop)
+    }
+
+    /// [`Storage::read`] of what was there when the image was opened.
+    fn read_whole(&self, buffers: &[Buffer], offset: u64) -> Result<(), IoError> {
+        let wanted: u64 = buffers.iter().map(|b| b.len as u64).sum();
+        match self.read(buffers, offset)? {
+            there if there < wanted => Err(IoError::Cut {
+                bytes: offset + there,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses what would reach past the end, and so grow a file that the host has cut.
+    fn check_end(&self, end: u64) -> Result<(), IoError> {
+        match self.len()? {
+            bytes if bytes < end => Err(IoError::Cut { bytes }),
+            _ => Ok(()),
+        }
     }
 
     /// [`Storage::write`] from a slice.

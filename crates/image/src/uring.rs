@@ -24,13 +24,27 @@ const TIMER: u64 = u64::MAX;
 /// Chooses how requests reach the host: `threads`, else io_uring where the host allows it.
 pub(crate) const ENGINE_VARIABLE: &str = "HOSPES_IO";
 
+/// What lies past the end of a file.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// Zeros; a write makes the file grow.
+    Zeros,
+    /// What the host has cut off: requests for it fail.
+    Cut,
+}
+
 /// A ring on the file behind `storage`; `None` if there is no such file, or the host or the user wants no ring.
-pub(crate) fn start(storage: &Arc<dyn Storage>, hold: &Arc<Hold>, event: &Event) -> Option<Ring> {
+pub(crate) fn start(
+    storage: &Arc<dyn Storage>,
+    hold: &Arc<Hold>,
+    event: &Event,
+    end: End,
+) -> Option<Ring> {
     if std::env::var_os(ENGINE_VARIABLE).is_some_and(|engine| engine == "threads") {
         return None;
     }
     let file = storage.clone().host_file()?;
-    Ring::new(file, hold.clone(), event.clone()).ok()
+    Ring::new(file, hold.clone(), event.clone(), end).ok()
 }
 
 /// A request and the memory that the kernel uses meanwhile.
@@ -47,6 +61,7 @@ struct Flight {
 pub(crate) struct Ring {
     ring: IoUring,
     file: Arc<HostFile>,
+    end: End,
     slots: Vec<Option<Flight>>,
     free: Vec<usize>,
     waiting: VecDeque<Flight>,
@@ -64,7 +79,12 @@ unsafe impl Send for Ring {}
 
 impl Ring {
     /// Fails where the host has no io_uring or does not allow it.
-    pub(crate) fn new(file: Arc<HostFile>, hold: Arc<Hold>, event: Event) -> std::io::Result<Ring> {
+    pub(crate) fn new(
+        file: Arc<HostFile>,
+        hold: Arc<Hold>,
+        event: Event,
+        end: End,
+    ) -> std::io::Result<Ring> {
         let ring = IoUring::new(ENTRIES)?;
         ring.submitter()
             .register_eventfd(event.as_fd().as_raw_fd())?;
@@ -72,6 +92,7 @@ impl Ring {
         Ok(Ring {
             ring,
             file,
+            end,
             slots: (0..ENTRIES).map(|_| None).collect(),
             free: (0..ENTRIES as usize).collect(),
             waiting: VecDeque::new(),
@@ -113,8 +134,10 @@ impl Ring {
         flight
     }
 
-    /// Moves waiting requests into the ring as far as it has room.
+    /// Moves waiting requests into the ring as far as it has room. A write past the present end of a file that was cut fails: it would make the file
+    /// grow, with a hole where data were.
     fn fill(&mut self) {
+        let mut end = None;
         while !self.waiting.is_empty() && !self.free.is_empty() {
             if self.ring.submission().is_full() && !self.enter(0) {
                 return;
@@ -122,6 +145,17 @@ impl Ring {
             let (Some(flight), Some(slot)) = (self.waiting.pop_front(), self.free.pop()) else {
                 return;
             };
+            if self.end == End::Cut
+                && flight.request.op == Op::Write
+                && let Err(fault) = self.check_end(&flight.request, &mut end)
+            {
+                self.free.push(slot);
+                self.complete(flight.request.id, Err(fault));
+                if flight.held {
+                    self.hold.leave();
+                }
+                continue;
+            }
             let flight = self.slots[slot].insert(flight);
             let entry = entry(&self.file, flight).user_data(slot as u64);
             // SAFETY: buffers, vector and copy stay in their slot until the completion; see `Flight` and `drop`.
@@ -133,6 +167,18 @@ impl Ring {
                 return;
             }
         }
+    }
+
+    /// [`Storage::check_end`], asking the host once where `end` goes from one to the next.
+    fn check_end(&self, request: &Request, end: &mut Option<u64>) -> Result<(), IoError> {
+        let bytes = match *end {
+            Some(bytes) => bytes,
+            None => *end.insert(self.file.len()?),
+        };
+        if request.offset + request.bytes > bytes {
+            return Err(IoError::Cut { bytes });
+        }
+        Ok(())
     }
 
     /// Calls the kernel with what is in the ring; false if it has to be tried again later.
@@ -165,25 +211,23 @@ impl Ring {
             return;
         };
         self.free.push(slot as usize);
-        let bytes = match flight.request.op {
-            Op::Read | Op::Write => flight.request.bytes,
-            Op::Flush | Op::Discard => 0,
-        };
-        let result = match u64::try_from(result) {
-            Ok(done) if done >= bytes => Ok(()),
-            Ok(done) => self.finish(&flight, done, bytes),
+        let answer = match u64::try_from(result) {
+            Ok(done) => Ok(done),
             Err(_) => Err(std::io::Error::from_raw_os_error(-result)),
         };
         let result = match flight.request.op {
             // One that was not even tried has not failed.
-            Op::Flush if !result.as_ref().is_err_and(is_for_later) => self.file.note_sync(result),
-            Op::Flush => result,
-            Op::Discard => discarded(result),
-            Op::Read | Op::Write => result,
+            Op::Flush if !answer.as_ref().is_err_and(is_for_later) => {
+                self.file.note_sync(answer.map(drop)).map_err(IoError::Host)
+            }
+            Op::Discard => discarded(answer.map(drop)).map_err(IoError::Host),
+            Op::Flush | Op::Read | Op::Write => answer
+                .map_err(IoError::Host)
+                .and_then(|done| self.finish(&flight, done)),
         };
         match result {
-            Err(error) if is_for_later(&error) => self.waiting.push_back(flight),
-            Err(error) if is_full(&error) => {
+            Err(IoError::Host(error)) if is_for_later(&error) => self.waiting.push_back(flight),
+            Err(IoError::Host(error)) if is_full(&error) => {
                 if !flight.held {
                     flight.held = true;
                     self.hold.enter();
@@ -199,20 +243,26 @@ impl Ring {
                 }
                 self.done.push(Completion {
                     id: flight.request.id,
-                    result: result.map_err(IoError::Host),
+                    result,
                 });
             }
         }
     }
 
-    /// The host did a part only, which is rare: the rest by calls that block.
-    fn finish(&self, flight: &Flight, done: u64, bytes: u64) -> std::io::Result<()> {
+    /// Where the host did a part only, which is rare: the rest by calls that block.
+    fn finish(&self, flight: &Flight, done: u64) -> Result<(), IoError> {
+        let (op, bytes) = (flight.request.op, flight.request.bytes);
+        if !matches!(op, Op::Read | Op::Write) || done >= bytes {
+            return Ok(());
+        }
         let rest = part(&flight.vector, done, bytes - done);
         let offset = flight.request.offset + done;
-        match flight.request.op {
-            Op::Read => self.file.read(&rest, offset),
-            _ => self.file.write(&rest, offset),
+        match (op, self.end) {
+            (Op::Read, End::Cut) => self.file.read_whole(&rest, offset)?,
+            (Op::Read, End::Zeros) => drop(self.file.read(&rest, offset)?),
+            _ => self.file.write(&rest, offset)?,
         }
+        Ok(())
     }
 
     /// [`Queue::completions`] without clearing the event.
@@ -359,7 +409,7 @@ mod tests {
     use std::path::Path;
     use std::sync::Arc;
 
-    use super::{Aligned, start};
+    use super::{Aligned, End, start};
     use crate::hold::Hold;
     use crate::host::{Access, HostFile};
     use crate::raw::{Raw, RawOptions};
@@ -385,7 +435,8 @@ mod tests {
         };
         let raw = Raw::new(path, storage.clone(), options).unwrap();
         let hold = Arc::new(Hold::new(path.to_owned()));
-        let ring = start(&storage, &hold, &Event::new().unwrap()).expect("the host has io_uring");
+        let ring = start(&storage, &hold, &Event::new().unwrap(), End::Cut)
+            .expect("the host has io_uring");
         let threads = Threads::new(raw.work(), hold, Event::new().unwrap());
         vec![Box::new(ring), Box::new(threads)]
     }

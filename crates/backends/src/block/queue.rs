@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hospes_image::{Completion, Geometry, Image, Op, Queue, Request, Status};
+use hospes_image::{Completion, Geometry, Image, IoError, Op, Queue, Request, Status};
 use hospes_ring::{BackRing, Broken};
 use hospes_units::Gpa;
 use hospes_xen::{HostPort, Xen};
@@ -357,14 +357,14 @@ impl Serve {
     }
 
     fn refuse(&mut self, id: u64, operation: u8, refusal: Refusal) {
-        self.failed(&format!("the guest's request is wrong: {refusal}"));
+        self.failed(&format!("the guest's request is wrong: {refusal}"), false);
         self.answer(id, operation, refusal.status());
     }
 
-    /// Counts an error; a guest that makes many of them does not fill the log.
-    fn failed(&self, why: &str) {
+    /// Counts an error; a guest that makes many of them does not fill the log, and `told` is in it in any case.
+    fn failed(&self, why: &str, told: bool) {
         let count = self.stats.failed();
-        if count.is_power_of_two() {
+        if told || count.is_power_of_two() {
             (self.log)(&format!(
                 "Disk requests answered with an error so far: {count}; the last because {why}"
             ));
@@ -462,7 +462,8 @@ impl Serve {
                 self.answer(open.id, open.operation, blkif::STATUS_OKAY);
             }
             Err(fault) => {
-                self.failed(&fault.to_string());
+                let heard_first = matches!(fault, IoError::Cut { .. }) && self.stats.cut();
+                self.failed(&fault.to_string(), heard_first);
                 self.answer(open.id, open.operation, blkif::STATUS_ERROR);
             }
         }

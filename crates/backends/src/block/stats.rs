@@ -1,7 +1,7 @@
 //! What a disk did so far.
 
-use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use hospes_image::Op;
 
@@ -18,6 +18,8 @@ pub struct Stats {
     errors: AtomicU64,
     /// Events sent to the guest.
     events: AtomicU64,
+    /// One of the errors was that the image is shorter than the disk.
+    cut: AtomicBool,
 }
 
 impl Stats {
@@ -44,6 +46,11 @@ impl Stats {
     /// Returns how many failed so far.
     pub fn failed(&self) -> u64 {
         self.errors.fetch_add(1, Relaxed) + 1
+    }
+
+    /// Notes that the image was cut; true the first time.
+    pub fn cut(&self) -> bool {
+        !self.cut.swap(true, Relaxed)
     }
 
     pub fn event(&self) {

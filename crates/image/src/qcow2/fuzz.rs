@@ -22,13 +22,13 @@ const CLUSTER: usize = 512;
 pub(super) struct Memory(Mutex<Vec<u8>>);
 
 impl Storage for Memory {
-    fn read(&self, buffers: &[Buffer], offset: u64) -> io::Result<()> {
+    fn read(&self, buffers: &[Buffer], offset: u64) -> io::Result<u64> {
         let bytes = self.0.lock().expect("not poisoned");
         let start = usize::try_from(offset).map_or(bytes.len(), |at| at.min(bytes.len()));
         copy_to(buffers, &bytes[start..]);
         let there = (bytes.len() - start) as u64;
         fill_zero(&part(buffers, there, u64::MAX));
-        Ok(())
+        Ok(there.min(buffers.iter().map(|b| b.len as u64).sum()))
     }
 
     fn write(&self, buffers: &[Buffer], offset: u64) -> io::Result<()> {

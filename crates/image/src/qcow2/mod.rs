@@ -75,7 +75,7 @@ impl Source for RawSource {
     }
 
     fn read_within(&self, buffers: &[Buffer], offset: u64) -> Result<(), IoError> {
-        Ok(self.storage.read(buffers, offset)?)
+        self.storage.read_whole(buffers, offset)
     }
 }
 

@@ -9,7 +9,7 @@ use super::meta::Token;
 use crate::error::ImageError;
 use crate::threads::{Event, Threads};
 use crate::types::{Completion, Geometry, Image, Op, Queue, Request, Status};
-use crate::uring::{self, Ring};
+use crate::uring::{self, End, Ring};
 
 /// An open image with its queues.
 pub(crate) struct Qcow2Image(pub(crate) Arc<Qcow2>);
@@ -136,7 +136,7 @@ impl Image for Qcow2Image {
         let event = Event::new().map_err(ImageError::host(&image.path, "make an event for it"))?;
         let hold = image.hold.clone();
         Ok(Box::new(Qcow2Queue {
-            ring: uring::start(&image.storage, &hold, &event),
+            ring: uring::start(&image.storage, &hold, &event, End::Zeros),
             side: Threads::new(image.clone(), hold, event.clone()),
             direct: Vec::new(),
             free: Vec::new(),

@@ -121,6 +121,11 @@ impl MemoryImage {
         lock(&self.state).looks
     }
 
+    /// The host makes the image shorter than the disk.
+    pub fn cut(&self, bytes: usize) {
+        lock(&self.state).bytes.truncate(bytes);
+    }
+
     pub fn fail(&self, failing: bool) {
         lock(&self.state).failing = failing;
     }
@@ -225,6 +230,10 @@ impl State {
     }
 
     fn carry_out(&mut self, request: &Request) -> Result<(), IoError> {
+        let bytes = self.bytes.len() as u64;
+        if request.offset + request.bytes > bytes {
+            return Err(IoError::Cut { bytes });
+        }
         self.served_by = Some(std::thread::current().id());
         self.done.push((request.op, request.offset));
         let mut at = request.offset as usize;

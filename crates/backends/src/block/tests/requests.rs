@@ -372,3 +372,33 @@ fn storage_errors_of_the_host_go_to_the_guest() {
         blkif::STATUS_OKAY
     );
 }
+
+#[test]
+fn image_that_was_cut_is_in_the_log_however_many_errors_there_were() {
+    let mut m = Machine::connected(MemoryImage::new(MIB));
+    let (_, gref) = m.page(3);
+    let full = [segment(gref, 0, 7)];
+    let fails = |m: &mut Machine, sector| {
+        let status = m.ask(request(blkif::OP_READ, sector, &full)).status;
+        assert_eq!(status, blkif::STATUS_ERROR);
+    };
+    let told = |m: &Machine| {
+        let log = lock(&m.guest.log);
+        let told = log.iter().filter(|line| line.contains("has cut it off"));
+        told.count()
+    };
+    for _ in 0..2 {
+        fails(&mut m, 2048);
+    }
+    m.image.cut(MIB / 2);
+    fails(&mut m, 1024);
+    assert_eq!(told(&m), 1);
+    for _ in 0..4 {
+        fails(&mut m, 1024);
+    }
+    assert_eq!(told(&m), 2);
+    assert_eq!(
+        m.ask(request(blkif::OP_WRITE, 0, &full)).status,
+        blkif::STATUS_OKAY
+    );
+}
