@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::Context;
 use hospes_config::Uuid;
 use hospes_toolstack::{
-    DeviceKind, DomainInfo, EndReason, Entry, Error, HOST_NAME, Host, host_cpus,
+    Answer, DeviceKind, DomainInfo, EndReason, Entry, Error, HOST_NAME, Host, host_cpus,
 };
 use serde_json::{Value, json as object};
 
@@ -43,13 +43,21 @@ type Row = (DomainInfo, Option<Entry>);
 
 fn list_with(options: &Options) -> anyhow::Result<()> {
     let host = Host::from_environment()?;
-    let rows = wanted(all(&host)?, &options.domains)?;
+    let mut silent = Vec::new();
+    let rows = wanted(all(&host, &mut silent)?, &options.domains)?;
+    let silent: String = silent
+        .into_iter()
+        .filter(|(domid, _)| rows.iter().any(|(info, _)| info.domid == *domid))
+        .map(|(_, note)| note)
+        .collect();
     if options.long {
         let items: Vec<Value> = rows.iter().map(long).collect();
-        return Ok(print(format_args!("{}\n", json(&Value::Array(items))))?);
+        print(format_args!("{}\n", json(&Value::Array(items))))?;
+        eprint!("{silent}");
+        return Ok(());
     }
     let mut table = header(options);
-    let mut notes = String::new();
+    let mut notes = silent;
     for (info, entry) in &rows {
         let waiting = waiting(info, entry.as_ref());
         table.push_str(&row(info, &waiting, options));
@@ -77,19 +85,30 @@ fn waiting<'a>(info: &'a DomainInfo, entry: Option<&Entry>) -> Vec<(String, &'a 
     named.collect()
 }
 
-fn all(host: &Host) -> anyhow::Result<Vec<Row>> {
+/// All rows. Of domains that do not answer there is what is written down of them, and a note for the user in `silent`.
+fn all(host: &Host, silent: &mut Vec<(u16, String)>) -> anyhow::Result<Vec<Row>> {
     let mut rows = Vec::new();
-    for entry in host.entries()? {
-        // One that ended just now has no place in the list.
-        if let Some(info) = host.info(&entry) {
-            rows.push((info, Some(entry)));
-        }
+    for (entry, answer) in host.infos(host.entries()?) {
+        let info = match answer {
+            Answer::Told(info) => info,
+            Answer::NotYet => entry.as_recorded(),
+            Answer::Silent(fault) => {
+                silent.push((entry.domid.0, note(&entry, &fault)));
+                entry.as_recorded()
+            }
+        };
+        rows.push((info, Some(entry)));
     }
     rows.insert(
         0,
         (host_info(host, rows.iter().map(|(info, _)| info))?, None),
     );
     Ok(rows)
+}
+
+/// What a list says of a domain that does not answer.
+pub(crate) fn note(entry: &Entry, fault: &Error) -> String {
+    format!("{}: {fault}\n", entry.record.name)
 }
 
 fn wanted(rows: Vec<Row>, names: &[String]) -> anyhow::Result<Vec<Row>> {

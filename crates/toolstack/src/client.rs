@@ -24,6 +24,8 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 /// The same where the guest has a part in it: longer than the domain process waits for the guest.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(60);
+/// The same for a list, for all its domains together.
+pub(crate) const LIST_PATIENCE: Duration = Duration::from_secs(2);
 /// How often a domain is looked up anew that was restarted while it was asked.
 const RETRIES: usize = 5;
 
@@ -65,9 +67,7 @@ impl Watch {
         match self.receive(Some(left)) {
             Ok(ended) => Ok(Some(ended)),
             Err(Error::Gone { .. }) => Ok(Some(LOST)),
-            Err(Error::Unreachable { source, .. })
-                if matches!(source.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) =>
-            {
+            Err(Error::Unreachable { source, .. }) if source.kind() == ErrorKind::TimedOut => {
                 Ok(None)
             }
             Err(fault) => Err(fault),
@@ -267,9 +267,10 @@ impl Host {
 
     fn destroy_entry(&self, mut entry: Entry) -> Result<()> {
         for _ in 0..RETRIES {
-            let answer = ask(&entry, &Request::Destroy, CONNECT_PATIENCE, ANSWER_PATIENCE);
+            let answer = check_goes_on(&entry)
+                .and_then(|()| ask(&entry, &Request::Destroy, CONNECT_PATIENCE, ANSWER_PATIENCE));
             let ended = match answer.and_then(done) {
-                Err(Error::Unreachable { .. }) => self.kill(&entry),
+                Err(Error::Unreachable { .. } | Error::Stopped { .. }) => self.kill(&entry),
                 ended => ended,
             };
             if !matches!(ended, Err(Error::Gone { .. })) {
@@ -312,6 +313,7 @@ impl Host {
         let mut tries = 0;
         loop {
             let entry = self.find(who)?;
+            check_goes_on(&entry)?;
             tries += 1;
             match ask(&entry, request, CONNECT_PATIENCE, patience(request)) {
                 // A domain that reboots has its name again under another id.
@@ -354,6 +356,20 @@ fn patience(request: &Request) -> Duration {
     }
 }
 
+/// Whether a domain's process can answer at all: one that somebody has stopped is not waited for.
+pub(crate) fn check_goes_on(entry: &Entry) -> Result<()> {
+    let pid = entry.record.pid;
+    // The state stands behind the name, which may hold anything.
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    match stat.rsplit_once(") ") {
+        Some((_, rest)) if rest.starts_with('T') && is_locked(&entry.dir) => Err(Error::Stopped {
+            domid: entry.domid,
+            pid,
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// Connects to one of a domain's sockets; one that is being built opens them in a while.
 fn connect(entry: &Entry, socket: &str, patience: Duration) -> Result<UnixStream> {
     let domid = entry.domid;
@@ -387,7 +403,7 @@ pub(crate) fn ask(
 }
 
 /// The answer is still to come.
-fn send(entry: &Entry, request: &Request, connecting: Duration) -> Result<UnixStream> {
+pub(crate) fn send(entry: &Entry, request: &Request, connecting: Duration) -> Result<UnixStream> {
     let stream = connect(entry, "control.sock", connecting)?;
     say(entry.domid, &stream, request)?;
     Ok(stream)
@@ -401,7 +417,11 @@ fn say(domid: DomId, stream: &UnixStream, request: &Request) -> Result<()> {
     }
 }
 
-fn receive(domid: DomId, stream: &UnixStream, patience: Option<Duration>) -> Result<Reply> {
+pub(crate) fn receive(
+    domid: DomId,
+    stream: &UnixStream,
+    patience: Option<Duration>,
+) -> Result<Reply> {
     let fault = |source: io::Error| lost(domid, source);
     stream.set_read_timeout(patience).map_err(fault)?;
     let line = protocol::read_line(&mut BufReader::new(stream))?.map_err(fault)?;
@@ -414,6 +434,11 @@ fn receive(domid: DomId, stream: &UnixStream, patience: Option<Duration>) -> Res
 fn lost(domid: DomId, source: io::Error) -> Error {
     match source.kind() {
         ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => Error::Gone { domid },
+        // What a socket calls a time that is over.
+        ErrorKind::WouldBlock => Error::Unreachable {
+            domid,
+            source: ErrorKind::TimedOut.into(),
+        },
         _ => Error::Unreachable { domid, source },
     }
 }
@@ -425,7 +450,7 @@ fn done(reply: Reply) -> Result<()> {
     }
 }
 
-fn unexpected(reply: &Reply) -> Error {
+pub(crate) fn unexpected(reply: &Reply) -> Error {
     Error::Protocol(format!("the answer belongs to another request: {reply:?}"))
 }
 

@@ -62,6 +62,10 @@ pub enum Error {
     Locked { path: PathBuf },
     #[error("domain {domid} does not answer ({source}): see its log, or destroy it")]
     Unreachable { domid: DomId, source: io::Error },
+    #[error(
+        "domain {domid} does not answer: its process {pid} is stopped; `kill -CONT {pid}` lets it go on"
+    )]
+    Stopped { domid: DomId, pid: u32 },
     #[error("domain {domid} refused: {message}")]
     Refused { domid: DomId, message: String },
     #[error(

@@ -18,6 +18,7 @@
 
 mod client;
 mod clock;
+mod each;
 mod ending;
 mod error;
 mod hub;
@@ -37,6 +38,7 @@ mod store;
 mod supervisor;
 
 pub use client::{Host, Watch};
+pub use each::{Answer, Answers};
 pub use error::{Error, Result};
 pub use launch::{CreateRequest, Created, random_uuid};
 pub use machine::{Machine, MachineError, MachineFactory, MachineInfo, MachineSpec};

@@ -4,15 +4,12 @@ use std::time::Duration;
 
 use hospes_units::DomId;
 
-use crate::client::ask;
+use crate::client::{LIST_PATIENCE, ask};
 use crate::error::{Error, Result};
 use crate::protocol::{DomainInfo, Reply, Request};
 use crate::registry::{Entry, Registry};
 
-/// How long an answer may take: who asks for it goes on with the next domain.
-const LIST_PATIENCE: Duration = Duration::from_secs(2);
-
-/// The same where others wait for the sum of all answers.
+/// How long an answer may take where others wait for the sum of all answers.
 const SUM_PATIENCE: Duration = Duration::from_millis(500);
 
 /// The state of a domain; `None` where it has ended.
@@ -24,25 +21,28 @@ fn info_within(entry: &Entry, patience: Duration) -> Option<DomainInfo> {
     match ask(entry, &Request::Info, Duration::ZERO, patience) {
         Ok(Reply::Info(info)) => Some(info),
         Err(Error::Gone { .. }) => None,
-        _ => Some(by_record(entry)),
+        _ => Some(entry.as_recorded()),
     }
 }
 
-fn by_record(entry: &Entry) -> DomainInfo {
-    DomainInfo {
-        domid: entry.domid.0,
-        name: entry.record.name.clone(),
-        uuid: entry.record.uuid,
-        memory_kib: entry.record.config.memory_kib(),
-        promised_kib: entry.promised_bytes() >> 10,
-        vcpus_online: entry.record.config.vcpus,
-        cpu_time_ns: 0,
-        running: false,
-        blocked: false,
-        paused: false,
-        shutdown: None,
-        dying: false,
-        waiting: Vec::new(),
+impl Entry {
+    /// What the record alone says of a domain's state, and what is seen of its process.
+    pub fn as_recorded(&self) -> DomainInfo {
+        DomainInfo {
+            domid: self.domid.0,
+            name: self.record.name.clone(),
+            uuid: self.record.uuid,
+            memory_kib: self.record.config.memory_kib(),
+            promised_kib: self.promised_bytes() >> 10,
+            vcpus_online: self.record.config.vcpus,
+            cpu_time_ns: 0,
+            running: false,
+            blocked: false,
+            paused: false,
+            shutdown: None,
+            dying: false,
+            waiting: Vec::new(),
+        }
     }
 }
 
@@ -108,7 +108,7 @@ mod tests {
             assert_eq!(protocol::decode(&line).ok(), Some(Request::Info));
             let info = DomainInfo {
                 promised_kib: 1 << 20,
-                ..by_record(&entry)
+                ..entry.as_recorded()
             };
             protocol::send(&stream, &Reply::Info(info))
                 .expect("short")

@@ -1,11 +1,10 @@
 //! Shares of the host's CPUs: `sched-credit` and `sched-credit2`, with xl's columns.
 
-use std::fmt::Write;
-
-use hospes_toolstack::{Error, HOST_NAME, Host, Share};
+use hospes_toolstack::{Answer, Error, HOST_NAME, Host, Share};
 
 use crate::Outcome;
 use crate::commands::failed;
+use crate::list::note;
 use crate::output::print;
 use crate::table::Call;
 
@@ -46,7 +45,10 @@ fn shares(call: &Call, parameters: &str) -> Outcome {
         if changes {
             return failed("Must specify a domain.");
         }
-        return Ok(print(format_args!("{of_pool}{}", all(&host)?))?);
+        let (table, notes) = all(&host)?;
+        print(format_args!("{of_pool}{table}"))?;
+        eprint!("{notes}");
+        return Ok(());
     };
     if !changes {
         return Ok(print(format_args!("{}{}", header(), one(&host, who)?))?);
@@ -95,16 +97,20 @@ fn one(host: &Host, who: &str) -> Result<String, Error> {
     }
 }
 
-fn all(host: &Host) -> Result<String, Error> {
+/// The table, and what is to be said of domains that do not answer.
+fn all(host: &Host) -> Result<(String, String), Error> {
     let mut table = header() + &of_host();
-    for entry in host.entries()? {
-        // One that ended just now has no place in the list.
-        if let Ok(share) = host.share(&entry.domid.to_string()) {
-            // Writing to a string does not fail.
-            let _ = write!(table, "{}", row(&entry.record.name, entry.domid.0, share));
+    let mut notes = String::new();
+    for (entry, answer) in host.shares_of(host.entries()?) {
+        match answer {
+            Answer::Told(share) => {
+                table.push_str(&row(&entry.record.name, entry.domid.0, share));
+            }
+            Answer::NotYet => {}
+            Answer::Silent(fault) => notes.push_str(&note(&entry, &fault)),
         }
     }
-    Ok(table)
+    Ok((table, notes))
 }
 
 #[cfg(test)]

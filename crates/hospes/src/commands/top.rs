@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use hospes_sys::terminal::Raw;
-use hospes_toolstack::{DomainInfo, Host};
+use hospes_toolstack::{Answer, DomainInfo, Host};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::list::{HostMemory, host_info};
@@ -105,10 +105,12 @@ fn wait(time: Duration, keys: bool) -> anyhow::Result<bool> {
 }
 
 fn look(host: &Host) -> anyhow::Result<Vec<DomainInfo>> {
-    let entries = host.entries()?;
-    let mut infos: Vec<DomainInfo> = entries
-        .iter()
-        .filter_map(|entry| host.info(entry))
+    let answers = host.infos(host.entries()?).into_iter();
+    let mut infos: Vec<DomainInfo> = answers
+        .map(|(entry, answer)| match answer {
+            Answer::Told(info) => info,
+            Answer::NotYet | Answer::Silent(_) => entry.as_recorded(),
+        })
         .collect();
     infos.insert(0, host_info(host, infos.iter())?);
     Ok(infos)

@@ -4,9 +4,10 @@ use std::fmt::Write;
 use std::fs;
 
 use hospes_config::CpuList;
-use hospes_toolstack::{Error, HOST_NAME, Host, VcpuInfo, host_cpus, resolve};
+use hospes_toolstack::{Answer, Error, HOST_NAME, Host, VcpuInfo, host_cpus, resolve};
 
 use crate::commands::failed;
+use crate::list::note;
 use crate::output::print;
 use crate::table::Call;
 use crate::{Failure, Outcome};
@@ -21,13 +22,16 @@ fn list_of(wanted: &[String]) -> anyhow::Result<()> {
         "{:<32} {:>5} {:>5} {:>5} {:>5} {:>9} Affinity (Hard / Soft)\n",
         "Name", "ID", "VCPU", "CPU", "State", "Time(s)"
     );
-    let entries = host.entries()?;
+    let mut notes = String::new();
     if wanted.is_empty() {
         table.push_str(&rows(HOST_NAME, 0, &of_host()));
-        for entry in &entries {
-            // One that ended just now has no place in the list.
-            if let Ok(vcpus) = host.vcpus(&entry.domid.to_string()) {
-                table.push_str(&rows(&entry.record.name, entry.domid.0, &vcpus));
+        for (entry, answer) in host.vcpus_of(host.entries()?) {
+            match answer {
+                Answer::Told(vcpus) => {
+                    table.push_str(&rows(&entry.record.name, entry.domid.0, &vcpus));
+                }
+                Answer::NotYet => {}
+                Answer::Silent(fault) => notes.push_str(&note(&entry, &fault)),
             }
         }
     }
@@ -41,6 +45,7 @@ fn list_of(wanted: &[String]) -> anyhow::Result<()> {
         table.push_str(&rows(&entry.record.name, entry.domid.0, &vcpus));
     }
     print(format_args!("{table}"))?;
+    eprint!("{notes}");
     Ok(())
 }
 

@@ -10,4 +10,5 @@ mod image;
 mod life_cycle;
 mod memory;
 mod signals;
+mod stopped;
 mod unprivileged;

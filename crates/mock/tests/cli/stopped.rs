@@ -1,0 +1,61 @@
+//! Commands and domains whose processes are stopped.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::common::Bench;
+
+/// Less than a command waits for one answer.
+const SOON: Duration = Duration::from_millis(1500);
+
+fn signal(bench: &Bench, domid: u32, signal: Signal) {
+    let pid = Pid::from_raw(bench.pid(domid)).expect("not 0");
+    kill_process(pid, signal).expect("its own child");
+}
+
+#[test]
+fn lists_go_on_without_domains_that_are_stopped() {
+    let bench = Bench::new();
+    for name in ["one", "two", "three"] {
+        bench.create(name, &[]);
+    }
+    signal(&bench, 1, Signal::STOP);
+    signal(&bench, 2, Signal::STOP);
+    for (command, rows) in [
+        ("list", &["one", "two", "three"][..]),
+        ("vcpu-list", &["three"]),
+        ("sched-credit2", &["three"]),
+    ] {
+        let begun = Instant::now();
+        let output = bench.run(&[command]);
+        assert!(begun.elapsed() < SOON, "{command}: {:?}", begun.elapsed());
+        assert_eq!(output.status.code(), Some(0), "{command}");
+        let table = String::from_utf8(output.stdout).expect("text");
+        let names = table
+            .lines()
+            .filter_map(|line| line.split_whitespace().next());
+        let names: Vec<&str> = names
+            .filter(|name| ["one", "two", "three"].contains(name))
+            .collect();
+        assert_eq!(names, rows, "{command}");
+        let said = String::from_utf8(output.stderr).expect("text");
+        let (first, second) = (bench.pid(1), bench.pid(2));
+        assert_eq!(
+            said,
+            format!(
+                "one: domain 1 does not answer: its process {first} is stopped; `kill -CONT {first}` lets it go on\n\
+                 two: domain 2 does not answer: its process {second} is stopped; `kill -CONT {second}` lets it go on\n"
+            )
+        );
+    }
+    let begun = Instant::now();
+    let said = bench.fails(1, &["vcpu-list", "one"]);
+    assert!(said.contains("kill -CONT"), "{said}");
+    // One that nobody can ask is killed at once.
+    bench.ok(&["destroy", "two"]);
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    signal(&bench, 1, Signal::CONT);
+    assert!(bench.ok(&["vcpu-list", "one"]).contains("one "));
+    assert!(bench.row("two").is_none());
+}

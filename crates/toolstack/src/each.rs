@@ -1,0 +1,135 @@
+//! One question to several domains, for commands that list them: all are asked before the first answer is waited for, and one that does not
+//! answer keeps nobody from hearing of the others.
+
+use std::io::ErrorKind;
+use std::time::{Duration, Instant};
+
+use crate::client::{Host, LIST_PATIENCE, check_goes_on, receive, send, unexpected};
+use crate::error::{Error, Result};
+use crate::protocol::{DomainInfo, Reply, Request};
+use crate::registry::Entry;
+use crate::scheduling::{Share, VcpuInfo};
+
+/// What one of several domains said.
+#[derive(Debug)]
+pub enum Answer<T> {
+    Told(T),
+    /// It is being made and has nothing to say.
+    NotYet,
+    /// It does not answer; why, as far as that is known.
+    Silent(Error),
+}
+
+/// The domains that were asked, but for those that have ended meanwhile.
+pub type Answers<T> = Vec<(Entry, Answer<T>)>;
+
+impl Host {
+    /// The states of domains.
+    pub fn infos(&self, entries: Vec<Entry>) -> Answers<DomainInfo> {
+        ask_each(entries, &Request::Info, |reply| match reply {
+            Reply::Info(info) => Ok(info),
+            reply => Err(unexpected(&reply)),
+        })
+    }
+
+    /// The vCPUs of domains.
+    pub fn vcpus_of(&self, entries: Vec<Entry>) -> Answers<Vec<VcpuInfo>> {
+        ask_each(entries, &Request::Vcpus, |reply| match reply {
+            Reply::Vcpus { vcpus } => Ok(vcpus),
+            reply => Err(unexpected(&reply)),
+        })
+    }
+
+    /// The shares of the host's CPUs that domains have.
+    pub fn shares_of(&self, entries: Vec<Entry>) -> Answers<Share> {
+        ask_each(entries, &Request::Share, |reply| match reply {
+            Reply::Share(share) => Ok(share),
+            reply => Err(unexpected(&reply)),
+        })
+    }
+}
+
+fn ask_each<T>(
+    entries: Vec<Entry>,
+    request: &Request,
+    read: impl Fn(Reply) -> Result<T>,
+) -> Answers<T> {
+    let deadline = Instant::now() + LIST_PATIENCE;
+    let asked: Vec<_> = entries
+        .iter()
+        .map(|entry| check_goes_on(entry).and_then(|()| send(entry, request, Duration::ZERO)))
+        .collect();
+    let answered = entries.into_iter().zip(asked).map(|(entry, asked)| {
+        // No time at all would mean to wait for ever.
+        let left = deadline
+            .saturating_duration_since(Instant::now())
+            .max(Duration::from_millis(1));
+        let answer = asked.and_then(|stream| receive(entry.domid, &stream, Some(left)));
+        (entry, answer.and_then(&read))
+    });
+    answered
+        .filter_map(|(entry, answer)| match answer {
+            Ok(told) => Some((entry, Answer::Told(told))),
+            Err(Error::Gone { .. }) => None,
+            Err(Error::Unreachable { source, .. })
+                if matches!(
+                    source.kind(),
+                    ErrorKind::NotFound | ErrorKind::ConnectionRefused
+                ) =>
+            {
+                Some((entry, Answer::NotYet))
+            }
+            Err(fault) => Some((entry, Answer::Silent(fault))),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::paths::Paths;
+    use crate::registry::{Record, Registry};
+    use hospes_config::{Source, Uuid, load};
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn domains_that_do_not_answer_are_waited_for_together() {
+        let run = std::env::temp_dir().join(format!("hospes-each-{}", std::process::id()));
+        std::fs::create_dir_all(&run).expect("temporary directory");
+        let paths = Paths {
+            log: run.join("log"),
+            run: run.clone(),
+        };
+        let registry = Registry::new(&paths);
+        let slots: Vec<_> = (1..4)
+            .map(|number| {
+                let text = format!("name='d{number}'; type='pvh'; kernel='/k'; memory=64");
+                let source = Source {
+                    name: "test",
+                    text: &text,
+                };
+                let config = load(&[source]).0.expect("valid");
+                let record = Record::new(&config, Uuid::from_bytes([number; 16]));
+                registry.allocate(&record).expect("free")
+            })
+            .collect();
+        // The last has no socket yet.
+        let _listeners: Vec<_> = slots[..2]
+            .iter()
+            .map(|slot| UnixListener::bind(slot.dir().join("control.sock")).expect("new"))
+            .collect();
+        let host = Host::new(paths);
+        let begun = Instant::now();
+        let answers = host.infos(host.entries().expect("a list"));
+        assert!(begun.elapsed() < LIST_PATIENCE * 3 / 2);
+        let seen: Vec<_> = answers.iter().map(|(_, answer)| answer).collect();
+        assert!(
+            matches!(
+                seen[..],
+                [Answer::Silent(_), Answer::Silent(_), Answer::NotYet]
+            ),
+            "{seen:?}"
+        );
+        let _ = std::fs::remove_dir_all(&run);
+    }
+}
