@@ -255,6 +255,41 @@ def writes_wait_for_a_full_host(bench):
     shell.off()
 
 
+def full_directories_of_state_are_named(bench):
+    """Commands that have to write something down say at once that they cannot, and work again when there is room."""
+    if os.geteuid() != 0:
+        print("note full_directories_of_state_are_named: a file system that is full takes root")
+        return
+    directory = bench.run.environment()["HOSPES_RUN_DIR"]
+    os.mkdir(directory, 0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", directory], check=True)
+    bench.stack.callback(subprocess.run, ["umount", "-l", directory], check=False)
+    shell = bench.boot("room")
+    disk = f"format=raw,vdev=xvdf,access=rw,target={blank(bench.path('extra.img'), 8)}"
+    filler = os.path.join(directory, "filler")
+    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], capture_output=True, check=False)
+    began = time.monotonic()
+    for command in (("block-attach", "room", disk), ("network-attach", "room"), ("shutdown", "room"), ("rename", "room", "other")):
+        bench.refused(f"the file system with {directory} is full", *command)
+    expect(bench.row("room") is not None, "the domain is not listed")
+    expect(time.monotonic() - began < 5, f"the commands took {time.monotonic() - began:.0f} seconds")
+    # A change that has no room keeps the store from answering, until there is some.
+    change = "for node in 1 2 3; do xenstore-write /tool/$node $(printf %02000d 0); done"
+    socket = os.path.join(directory, "xenstored", "socket")
+    changing = subprocess.Popen(["sh", "-c", change], env=dict(os.environ, XENSTORED_PATH=socket))
+    bench.stack.callback(changing.kill)
+    wait_until(lambda: "cannot be written" in pathlib.Path(bench.run.environment()["HOSPES_LOG_DIR"], "store.log").read_text(), "the store is not held")
+    began = time.monotonic()
+    bench.refused("make room there", "block-list", "room")
+    expect(time.monotonic() - began < 5, f"block-list took {time.monotonic() - began:.0f} seconds")
+    os.remove(filler)
+    expect(changing.wait(ANSWER_S) == 0, "what waited for room has not happened")
+    bench.hospes("block-attach", "room", disk)
+    shell.until("[ -b /dev/xvdf ]")
+    bench.hospes("block-detach", "room", "xvdf")
+    shell.off()
+
+
 def disks_of_paused_guests_stay(bench):
     shell = bench.boot("stopped", disks=(vm.Disk(blank(bench.path("kept.img"), 8), vdev="xvdb"),))
     shell.until("[ -b /dev/xvdb ]")
@@ -545,7 +580,7 @@ def tools_find_the_store(bench):
 
 TESTS = (
     disks_come_and_go, disks_change_their_size, disks_that_the_host_cuts_fail, disks_in_use_are_taken_by_force, media_are_changed, interfaces_come_and_go,
-    writes_wait_for_a_full_host, disks_of_paused_guests_stay, images_on_loop_devices_are_in_use, names_and_shares_change, configuration_is_that_of_the_next_start, processors_are_taken_and_given,
+    writes_wait_for_a_full_host, full_directories_of_state_are_named, disks_of_paused_guests_stay, images_on_loop_devices_are_in_use, names_and_shares_change, configuration_is_that_of_the_next_start, processors_are_taken_and_given,
     memory_is_given_and_taken, memory_that_the_host_has_not_is_refused, guests_without_a_balloon_keep_to_their_memory,
     keys_and_triggers_arrive, crashed_domains_are_kept_beside_their_successors, processes_asked_to_end_shut_their_guests_down,
     domains_are_seen_from_outside, tools_find_the_store,

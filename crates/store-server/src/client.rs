@@ -23,6 +23,8 @@ use crate::protocol::{self, REMOVE};
 
 /// How long an answer may take, with all attempts to start a store process.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+/// How often a command that waits looks whether the store process does, too.
+const LOOK_FOR_ROOM: Duration = Duration::from_secs(1);
 /// Requests that are sent and not answered; all of them and their answers fit into the sockets' buffers.
 const UNDER_WAY_MAX: usize = 32;
 /// How often a transaction is tried that others come in between.
@@ -32,6 +34,8 @@ const TRANSACTION_TRIES: usize = 100;
 #[derive(Clone)]
 pub struct StoreClient {
     shared: Arc<Shared>,
+    /// Gives up where the store process waits for room on the file system.
+    hasty: bool,
     _thread: Arc<Thread>,
 }
 
@@ -177,8 +181,17 @@ impl StoreClient {
         let thread = Arc::new(Thread(Arc::clone(&shared)));
         Ok(StoreClient {
             shared,
+            hasty: false,
             _thread: thread,
         })
+    }
+
+    /// One for a command, whose user hears at once that there is no room for the store to go on.
+    pub fn hasty(self) -> StoreClient {
+        StoreClient {
+            hasty: true,
+            ..self
+        }
     }
 
     fn call(&self, kind: u32, payload: &[u8]) -> Result<Vec<u8>, Error> {
@@ -214,6 +227,7 @@ impl StoreClient {
     /// Waits for an answer; with the connection that it came by.
     fn finish(&self, number: u32) -> Result<(Vec<u8>, u64), Error> {
         let deadline = Instant::now() + PATIENCE;
+        let mut gives_up = Error::Unreachable;
         let mut state = lock(&self.shared);
         loop {
             let answered = state.calls.get(&number).is_none_or(|c| c.answer.is_some());
@@ -221,12 +235,18 @@ impl StoreClient {
             if answered || left.is_zero() {
                 break;
             }
-            state = self
-                .shared
-                .answered
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            let pause = if self.hasty {
+                left.min(LOOK_FOR_ROOM)
+            } else {
+                left
+            };
+            let waited = self.shared.answered.wait_timeout(state, pause);
+            let (now, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+            state = now;
+            if self.hasty && timeout.timed_out() && self.shared.place.is_full() {
+                gives_up = Error::Full;
+                break;
+            }
         }
         let Some(mut call) = state.calls.remove(&number) else {
             return Err(Error::Unreachable);
@@ -237,7 +257,7 @@ impl StoreClient {
                 if call.sent {
                     state.under_way = state.under_way.saturating_sub(1);
                 }
-                Err(Error::Unreachable)
+                Err(gives_up)
             }
         }
     }

@@ -39,7 +39,7 @@ mod protocol;
 mod server;
 
 pub use client::StoreClient;
-pub use place::Place;
+pub use place::{Place, is_full};
 pub use server::{ServerError, Surroundings, serve};
 
 /// Takes arbitrary bytes for a step of a journal, without its checksum, for fuzzing. Panics only where the reader has a bug.

@@ -72,6 +72,11 @@ impl Place {
         connect()
     }
 
+    /// Whether the store process waits for room, as it has to with the next change.
+    pub(crate) fn is_full(&self) -> bool {
+        is_full(&self.dir)
+    }
+
     /// A connection to the store process if there is one.
     pub fn connect_running(&self) -> io::Result<UnixStream> {
         UnixStream::connect(self.socket())
@@ -112,6 +117,16 @@ impl Place {
             _ => Ok(()),
         }
     }
+}
+
+/// Less than this is left for the next step of the journal, or a record of a domain, in bytes.
+const ROOM_LEAST: u64 = 64 << 10;
+
+/// Whether the file system with a directory has no room for what is to be written down.
+pub fn is_full(directory: &Path) -> bool {
+    // One without blocks, or that nobody can ask, is not known to be full.
+    rustix::fs::statvfs(directory)
+        .is_ok_and(|fs| fs.f_blocks > 0 && fs.f_bavail.saturating_mul(fs.f_frsize) < ROOM_LEAST)
 }
 
 fn open_lock(path: &Path) -> io::Result<File> {

@@ -33,6 +33,10 @@ pub enum Error {
     TooBig,
     #[error("the store process cannot be reached or started: see `store.log` among the logs")]
     Unreachable,
+    #[error(
+        "the store process waits, as the file system with its directory is full: make room there"
+    )]
+    Full,
 }
 
 impl Error {
@@ -67,7 +71,8 @@ impl Error {
             Error::Busy => "EBUSY",
             Error::Again => "EAGAIN",
             Error::TooBig => "E2BIG",
-            Error::Unreachable => "EIO",
+            // Neither comes from the store process.
+            Error::Unreachable | Error::Full => "EIO",
         }
     }
 }

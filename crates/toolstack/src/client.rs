@@ -6,9 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hospes_config::{CpuList, DiskConfig, DomainConfig, Uuid, VifConfig};
-use hospes_store_server::StoreClient;
+use hospes_store_server::{StoreClient, is_full};
 use hospes_units::DomId;
 
+use crate::each::check_goes_on;
 use crate::error::{Error, Result};
 use crate::launch::{self, CreateRequest, Created};
 use crate::paths::Paths;
@@ -110,12 +111,23 @@ impl Host {
 
     /// The store with the rights of domain 0. Its process is started with the first request.
     pub fn store(&self) -> Result<StoreClient> {
-        store::client(&self.paths)
+        store::client(&self.paths).map(StoreClient::hasty)
     }
 
     /// Creates a domain and returns when it is there. It runs unless it is to be left paused.
     pub fn create(&self, request: CreateRequest) -> Result<Created> {
+        self.check_room()?;
         launch::create(&self.paths, request)
+    }
+
+    /// Whether there is room for what a change writes down: the store answers nobody before there is.
+    fn check_room(&self) -> Result<()> {
+        if is_full(&self.paths.run) {
+            return Err(Error::Full {
+                path: self.paths.run.clone(),
+            });
+        }
+        Ok(())
     }
 
     /// All domains by id, without the host.
@@ -314,6 +326,9 @@ impl Host {
         loop {
             let entry = self.find(who)?;
             check_goes_on(&entry)?;
+            if request.is_written_down() {
+                self.check_room()?;
+            }
             tries += 1;
             match ask(&entry, request, CONNECT_PATIENCE, patience(request)) {
                 // A domain that reboots has its name again under another id.
@@ -353,20 +368,6 @@ fn patience(request: &Request) -> Duration {
         | Request::DetachDevice { .. }
         | Request::ChangeMedium { .. } => DEVICE_PATIENCE,
         _ => ANSWER_PATIENCE,
-    }
-}
-
-/// Whether a domain's process can answer at all: one that somebody has stopped is not waited for.
-pub(crate) fn check_goes_on(entry: &Entry) -> Result<()> {
-    let pid = entry.record.pid;
-    // The state stands behind the name, which may hold anything.
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    match stat.rsplit_once(") ") {
-        Some((_, rest)) if rest.starts_with('T') && is_locked(&entry.dir) => Err(Error::Stopped {
-            domid: entry.domid,
-            pid,
-        }),
-        _ => Ok(()),
     }
 }
 

@@ -4,10 +4,10 @@
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
-use crate::client::{Host, LIST_PATIENCE, check_goes_on, receive, send, unexpected};
+use crate::client::{Host, LIST_PATIENCE, receive, send, unexpected};
 use crate::error::{Error, Result};
 use crate::protocol::{DomainInfo, Reply, Request};
-use crate::registry::Entry;
+use crate::registry::{Entry, is_locked};
 use crate::scheduling::{Share, VcpuInfo};
 
 /// What one of several domains said.
@@ -46,6 +46,20 @@ impl Host {
             Reply::Share(share) => Ok(share),
             reply => Err(unexpected(&reply)),
         })
+    }
+}
+
+/// Whether a domain's process can answer at all: one that somebody has stopped is not waited for.
+pub(crate) fn check_goes_on(entry: &Entry) -> Result<()> {
+    let pid = entry.record.pid;
+    // The state stands behind the name, which may hold anything.
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    match stat.rsplit_once(") ") {
+        Some((_, rest)) if rest.starts_with('T') && is_locked(&entry.dir) => Err(Error::Stopped {
+            domid: entry.domid,
+            pid,
+        }),
+        _ => Ok(()),
     }
 }
 

@@ -85,6 +85,11 @@ pub enum Error {
         status: std::process::ExitStatus,
         log: PathBuf,
     },
+    #[error(
+        "the file system with {path} is full, and nothing more can be written down about domains: make room there and try again",
+        path = .path.display()
+    )]
+    Full { path: PathBuf },
     #[error("cannot make ready to use the store: {0}")]
     Store(io::Error),
     #[error("cannot start the domain process: {0}")]

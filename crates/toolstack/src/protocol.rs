@@ -194,6 +194,26 @@ pub enum Request {
     Describe,
 }
 
+impl Request {
+    /// Whether it changes what stands in the registry or in the store.
+    pub fn is_written_down(&self) -> bool {
+        !matches!(
+            self,
+            Request::Info
+                | Request::Vcpus
+                | Request::Share
+                | Request::Pause
+                | Request::Unpause
+                | Request::Shutdown { last: true, .. }
+                | Request::Destroy
+                | Request::Wait { .. }
+                | Request::Trigger { .. }
+                | Request::Pin { .. }
+                | Request::Describe
+        )
+    }
+}
+
 /// How a domain ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ended {

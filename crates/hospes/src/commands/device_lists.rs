@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use anyhow::Context;
 use hospes_store::{StoreAccess, domain_path};
 use hospes_toolstack::{Error, Host};
 use hospes_units::DomId;
@@ -23,7 +24,7 @@ pub(crate) fn block_list(call: &Call) -> Outcome {
     for who in &call.args.values {
         // As xl does: the others are still to be listed.
         match domid(&host, who) {
-            Ok(domid) => table.push_str(&disks(&store, domid)),
+            Ok(domid) => table.push_str(&disks(&store, domid)?),
             Err(fault) => eprintln!("{fault}"),
         }
     }
@@ -38,7 +39,7 @@ pub(crate) fn network_list(call: &Call) -> Outcome {
     let host = Host::from_environment()?;
     let store = host.store()?;
     for who in &call.args.values {
-        table.push_str(&vifs(&store, domid(&host, who)?));
+        table.push_str(&vifs(&store, domid(&host, who)?)?);
     }
     Ok(print(format_args!("{table}"))?)
 }
@@ -86,30 +87,31 @@ impl Device<'_> {
     }
 }
 
-/// The devices of a kind, by number.
-fn devices<'a>(store: &'a dyn StoreAccess, domid: DomId, kind: &str) -> Vec<Device<'a>> {
+/// The devices of a kind, by number; an error where the store does not answer.
+fn devices<'a>(
+    store: &'a dyn StoreAccess,
+    domid: DomId,
+    kind: &str,
+) -> anyhow::Result<Vec<Device<'a>>> {
     let tools = format!("/libxl/{domid}/device/{kind}");
-    let mut numbers: Vec<u32> = store
-        .list(&tools)
-        .unwrap_or_default()
-        .iter()
-        .filter_map(|name| name.parse().ok())
-        .collect();
+    let names = match store.list(&tools) {
+        Err(hospes_store::Error::NoEntry) => Vec::new(),
+        names => names.context("cannot read the list of devices")?,
+    };
+    let mut numbers: Vec<u32> = names.iter().filter_map(|name| name.parse().ok()).collect();
     numbers.sort_unstable();
-    numbers
-        .into_iter()
-        .map(|number| Device {
-            store,
-            tools: format!("{tools}/{number}"),
-            frontend: format!("{}/device/{kind}/{number}", domain_path(domid)),
-            number,
-        })
-        .collect()
+    let devices = numbers.into_iter().map(|number| Device {
+        store,
+        tools: format!("{tools}/{number}"),
+        frontend: format!("{}/device/{kind}/{number}", domain_path(domid)),
+        number,
+    });
+    Ok(devices.collect())
 }
 
-fn disks(store: &dyn StoreAccess, domid: DomId) -> String {
+fn disks(store: &dyn StoreAccess, domid: DomId) -> anyhow::Result<String> {
     let mut rows = String::new();
-    for device in devices(store, domid, "vbd") {
+    for device in devices(store, domid, "vbd")? {
         // Writing to a string does not fail.
         let _ = writeln!(
             rows,
@@ -128,12 +130,12 @@ fn disks(store: &dyn StoreAccess, domid: DomId) -> String {
             device.known("backend"),
         );
     }
-    rows
+    Ok(rows)
 }
 
-fn vifs(store: &dyn StoreAccess, domid: DomId) -> String {
+fn vifs(store: &dyn StoreAccess, domid: DomId) -> anyhow::Result<String> {
     let mut rows = String::new();
-    for device in devices(store, domid, "vif") {
+    for device in devices(store, domid, "vif")? {
         let _ = writeln!(
             rows,
             "{:<3} {:<2} {:<17} {:>6} {:>5} {:>6} {:>5}/{:<11} {:<30}",
@@ -153,7 +155,7 @@ fn vifs(store: &dyn StoreAccess, domid: DomId) -> String {
             device.known("backend"),
         );
     }
-    rows
+    Ok(rows)
 }
 
 #[cfg(test)]
@@ -192,11 +194,11 @@ mod tests {
             ("vbd/7/state", "4"),
         ]);
         assert_eq!(
-            disks(&store, DomId(3)),
+            disks(&store, DomId(3)).expect("it answers"),
             "51712 0   3      4     12     8        /local/domain/0/backend/vbd/3/51712\n\
              51728 0   3      1     -1     -1       /local/domain/0/backend/vbd/3/51728\n"
         );
-        assert_eq!(disks(&store, DomId(4)), "");
+        assert_eq!(disks(&store, DomId(4)).expect("it answers"), "");
     }
 
     #[test]
@@ -210,7 +212,7 @@ mod tests {
             ("vif/0/rx-ring-ref", "769"),
         ]);
         assert_eq!(
-            vifs(&store, DomId(3)),
+            vifs(&store, DomId(3)).expect("it answers"),
             "0   0  00:16:3e:00:00:01      0     4      7   768/769         /local/domain/0/backend/vif/3/0\n"
         );
     }
@@ -223,7 +225,7 @@ mod tests {
             ("vif/0/mac", "\x1b[2J"),
             ("vif/0/state", "four\n"),
         ]);
-        let row = vifs(&store, DomId(3));
+        let row = vifs(&store, DomId(3)).expect("it answers");
         assert!(
             !row.contains("elsewhere") && !row.contains('\x1b'),
             "{row:?}"
