@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::spec::{SpecError, once};
+use crate::spec::{SpecError, TRUST, flag, once};
 use crate::vdev::Vdev;
 
 /// Format of a disk image.
@@ -202,6 +202,10 @@ impl Draft {
                 _ => Err(SpecError::value("specification", value, "xen")),
             },
             "script" => once(&mut self.script, "script", value),
+            "trusted" | "untrusted" => flag(key, TRUST),
+            "discard" | "no-discard" => flag(key, "`discard' or `no-discard'"),
+            "cdrom" => flag(key, "`cdrom'"),
+            "direct-io-safe" => flag(key, "`direct-io-safe'"),
             "colo-host" | "colo-port" | "colo-export" | "active-disk" | "hidden-disk" => {
                 Err(colo(key))
             }

@@ -16,6 +16,12 @@ pub enum SpecError {
         /// Ends the sentence "it is ...".
         allowed: String,
     },
+    #[error("`{key}' takes no value: write {instead}, alone")]
+    Flag {
+        key: String,
+        /// The words there are.
+        instead: &'static str,
+    },
     #[error("`{key}' is given twice: remove one")]
     Repeated { key: &'static str },
     #[error("`{key}' is missing: {hint}")]
@@ -41,6 +47,17 @@ impl SpecError {
             allowed: allowed.into(),
         }
     }
+}
+
+/// What the front end is told about the back end.
+pub(crate) const TRUST: &str = "`trusted' (as without either) or `untrusted'";
+
+/// A word that stands alone, with a value.
+pub(crate) fn flag<T>(key: &str, instead: &'static str) -> Result<T, SpecError> {
+    Err(SpecError::Flag {
+        key: key.to_string(),
+        instead,
+    })
 }
 
 /// Longest name of a network interface, in bytes: Linux's IFNAMSIZ without the closing NUL.

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::spec::{SpecError, interface_name};
+use crate::spec::{SpecError, TRUST, flag, interface_name};
 
 /// Where the frames of an interface go when no bridge is named.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,6 +160,7 @@ impl VifConfig {
                 self.mtu = Some(number("mtu", value, MTU_MIN, MTU_MAX)?);
             }
             "devid" => self.devid = Some(number("devid", value, 0, 65535)?),
+            "trusted" | "untrusted" => return flag(key, TRUST),
             "accel" => {
                 return Err(SpecError::Unsupported {
                     key: "accel".into(),

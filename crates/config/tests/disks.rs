@@ -212,6 +212,15 @@ fn parse_wrong_specifications_says_what_is_allowed() {
         ),
         ("/a,,xvda,=x", "\"=x\" is not understood"),
         (
+            "/a,,xvda,trusted=0",
+            "`trusted' takes no value: write `trusted' (as without either) or `untrusted', alone",
+        ),
+        (
+            "/a,,xvda,discard=0",
+            "`discard' takes no value: write `discard' or `no-discard', alone",
+        ),
+        ("/a,,xvda,cdrom=1", "write `cdrom', alone"),
+        (
             "http://h/a,xvda,w",
             "`http:' is none of the deprecated prefixes",
         ),

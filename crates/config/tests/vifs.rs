@@ -128,6 +128,11 @@ fn parse_wrong_specifications_says_what_is_allowed() {
             "`vlan' is no parameter of a network interface; known are mac, bridge",
         ),
         ("bridge", "\"bridge\" is not understood: write KEY=VALUE"),
+        (
+            "bridge=b,trusted=0",
+            "`trusted' takes no value: write `trusted' (as without either) or `untrusted', alone",
+        ),
+        ("untrusted=1", "`untrusted' takes no value"),
         ("forwarddev=eth1", "`forwarddev' is not supported"),
         ("colo_sock_mirror_id=1", "there is no COLO replication"),
         ("accel=1", "`accel' is not supported"),
