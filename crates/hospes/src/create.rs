@@ -73,7 +73,8 @@ pub(crate) fn config_update(call: &Call) -> Outcome {
     );
     let host = Host::from_environment()?;
     let entry = host.find(call.args.at(0))?;
-    let config = configure(call.global, &options)?;
+    let kept = format!("domain {} keeps what it has", entry.domid);
+    let config = configure(call.global, &options, &kept)?;
     if options.debug || call.global.dry_run {
         print(format_args!("{}\n", json(&config.to_json())))?;
     }
@@ -115,7 +116,7 @@ pub(crate) fn create_from(file: &str) -> anyhow::Result<()> {
 }
 
 fn create_with(global: Global, options: Options) -> anyhow::Result<()> {
-    let mut config = configure(global, &options)?;
+    let mut config = configure(global, &options, "no domain was created")?;
     if options.debug || global.verbose {
         eprintln!("{}", json(&config.to_json()));
     }
@@ -170,8 +171,8 @@ fn wait_for_death(host: &Host, mut domid: DomId) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Reads and checks the configuration and says what is to be said about it.
-fn configure(global: Global, options: &Options) -> anyhow::Result<DomainConfig> {
+/// Reads and checks the configuration and says what is to be said about it; `otherwise` is what becomes of it where it has errors.
+fn configure(global: Global, options: &Options, otherwise: &str) -> anyhow::Result<DomainConfig> {
     // As in xl, a missing file leaves every option at its default.
     let name = options.file.as_deref().unwrap_or("/dev/null");
     let file = read(name)?;
@@ -192,7 +193,7 @@ fn configure(global: Global, options: &Options) -> anyhow::Result<DomainConfig> 
     }
     match config {
         Some(config) => Ok(config),
-        None => bail!("the configuration has errors: no domain was created"),
+        None => bail!("the configuration has errors: {otherwise}"),
     }
 }
 

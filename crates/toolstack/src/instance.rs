@@ -3,7 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
+use hospes_config::{DiskConfig, DomainConfig, Uuid, Vdev, VifConfig};
 use hospes_units::DomId;
 
 use crate::error::{Error, Result};
@@ -51,6 +51,10 @@ pub(crate) enum ChangeError {
     Used(String),
     #[error("there is no {0} to take away: see what is attached by block-list or network-list")]
     Missing(String),
+    #[error(
+        "there is no CD-ROM drive {0}: `list -l` shows the drives there are; block-attach with devtype=cdrom adds one with a medium"
+    )]
+    NoDrive(Vdev),
     #[error("{0}")]
     Drive(&'static str),
     #[error(
@@ -350,7 +354,7 @@ impl Instance {
         let number = medium.vdev.number;
         let drive = config.disks.iter().find(|d| d.vdev.number == number);
         let Some(drive) = drive else {
-            return Err(ChangeError::Missing(format!("drive {}", medium.vdev)));
+            return Err(ChangeError::NoDrive(medium.vdev));
         };
         if !drive.cdrom {
             return Err(ChangeError::Drive(

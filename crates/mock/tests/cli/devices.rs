@@ -64,7 +64,7 @@ fn block_attach_and_detach_change_domain_and_record() {
         ),
         (
             &["cd-insert", "one", "xvdx", "/dev/null"],
-            "there is no drive xvdx",
+            "there is no CD-ROM drive xvdx",
         ),
     ];
     for (arguments, part) in cases {
@@ -302,6 +302,11 @@ fn config_update_counts_from_the_next_start() {
     let file = file.display().to_string();
     let shown = bench.ok(&["-N", "config-update", "one", &file, "vcpus=2"]);
     assert!(shown.contains("\"max_vcpus\": 2"), "{shown}");
+    let said = bench.fails(1, &["config-update", "one", &file, "memory=none"]);
+    assert!(
+        said.contains("the configuration has errors: domain 1 keeps what it has"),
+        "{said}"
+    );
     bench.ok(&["config-update", "one", &file, "vcpus=3"]);
     bench.ok(&["reboot", "one"]);
     crate::common::until("it runs again", || {
