@@ -323,8 +323,12 @@ def killed_leave_nothing_for_good(run):
 
 
 def reboot_keeps_the_address(run):
-    with Shell(run, "again") as guest:
+    with Shell(run, "again", "'ip=10.107.0.77'") as guest:
         first = guest.dhcp()
+        expect(first == "10.107.0.77", f"the guest has {first} and not the address of `ip`")
+        for address, sentence in (("10.107.0.77", "is in use"), ("10.9.0.1", "10.107.0.2 to 10.107.0.254")):
+            done = run.hospes("network-attach", "again", f"ip={address}")
+            expect(done.returncode == 1 and sentence in done.stderr, f"network-attach with {address}: {done.stderr}")
         guest.send("reboot -f\n")
         guest.wait_for("HOSPES-GUEST ready", BOOT_S)
         guest.wait_for("guest# ", BOOT_S)

@@ -1,6 +1,6 @@
 //! Network interfaces of a configuration: plugged into the host's networks, and as the domain takes them.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -66,6 +66,7 @@ impl Plug {
             devid,
             domain: &self.domain,
             mac,
+            ip: wanted(&network, vif),
             network: network.clone(),
             vifname: vif.vifname.as_deref(),
             mtu: vif.mtu,
@@ -137,6 +138,37 @@ fn network(vif: &VifConfig) -> Network {
     }
 }
 
+/// `ip` as addresses with the lengths of their prefixes. On the network of Hospes an address of a host is meant as one, however long the prefix behind it.
+fn addresses(network: &Network, vif: &VifConfig) -> Vec<(IpAddr, u8)> {
+    let parsed = vif.ip.iter().filter_map(|text| {
+        let (address, prefix) = text
+            .split_once('/')
+            .map_or((text.as_str(), None), |(a, p)| (a, Some(p)));
+        let address = address.parse::<IpAddr>().ok()?;
+        let whole = if address.is_ipv4() { 32 } else { 128 };
+        let prefix = prefix.and_then(|p| p.parse().ok()).unwrap_or(whole);
+        let is_host = matches!(address, IpAddr::V4(ip) if prefix > 0 && ip.to_bits().trailing_zeros() < u32::from(32 - prefix));
+        let prefix = match network {
+            Network::Nat if is_host => whole,
+            _ => prefix,
+        };
+        Some((address, prefix))
+    });
+    parsed.collect()
+}
+
+/// The address that the guest is to have on the network of Hospes: the first that is no network's.
+fn wanted(network: &Network, vif: &VifConfig) -> Option<Ipv4Addr> {
+    if *network != Network::Nat {
+        return None;
+    }
+    let mut all = addresses(network, vif).into_iter();
+    all.find_map(|address| match address {
+        (IpAddr::V4(ip), 32) => Some(ip),
+        _ => None,
+    })
+}
+
 /// What the guest may send: on networks of ours it speaks for itself only; elsewhere only `ip` limits it, as Xen's scripts do. `ip=0.0.0.0/0` lets
 /// everything pass everywhere.
 fn guard(
@@ -146,19 +178,7 @@ fn guard(
     own: impl Iterator<Item = (IpAddr, u8)>,
     host_v6: Vec<Ipv6Addr>,
 ) -> Option<Guard> {
-    let mut networks: Vec<(IpAddr, u8)> = Vec::new();
-    for text in &vif.ip {
-        let (address, prefix) = text
-            .split_once('/')
-            .map_or((text.as_str(), None), |(a, p)| (a, Some(p)));
-        if let Ok(address) = address.parse::<IpAddr>() {
-            let whole = if address.is_ipv4() { 32 } else { 128 };
-            networks.push((
-                address,
-                prefix.and_then(|p| p.parse().ok()).unwrap_or(whole),
-            ));
-        }
-    }
+    let mut networks = addresses(network, vif);
     if networks
         .iter()
         .any(|(ip, prefix)| ip.is_ipv4() && *prefix == 0)
@@ -190,6 +210,34 @@ mod tests {
     use super::*;
 
     #[test]
+    fn wanted_is_the_first_address_that_is_no_network() {
+        for (network, ip, expected) in [
+            (Network::Nat, "", None),
+            (
+                Network::Nat,
+                "10.107.0.9 10.107.0.10",
+                Some([10, 107, 0, 9]),
+            ),
+            (Network::Nat, "10.107.0.9/24", Some([10, 107, 0, 9])),
+            (
+                Network::Nat,
+                "fd00::2 0.0.0.0/0 10.0.0.0/8 10.107.0.9/32",
+                Some([10, 107, 0, 9]),
+            ),
+            (Network::Nat, "0.0.0.0/0", None),
+            (Network::User, "10.107.0.9", None),
+            (Network::Bridge("br0".into()), "10.107.0.9", None),
+        ] {
+            let vif = VifConfig {
+                ip: ip.split_whitespace().map(str::to_owned).collect(),
+                ..VifConfig::default()
+            };
+            let found = wanted(&network, &vif);
+            assert_eq!(found, expected.map(Ipv4Addr::from), "{network:?} {ip}");
+        }
+    }
+
+    #[test]
     fn guard_takes_all_addresses_of_ip() {
         let host_v6: Vec<Ipv6Addr> = vec!["fd00:1::1".parse().unwrap()];
         let own: [(IpAddr, u8); 2] = [
@@ -203,6 +251,11 @@ mod tests {
                 &Network::Nat,
                 "fd00::2",
                 Some("fd00::2/128 10.107.0.2/32 fd00:1::/64"),
+            ),
+            (
+                &Network::Nat,
+                "10.107.0.2/24",
+                Some("10.107.0.2/32 10.107.0.2/32 fd00:1::/64"),
             ),
             (&Network::Nat, "10.0.0.0/8 0.0.0.0/0", None),
             (&bridge, "", None),

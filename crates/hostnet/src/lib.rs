@@ -76,6 +76,16 @@ pub enum Error {
     NoSubnet,
     #[error("the NAT network is full: it has room for 253 devices")]
     NoAddress,
+    #[error("the address {ip} is in use on the NAT network: choose another `ip`, or leave it out")]
+    IpInUse { ip: Ipv4Addr },
+    #[error(
+        "the address {ip} is none of the NAT network's for guests, which are {first} to {last}: choose one of those, leave `ip` out, or use a bridge of your own with `bridge`"
+    )]
+    NotOfNetwork {
+        ip: Ipv4Addr,
+        first: Ipv4Addr,
+        last: Ipv4Addr,
+    },
     #[error("the MAC address {mac} is in use on the NAT network: give each device its own")]
     MacInUse { mac: String },
     #[error("cannot use {path}: {source}", path = path.display())]
@@ -114,6 +124,8 @@ pub struct Request<'a> {
     pub domain: &'a str,
     pub mac: [u8; 6],
     pub network: Network,
+    /// The address that it is to have on the shared network; without one it gets any.
+    pub ip: Option<Ipv4Addr>,
     /// The interface's name; without one it is `vif<domid>.<devid>`.
     pub vifname: Option<&'a str>,
     /// In bytes; without one it is the bridge's.
@@ -206,6 +218,7 @@ fn open_nat(request: &Request<'_>, names: &[String], queues: u32) -> Result<Port
             domain: request.domain,
             devid: request.devid,
             mac: request.mac,
+            ip: request.ip,
             names,
             mtu: request.mtu,
             queues,

@@ -47,6 +47,8 @@ pub struct Member<'a> {
     pub domain: &'a str,
     pub devid: u32,
     pub mac: [u8; 6],
+    /// The address that it is to have.
+    pub ip: Option<Ipv4Addr>,
     /// Names for its interface, the first free one is taken.
     pub names: &'a [String],
     pub mtu: Option<u32>,
@@ -165,6 +167,12 @@ fn add(
     }
     let addresses = directory.join("addresses.json");
     let mut had: BTreeMap<String, Ipv4Addr> = load(&addresses).unwrap_or_default();
+    if let Some(ip) = member.ip {
+        check_wanted(ip, network.gateway_v4, users)?;
+        // Whose it was is not here now, and gets another the next time.
+        had.retain(|_, other| *other != ip);
+        had.insert(mac.clone(), ip);
+    }
     if subnet::assign(network.gateway_v4, &had, member.mac).is_none() {
         had.retain(|mac, _| users.iter().any(|user| user.mac == *mac));
     }
@@ -227,6 +235,18 @@ fn add(
             .map(|gateway| (subnet::network_v6(gateway), subnet::PREFIX_V6)),
         host_v6,
     })
+}
+
+/// Whether a guest can have the address that it is to have.
+fn check_wanted(ip: Ipv4Addr, gateway: Ipv4Addr, users: &[User]) -> Result<(), Error> {
+    let (first, last) = subnet::guests(gateway);
+    if !(first..=last).contains(&ip) {
+        return Err(Error::NotOfNetwork { ip, first, last });
+    }
+    match users.iter().any(|user| user.ip == ip) {
+        true => Err(Error::IpInUse { ip }),
+        false => Ok(()),
+    }
 }
 
 /// Has dnsmasq know these users.

@@ -82,6 +82,16 @@ pub fn bridge_mac(host: &str, index: u32) -> [u8; 6] {
     [0x02, 0x16, 0x3e, id[0], id[1], id[2]]
 }
 
+/// The first and the last address that guests may have.
+pub fn guests(gateway: Ipv4Addr) -> (Ipv4Addr, Ipv4Addr) {
+    let [a, b, c, first] = gateway.octets();
+    let last = first + GUESTS_MAX as u8;
+    (
+        Ipv4Addr::new(a, b, c, first + 1),
+        Ipv4Addr::new(a, b, c, last),
+    )
+}
+
 /// The guest address for a MAC: the one it had, else one that follows from the MAC, else the next free one.
 pub fn assign(
     gateway: Ipv4Addr,

@@ -43,6 +43,7 @@ fn request(directory: &Path, domid: u32, network: Network) -> Request<'_> {
         domain: "web",
         mac: random_mac(),
         network,
+        ip: None,
         vifname: None,
         mtu: None,
         queues: 2,
@@ -169,6 +170,45 @@ fn nat_keeps_the_address_of_a_mac() {
         assert_eq!(port.ip, ip);
         let addresses = fs::read_to_string(directory.join("net/addresses.json")).unwrap();
         assert!(addresses.contains(&mac_text(first.mac)));
+    });
+}
+
+#[test]
+fn nat_gives_the_address_that_is_wanted() {
+    alone("wanted", |directory| {
+        let other = join(directory, 1);
+        let past = join(directory, 2);
+        let wanted = past.ip;
+        drop(past);
+        let first = Request {
+            ip: wanted,
+            ..request(directory, 3, Network::Nat)
+        };
+        let port = open(&first).unwrap();
+        assert_eq!(port.ip, wanted);
+        assert_eq!(offered(&port, first.mac).map(|(ip, _)| ip), wanted);
+        let asks_for = |ip| {
+            open(&Request {
+                ip,
+                ..request(directory, 4, Network::Nat)
+            })
+        };
+        for ip in [wanted, other.ip] {
+            let refused = asks_for(ip);
+            assert!(matches!(refused, Err(Error::IpInUse { .. })), "{refused:?}");
+        }
+        for ip in [
+            [10, 107, 0, 0],
+            [10, 107, 0, 1],
+            [10, 107, 0, 255],
+            [10, 0, 0, 2],
+        ] {
+            let refused = asks_for(Some(ip.into())).unwrap_err();
+            let said = refused.to_string();
+            assert!(said.contains("10.107.0.2 to 10.107.0.254"), "{said}");
+        }
+        drop(port);
+        assert_eq!(asks_for(wanted).unwrap().ip, wanted);
     });
 }
 
