@@ -11,14 +11,17 @@ the run, so neither the machine's network nor anything beyond the machine is tou
 import contextlib
 import functools
 import http.server
+import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import unittest.mock
 import urllib.request
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
@@ -388,12 +391,41 @@ def script_is_called_as_xen_calls_it(run):
     expect_clean(run)
 
 
+PASST = """#!/bin/sh
+[ -e {refuse} ] && echo no way >&2 && exit 1
+exec {passt} "$@"
+"""
+
+
 def user_mode_needs_no_interface(run):
-    with outside(), web("127.0.0.1", "of-the-loop-back" * 10000):
+    # A passt that does not start where this file is.
+    refuse = pathlib.Path(run.path) / "refuse"
+    program = pathlib.Path(run.path) / "passt"
+    program.write_text(PASST.format(refuse=refuse, passt=shutil.which("passt")))
+    program.chmod(0o755)
+    path = {"PATH": f"{run.path}:{os.environ['PATH']}"}
+    with outside(), web("127.0.0.1", "of-the-loop-back" * 10000), unittest.mock.patch.dict(os.environ, path):
         with Shell(run, "user", "'type=user'") as guest:
             expect("vif" not in host("ip -o link"), "there is an interface")
             expect(guest.dhcp() == f"{OUTSIDE}.1", "the guest has another address than the host")
             # To passt the address of the host's router means the host itself.
+            said = guest.run(f"wget -q -O - http://{OUTSIDE}.2:8080/")
+            expect(said.count("of-the-loop-back") == 10000, "the host's page is another")
+            # A network whose process is killed is replaced; as long as there is none, the user is told.
+            refuse.touch()
+            domain = json.loads(next((pathlib.Path(run.path) / "run" / "domains").glob("*/domain.json")).read_text())["pid"]
+            host(f"pkill -KILL -P {domain} passt")
+            deadline = time.monotonic() + ANSWER_S
+            while "user: vif 0: its wire broke" not in run.hospes("network-list", "user").stderr:
+                expect(time.monotonic() < deadline, "network-list does not tell that the network is gone")
+                time.sleep(0.1)
+            listed = run.hospes("list").stderr
+            expect("user: vif 0: its wire broke and no new one is to be had" in listed, f"`list` does not tell: {listed}")
+            refuse.unlink()
+            while run.hospes("network-list", "user").stderr:
+                expect(time.monotonic() < deadline, "the network does not come back")
+                time.sleep(0.1)
+            expect(guest.dhcp() == f"{OUTSIDE}.1", "the guest has another address than the host")
             said = guest.run(f"wget -q -O - http://{OUTSIDE}.2:8080/")
             expect(said.count("of-the-loop-back") == 10000, "the host's page is another")
             guest.off()

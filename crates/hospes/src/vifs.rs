@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hospes_config::{DomainConfig, VifConfig, VifKind};
 use hospes_domain::VifSpec;
-use hospes_domain::net::{Guard, NetConfig, Rate, Wire};
+use hospes_domain::net::{Guard, NetConfig, Rate, Renew, Wire};
 use hospes_hostnet::{self as hostnet, Action, Network, Request, Script};
 use hospes_toolstack::{self as toolstack, MachineError, Paths};
 use hospes_units::DomId;
@@ -119,6 +119,10 @@ impl Plug {
                         }
                     };
                     Box::new(leave) as Box<dyn FnOnce() + Send>
+                }),
+                renew: port.guard.renewal().map(|renewal| {
+                    let renew = move || renewal().map_err(|error| error.to_string());
+                    Arc::new(renew) as Renew
                 }),
                 keep: Box::new(port.guard),
                 log: Arc::new(toolstack::log_line),

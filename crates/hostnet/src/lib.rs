@@ -27,6 +27,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use mac::{MAC_PREFIX, random_mac};
 pub use nat::sweep;
@@ -34,6 +35,7 @@ pub use script::{Action, Script};
 pub use subnet::mac_text;
 
 use netlink::Netlink;
+use passt::Passt;
 
 /// MTU where nothing says otherwise, in bytes.
 pub const MTU_DEFAULT: u32 = 1500;
@@ -165,14 +167,27 @@ pub struct Port {
 /// Keeps a port's network; dropped after the descriptors, it removes what was made.
 #[derive(Debug)]
 pub struct Guard {
-    _kept: Kept,
+    kept: Kept,
 }
 
 #[derive(Debug)]
 enum Kept {
     Nothing,
     Nat { _membership: nat::Membership },
-    User { _process: passt::Passt },
+    User(Arc<Passt>),
+}
+
+impl Guard {
+    /// What gives the device another wire when that of its user-mode network broke; `None` for other networks.
+    pub fn renewal(&self) -> Option<impl Fn() -> Result<OwnedFd, Error> + Send + Sync + use<>> {
+        match &self.kept {
+            Kept::User(process) => {
+                let process = Arc::clone(process);
+                Some(move || process.restart())
+            }
+            Kept::Nothing | Kept::Nat { .. } => None,
+        }
+    }
 }
 
 /// Plugs a device in.
@@ -193,7 +208,7 @@ pub fn open(request: &Request<'_>) -> Result<Port, Error> {
         Network::Script => open_tap(request, &names, queues, None),
         Network::User => {
             let mtu = request.mtu.unwrap_or(MTU_DEFAULT);
-            let (process, fd) = passt::start(mtu)?;
+            let (process, fd) = Passt::start(mtu)?;
             Ok(Port {
                 wire: Wire::Stream,
                 queues: vec![fd],
@@ -204,7 +219,7 @@ pub fn open(request: &Request<'_>) -> Result<Port, Error> {
                 network_v6: None,
                 host_v6: Vec::new(),
                 guard: Guard {
-                    _kept: Kept::User { _process: process },
+                    kept: Kept::User(Arc::new(process)),
                 },
             })
         }
@@ -234,7 +249,7 @@ fn open_nat(request: &Request<'_>, names: &[String], queues: u32) -> Result<Port
         network_v6: joined.network_v6,
         host_v6: joined.host_v6,
         guard: Guard {
-            _kept: Kept::Nat {
+            kept: Kept::Nat {
                 _membership: joined.membership,
             },
         },
@@ -280,7 +295,7 @@ fn open_tap(
         network_v6: None,
         host_v6: host_v6.map_err(kernel)?,
         guard: Guard {
-            _kept: Kept::Nothing,
+            kept: Kept::Nothing,
         },
     })
 }

@@ -5,6 +5,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::io::FdFlags;
@@ -19,12 +20,34 @@ const BUFFER_BYTES: usize = 1 << 20;
 /// How long passt takes at most to find out that the host has no network for it.
 const PROBATION: Duration = Duration::from_millis(100);
 
-/// A passt process; ends with this value.
+/// The passt process of a device; ends with this value.
 #[derive(Debug)]
-pub struct Passt(Child);
+pub struct Passt {
+    mtu: u32,
+    process: Mutex<Process>,
+}
 
-/// Starts passt; the descriptor is the device's end of the wire.
-pub fn start(mtu: u32) -> Result<(Passt, OwnedFd), Error> {
+/// Ends with this value.
+#[derive(Debug)]
+struct Process(Child);
+
+impl Passt {
+    /// Starts passt; the descriptor is the device's end of the wire.
+    pub fn start(mtu: u32) -> Result<(Passt, OwnedFd), Error> {
+        let (process, fd) = start(mtu)?;
+        let process = Mutex::new(process);
+        Ok((Passt { mtu, process }, fd))
+    }
+
+    /// Starts another in its place, with a wire of its own.
+    pub fn restart(&self) -> Result<OwnedFd, Error> {
+        let (process, fd) = start(self.mtu)?;
+        *self.process.lock().unwrap_or_else(PoisonError::into_inner) = process;
+        Ok(fd)
+    }
+}
+
+fn start(mtu: u32) -> Result<(Process, OwnedFd), Error> {
     let program = tools::need("passt", PACKAGE)?;
     let failed = |why: String| Error::Tool {
         program: program.display().to_string(),
@@ -56,7 +79,7 @@ pub fn start(mtu: u32) -> Result<(Passt, OwnedFd), Error> {
         .stderr(errors)
         .spawn()
         .map_err(|error| failed(error.to_string()))?;
-    let mut passt = Passt(child);
+    let mut passt = Process(child);
     // It finds out within this time that it cannot work here.
     let ended = tools::wait_for(&mut passt.0, PROBATION);
     let said = said.text();
@@ -70,7 +93,7 @@ pub fn start(mtu: u32) -> Result<(Passt, OwnedFd), Error> {
     Ok((passt, ours))
 }
 
-impl Drop for Passt {
+impl Drop for Process {
     fn drop(&mut self) {
         // It has ended by itself if its socket was closed before.
         let _ = self.0.kill();

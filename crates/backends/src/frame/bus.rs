@@ -217,7 +217,8 @@ impl Bus {
     ) -> Result<(), DeviceError> {
         let handle = self.handle(id)?;
         let mailbox = &handle.mailbox;
-        if !force && let Some(why) = handle.monitor.trouble() {
+        let waits = id.kind == super::Kind::Vbd && !force;
+        if waits && let Some(why) = handle.monitor.trouble() {
             return Err(DeviceError::Waits(id, why));
         }
         mailbox.leave(Leave::Orderly);

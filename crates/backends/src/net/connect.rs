@@ -6,6 +6,7 @@ use hospes_ring::BackRing;
 
 use super::link::{Link, Offloads};
 use super::memory::DomainPages;
+use super::mend::Mend;
 use super::queue::{QueueThread, Serve};
 use super::receive::{Receive, Shape};
 use super::transmit::Transmit;
@@ -72,7 +73,11 @@ impl Net {
                 transmit_port: Some(ports.transmit),
                 receive_port: ports.receive,
                 alarm: front.alarm(),
-                log: Arc::clone(&self.log),
+                mend: Mend::new(
+                    self.renew.clone(),
+                    Arc::clone(&self.stats),
+                    Arc::clone(&self.log),
+                ),
             };
             // A wire whose thread cannot be started is lost, and with it the device; the host is out of threads.
             let queue = QueueThread::start(format!("vif-queue-{number}"), serve)?;

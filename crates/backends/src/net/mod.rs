@@ -17,6 +17,7 @@ pub mod guard;
 pub mod headers;
 mod link;
 mod memory;
+mod mend;
 mod packet;
 mod queue;
 pub mod rate;
@@ -43,6 +44,7 @@ use stats::Stats;
 pub use fuzz::fuzz_packets;
 pub use guard::Guard;
 pub use link::Wire;
+pub use mend::Renew;
 pub use rate::Rate;
 
 /// Most queues of one interface.
@@ -61,6 +63,8 @@ pub struct NetConfig {
     pub guard: Option<Guard>,
     /// Called when the interface goes, while its nodes and the descriptors are still there.
     pub leave: Option<Box<dyn FnOnce() + Send>>,
+    /// Where a stream that breaks can be had anew.
+    pub renew: Option<Renew>,
     /// Dropped after the descriptors.
     pub keep: Box<dyn Any + Send>,
     pub log: Log,
@@ -90,6 +94,7 @@ pub struct Net {
     /// Those that no queue uses.
     links: Vec<Link>,
     leave: Option<Box<dyn FnOnce() + Send>>,
+    renew: Option<Renew>,
     _keep: Box<dyn Any + Send>,
 }
 
@@ -112,6 +117,7 @@ impl Net {
             queues: Vec::new(),
             links,
             leave: config.leave,
+            renew: config.renew,
             _keep: config.keep,
         }
     }

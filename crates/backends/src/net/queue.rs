@@ -11,9 +11,10 @@ use hospes_xen::HostPort;
 
 use super::link::Link;
 use super::memory::GuestPages;
+use super::mend::Mend;
 use super::receive::{self, Receive};
 use super::transmit::{self, Transmit};
-use crate::frame::{Alarm, ConnectError, Log, Wake};
+use crate::frame::{Alarm, ConnectError, Wake};
 
 /// How long a packet waits before a full wire is tried again.
 const RETRY: Duration = Duration::from_millis(1);
@@ -78,7 +79,7 @@ pub struct Serve<M, P> {
     /// `None` where both directions have one event channel.
     pub receive_port: Option<HostPort>,
     pub alarm: Alarm,
-    pub log: Log,
+    pub mend: Mend,
 }
 
 impl<M: SharedMemory, P: GuestPages> Serve<M, P> {
@@ -107,8 +108,12 @@ impl<M: SharedMemory, P: GuestPages> Serve<M, P> {
             if sent == transmit::Turn::Busy || received == receive::Turn::Busy {
                 continue;
             }
-            if let Some(error) = self.receive.wire_error() {
-                (self.log)(&format!("A network device's wire broke: {error}"));
+            if self.receive.is_broken()
+                && let Some(link) = self.mend.renew(self.receive.wire_error())
+            {
+                self.link = link;
+                self.receive.mend();
+                continue;
             }
             self.rest(sent, received).map_err(|e| e.to_string())?;
         }
@@ -150,6 +155,10 @@ impl<M: SharedMemory, P: GuestPages> Serve<M, P> {
         let most = match self.link.is_sending() {
             true => Some(most.unwrap_or(RETRY).min(RETRY)),
             false => most,
+        };
+        let most = match self.mend.pause() {
+            Some(pause) if self.receive.is_broken() => Some(most.unwrap_or(pause).min(pause)),
+            _ => most,
         };
         if received == receive::Turn::Starved {
             if self.receive.ring.wait_for(1)? && !self.receive.is_broken() {

@@ -142,6 +142,11 @@ impl<M: SharedMemory, P: GuestPages> Receive<M, P> {
         self.broken.is_some()
     }
 
+    /// There is another wire.
+    pub fn mend(&mut self) {
+        self.broken = None;
+    }
+
     /// Why nothing comes from the wire any more, once.
     pub fn wire_error(&mut self) -> Option<String> {
         let error = self.broken.as_mut()?;

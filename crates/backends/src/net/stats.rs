@@ -1,9 +1,11 @@
 //! What a device has carried.
 
+use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crate::frame::Monitor;
+use crate::lock;
 
 /// Counters since the device was made; directions are the guest's.
 #[derive(Debug, Default)]
@@ -18,6 +20,18 @@ pub struct Stats {
     pub received_bytes: AtomicU64,
     /// Packets larger than what the guest has room for.
     pub received_dropped: AtomicU64,
+    /// Why nothing is carried, as a sentence.
+    trouble: Mutex<Option<String>>,
+}
+
+impl Stats {
+    /// Whether that is something new.
+    pub fn set_trouble(&self, trouble: Option<String>) -> bool {
+        let mut old = lock(&self.trouble);
+        let new = *old != trouble;
+        *old = trouble;
+        new
+    }
 }
 
 /// Adds to a counter.
@@ -38,5 +52,9 @@ impl Monitor for Stats {
         ]
         .map(|(name, counter)| (name, counter.load(Relaxed)))
         .to_vec()
+    }
+
+    fn trouble(&self) -> Option<String> {
+        lock(&self.trouble).clone()
     }
 }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use anyhow::Context;
 use hospes_store::{StoreAccess, domain_path};
-use hospes_toolstack::{Error, Host};
+use hospes_toolstack::{Answer, DeviceKind, Error, Host};
 use hospes_units::DomId;
 
 use crate::Outcome;
@@ -38,10 +38,29 @@ pub(crate) fn network_list(call: &Call) -> Outcome {
     );
     let host = Host::from_environment()?;
     let store = host.store()?;
+    let mut notes = String::new();
     for who in &call.args.values {
-        table.push_str(&vifs(&store, domid(&host, who)?)?);
+        let domid = domid(&host, who)?;
+        table.push_str(&vifs(&store, domid)?);
+        notes.push_str(&troubles(&host, domid)?);
     }
-    Ok(print(format_args!("{table}"))?)
+    print(format_args!("{table}"))?;
+    eprint!("{notes}");
+    Ok(())
+}
+
+/// What is wrong with a domain's network interfaces.
+fn troubles(host: &Host, domid: DomId) -> Result<String, Error> {
+    let mut entries = host.entries()?;
+    entries.retain(|entry| entry.domid == domid);
+    let mut notes = String::new();
+    for (_, answer) in host.infos(entries) {
+        let Answer::Told(info) = answer else { continue };
+        for device in info.waiting.iter().filter(|d| d.kind == DeviceKind::Vif) {
+            let _ = writeln!(notes, "{}: vif {}: {}", info.name, device.devid, device.why);
+        }
+    }
+    Ok(notes)
 }
 
 /// The host has an id too, and no devices.
