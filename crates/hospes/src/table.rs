@@ -312,7 +312,7 @@ pub(crate) const COMMANDS: &[Command] = &[
         name: "rename",
         arguments: "DOMAIN NEWNAME",
         summary: "Give a domain another name",
-        details: "The name stays through reboots. The domain's logs keep the old name.",
+        details: "The name stays through reboots. The domain's logs are renamed with it.",
         min: 2,
         max: 2,
         run: names::rename,

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -73,6 +74,14 @@ impl ConsoleHub {
             state.log = None;
         }
         state.watchers.retain(|watcher| watcher.push(bytes));
+    }
+
+    /// Gives the log another name, where it has this one: that of a domain kept by `rename-restart` belongs to the domain behind it.
+    pub(crate) fn move_log(&self, from: &Path, to: &Path) -> io::Result<()> {
+        match &mut lock(&self.state).log {
+            Some(log) if log.path() == from => log.move_to(to),
+            _ => Ok(()),
+        }
     }
 
     /// A new watcher, beginning with the history.

@@ -7,6 +7,9 @@ use hospes_config::{DiskConfig, DomainConfig, Uuid, Vdev, VifConfig};
 use hospes_units::DomId;
 
 use crate::error::{Error, Result};
+use crate::hub::ConsoleHub;
+use crate::log::log;
+use crate::logfile::move_log;
 use crate::machine::{Machine, MachineError};
 use crate::protocol::{DeviceKind, DomainInfo, EndReason, Ended, Until};
 use crate::registry::{Record, Registry};
@@ -36,6 +39,7 @@ pub(crate) struct Instance {
     /// Held while the record and the machine are changed together.
     changes: Mutex<()>,
     machine: Arc<dyn Machine>,
+    hub: Arc<ConsoleHub>,
     progress: Mutex<Progress>,
     changed: Condvar,
 }
@@ -73,6 +77,7 @@ impl Instance {
         registry: Registry,
         record: Record,
         machine: Arc<dyn Machine>,
+        hub: Arc<ConsoleHub>,
     ) -> Instance {
         Instance {
             domid,
@@ -80,6 +85,7 @@ impl Instance {
             record: Mutex::new(record),
             changes: Mutex::default(),
             machine,
+            hub,
             progress: Mutex::default(),
             changed: Condvar::new(),
         }
@@ -167,13 +173,31 @@ impl Instance {
         self.set_record(record)
     }
 
-    /// Gives the domain another name. Its logs keep the old one.
+    /// Gives the domain another name, which its logs get too.
     pub(crate) fn rename(&self, name: &str) -> std::result::Result<(), ChangeError> {
         let _changes = lock(&self.changes);
         let mut record = lock(&self.record).clone();
-        record.name = name.to_string();
+        let old = std::mem::replace(&mut record.name, name.to_string());
+        if old == name {
+            return Ok(());
+        }
         record.config.name = name.to_string();
-        self.set_record(record)?;
+        self.registry.update_and(self.domid, &record, |paths| {
+            log!("Domain {old} has the name {name} from here on");
+            let (from, to) = (paths.domain_log(&old), paths.domain_log(name));
+            let (console_from, console_to) = (paths.console_log(&old), paths.console_log(name));
+            let console = self.hub.move_log(&console_from, &console_to);
+            // A domain kept by `rename-restart` has none under its name.
+            let own = if from.exists() {
+                move_log(&from, &to)
+            } else {
+                Ok(())
+            };
+            if let Err(fault) = own.and(console) {
+                log!("A log keeps its name: {fault}");
+            }
+        })?;
+        *lock(&self.record) = record;
         self.machine.rename(name).map_err(ChangeError::Machine)
     }
 

@@ -17,6 +17,27 @@ pub(crate) fn open_append(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
+/// `<file>.1`, where a log is moved to.
+fn earlier(path: &Path) -> PathBuf {
+    let mut old = path.as_os_str().to_owned();
+    old.push(".1");
+    old.into()
+}
+
+/// Gives a log that may be open another name. What an earlier domain of that name left is moved out of the way, as a log that is full is.
+pub(crate) fn move_log(from: &Path, to: &Path) -> io::Result<()> {
+    let (from_earlier, to_earlier) = (earlier(from), earlier(to));
+    if to.exists() {
+        rename(to, &to_earlier)?;
+    }
+    rename(from, to)?;
+    // What was moved there last stays.
+    if from_earlier.exists() && !to_earlier.exists() {
+        rename(&from_earlier, &to_earlier)?;
+    }
+    Ok(())
+}
+
 pub(crate) struct LogFile {
     path: PathBuf,
     file: File,
@@ -36,11 +57,20 @@ impl LogFile {
         })
     }
 
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// [`move_log`] of this one.
+    pub(crate) fn move_to(&mut self, path: &Path) -> io::Result<()> {
+        move_log(&self.path, path)?;
+        self.path = path.to_path_buf();
+        Ok(())
+    }
+
     pub(crate) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.size > 0 && self.size.saturating_add(bytes.len() as u64) > self.max {
-            let mut old = self.path.clone().into_os_string();
-            old.push(".1");
-            rename(&self.path, old)?;
+            rename(&self.path, earlier(&self.path))?;
             self.file = open_append(&self.path)?;
             self.size = 0;
         }

@@ -221,9 +221,21 @@ impl Registry {
 
     /// Changes the record of a living domain of the calling process.
     pub fn update(&self, domid: DomId, record: &Record) -> Result<()> {
+        self.update_and(domid, record, |_| ())
+    }
+
+    /// The same, with something that is done before another domain can take the name that the record had.
+    pub fn update_and(
+        &self,
+        domid: DomId,
+        record: &Record,
+        then: impl FnOnce(&Paths),
+    ) -> Result<()> {
         let _lock = self.lock()?;
         check_unused(&self.scan()?, record, Some(domid))?;
-        write_record(&self.domains().join(domid.to_string()), record)
+        write_record(&self.domains().join(domid.to_string()), record)?;
+        then(&self.paths);
+        Ok(())
     }
 
     fn allocate_locked(&self, record: &Record, ignored: Option<DomId>) -> Result<Slot> {

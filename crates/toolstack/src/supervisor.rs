@@ -169,6 +169,7 @@ impl<'a> Supervisor<'a> {
             self.registry.clone(),
             Record::new(config, self.uuid),
             machine,
+            self.hub.clone(),
         ));
         self.ending.set_instance(&instance);
         let server = Server::start(slot.dir(), &instance, &self.hub, &self.ending)?;

@@ -236,6 +236,41 @@ fn dry_run_shows_the_device_and_attaches_nothing() {
 }
 
 #[test]
+fn rename_gives_the_logs_the_new_name_and_the_old_one_to_the_next_domain() {
+    let bench = Bench::new();
+    // Of an earlier domain.
+    std::fs::create_dir_all(bench.path("log")).expect("writable");
+    for name in ["two.log", "two.console.log"] {
+        std::fs::write(bench.path("log").join(name), "earlier\n").expect("writable");
+    }
+    bench.create("one", &[]);
+    let console = bench.log("one.console.log");
+    bench.ok(&["rename", "one", "two"]);
+    bench.create("one", &[]);
+    assert!(bench.log("two.log").contains("(domid 1) to die"));
+    assert!(
+        bench
+            .log("two.log")
+            .contains("Domain one has the name two from here on")
+    );
+    assert!(bench.log("two.console.log").starts_with(&console));
+    for name in ["two.log.1", "two.console.log.1"] {
+        assert_eq!(bench.log(name), "earlier\n", "{name}");
+    }
+    let own = bench.log("one.log");
+    assert!(
+        own.contains("(domid 2) to die") && !own.contains("domid 1"),
+        "{own}"
+    );
+    // What comes goes to the new ones.
+    bench.ok(&["destroy", "two"]);
+    crate::common::until("its end is in its own log", || {
+        bench.log("two.log").contains("Domain 1 has been destroyed")
+    });
+    assert_eq!(bench.log("one.log"), own);
+}
+
+#[test]
 fn rename_is_written_down_and_keeps_names_unique() {
     let bench = Bench::new();
     bench.create("one", &[]);
