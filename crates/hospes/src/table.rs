@@ -601,6 +601,16 @@ pub(crate) const COMMANDS: &[Command] = &[
         ..PLAIN
     },
     Command {
+        name: "cpupool-list",
+        arguments: "[OPTIONS] [CPUPOOL]",
+        summary: "List the CPU pools",
+        options: &[Opt::both('c', "cpus", "the CPUs of each pool")],
+        details: "There is Pool-0 only, with all CPUs of the host and all domains.",
+        max: 1,
+        run: shares::cpupools,
+        ..PLAIN
+    },
+    Command {
         name: "image",
         arguments: "[OPTIONS] debian FILE",
         summary: "Make a disk image with Debian from the archive",
@@ -730,7 +740,6 @@ const NOT_HERE: &[(&str, &[&str])] = &[
         &[
             "sched-rtds",
             "cpupool-create",
-            "cpupool-list",
             "cpupool-destroy",
             "cpupool-rename",
             "cpupool-cpu-add",

@@ -8,6 +8,7 @@ use anyhow::Context;
 use hospes_toolstack::{Error, HOST_NAME, Host};
 
 use crate::Outcome;
+use crate::commands::shares::SCHEDULER;
 use crate::list::HostMemory;
 use crate::output::print;
 use crate::table::Call;
@@ -99,7 +100,7 @@ fn facts() -> anyhow::Result<Vec<(&'static str, String)>> {
             "xen_caps",
             "hvm-3.0-x86_32 hvm-3.0-x86_32p hvm-3.0-x86_64".into(),
         ),
-        ("xen_scheduler", "linux".into()),
+        ("xen_scheduler", SCHEDULER.into()),
         ("xen_pagesize", "4096".into()),
         ("platform_params", "virt_start=0xffff800000000000".into()),
         (

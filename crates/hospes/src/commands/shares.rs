@@ -1,6 +1,6 @@
 //! Shares of the host's CPUs: `sched-credit` and `sched-credit2`, with xl's columns.
 
-use hospes_toolstack::{Answer, Error, HOST_NAME, Host, Share};
+use hospes_toolstack::{Answer, Error, HOST_NAME, Host, Share, host_cpus};
 
 use crate::Outcome;
 use crate::commands::failed;
@@ -10,6 +10,8 @@ use crate::table::Call;
 
 /// The one pool there is, as in `list -c`.
 const POOL: &str = "Pool-0";
+/// What schedules its CPUs.
+pub(crate) const SCHEDULER: &str = "linux";
 
 /// Nothing limits how often Linux changes between the vCPUs, nor are there slices of a set length.
 const CREDIT_PARAMETERS: &str = "tslice=0ms ratelimit=0us migration-delay=0us";
@@ -23,6 +25,36 @@ pub(crate) fn credit2(call: &Call) -> Outcome {
     shares(call, CREDIT2_PARAMETERS)
 }
 
+pub(crate) fn cpupools(call: &Call) -> Outcome {
+    if let Some(pool) = call.args.values.first().filter(|pool| !is_pool(pool)) {
+        return failed(&format!(
+            "Pool '{pool}' does not exist: there is {POOL} only"
+        ));
+    }
+    let cpus = host_cpus().cpus;
+    let text = if call.args.has("cpus") {
+        let numbers: Vec<String> = cpus.iter().map(|cpu| cpu.to_string()).collect();
+        format!("{:<19}CPU list\n{POOL:<19}{}\n", "Name", numbers.join(","))
+    } else {
+        // Domain-0 is one, too.
+        let domains = Host::from_environment()?.entries()?.len() + 1;
+        pool_table(cpus.iter().count(), domains)
+    };
+    Ok(print(format_args!("{text}"))?)
+}
+
+fn pool_table(cpus: usize, domains: usize) -> String {
+    format!(
+        "{:<19}CPUs   Sched     Active   Domain count\n{POOL:<19}{cpus:>3} {SCHEDULER:>9}       y     {domains:>4}\n",
+        "Name"
+    )
+}
+
+/// Its name or, as everywhere in xl, its number.
+fn is_pool(text: &str) -> bool {
+    matches!(text, POOL | "0")
+}
+
 fn shares(call: &Call, parameters: &str) -> Outcome {
     let args = &call.args;
     let weight = number(args.value("weight"), "weight", 1)?;
@@ -33,7 +65,7 @@ fn shares(call: &Call, parameters: &str) -> Outcome {
     if (pool.is_some() || args.has("schedparam")) && (domain.is_some() || changes) {
         return failed("Specifying a cpupool or schedparam is not allowed with domain options.");
     }
-    if let Some(pool) = pool.filter(|pool| !matches!(*pool, POOL | "0")) {
+    if let Some(pool) = pool.filter(|pool| !is_pool(pool)) {
         return failed(&format!("unknown cpupool '{pool}': there is {POOL} only"));
     }
     let host = Host::from_environment()?;
@@ -127,6 +159,14 @@ mod tests {
             header() + &row("web", 3, share),
             "Name                                ID Weight  Cap\n\
              web                                  3    512   50\n"
+        );
+    }
+    #[test]
+    fn pools_have_the_columns_of_xl() {
+        assert_eq!(
+            pool_table(4, 12),
+            "Name               CPUs   Sched     Active   Domain count\n\
+             Pool-0               4     linux       y       12\n"
         );
     }
 }

@@ -399,3 +399,26 @@ fn cap_of_more_than_all_vcpus_is_refused_at_creation() {
     assert!(said.contains("0 to 200"), "{said}");
     assert!(bench.row("web").is_none());
 }
+
+#[test]
+fn cpupool_list_shows_the_one_pool() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    let table = bench.ok(&["cpupool-list"]);
+    assert_eq!(table.lines().count(), 2);
+    let row: Vec<&str> = table
+        .lines()
+        .nth(1)
+        .expect("a row")
+        .split_whitespace()
+        .collect();
+    assert_eq!([row[0], row[3], row[4]], ["Pool-0", "y", "2"], "{table}");
+    let cpus = bench.ok(&["cpupool-list", "-c", "Pool-0"]);
+    let list = cpus.lines().nth(1).expect("a row").split_whitespace();
+    let numbers = list.last().expect("CPUs").split(',').count();
+    assert_eq!(numbers.to_string(), row[1], "{cpus}");
+    assert_eq!(bench.ok(&["cpupool-list", "0"]), table);
+    let said = bench.fails(1, &["cpupool-list", "other"]);
+    assert!(said.contains("Pool 'other' does not exist"), "{said}");
+    bench.fails(1, &["cpupool-create", "name='other'"]);
+}
