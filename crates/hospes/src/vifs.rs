@@ -60,6 +60,11 @@ impl Plug {
         }
         let mac = vif.mac.unwrap_or_else(hostnet::random_mac);
         let network = network(vif);
+        if network == Network::User && !vif.ip.is_empty() {
+            toolstack::log_line(&format!(
+                "Network interface {devid}: `ip` has no effect in a network in user space, where the guest has the host's address"
+            ));
+        }
         let port = hostnet::open(&Request {
             run_directory: &self.run_directory,
             domid: u32::from(self.domid.0),
