@@ -1,12 +1,13 @@
 //! What the host's processor says of itself.
 
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use hospes_sys::{cpuid, xcr0};
 
 /// Whose instruction set it is, as far as that matters to guests: AMD's makes hypercalls with VMMCALL, all others with VMCALL.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Vendor {
     Intel,
     /// AMD, and Hygon, which is the same design under another name.

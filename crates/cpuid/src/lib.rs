@@ -16,6 +16,7 @@ mod caches;
 mod capabilities;
 mod features;
 mod host;
+mod saved;
 mod table;
 mod wishes;
 mod xen;
@@ -26,5 +27,6 @@ mod tests;
 
 pub use features::{FEATURES, Feature, Need, Offer, Reg, Word};
 pub use host::{Flaw, HostCpu, Vendor};
+pub use saved::SavedFeatures;
 pub use table::{CpuidError, CpuidTable, Dynamic, Level, Policy};
 pub use wishes::Wish;

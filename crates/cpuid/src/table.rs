@@ -9,6 +9,7 @@ use crate::caches::{caches, package_id_bits};
 use crate::capabilities::arch_capabilities;
 use crate::features::{FEATURES, Feature, Need, Offer, Reg, Word};
 use crate::host::{HostCpu, Vendor};
+use crate::saved::SavedFeatures;
 use crate::wishes::{self, Wish};
 use crate::xen::{self, XenLeaves};
 use crate::xsave::Xsave;
@@ -65,6 +66,8 @@ pub struct Policy<'a> {
     pub level: Level,
     /// Features by name, in this order, that are to differ from the level's.
     pub wishes: &'a [(String, Wish)],
+    /// The features of a domain that was saved, which it keeps whatever else is said here.
+    pub saved: Option<&'a SavedFeatures>,
 }
 
 /// What of a virtual CPU's state shows in CPUID.
@@ -98,6 +101,14 @@ pub enum CpuidError {
     Unknown(String),
     #[error("`cpuid' asks for {name}, which the guest cannot have ({why}): leave it out")]
     Refused { name: &'static str, why: String },
+    #[error(
+        "the host's CPU cannot offer {name}, which the domain had where it was saved: restore it on a host like that one"
+    )]
+    SavedFeature { name: &'static str },
+    #[error(
+        "the host's CPU is of another vendor than that on which the domain was saved: restore it on a host like that one"
+    )]
+    SavedVendor,
     #[error("a domain needs at least one virtual CPU")]
     NoVcpus,
 }
@@ -142,6 +153,9 @@ impl CpuidTable {
             words.push((word, offered(word, host, policy)?));
         }
         wishes::apply(&mut words, policy.wishes, host)?;
+        if let Some(saved) = policy.saved {
+            saved.apply(&mut words, vendor)?;
+        }
         let word = |leaf: u32, subleaf: u32| {
             let mut regs = [0; 4];
             for (w, value) in &words {

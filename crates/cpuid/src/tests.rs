@@ -14,6 +14,7 @@ const POLICY: Policy<'static> = Policy {
     nomigrate: false,
     level: Level::V3,
     wishes: &[],
+    saved: None,
 };
 
 const NOW: Dynamic = Dynamic {
@@ -540,4 +541,47 @@ proptest::proptest! {
             proptest::prop_assert_eq!(shown, !lacks.contains(&place));
         }
     }
+}
+
+/// The table of a saved domain on another host.
+fn kept(saved: &SavedFeatures, host: &HostCpu, level: Level) -> Result<CpuidTable, CpuidError> {
+    let saved = Some(saved);
+    CpuidTable::new(
+        host,
+        &Policy {
+            level,
+            saved,
+            ..POLICY
+        },
+    )
+}
+
+#[test]
+fn saved_features_are_kept_on_a_host_that_has_more() {
+    for name in [INTEL, AMD] {
+        let small = table(&host(name)).features();
+        // At a higher level, and for one who says nothing, the domain keeps what it had.
+        let t = kept(&small, &host(name), Level::V4).unwrap();
+        assert_eq!(t.features(), small);
+        assert_eq!(t.supported_xcr0(), 7);
+    }
+}
+
+#[test]
+fn saved_feature_that_the_host_lacks_is_named() {
+    let saved = table(&host(AMD)).features();
+    let word = FEATURES.iter().find(|w| {
+        let optional = |f: &Feature| f.offer == Offer::Host(Need::Optional);
+        w.features.iter().any(optional)
+    });
+    let word = word.expect("some are optional");
+    let optional = |f: &&Feature| f.offer == Offer::Host(Need::Optional);
+    let feature = word.features.iter().find(optional).expect("one is");
+    let other = without(AMD, word, feature.bit);
+    let fault = kept(&saved, &other, Level::V3).unwrap_err();
+    assert!(fault.to_string().contains(feature.name), "{fault}");
+    assert_eq!(
+        kept(&saved, &host(INTEL), Level::V3),
+        Err(CpuidError::SavedVendor)
+    );
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use hospes_builder::{BuildSpec, MemmapEntry, ap_cpu_state, build, memory_layout};
+use hospes_builder::{BuildSpec, Layout, MemmapEntry, ap_cpu_state, build, memory_layout};
 use hospes_cpuid::{CpuidTable, HostCpu, Policy, Vendor};
 use hospes_memory::{GuestMemory, Page};
 use hospes_store::DomainEntry;
@@ -18,6 +18,7 @@ use crate::devices::Devices;
 use crate::memory::{self, MemoryUse};
 use crate::placement::Placement;
 use crate::run::Run;
+use crate::saved::{Saved, SavedStream, SavedVcpu};
 use crate::services::{GuestConnection, serve_console, serve_store};
 use crate::share::Sharing;
 use crate::signal::Signal;
@@ -30,7 +31,12 @@ const CALIBRATION: Duration = Duration::from_millis(20);
 /// Xen's default size of a guest's grant table.
 const GRANT_FRAMES: u32 = 64;
 
-pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, CreateError> {
+/// Makes a domain, to start its kernel or, with a stream, to go on where it was saved.
+pub fn create(
+    spec: DomainSpec,
+    saved: Option<SavedStream>,
+    engine: EngineFactory<'_>,
+) -> Result<Domain, CreateError> {
     let calibration = Calibration::start();
     if spec.vcpus == 0 || spec.vcpus > hospes_xen::MAX_VCPUS {
         return Err(hospes_xen::XenError::Vcpus(spec.vcpus).into());
@@ -42,23 +48,19 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
         });
     }
     let layout = memory_layout(spec.memory_max_bytes)?;
-    host_memory::room(spec.memory_bytes, spec.promised_bytes).map_err(|shortage| {
-        CreateError::HostMemory {
+    let room = |bytes| {
+        host_memory::room(bytes, spec.promised_bytes).map_err(|shortage| CreateError::HostMemory {
             name: spec.name.clone(),
             shortage,
-        }
-    })?;
+        })
+    };
+    room(spec.memory_bytes)?;
     let memory = Arc::new(GuestMemory::new(&layout.backed)?);
-    let boot = build(
-        &memory,
-        &BuildSpec {
-            kernel: &spec.kernel,
-            ramdisk: spec.ramdisk.as_deref(),
-            cmdline: &spec.cmdline,
-            vcpus: spec.vcpus,
-            layout: &layout,
-        },
-    )?;
+    let content = fill(&spec, &layout, &memory, saved)?;
+    if let Some(saved) = &content.saved {
+        // It may have been saved on its way to a smaller target.
+        room(saved.current_bytes().saturating_sub(spec.memory_bytes))?;
+    }
     let tsc = calibration.finish(CALIBRATION);
     let cpuid = CpuidTable::new(
         &HostCpu::capture(),
@@ -69,8 +71,13 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
             nomigrate: spec.nomigrate,
             level: spec.level,
             wishes: &spec.wishes,
+            saved: content.saved.as_ref().map(|saved| &saved.features),
         },
     )?;
+    if let Some(saved) = &content.saved {
+        saved.check(&cpuid)?;
+    }
+    let features = cpuid.features();
     let trap = match cpuid.vendor() {
         Vendor::Amd => TrapInstruction::Vmmcall,
         Vendor::Intel | Vendor::Other => TrapInstruction::Vmcall,
@@ -91,20 +98,21 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
             console_gfn: layout.console,
             grant_frames: GRANT_FRAMES,
             tsc,
-            system_time_ns: 0,
+            system_time_ns: content.saved.as_ref().map_or(0, |s| s.system_time_ns),
         },
         memory,
         Arc::clone(&vm),
         run.clone(),
     )?;
+    if let Some(saved) = &content.saved {
+        xen.restore_balloon(&saved.balloon());
+    }
     let placement = Arc::new(Placement::new(spec.vcpus));
     let mut vcpus = Vec::new();
-    for id in (0..spec.vcpus).map(VcpuId) {
+    for (id, start) in (0..spec.vcpus).map(VcpuId).zip(content.vcpus) {
         let mut vcpu = vm.create_vcpu(id)?;
-        *vcpu.state() = match id.0 {
-            0 => boot.cpu_state.clone(),
-            _ => ap_cpu_state(id),
-        };
+        *vcpu.state() = start.state;
+        xen.restore_up(id, start.up);
         vcpu.state_changed();
         let places = Arc::clone(&placement);
         vcpu.set_stay(Arc::new(move |stay| places.stay(id, stay)));
@@ -165,6 +173,7 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
             memory_max_bytes: spec.memory_max_bytes,
             vcpus: spec.vcpus,
         },
+        features,
         store,
         xen,
         run,
@@ -199,6 +208,45 @@ pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, Cre
         }
     }
     Ok(domain)
+}
+
+/// What is in a domain's memory when it starts, and what its vCPUs do.
+struct Content {
+    vcpus: Vec<SavedVcpu>,
+    /// `None` where a kernel is to be started.
+    saved: Option<Saved>,
+}
+
+fn fill(
+    spec: &DomainSpec,
+    layout: &Layout,
+    memory: &GuestMemory,
+    saved: Option<SavedStream>,
+) -> Result<Content, CreateError> {
+    if let Some(stream) = saved {
+        let saved = Saved::read(stream, memory)?;
+        saved.fits(spec.memory_max_bytes, spec.vcpus)?;
+        return Ok(Content {
+            vcpus: saved.vcpus.clone(),
+            saved: Some(saved),
+        });
+    }
+    let boot = build(
+        memory,
+        &BuildSpec {
+            kernel: &spec.kernel,
+            ramdisk: spec.ramdisk.as_deref(),
+            cmdline: &spec.cmdline,
+            vcpus: spec.vcpus,
+            layout,
+        },
+    )?;
+    let first = std::iter::once(boot.cpu_state);
+    let states = first.chain((1..spec.vcpus).map(|id| ap_cpu_state(VcpuId(id))));
+    Ok(Content {
+        vcpus: states.map(|state| SavedVcpu { up: true, state }).collect(),
+        saved: None,
+    })
 }
 
 fn e820(entry: &MemmapEntry) -> E820 {

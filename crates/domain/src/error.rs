@@ -8,6 +8,7 @@ use hospes_units::VcpuId;
 use hospes_xen::{EventError, XenError};
 
 use crate::host_memory::Shortage;
+use crate::saved::RestoreError;
 use crate::share::ShareError;
 use crate::{AttachError, EndReason};
 
@@ -25,6 +26,8 @@ pub enum CreateError {
     Build(#[from] BuildError),
     #[error("cannot set up the domain's memory: {0}")]
     Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
     #[error(transparent)]
     Cpuid(#[from] CpuidError),
     #[error(transparent)]
@@ -61,6 +64,16 @@ pub enum RequestError {
     MemoryBelowTarget { target_kib: u64 },
     #[error("{0}: stop another domain, or take memory away from one with mem-set")]
     HostMemory(#[from] Shortage),
+    #[error(
+        "the guest has not suspended itself within {seconds} s, and goes on: does its kernel have a driver for it (feature-suspend in its part of the store)?"
+    )]
+    NoSuspend { seconds: u64 },
+    #[error("it is being suspended already: try again when that has ended")]
+    Suspending,
+    #[error("it is paused, and only a guest that runs can suspend itself: unpause it first")]
+    Paused,
+    #[error("the request was taken back, and the guest goes on")]
+    TakenBack,
     #[error("the weight of a domain is 1 to 65535")]
     Weight,
     #[error(

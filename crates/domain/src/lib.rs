@@ -21,9 +21,11 @@ mod host_memory;
 mod memory;
 mod placement;
 mod run;
+mod saved;
 mod services;
 mod share;
 mod signal;
+mod suspend;
 mod vcpu;
 
 #[cfg(test)]
@@ -38,7 +40,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use hospes_backends::frame::{DeviceInfo, Kind, Log};
-use hospes_cpuid::CpuidTable;
+use hospes_cpuid::{CpuidTable, SavedFeatures};
 pub use hospes_cpuid::{Level, Wish};
 use hospes_engine::{EngineError, Vm};
 use hospes_memory::GuestMemory;
@@ -53,6 +55,7 @@ pub use hospes_backends::{frame, net};
 pub use hospes_image::Format as ImageFormat;
 pub use placement::Affinity;
 pub use run::EndReason;
+pub use saved::{RestoreError, SaveError, SaveStream, SavedStream};
 
 use devices::Devices;
 pub use share::{Share, ShareError};
@@ -103,7 +106,6 @@ pub enum ShutdownKind {
     PowerOff,
     Halt,
     Reboot,
-    Suspend,
 }
 
 /// A domain at one moment.
@@ -173,6 +175,7 @@ impl fmt::Display for DomainState {
 /// A domain.
 pub struct Domain {
     spec: Identity,
+    features: SavedFeatures,
     xen: Arc<Xen>,
     store: Arc<dyn StoreAccess>,
     run: Arc<Run>,
@@ -205,7 +208,16 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Domain {
     /// Makes a domain, paused before its first instruction. The error is a sentence for the user.
     pub fn create(spec: DomainSpec, engine: EngineFactory<'_>) -> Result<Domain, CreateError> {
-        create::create(spec, engine)
+        create::create(spec, None, engine)
+    }
+
+    /// Makes a domain, paused, that goes on where another was saved, on devices of its own. Its kernel, ramdisk and command line are those of the next start.
+    pub fn restore(
+        spec: DomainSpec,
+        saved: SavedStream,
+        engine: EngineFactory<'_>,
+    ) -> Result<Domain, CreateError> {
+        create::create(spec, Some(saved), engine)
     }
 
     /// Lets the guest run.
@@ -234,7 +246,6 @@ impl Domain {
             ShutdownKind::PowerOff => "poweroff",
             ShutdownKind::Halt => "halt",
             ShutdownKind::Reboot => "reboot",
-            ShutdownKind::Suspend => "suspend",
         };
         let path = hospes_store::domain_path(self.spec.domid) + "/control/shutdown";
         self.store.write(&path, word.as_bytes())?;

@@ -11,6 +11,7 @@ use hospes_xen::Host;
 use crate::console::Console;
 use crate::lock;
 use crate::signal::Signal;
+use crate::suspend::{Gate, Suspension};
 
 /// Why a domain ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,6 +88,9 @@ pub struct Run {
     threads: AtomicUsize,
     life: Mutex<Life>,
     changed: Condvar,
+    suspension: Suspension,
+    /// Closed by the threads of the guest's rings while they write into them.
+    rings: Gate,
     console: Arc<Console>,
     /// What threads sleep on that are to hear of the end.
     on_end: Mutex<Vec<Arc<Signal>>>,
@@ -117,6 +121,8 @@ impl Run {
             threads: AtomicUsize::new(0),
             life: Mutex::new(Life::default()),
             changed: Condvar::new(),
+            suspension: Suspension::default(),
+            rings: Gate::default(),
             console,
             on_end: Mutex::default(),
         }
@@ -156,6 +162,29 @@ impl Run {
 
     pub fn is_paused(&self) -> bool {
         self.paused.load(SeqCst)
+    }
+
+    /// Whether the vCPUs are held, for the owner's sake or the guest's.
+    pub fn is_held(&self) -> bool {
+        self.is_paused() || self.suspension.is_held()
+    }
+
+    pub fn suspension(&self) -> &Suspension {
+        &self.suspension
+    }
+
+    pub fn rings(&self) -> &Gate {
+        &self.rings
+    }
+
+    /// Has all vCPUs see that they are held.
+    pub fn hold(&self) {
+        self.stop_running();
+    }
+
+    /// Has them see that a suspended guest goes on.
+    pub fn go_on(&self) {
+        self.wake_all();
     }
 
     pub fn has_ended(&self) -> bool {
@@ -306,7 +335,7 @@ impl Run {
             slot.down.store(activity == Activity::Down, SeqCst);
         }
         slot.activity.store(activity as u8, SeqCst);
-        if activity != Activity::Running && (self.is_paused() || self.has_ended()) {
+        if activity != Activity::Running && (self.is_held() || self.has_ended()) {
             // Taking the lock orders this after a waiter's look at the activities.
             drop(lock(&self.life));
             self.changed.notify_all();

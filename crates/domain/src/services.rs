@@ -13,10 +13,14 @@ pub fn serve_console(ring: &ConsoleRing, run: &Run) {
     loop {
         // Asked before the ring is read: nothing comes after that.
         let closing = console.is_closing();
+        let closed = run.rings().close();
         let more = ring.drain(&mut output) > 0;
+        drop(closed);
         console.output(&output);
         output.clear();
+        let closed = run.rings().close();
         console.feed(|bytes| ring.push(bytes));
+        drop(closed);
         if more {
             continue;
         }
@@ -53,7 +57,10 @@ impl StoreConnection for GuestConnection {
 /// Serves the store's ring until the domain has ended.
 pub fn serve_store(ring: &mut StoreRing, guest: &mut GuestConnection, signal: &Signal, run: &Run) {
     while !run.has_ended() {
-        if !ring.step(guest) {
+        let closed = run.rings().close();
+        let worked = ring.step(guest);
+        drop(closed);
+        if !worked {
             signal.wait();
         }
     }

@@ -14,6 +14,7 @@ use hospes_xen_abi::shared::Runstate;
 use crate::halt_poll::HaltPoll;
 use crate::placement::Placement;
 use crate::run::{Activity, EndReason, Run};
+use crate::suspend::{Suspension, Verdict};
 
 /// Counters and command register of the interval timer, which is not there, and the port that shows one counter's output.
 const PIT_PORTS: std::ops::RangeInclusive<u16> = 0x40..=0x43;
@@ -90,21 +91,26 @@ impl Loop {
             if self.run.has_ended() {
                 return false;
             }
-            if self.run.is_paused() {
-                self.sleep(Activity::Held, |s| !s.run.is_paused());
+            if self.run.is_held() {
+                if self.run.suspension().wants(self.id) {
+                    self.leave_state();
+                }
+                self.sleep(Activity::Held, |s| {
+                    !s.run.is_held() || s.run.suspension().wants(s.id)
+                });
             } else if !self.xen.is_up(self.id) {
                 self.go_down(true, |s| s.xen.is_up(s.id));
             } else if self.run.is_limited() {
                 // To the guest as if others had the host's CPUs.
                 self.note(Runstate::Runnable);
                 self.run.set_activity(self.id, Activity::Limited);
-                while self.run.is_limited() && !self.run.is_paused() && !self.run.has_ended() {
+                while self.run.is_limited() && !self.run.is_held() && !self.run.has_ended() {
                     self.run.signal(self.id).wait();
                 }
             } else {
                 self.run.set_activity(self.id, Activity::Running);
                 // Who pauses or ends the domain sees this activity, or is seen here; so does who limits it.
-                if !self.run.is_paused() && !self.run.has_ended() && !self.run.is_limited() {
+                if !self.run.is_held() && !self.run.has_ended() && !self.run.is_limited() {
                     self.note(Runstate::Running);
                     return true;
                 }
@@ -121,6 +127,28 @@ impl Loop {
         }
     }
 
+    /// The guest is suspended: leaves what this vCPU is to whoever saves the domain.
+    fn leave_state(&mut self) {
+        self.vcpu.fetch_fpu();
+        let up = self.xen.is_up(self.id);
+        let state = self.vcpu.state();
+        self.run.suspension().leave(self.id, up, state);
+    }
+
+    /// The guest has suspended itself.
+    fn suspended(&mut self) {
+        let vcpus = self.run.activities().len() as u32;
+        match self.run.suspension().asked_by(self.id, vcpus) {
+            Verdict::End => self.run.end(EndReason::Suspend),
+            Verdict::GoOn => Suspension::set_cancelled(self.vcpu.state()),
+            Verdict::Hold => {
+                // In case that it goes on here.
+                Suspension::set_cancelled(self.vcpu.state());
+                self.run.hold();
+            }
+        }
+    }
+
     /// Sleeps until `done`, or until the domain is paused, unpaused or ends.
     fn sleep(&mut self, activity: Activity, done: impl Fn(&Self) -> bool) {
         let held = activity == Activity::Held;
@@ -131,7 +159,7 @@ impl Loop {
             Activity::Held if self.runstate == Runstate::Blocked => Runstate::Blocked,
             _ => Runstate::Offline,
         });
-        while !done(self) && !self.run.has_ended() && (held || !self.run.is_paused()) {
+        while !done(self) && !self.run.has_ended() && (held || !self.run.is_held()) {
             self.run.signal(self.id).wait();
         }
     }
@@ -196,7 +224,7 @@ impl Loop {
             let expects = self.xen.attend();
             attends |= expects;
             let most = if expects { ATTEND_MOST } else { awake };
-            if start.elapsed() >= most || self.run.has_ended() || self.run.is_paused() {
+            if start.elapsed() >= most || self.run.has_ended() || self.run.is_held() {
                 if std::mem::take(&mut attends) {
                     self.xen.leave_attended(expects);
                 }
@@ -224,16 +252,19 @@ impl Loop {
                 });
                 self.xen.end_poll(self.id);
             }
-            Outcome::Shutdown(reason) => self.run.end(match reason {
-                ShutdownReason::PowerOff => EndReason::PowerOff,
-                // A new kernel in the same memory would need a fresh domain around it; a reboot is what the user gets instead.
-                ShutdownReason::Reboot | ShutdownReason::SoftReset => EndReason::Reboot,
-                ShutdownReason::Suspend => EndReason::Suspend,
-                ShutdownReason::Crash => {
-                    EndReason::Crash("the guest's kernel reported a crash".to_owned())
-                }
-                ShutdownReason::Watchdog => EndReason::Watchdog,
-            }),
+            Outcome::Shutdown(reason) => {
+                let end = match reason {
+                    ShutdownReason::PowerOff => EndReason::PowerOff,
+                    // A new kernel in the same memory would need a fresh domain around it; a reboot is what the user gets instead.
+                    ShutdownReason::Reboot | ShutdownReason::SoftReset => EndReason::Reboot,
+                    ShutdownReason::Suspend => return self.suspended(),
+                    ShutdownReason::Crash => {
+                        EndReason::Crash("the guest's kernel reported a crash".to_owned())
+                    }
+                    ShutdownReason::Watchdog => EndReason::Watchdog,
+                };
+                self.run.end(end);
+            }
         }
     }
 

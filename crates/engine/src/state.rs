@@ -1,5 +1,7 @@
 //! The state of one vCPU as plain data.
 
+use serde::{Deserialize, Serialize};
+
 /// Index of a general register in [`CpuState::gpr`]: the hardware's encoding order.
 pub mod reg {
     pub const RAX: usize = 0;
@@ -95,7 +97,7 @@ pub mod cr {
 }
 
 /// A segment register with its hidden part.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(C)]
 pub struct Segment {
     pub base: u64,
@@ -115,7 +117,7 @@ impl Segment {
 }
 
 /// GDTR or IDTR.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(C)]
 pub struct DescTable {
     pub base: u64,
@@ -123,7 +125,7 @@ pub struct DescTable {
 }
 
 /// Model-specific registers that are plain storage or feed the engine.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(C)]
 pub struct Msrs {
     pub efer: u64,
@@ -159,6 +161,37 @@ pub const XSAVE_BYTES: usize = 2816;
 #[repr(C, align(64))]
 pub struct XsaveImage(pub [u8; XSAVE_BYTES]);
 
+impl Serialize for XsaveImage {
+    /// Two hexadecimal digits a byte.
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let digits = self.0.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+        let text: String = digits
+            .filter_map(|digit| char::from_digit(digit.into(), 16))
+            .collect();
+        serializer.serialize_str(&text)
+    }
+}
+
+impl<'de> Deserialize<'de> for XsaveImage {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let digits: Option<Vec<u8>> = text
+            .chars()
+            .map(|c| c.to_digit(16).map(|digit| digit as u8))
+            .collect();
+        match digits {
+            Some(digits) if digits.len() == 2 * XSAVE_BYTES => {
+                Ok(XsaveImage(std::array::from_fn(|i| {
+                    digits[2 * i] << 4 | digits[2 * i + 1]
+                })))
+            }
+            _ => Err(serde::de::Error::custom(format!(
+                "an XSAVE image is {XSAVE_BYTES} bytes in hexadecimal digits"
+            ))),
+        }
+    }
+}
+
 impl Default for XsaveImage {
     /// The state after a processor reset: x87 control word 0x37f (as FNINIT leaves it), MXCSR 0x1f80, all else zero.
     fn default() -> Self {
@@ -171,7 +204,7 @@ impl Default for XsaveImage {
 }
 
 /// Registers of the local APIC, independent of xAPIC or x2APIC mode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(C)]
 pub struct LapicState {
     pub id: u32,
@@ -211,7 +244,7 @@ impl Default for LapicState {
 }
 
 /// Whether a vCPU executes, as far as the processor itself is concerned.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(u8)]
 pub enum Activity {
     #[default]
@@ -223,7 +256,7 @@ pub enum Activity {
 }
 
 /// Everything the guest can see of one CPU.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(C, align(64))]
 pub struct CpuState {
     /// In hardware encoding order, see [`reg`].

@@ -17,7 +17,7 @@ use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use hospes_units::{Gfn, Gpa, PAGE_SIZE};
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::mm::{MapFlags, ProtFlags};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -272,6 +272,56 @@ impl GuestMemory {
         self.ram_offset(first, pages).is_some()
     }
 
+    /// The first run of RAM at or above `from` that takes memory of the host; all other RAM is zero. What special pages hide counts as RAM.
+    pub fn occupied(&self, from: Gpa) -> Result<Option<Range>, MemoryError> {
+        let seek = |to| match rustix::fs::seek(&self.fd, to) {
+            Ok(at) => Ok(Some(at)),
+            Err(rustix::io::Errno::NXIO) => Ok(None),
+            Err(source) => Err(host("look through", PAGE_SIZE)(source)),
+        };
+        for (r, &offset) in self.ram.iter().zip(&self.offsets) {
+            if r.end <= from.0 {
+                continue;
+            }
+            let begin = offset + from.0.saturating_sub(r.start);
+            let end = offset + (r.end - r.start);
+            let Some(data) = seek(SeekFrom::Data(begin))?.filter(|data| *data < end) else {
+                continue;
+            };
+            let hole = seek(SeekFrom::Hole(data))?.unwrap_or(end).min(end);
+            return Ok(Some(Range {
+                start: r.start + (data - offset),
+                end: r.start + (hole - offset),
+            }));
+        }
+        Ok(None)
+    }
+
+    /// Copies bytes of one range of RAM, whatever its frames show, and takes no memory for what is zero.
+    pub fn read_ram(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let len = buf.len() as u64;
+        let mut ranges = self.ram.iter().zip(&self.offsets);
+        let inside = |r: &Range| r.start <= gpa.0 && len <= r.end.saturating_sub(gpa.0);
+        let (r, offset) = ranges
+            .find(|(r, _)| inside(r))
+            .ok_or(MemoryError::NotMemory { gpa, len })?;
+        let mut at = offset + (gpa.0 - r.start);
+        let mut rest = buf;
+        while !rest.is_empty() {
+            match rustix::io::pread(&self.fd, &mut *rest, at) {
+                // The file ends behind the RAM.
+                Ok(0) => return Err(MemoryError::NotMemory { gpa, len }),
+                Ok(read) => {
+                    at += read as u64;
+                    rest = &mut rest[read..];
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(source) => return Err(host("read", len)(source)),
+            }
+        }
+        Ok(())
+    }
+
     /// Where what a frame shows lies in the memory file, in bytes; `None` for special pages.
     pub fn fd_offset(&self, gfn: Gfn) -> Option<u64> {
         if self.extra.read().expect("extra lock").contains(&gfn) {
@@ -426,6 +476,29 @@ mod tests {
         let m = memory();
         assert_eq!(m.host_base() as u64 % HUGE_PAGE, 0);
         assert_eq!(m.fd_offset(Gfn((1 << 20) + 1)), Some(0x20_1000));
+    }
+
+    #[test]
+    fn occupied_finds_what_was_written_and_read_ram_takes_nothing() {
+        let m = memory();
+        assert_eq!(m.occupied(Gpa(0)).unwrap(), None);
+        let mut b = [9; 2 * PAGE_SIZE as usize];
+        m.read_ram(Gpa(0x8000), &mut b).unwrap();
+        assert!(b.iter().all(|byte| *byte == 0));
+        assert_eq!(m.occupied(Gpa(0)).unwrap(), None);
+        m.write(Gpa((1 << 32) + 0x1000), &[5; 16]).unwrap();
+        let found = m.occupied(Gpa(0x3000)).unwrap().unwrap();
+        assert!(found.start <= (1 << 32) + 0x1000 && found.end >= (1 << 32) + 0x2000);
+        assert_eq!(m.occupied(Gpa(found.end)).unwrap(), None);
+        m.read_ram(Gpa((1 << 32) + 0x1000), &mut b[..16]).unwrap();
+        assert_eq!(b[..16], [5; 16]);
+        assert!(m.read_ram(Gpa((1 << 32) + 0x1000), &mut b).is_err());
+        assert!(m.read_ram(Gpa(u64::MAX), &mut b).is_err());
+        // A page of its own in place of the RAM hides it and is no RAM.
+        let off = m.new_special_page().unwrap();
+        m.place_special(Gfn((1 << 20) + 1), off).unwrap();
+        m.read_ram(Gpa((1 << 32) + 0x1000), &mut b[..16]).unwrap();
+        assert_eq!(b[..16], [5; 16]);
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod hostport;
 mod hvm_op;
 mod memory_op;
 mod runstate;
+mod saved;
 mod sched_op;
 mod time;
 mod timers;
@@ -53,6 +54,7 @@ pub use fuzz::fuzz_rings;
 pub use grants::{Access, GrantError};
 pub use hospes_xen_abi::memory::E820;
 pub use hostport::{HostPort, Listener};
+pub use saved::Balloon;
 pub use timers::ClockThread;
 pub use xenstore::{ProtocolError, StoreConnection, StoreRing};
 

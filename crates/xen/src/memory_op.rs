@@ -10,6 +10,7 @@ use hospes_xen_abi::{Errno, grant};
 use zerocopy::IntoBytes;
 
 use crate::guest::{Reply, read, write};
+use crate::saved::Balloon;
 use crate::{Xen, lock};
 
 /// Different frames in which shared pages may be shown in a domain's life: each costs the host a mapping.
@@ -93,6 +94,21 @@ impl MemoryState {
         }
         self.out -= more;
         true
+    }
+
+    /// What of it is saved with the domain.
+    pub(crate) fn balloon(&self) -> Balloon {
+        let runs = self.runs_out().into_iter();
+        Balloon {
+            given_back: runs.map(|run| (run.start, run.end - run.start)).collect(),
+            on_demand: self.on_demand,
+        }
+    }
+
+    /// Takes over what was saved, of frames that are RAM.
+    pub(crate) fn restore(&mut self, frames: impl Iterator<Item = Gfn>, on_demand: u64) {
+        frames.for_each(|gfn| self.give(gfn.0));
+        self.on_demand = on_demand.min(self.ram.saturating_sub(self.out));
     }
 
     /// All frames that are given back, in runs.
@@ -195,7 +211,7 @@ impl Xen {
         }
     }
 
-    fn max_gfn(&self) -> u64 {
+    pub(crate) fn max_gfn(&self) -> u64 {
         self.memory
             .ram()
             .iter()

@@ -127,6 +127,30 @@ fn balloon_gives_pages_back_and_takes_them_zeroed() {
 }
 
 #[test]
+fn given_back_frames_are_known_in_a_restored_domain() {
+    let m = Machine::new(1);
+    let runs = [(0x3f, 2), (0x80, 1)];
+    let restore = |runs: &[(u64, u64)], on_demand| {
+        m.xen.restore_balloon(&Balloon {
+            given_back: runs.to_vec(),
+            on_demand,
+        });
+    };
+    restore(&runs, 0);
+    assert_eq!(m.xen.balloon().given_back, runs);
+    assert_eq!(m.xen.current_pages(), 253);
+    // What the domain does not have it cannot have given back.
+    restore(&[(0xfe, u64::MAX), (u64::MAX, 9), (1 << 40, 1)], u64::MAX);
+    assert_eq!(
+        m.xen.balloon().given_back,
+        [(0x3f, 2), (0x80, 1), (0xfe, 2)]
+    );
+    assert_eq!(m.xen.current_pages(), 0);
+    restore(&[], 100);
+    assert_eq!(m.xen.current_pages(), 151);
+}
+
+#[test]
 fn long_reservation_is_continued_from_the_instruction() {
     let mut m = Machine::new(1);
     let memory = m.xen.memory().clone();

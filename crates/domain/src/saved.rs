@@ -1,0 +1,302 @@
+//! What a domain is when it is saved, and how it comes back.
+
+use std::io::{self, Read, Write};
+use std::time::Duration;
+
+use hospes_cpuid::{CpuidTable, SavedFeatures};
+use hospes_engine::{CpuState, XsaveImage};
+use hospes_memory::{GuestMemory, MemoryError};
+use hospes_migration::{PAGE_BYTES, PAGES_MAX, Reader, Record, StreamError, Writer};
+use hospes_units::{Gpa, PAGE_SIZE};
+use hospes_xen::{Balloon, Xen};
+use serde::{Deserialize, Serialize};
+
+use crate::{Domain, RequestError};
+
+/// The stream that a domain comes back from, behind its configuration.
+pub type SavedStream = Reader<Box<dyn Read + Send>>;
+
+/// A stream that a domain is saved to.
+pub type SaveStream<'a> = Writer<&'a mut dyn Write>;
+
+/// Why a domain does not come back.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    #[error("the saved domain cannot be restored: {0}")]
+    Stream(#[from] StreamError),
+    #[error(
+        "the saved domain cannot be restored: it is damaged: its state is not understood ({0})"
+    )]
+    Text(serde_json::Error),
+    #[error(
+        "the saved domain cannot be restored: it has {saved} {what}, and its configuration says {configured}: change the configuration"
+    )]
+    Differs {
+        what: &'static str,
+        saved: u64,
+        configured: u64,
+    },
+    #[error("the saved domain cannot be restored: it is damaged: {0}")]
+    Invalid(&'static str),
+}
+
+/// Why a domain cannot be saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    #[error("the guest is not suspended")]
+    Running,
+    #[error("its memory cannot be read: {0}")]
+    Memory(#[from] MemoryError),
+    #[error("its state cannot be written as text: {0}")]
+    Text(#[from] serde_json::Error),
+    #[error("cannot write: {0}")]
+    Write(#[from] io::Error),
+}
+
+/// One vCPU of a suspended guest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct SavedVcpu {
+    /// As the guest's hypercalls have left it.
+    pub up: bool,
+    pub state: CpuState,
+}
+
+/// All of a domain but its memory.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Saved {
+    /// What the memory map lists.
+    pub memory_max_bytes: u64,
+    pub system_time_ns: u64,
+    pub features: SavedFeatures,
+    /// Frames that the guest has given back: first ones and numbers.
+    pub given_back: Vec<(u64, u64)>,
+    /// Frames that it has still to give back, as it was started with fewer than its memory map lists.
+    pub on_demand: u64,
+    pub vcpus: Vec<SavedVcpu>,
+}
+
+impl Saved {
+    /// Takes a domain out of a stream: fills the memory and gives the rest.
+    pub fn read(mut stream: SavedStream, memory: &GuestMemory) -> Result<Saved, RestoreError> {
+        let mut saved = None;
+        loop {
+            match stream.next()? {
+                Record::Config(_) => return Err(RestoreError::Invalid("two configurations")),
+                Record::Machine(text) => {
+                    saved = Some(serde_json::from_slice(text).map_err(RestoreError::Text)?);
+                }
+                Record::Pages { first, bytes } => {
+                    let at = first.checked_mul(PAGE_SIZE).map(Gpa);
+                    at.and_then(|at| memory.write(at, bytes).ok())
+                        .ok_or(RestoreError::Invalid("it has pages beyond its memory"))?;
+                }
+                Record::End => break,
+            }
+        }
+        saved.ok_or(RestoreError::Invalid("it has no state"))
+    }
+
+    /// Memory that the guest had.
+    pub fn current_bytes(&self) -> u64 {
+        let runs = self.given_back.iter();
+        let out = runs.fold(self.on_demand, |sum, (_, count)| sum.saturating_add(*count));
+        self.memory_max_bytes
+            .saturating_sub(out.saturating_mul(PAGE_SIZE))
+    }
+
+    /// What the guest had given back of its memory.
+    pub fn balloon(&self) -> Balloon {
+        Balloon {
+            given_back: self.given_back.clone(),
+            on_demand: self.on_demand,
+        }
+    }
+
+    /// Whether it is what the configuration says.
+    pub fn fits(&self, memory_max_bytes: u64, vcpus: u32) -> Result<(), RestoreError> {
+        let differs = |what, saved, configured| {
+            if saved == configured {
+                return Ok(());
+            }
+            Err(RestoreError::Differs {
+                what,
+                saved,
+                configured,
+            })
+        };
+        differs(
+            "MiB of memory at most",
+            self.memory_max_bytes >> 20,
+            memory_max_bytes >> 20,
+        )?;
+        differs("vCPUs", self.vcpus.len() as u64, vcpus.into())
+    }
+
+    /// Whether the vCPUs are in a state that a processor with this table can be in, as far as the host would notice.
+    pub fn check(&self, table: &CpuidTable) -> Result<(), RestoreError> {
+        for (vcpu, id) in self.vcpus.iter().zip(0..) {
+            let state = &vcpu.state;
+            let canonical = |address: u64| (address << 16) as i64 >> 16 == address as i64;
+            let segments = [&state.seg[4], &state.seg[5], &state.tr, &state.ldtr];
+            let msr = &state.msr;
+            let bases = segments.iter().map(|segment| segment.base);
+            let addresses = bases.chain([
+                state.gdtr.base,
+                state.idtr.base,
+                msr.lstar,
+                msr.cstar,
+                msr.kernel_gs_base,
+                msr.sysenter_esp,
+                msr.sysenter_eip,
+            ]);
+            let wrong = if state.cr4 & !table.valid_cr4_bits() != 0 {
+                "CR4 has bits that are not offered"
+            } else if msr.efer & !table.valid_efer_bits() != 0 {
+                "EFER has bits that are not offered"
+            } else if state.xcr0 & !table.supported_xcr0() != 0 {
+                "XCR0 has bits that are not offered"
+            } else if !is_loadable(&state.xsave, table.supported_xcr0()) {
+                "an XSAVE image cannot be loaded"
+            } else if !{ addresses }.all(canonical) {
+                "a base address is not canonical"
+            } else if state.lapic.id != 2 * id {
+                "a local APIC has the id of another"
+            } else if msr.tsc_offset != 0 {
+                "a time-stamp counter is not the host's"
+            } else {
+                continue;
+            };
+            return Err(RestoreError::Invalid(wrong));
+        }
+        Ok(())
+    }
+}
+
+/// Whether XRSTOR loads an image in the standard format without a fault.
+fn is_loadable(image: &XsaveImage, components: u64) -> bool {
+    const HEADER: usize = 512;
+    const MXCSR: usize = 24;
+    let word = |at: usize| {
+        image.0[at..]
+            .first_chunk()
+            .map_or(0, |b| u64::from_le_bytes(*b))
+    };
+    let mxcsr = word(MXCSR) as u32;
+    mxcsr & !0xffff == 0
+        && word(HEADER) & !components == 0
+        && (1..8).all(|n| word(HEADER + 8 * n) == 0)
+}
+
+/// How long a guest may take to suspend itself, as in xl.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+impl Domain {
+    /// Has the guest suspend itself and returns when its vCPUs are held: it can be saved then, until [`Domain::resume`] or the end of the domain. Asks
+    /// `given_up` now and then whether to go on waiting. After an error the guest goes on, whenever it suspends itself.
+    pub fn suspend(&self, given_up: &dyn Fn() -> bool) -> Result<(), RequestError> {
+        if let Some(reason) = self.run.end_reason() {
+            return Err(RequestError::Ended(reason));
+        }
+        if self.run.is_paused() {
+            return Err(RequestError::Paused);
+        }
+        let suspension = self.run.suspension();
+        if !suspension.begin() {
+            return Err(RequestError::Suspending);
+        }
+        let path = hospes_store::domain_path(self.spec.domid) + "/control/shutdown";
+        let asked = self.store.write(&path, b"suspend");
+        let given_up = || asked.is_err() || given_up() || self.run.has_ended();
+        if suspension.wait(PATIENCE, given_up) {
+            return Ok(());
+        }
+        // Where it is suspended by now, that is over.
+        self.resume();
+        asked?;
+        // A guest that has not taken the request does not have to see it.
+        if self.store.read_text(&path).as_deref() == Some("suspend") {
+            let _ = self.store.write(&path, b"");
+        }
+        match self.run.end_reason() {
+            Some(reason) => Err(RequestError::Ended(reason)),
+            None if given_up() => Err(RequestError::TakenBack),
+            None => Err(RequestError::NoSuspend {
+                seconds: PATIENCE.as_secs(),
+            }),
+        }
+    }
+
+    /// Writes all of a suspended guest but its configuration.
+    pub fn save(&self, to: &mut SaveStream<'_>) -> Result<(), SaveError> {
+        let states = self.run.suspension().states().ok_or(SaveError::Running)?;
+        let _rings = self.run.rings().close();
+        write(
+            &self.xen,
+            states,
+            &self.features,
+            self.spec.memory_max_bytes,
+            to,
+        )
+    }
+
+    /// Lets a suspended guest go on here as if nothing had been. Does nothing to others.
+    pub fn resume(&self) {
+        if self.run.suspension().release() {
+            self.xen.mark_stopped();
+            self.run.go_on();
+        }
+    }
+}
+
+/// Writes all of a suspended guest but its configuration: `vcpus` and `features` are its processors.
+pub(crate) fn write(
+    xen: &Xen,
+    vcpus: Vec<SavedVcpu>,
+    features: &SavedFeatures,
+    memory_max_bytes: u64,
+    to: &mut SaveStream<'_>,
+) -> Result<(), SaveError> {
+    let Balloon {
+        given_back,
+        on_demand,
+    } = xen.balloon();
+    let saved = Saved {
+        memory_max_bytes,
+        system_time_ns: xen.system_time_ns(),
+        features: features.clone(),
+        given_back,
+        on_demand,
+        vcpus,
+    };
+    to.machine(&serde_json::to_vec(&saved)?)?;
+    let memory = xen.memory();
+    let mut buffer = vec![0; PAGES_MAX * PAGE_BYTES];
+    let mut at = Gpa(0);
+    while let Some(run) = memory.occupied(at)? {
+        at = Gpa(run.start);
+        while at.0 < run.end {
+            let bytes = (run.end - at.0).min(buffer.len() as u64) as usize;
+            memory.read_ram(at, &mut buffer[..bytes])?;
+            write_pages(at.gfn().0, &buffer[..bytes], to)?;
+            at = Gpa(at.0 + bytes as u64);
+        }
+    }
+    Ok(())
+}
+
+/// Writes the pages that are not zero.
+fn write_pages(first: u64, bytes: &[u8], to: &mut SaveStream<'_>) -> io::Result<()> {
+    let pages: Vec<bool> = bytes
+        .chunks(PAGE_BYTES)
+        .map(|page| page.iter().any(|byte| *byte != 0))
+        .collect();
+    let mut at = 0;
+    for run in pages.chunk_by(|a, b| a == b) {
+        let end = at + run.len();
+        if run[0] {
+            to.pages(first + at as u64, &bytes[at * PAGE_BYTES..end * PAGE_BYTES])?;
+        }
+        at = end;
+    }
+    Ok(())
+}

@@ -1,0 +1,223 @@
+//! Guests that suspend themselves, and domains that come out of a stream.
+
+use std::io::Read;
+use std::sync::atomic::AtomicBool;
+
+use hospes_migration::{Reader, Record, Writer};
+use serde_json::{Value, json};
+
+use super::*;
+
+const MEMORY: u64 = 64 << 20;
+const PAGE: Gpa = Gpa(32 << 20);
+
+/// A guest of two vCPUs that suspends itself once it was asked to, with a word in its memory and another in a register, and tells in its way to end what the
+/// hypercall came back with.
+fn suspending(asked: Arc<AtomicBool>) -> Domain {
+    let d = try_domain(2, MEMORY, Sink::default(), move |c| {
+        Ok(match c.id {
+            0 if asked.swap(false, SeqCst) => {
+                c.memory.write_obj(PAGE, &77u32).unwrap();
+                c.state.gpr[reg::R12] = 88;
+                c.shutdown(sched::SHUTDOWN_SUSPEND)
+            }
+            0 => after(c).unwrap_or(Exit::Yield),
+            _ => Exit::Yield,
+        })
+    })
+    .unwrap();
+    d.unpause();
+    d
+}
+
+/// How a guest ends that has been suspended.
+fn after(c: &mut Cpu<'_>) -> Option<Exit> {
+    if c.state.gpr[reg::R12] != 88 || c.word(PAGE.0) != 77 {
+        return None;
+    }
+    Some(match c.state.gpr[reg::RAX] {
+        0 => c.shutdown(sched::SHUTDOWN_REBOOT),
+        1 => c.shutdown(sched::SHUTDOWN_POWEROFF),
+        _ => c.shutdown(sched::SHUTDOWN_CRASH),
+    })
+}
+
+/// A domain that is suspended.
+fn suspended() -> Domain {
+    let asked = Arc::new(AtomicBool::new(false));
+    let d = suspending(Arc::clone(&asked));
+    let once = AtomicBool::new(true);
+    let ask = || {
+        if once.swap(false, SeqCst) {
+            asked.store(true, SeqCst);
+        }
+        false
+    };
+    d.suspend(&ask).unwrap();
+    d
+}
+
+fn saved(d: &Domain) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let to: &mut dyn Write = &mut bytes;
+    let mut stream = Writer::new(to, b"configuration").unwrap();
+    d.save(&mut stream).unwrap();
+    stream.end().unwrap();
+    bytes
+}
+
+fn restored(vcpus: u32, memory_bytes: u64, bytes: Vec<u8>) -> Result<Domain, CreateError> {
+    let from: Box<dyn Read + Send> = Box::new(std::io::Cursor::new(bytes));
+    let (stream, config) = Reader::new(from).unwrap();
+    assert_eq!(config, b"configuration");
+    let kernel = KernelFile::new();
+    Domain::restore(
+        spec(vcpus, [memory_bytes; 2], Sink::default(), &kernel),
+        stream,
+        engine(|c| {
+            Ok(match c.id {
+                0 => after(c).expect("the memory and the registers are there"),
+                _ => Exit::Yield,
+            })
+        }),
+    )
+}
+
+/// The stream with another machine, and with one page more.
+fn changed(bytes: &[u8], change: impl Fn(&mut Value), page: Option<u64>) -> Vec<u8> {
+    let (mut reader, config) = Reader::new(bytes).unwrap();
+    let mut writer = Writer::new(Vec::new(), &config).unwrap();
+    loop {
+        match reader.next().unwrap() {
+            Record::Machine(text) => {
+                let mut value = serde_json::from_slice(text).unwrap();
+                change(&mut value);
+                writer
+                    .machine(&serde_json::to_vec(&value).unwrap())
+                    .unwrap();
+            }
+            Record::Pages { first, bytes } => writer.pages(first, bytes).unwrap(),
+            Record::Config(_) => unreachable!("it has been read"),
+            Record::End => break,
+        }
+    }
+    if let Some(first) = page {
+        writer.pages(first, &[1; 4096]).unwrap();
+    }
+    writer.end().unwrap()
+}
+
+#[test]
+fn saved_domain_goes_on_in_a_new_one() {
+    let d = suspended();
+    let time = d.xen().system_time_ns();
+    let bytes = saved(&d);
+    assert!(
+        bytes.len() < 1 << 20,
+        "{} bytes of an empty guest",
+        bytes.len()
+    );
+    drop(d);
+    let d = restored(2, MEMORY, bytes).unwrap();
+    assert!(d.xen().system_time_ns() >= time);
+    d.unpause();
+    assert_eq!(d.wait(), EndReason::Reboot);
+}
+
+#[test]
+fn resumed_domain_goes_on_where_it_was() {
+    let d = suspended();
+    saved(&d);
+    assert!(matches!(
+        d.suspend(&|| false),
+        Err(RequestError::Suspending)
+    ));
+    assert_eq!(d.end_reason(), None);
+    d.resume();
+    assert_eq!(d.wait(), EndReason::PowerOff);
+}
+
+#[test]
+fn paused_while_it_is_suspended_stays_paused() {
+    let d = suspended();
+    d.pause();
+    d.resume();
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(d.end_reason(), None);
+    d.unpause();
+    assert_eq!(d.wait(), EndReason::PowerOff);
+}
+
+#[test]
+fn suspend_is_refused_where_no_guest_can_follow() {
+    let d = domain(|_| Exit::Yield);
+    assert!(matches!(d.suspend(&|| false), Err(RequestError::Paused)));
+    d.unpause();
+    assert!(matches!(d.suspend(&|| true), Err(RequestError::TakenBack)));
+    let node = "/local/domain/3/control/shutdown";
+    assert_eq!(d.store().read_text(node).as_deref(), Some(""));
+    d.destroy();
+    assert!(matches!(d.suspend(&|| false), Err(RequestError::Ended(_))));
+}
+
+#[test]
+fn guest_that_suspends_too_late_goes_on() {
+    let asked = Arc::new(AtomicBool::new(false));
+    let d = suspending(Arc::clone(&asked));
+    assert!(matches!(d.suspend(&|| true), Err(RequestError::TakenBack)));
+    asked.store(true, SeqCst);
+    assert_eq!(d.wait(), EndReason::PowerOff);
+}
+
+#[test]
+fn save_of_a_guest_that_runs_is_refused() {
+    let d = domain(|_| Exit::Yield);
+    let mut bytes = Vec::new();
+    let to: &mut dyn Write = &mut bytes;
+    let mut stream = Writer::new(to, b"").unwrap();
+    assert!(matches!(d.save(&mut stream), Err(SaveError::Running)));
+}
+
+#[test]
+fn restore_refuses_what_does_not_fit_by_its_name() {
+    let bytes = saved(&suspended());
+    let refused = |what: &str, domain: Result<Domain, CreateError>| {
+        let text = domain.err().expect(what).to_string();
+        assert!(text.contains(what), "{text}");
+    };
+    refused(
+        "64 MiB of memory at most",
+        restored(2, 2 * MEMORY, bytes.clone()),
+    );
+    refused("2 vCPUs", restored(1, MEMORY, bytes.clone()));
+    for page in [MEMORY >> 12, u64::MAX, 1 << 52, 0xfee00] {
+        let bytes = changed(&bytes, |_| (), Some(page));
+        refused("pages beyond", restored(2, MEMORY, bytes));
+    }
+    type Change = fn(&mut Value);
+    let cases: [(&str, Change); 8] = [
+        ("CR4", |v| v["vcpus"][1]["state"]["cr4"] = json!(1u64 << 40)),
+        ("EFER", |v| {
+            v["vcpus"][0]["state"]["msr"]["efer"] = json!(1 << 1)
+        }),
+        ("XCR0", |v| v["vcpus"][0]["state"]["xcr0"] = json!(1 << 9)),
+        ("canonical", |v| {
+            v["vcpus"][0]["state"]["seg"][4]["base"] = json!(1u64 << 47)
+        }),
+        ("APIC", |v| v["vcpus"][1]["state"]["lapic"]["id"] = json!(0)),
+        ("XSAVE", |v| {
+            v["vcpus"][0]["state"]["xsave"] = json!("ff".repeat(2816))
+        }),
+        ("not understood", |v| {
+            v["vcpus"][0]["state"]["xsave"] = json!("ff")
+        }),
+        ("cannot offer", |v| {
+            for word in v["features"]["words"].as_array_mut().unwrap() {
+                word["value"] = json!(u32::MAX);
+            }
+        }),
+    ];
+    for (what, change) in cases {
+        refused(what, restored(2, MEMORY, changed(&bytes, change, None)));
+    }
+}
