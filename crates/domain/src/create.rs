@@ -106,6 +106,7 @@ pub fn create(
     )?;
     if let Some(saved) = &content.saved {
         xen.restore_balloon(&saved.balloon());
+        xen.mask_all_ports();
     }
     let placement = Arc::new(Placement::new(spec.vcpus));
     let mut vcpus = Vec::new();

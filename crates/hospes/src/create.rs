@@ -16,6 +16,15 @@ use crate::output::{json, print};
 use crate::table::Call;
 use crate::{Failure, Global, Outcome, terminal};
 
+/// What -e makes of the actions for an end: nobody waits for it.
+pub(crate) const UNATTENDED: EventActions = EventActions {
+    poweroff: EventAction::Preserve,
+    reboot: EventAction::Preserve,
+    watchdog: EventAction::Preserve,
+    crash: EventAction::Preserve,
+    soft_reset: EventAction::Preserve,
+};
+
 #[derive(Debug, Default)]
 struct Options {
     file: Option<String>,
@@ -105,6 +114,16 @@ pub(crate) fn name_in(file: &str) -> anyhow::Result<String> {
     }
 }
 
+/// The configuration in a file, as for `create`; `otherwise` is what becomes of the domain where it has errors.
+pub(crate) fn config_in(file: &str, otherwise: &str) -> anyhow::Result<DomainConfig> {
+    let options = Options {
+        file: Some(file.into()),
+        quiet: true,
+        ..Options::default()
+    };
+    configure(Global::default(), &options, otherwise)
+}
+
 /// Creates the domain of a file and leaves it running.
 pub(crate) fn create_from(file: &str) -> anyhow::Result<()> {
     let options = Options {
@@ -129,13 +148,7 @@ fn create_with(global: Global, options: Options) -> anyhow::Result<()> {
         eprintln!("note: there is no VNC server yet, -V and -A are ignored");
     }
     if options.unattended {
-        config.on = EventActions {
-            poweroff: EventAction::Preserve,
-            reboot: EventAction::Preserve,
-            watchdog: EventAction::Preserve,
-            crash: EventAction::Preserve,
-            soft_reset: EventAction::Preserve,
-        };
+        config.on = UNATTENDED;
     }
     let host = Host::from_environment()?;
     // Attached before the first instruction, the console shows everything.

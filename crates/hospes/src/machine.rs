@@ -6,10 +6,12 @@ use std::sync::Arc;
 
 use hospes_config::{CpuLevel, DiskConfig, DomainConfig, FeatureWish, Pinning, Uuid, VifConfig};
 use hospes_domain::frame::Kind;
-use hospes_domain::{Domain, DomainSpec, EndReason, Level, Share, ShutdownKind, Wish};
+use hospes_domain::{
+    Domain, DomainSpec, EndReason, EngineFactory, Level, Share, ShutdownKind, Wish,
+};
 use hospes_toolstack::{
     self as toolstack, Affinity, DeviceKind, Machine, MachineError, MachineInfo, MachineSpec,
-    VcpuInfo, Waiting,
+    SaveStream, SavedStream, VcpuInfo, Waiting,
 };
 use hospes_units::VcpuId;
 
@@ -25,60 +27,80 @@ impl toolstack::MachineFactory for Domains {
         spec: &MachineSpec<'_>,
         console: Box<dyn Write + Send>,
     ) -> Result<Arc<dyn Machine>, MachineError> {
-        let config = spec.config;
-        let mut disks = Vec::new();
-        for disk in &config.disks {
-            disks.extend(devices::disk_spec(disk)?);
-        }
-        let plug = Plug::new(spec.domid, config)?;
-        let (vifs, scripts) = plug.all(&config.vifs)?;
-        let direct = config.engine_direct;
-        let spec = DomainSpec {
-            domid: spec.domid,
-            uuid: *spec.uuid.as_bytes(),
-            name: config.name.clone(),
-            kernel: config.kernel.clone(),
-            ramdisk: config.ramdisk.clone(),
-            cmdline: config.cmdline.clone(),
-            memory_bytes: config.memory_kib() << 10,
-            memory_max_bytes: config.memory_max_kib() << 10,
-            promised_bytes: spec.promised_bytes,
-            vcpus: config.maxvcpus,
-            level: match config.cpu_level {
-                CpuLevel::V3 => Level::V3,
-                CpuLevel::V4 => Level::V4,
-            },
-            wishes: config.cpuid.iter().map(wish).collect(),
-            // There is no saving and no migration yet. On AMD's processors Linux takes a TSC for constant only where it is told so, and else
-            // measures the speed of each further vCPU for a tenth of a second, wrongly on a busy host.
-            nomigrate: true,
-            store: Arc::new(spec.store.clone()),
-            console,
-            disks,
-            vifs,
-            log: Arc::new(toolstack::log_line),
-        };
-        let domain = Domain::create(
-            spec,
-            Box::new(move |memory, cpuid, vcpus| {
-                hospes_engines::create_vm(memory, cpuid, vcpus, direct)
-            }),
-        )?;
-        if config.vcpus < config.maxvcpus {
-            domain.set_vcpus(config.vcpus)?;
-        }
-        place(&domain, config)?;
-        let scheduling = &config.scheduling;
-        domain.set_share(Share {
-            weight: scheduling.weight.unwrap_or(Share::default().weight),
-            cap: scheduling.cap.unwrap_or(Share::default().cap),
-        })?;
-        vifs::bring_online(&scripts)?;
-        Ok(Arc::new(Running(domain, plug)))
+        make(spec, None, console)
     }
+
+    fn restore(
+        &self,
+        spec: &MachineSpec<'_>,
+        saved: SavedStream,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Arc<dyn Machine>, MachineError> {
+        make(spec, Some(saved), console)
+    }
+
     fn sweep(&self, run: &Path) -> Result<(), MachineError> {
         Ok(hospes_hostnet::sweep(run)?)
     }
+}
+
+/// Makes a domain, new or as it was saved.
+fn make(
+    spec: &MachineSpec<'_>,
+    saved: Option<SavedStream>,
+    console: Box<dyn Write + Send>,
+) -> Result<Arc<dyn Machine>, MachineError> {
+    let config = spec.config;
+    let mut disks = Vec::new();
+    for disk in &config.disks {
+        disks.extend(devices::disk_spec(disk)?);
+    }
+    let plug = Plug::new(spec.domid, config)?;
+    let (vifs, scripts) = plug.all(&config.vifs)?;
+    let direct = config.engine_direct;
+    let spec = DomainSpec {
+        domid: spec.domid,
+        uuid: *spec.uuid.as_bytes(),
+        name: config.name.clone(),
+        kernel: config.kernel.clone(),
+        ramdisk: config.ramdisk.clone(),
+        cmdline: config.cmdline.clone(),
+        memory_bytes: config.memory_kib() << 10,
+        memory_max_bytes: config.memory_max_kib() << 10,
+        promised_bytes: spec.promised_bytes,
+        vcpus: config.maxvcpus,
+        level: match config.cpu_level {
+            CpuLevel::V3 => Level::V3,
+            CpuLevel::V4 => Level::V4,
+        },
+        wishes: config.cpuid.iter().map(wish).collect(),
+        // A saved domain stays on hosts like this one, and its time is not the TSC's but Xen's. On AMD's processors Linux takes a TSC for constant only
+        // where it is told so, and else measures the speed of each further vCPU for a tenth of a second, wrongly on a busy host.
+        nomigrate: true,
+        store: Arc::new(spec.store.clone()),
+        console,
+        disks,
+        vifs,
+        log: Arc::new(toolstack::log_line),
+    };
+    let engine: EngineFactory<'_> = Box::new(move |memory, cpuid, vcpus| {
+        hospes_engines::create_vm(memory, cpuid, vcpus, direct)
+    });
+    let domain = match saved {
+        Some(saved) => Domain::restore(spec, saved, engine)?,
+        None => Domain::create(spec, engine)?,
+    };
+    if config.vcpus < config.maxvcpus {
+        domain.set_vcpus(config.vcpus)?;
+    }
+    place(&domain, config)?;
+    let scheduling = &config.scheduling;
+    domain.set_share(Share {
+        weight: scheduling.weight.unwrap_or(Share::default().weight),
+        cap: scheduling.cap.unwrap_or(Share::default().cap),
+    })?;
+    vifs::bring_online(&scripts)?;
+    Ok(Arc::new(Running(domain, plug)))
 }
 
 /// A wish of the configuration as the feature model takes it.
@@ -301,6 +323,18 @@ impl Machine for Running {
 
     fn describe(&self) -> String {
         devices::describe(&self.info(), &self.0.devices())
+    }
+
+    fn suspend(&self, given_up: &dyn Fn() -> bool) -> Result<(), MachineError> {
+        Ok(self.0.suspend(given_up)?)
+    }
+
+    fn save(&self, to: &mut SaveStream<'_>) -> Result<(), MachineError> {
+        Ok(self.0.save(to)?)
+    }
+
+    fn resume(&self) {
+        self.0.resume();
     }
 
     fn console_input(&self, bytes: &[u8]) -> usize {

@@ -3,7 +3,7 @@
 
 use crate::args::{Args, Opt};
 use crate::commands::{
-    device_lists, devices, host, keys, life, logs, memory, meta, names, shares, top, vcpus,
+    device_lists, devices, host, keys, life, logs, memory, meta, names, saving, shares, top, vcpus,
 };
 use crate::{Global, Outcome, create, domains, image, list};
 
@@ -316,6 +316,48 @@ pub(crate) const COMMANDS: &[Command] = &[
         min: 2,
         max: 2,
         run: names::rename,
+        ..PLAIN
+    },
+    Command {
+        name: "save",
+        arguments: "[OPTIONS] DOMAIN FILE [CONFIGFILE]",
+        summary: "Save a running domain in a file and end it",
+        options: &[
+            Opt::short('c', "let the domain go on when it is saved"),
+            Opt::short('p', "leave the domain paused when it is saved"),
+        ],
+        details: "The guest suspends itself, as its kernel has to know how to: Linux does. FILE is there when it is complete and on the disk; until then, and when \
+                  anything fails, a file of that name stays as it is and the guest goes on. It has the guest's memory, so it can be read by its owner alone, and \
+                  the domain's configuration, or that in CONFIGFILE. The disks are not in it: what is restored needs them as they were at that moment.",
+        min: 2,
+        max: 3,
+        run: saving::save,
+        ..PLAIN
+    },
+    Command {
+        name: "restore",
+        arguments: "[OPTIONS] [CONFIGFILE] FILE",
+        summary: "Let a saved domain go on",
+        options: &[
+            Opt::short('p', "leave the domain paused"),
+            Opt::short(
+                'e',
+                "do nothing when the guest ends: every on_... action is preserve",
+            ),
+            Opt::short('d', "print the configuration as JSON to standard error"),
+            Opt::both('V', "vncviewer", "accepted; there is no VNC server yet"),
+            Opt::both(
+                'A',
+                "vncviewer-autopass",
+                "accepted; there is no VNC server yet",
+            ),
+        ],
+        details: "The guest goes on where it was saved, under a new id, on a host whose processor has what the guest saw of that one. With CONFIGFILE, names, disks \
+                  and network interfaces are those it says; memory and the number of virtual CPUs have to be the same. FILE stays as it is. Restore it again only \
+                  with the disks as they were when it was saved: a guest that does not know of a change destroys its file systems.",
+        min: 1,
+        max: 2,
+        run: saving::restore,
         ..PLAIN
     },
     Command {
@@ -691,8 +733,8 @@ pub(crate) const GLOBAL_OPTIONS: &[Opt] = &[
 /// Commands of xl that are not here, by the reason.
 const NOT_HERE: &[(&str, &[&str])] = &[
     (
-        "domains cannot be saved and moved yet",
-        &["save", "restore", "migrate", "migrate-receive", "remus"],
+        "running domains cannot be moved to another host yet: save and restore them",
+        &["migrate", "migrate-receive", "remus"],
     ),
     ("core dumps cannot be written yet", &["dump-core"]),
     (

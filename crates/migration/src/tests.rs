@@ -11,8 +11,11 @@ fn stream(pages: &[(u64, u8)]) -> Vec<u8> {
     writer.end().expect("memory")
 }
 
-/// Reads a whole stream: pages by frame, and the machine.
-fn read(bytes: &[u8]) -> Result<(Vec<(u64, u8)>, Vec<u8>), StreamError> {
+/// Pages by frame, each with its first byte, and the machine.
+type Whole = (Vec<(u64, u8)>, Vec<u8>);
+
+/// Reads a whole stream.
+fn read(bytes: &[u8]) -> Result<Whole, StreamError> {
     let (mut reader, config) = Reader::new(bytes)?;
     assert_eq!(config, b"config");
     let (mut pages, mut machine) = (Vec::new(), Vec::new());

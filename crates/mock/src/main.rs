@@ -4,7 +4,8 @@
 //! `watchdog` and `suspend` end it, `flood` prints 4 MiB, anything else is answered with `echo: ` and the line. With
 //! Devices and keys are said on the console: `attached disk xvdb`, `sysrq h`. Its balloon driver follows at once, and it may have what a host of 1 TiB has left. A disk whose target is called `bad` cannot be
 //! attached, one called `stuck` is not given back but by force. With `deaf` in its kernel command line it does not follow requests to shut down,
-//! for which a process that is asked to end gives it two seconds. A kernel that is no file is an error.
+//! for which a process that is asked to end gives it two seconds. A kernel that is no file is an error. It suspends itself when it is to be saved, unless it
+//! is paused, and what is saved of it is what it was told last; `broken` cannot be saved, and what is no text cannot be restored.
 #![forbid(unsafe_code)]
 
 use std::io::Write;
@@ -13,10 +14,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hospes_config::{DiskConfig, VifConfig};
+use hospes_migration::Record;
 use hospes_store::{DomainEntry, DomainStore, GuestLink, Membership, StoreAccess};
 use hospes_toolstack::{
     Affinity, DeviceKind, EndReason, Machine, MachineError, MachineFactory, MachineInfo,
-    MachineSpec, Share, ShutdownKind, Trigger, VcpuInfo,
+    MachineSpec, SaveStream, SavedStream, Share, ShutdownKind, Trigger, VcpuInfo,
 };
 
 /// What the host of these domains has.
@@ -28,6 +30,8 @@ struct State {
     started: bool,
     paused: bool,
     end: Option<EndReason>,
+    /// The last line that was no command.
+    heard: String,
     /// A disk that is not given back.
     stuck: Option<u32>,
     online: u32,
@@ -69,7 +73,10 @@ impl Mock {
                 }
                 return say(state, "flooded");
             }
-            other => return say(state, &format!("echo: {other}")),
+            other => {
+                state.heard = other.into();
+                return say(state, &format!("echo: {other}"));
+            }
         };
         self.end(state, reason);
     }
@@ -266,6 +273,28 @@ impl Machine for Mock {
         Ok(())
     }
 
+    fn suspend(&self, _: &dyn Fn() -> bool) -> Result<(), MachineError> {
+        let mut state = self.lock();
+        if state.paused {
+            return Err("it is paused".into());
+        }
+        say(&mut state, "suspended");
+        Ok(())
+    }
+
+    fn save(&self, to: &mut SaveStream<'_>) -> Result<(), MachineError> {
+        let heard = self.lock().heard.clone();
+        if heard == "broken" {
+            return Err("it is broken".into());
+        }
+        to.pages(7, &[7; 4096])?;
+        Ok(to.machine(heard.as_bytes())?)
+    }
+
+    fn resume(&self) {
+        say(&mut self.lock(), "resumed");
+    }
+
     fn console_input(&self, bytes: &[u8]) -> usize {
         let mut state = self.lock();
         for byte in bytes {
@@ -290,36 +319,63 @@ impl MachineFactory for Factory {
         if !kernel.is_file() {
             return Err(format!("the kernel {} is no file: give another", kernel.display()).into());
         }
-        let scheduling = &spec.config.scheduling;
-        let share = Share {
-            weight: scheduling.weight.unwrap_or(Share::DEFAULT.weight),
-            cap: scheduling.cap.unwrap_or(Share::DEFAULT.cap),
-        };
-        check(share, spec.config.maxvcpus as usize)?;
-        let membership = enter(spec)?;
-        Ok(Arc::new(Mock {
-            membership: Mutex::new(Some(membership)),
-            state: Mutex::new(State {
-                console,
-                line: Vec::new(),
-                started: false,
-                paused: true,
-                end: None,
-                stuck: None,
-                online: spec.config.vcpus,
-                memory_kib: spec.config.memory_kib(),
-                share,
-                affinities: vec![(None, None); spec.config.maxvcpus as usize],
-            }),
-            changed: Condvar::new(),
-            memory_max_kib: spec.config.memory_max_kib(),
-            deaf: spec.config.cmdline.contains("deaf"),
-        }))
+        make(spec, String::new(), console)
+    }
+
+    fn restore(
+        &self,
+        spec: &MachineSpec<'_>,
+        mut saved: SavedStream,
+        mut console: Box<dyn Write + Send>,
+    ) -> Result<Arc<dyn Machine>, MachineError> {
+        let mut heard = String::new();
+        loop {
+            match saved.next()? {
+                Record::Machine(text) => heard = String::from_utf8(text.to_vec())?,
+                Record::End => break,
+                Record::Config(_) | Record::Pages { .. } => {}
+            }
+        }
+        writeln!(console, "restored: {heard}")?;
+        make(spec, heard, console)
     }
 
     fn shutdown_patience(&self) -> Duration {
         Duration::from_secs(2)
     }
+}
+
+fn make(
+    spec: &MachineSpec<'_>,
+    heard: String,
+    console: Box<dyn Write + Send>,
+) -> Result<Arc<dyn Machine>, MachineError> {
+    let scheduling = &spec.config.scheduling;
+    let share = Share {
+        weight: scheduling.weight.unwrap_or(Share::DEFAULT.weight),
+        cap: scheduling.cap.unwrap_or(Share::DEFAULT.cap),
+    };
+    check(share, spec.config.maxvcpus as usize)?;
+    let membership = enter(spec)?;
+    Ok(Arc::new(Mock {
+        membership: Mutex::new(Some(membership)),
+        state: Mutex::new(State {
+            console,
+            line: Vec::new(),
+            started: false,
+            paused: true,
+            end: None,
+            heard,
+            stuck: None,
+            online: spec.config.vcpus,
+            memory_kib: spec.config.memory_kib(),
+            share,
+            affinities: vec![(None, None); spec.config.maxvcpus as usize],
+        }),
+        changed: Condvar::new(),
+        memory_max_kib: spec.config.memory_max_kib(),
+        deaf: spec.config.cmdline.contains("deaf"),
+    }))
 }
 
 /// Refuses what a real domain with so many vCPUs refuses.

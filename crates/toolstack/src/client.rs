@@ -1,6 +1,6 @@
 //! The commands' side: finding domains and asking them.
 
-use std::io::{self, BufReader, ErrorKind};
+use std::io::{self, BufRead, BufReader, ErrorKind};
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ use crate::state::{self, promised_bytes};
 use crate::store;
 
 /// How long a domain that is being built may take to open its sockets.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
 /// How long an answer may take.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 /// The same where the guest has a part in it: longer than the domain process waits for the guest.
@@ -121,7 +121,7 @@ impl Host {
     }
 
     /// Whether there is room for what a change writes down: the store answers nobody before there is.
-    fn check_room(&self) -> Result<()> {
+    pub(crate) fn check_room(&self) -> Result<()> {
         if is_full(&self.paths.run) {
             return Err(Error::Full {
                 path: self.paths.run.clone(),
@@ -425,7 +425,12 @@ pub(crate) fn receive(
 ) -> Result<Reply> {
     let fault = |source: io::Error| lost(domid, source);
     stream.set_read_timeout(patience).map_err(fault)?;
-    let line = protocol::read_line(&mut BufReader::new(stream))?.map_err(fault)?;
+    read_reply(domid, &mut BufReader::new(stream))
+}
+
+/// The next reply, where more comes behind it.
+pub(crate) fn read_reply(domid: DomId, from: &mut impl BufRead) -> Result<Reply> {
+    let line = protocol::read_line(from)?.map_err(|source| lost(domid, source))?;
     match protocol::decode(&line.ok_or(Error::Gone { domid })?)? {
         Reply::Error { message } => Err(Error::Refused { domid, message }),
         reply => Ok(reply),
@@ -444,7 +449,7 @@ fn lost(domid: DomId, source: io::Error) -> Error {
     }
 }
 
-fn done(reply: Reply) -> Result<()> {
+pub(crate) fn done(reply: Reply) -> Result<()> {
     match reply {
         Reply::Done => Ok(()),
         reply => Err(unexpected(&reply)),

@@ -72,6 +72,11 @@ pub enum Error {
         "the other side breaks the protocol: {0}; are all hospes programs of the same version?"
     )]
     Protocol(String),
+    #[error("{path}: {source}", path = .path.display())]
+    SavedFile {
+        path: PathBuf,
+        source: hospes_migration::StreamError,
+    },
     #[error("{message}")]
     Create { message: String },
     #[error("the domain process ended ({status}) before the domain was there; its log is {log}", log = .log.display())]

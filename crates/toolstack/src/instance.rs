@@ -158,6 +158,16 @@ impl Instance {
         }
     }
 
+    /// The configuration of the next start, where it was set apart.
+    pub(crate) fn prepared_config(&self) -> Option<DomainConfig> {
+        lock(&self.record).next.clone()
+    }
+
+    /// Keeps the domain's devices and settings as they are.
+    pub(crate) fn hold_changes(&self) -> MutexGuard<'_, ()> {
+        lock(&self.changes)
+    }
+
     /// Changes the record, here and in the registry.
     pub(crate) fn set_record(&self, record: Record) -> Result<()> {
         self.registry.update(self.domid, &record)?;

@@ -3,7 +3,7 @@
 //! The program starts itself anew with a hidden subcommand. The process gets a [`Launch`] on its standard input and
 //! answers with a [`Launched`] on its standard output before it goes on alone; standard error is its log.
 
-use std::io::BufReader;
+use std::io::{BufReader, ErrorKind, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -112,13 +112,46 @@ pub(crate) fn create(paths: &Paths, request: CreateRequest) -> Result<Created> {
     start_process(&Launch {
         config,
         paused: request.paused,
+        restore: false,
+        next: None,
         run: paths.run.clone(),
         log: paths.log.clone(),
     })
 }
 
+/// Writes the stream of a saved domain, from behind its configuration to its end.
+pub(crate) type Feed<'a> = &'a mut dyn FnMut(&mut dyn Write) -> Result<()>;
+
+/// Makes a domain of a saved one and returns when it is there.
+pub(crate) fn restore(
+    paths: &Paths,
+    mut config: DomainConfig,
+    next: Option<DomainConfig>,
+    paused: bool,
+    feed: Feed<'_>,
+) -> Result<Created> {
+    resolve(&mut config)?;
+    if config.uuid.is_none() {
+        config.uuid = Some(random_uuid()?);
+    }
+    paths.create()?;
+    let launch = Launch {
+        config,
+        paused,
+        restore: true,
+        next: next.map(Box::new),
+        run: paths.run.clone(),
+        log: paths.log.clone(),
+    };
+    start(&launch, Some(feed))
+}
+
 /// Starts a domain process and waits for its answer.
 pub(crate) fn start_process(launch: &Launch) -> Result<Created> {
+    start(launch, None)
+}
+
+fn start(launch: &Launch, feed: Option<Feed<'_>>) -> Result<Created> {
     let paths = Paths {
         run: launch.run.clone(),
         log: launch.log.clone(),
@@ -143,11 +176,20 @@ pub(crate) fn start_process(launch: &Launch) -> Result<Created> {
         .stderr(log)
         .spawn()
         .map_err(Error::Spawn)?;
-    let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+    let (Some(mut stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
         return Err(Error::Spawn(std::io::ErrorKind::BrokenPipe.into()));
     };
     // Where the process has died already, its exit status says more than the broken pipe.
-    let _ = protocol::send(stdin, launch)?;
+    let _ = protocol::send(&mut stdin, launch)?;
+    let fed = feed.map_or(Ok(()), |feed| feed(&mut stdin));
+    drop(stdin);
+    if let Err(fault) = fed
+        && !is_broken_pipe(&fault)
+    {
+        // What the process has to say of it would be that its input has ended.
+        child.wait().map_err(Error::Spawn)?;
+        return Err(fault);
+    }
     let line = protocol::read_line(&mut BufReader::new(stdout))?.map_err(Error::Spawn)?;
     let Some(line) = line else {
         let status = child.wait().map_err(Error::Spawn)?;
@@ -167,4 +209,10 @@ pub(crate) fn start_process(launch: &Launch) -> Result<Created> {
             Err(Error::Create { message })
         }
     }
+}
+
+/// Whether nobody reads any more what is written.
+fn is_broken_pipe(fault: &Error) -> bool {
+    use hospes_migration::StreamError::Write;
+    matches!(fault, Error::SavedFile { source: Write(source), .. } if source.kind() == ErrorKind::BrokenPipe)
 }

@@ -31,6 +31,7 @@ mod paths;
 mod process;
 pub mod protocol;
 mod registry;
+mod saving;
 mod scheduling;
 mod server;
 mod state;
@@ -41,13 +42,17 @@ pub use client::{Host, Watch};
 pub use each::{Answer, Answers};
 pub use error::{Error, Result};
 pub use launch::{CreateRequest, Created, random_uuid};
-pub use machine::{Machine, MachineError, MachineFactory, MachineInfo, MachineSpec};
+pub use machine::{
+    Machine, MachineError, MachineFactory, MachineInfo, MachineSpec, SaveStream, SavedStream,
+};
 pub use paths::Paths;
 pub use process::domain_process;
 pub use protocol::{
-    DeviceKind, DomainInfo, EndReason, Ended, Request, ShutdownKind, Trigger, Until, Waiting,
+    AfterSave, DeviceKind, DomainInfo, EndReason, Ended, Request, ShutdownKind, Trigger, Until,
+    Waiting,
 };
 pub use registry::{Entry, HOST_NAME, Record};
+pub use saving::SavedDomain;
 pub use scheduling::{Affinity, Share, VcpuInfo, host_cpus, resolve};
 pub use store::store_process;
 

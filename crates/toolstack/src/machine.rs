@@ -2,12 +2,13 @@
 //! without a guest.
 
 use std::error::Error;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
+use hospes_migration::{Reader, Writer};
 use hospes_store_server::StoreClient;
 use hospes_units::DomId;
 
@@ -15,6 +16,12 @@ use crate::protocol::{DeviceKind, EndReason, ShutdownKind, Trigger, Waiting};
 use crate::scheduling::{Affinity, Share, VcpuInfo};
 
 pub type MachineError = Box<dyn Error + Send + Sync>;
+
+/// The stream that a machine comes back from, behind its configuration.
+pub type SavedStream = Reader<Box<dyn Read + Send>>;
+
+/// A stream that a machine is saved to.
+pub type SaveStream<'a> = Writer<&'a mut dyn Write>;
 
 /// What to build.
 #[derive(Clone, Copy, Debug)]
@@ -166,6 +173,21 @@ pub trait Machine: Send + Sync {
         Err(cannot("have its memory changed"))
     }
 
+    /// Has the guest suspend itself and returns when it can be saved. Asks `given_up` now and then whether to go on waiting.
+    fn suspend(&self, given_up: &dyn Fn() -> bool) -> Result<(), MachineError> {
+        let _ = given_up;
+        Err(cannot("be saved"))
+    }
+
+    /// Writes all of a suspended machine but its configuration.
+    fn save(&self, to: &mut SaveStream<'_>) -> Result<(), MachineError> {
+        let _ = to;
+        Err(cannot("be saved"))
+    }
+
+    /// Lets a suspended guest go on here.
+    fn resume(&self) {}
+
     /// Input for the guest's console; returns how many bytes were taken, 0 where there is no room now.
     fn console_input(&self, bytes: &[u8]) -> usize;
 }
@@ -183,6 +205,17 @@ pub trait MachineFactory: Send + Sync {
         spec: &MachineSpec<'_>,
         console: Box<dyn Write + Send>,
     ) -> Result<Arc<dyn Machine>, MachineError>;
+
+    /// Builds a machine, paused, that goes on where another was saved.
+    fn restore(
+        &self,
+        spec: &MachineSpec<'_>,
+        saved: SavedStream,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Arc<dyn Machine>, MachineError> {
+        let _ = (spec, saved, console);
+        Err(cannot("be restored"))
+    }
 
     /// How long a guest may take to shut down when its process is asked to end: less than systemd waits before it kills (90 s).
     fn shutdown_patience(&self) -> Duration {

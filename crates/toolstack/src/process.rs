@@ -1,8 +1,9 @@
 //! The domain process.
 
-use std::io::{BufReader, stderr, stdin, stdout};
+use std::io::{BufReader, Read, Stdin, stderr, stdin, stdout};
 use std::process::ExitCode;
 
+use hospes_migration::Reader;
 use rustix::fs::Mode;
 
 use crate::ending::Ending;
@@ -10,18 +11,22 @@ use crate::error::{Error, Result};
 use crate::hub::ConsoleHub;
 use crate::log::log;
 use crate::logfile::{LOG_MAX_BYTES, LogFile};
-use crate::machine::MachineFactory;
+use crate::machine::{MachineFactory, SavedStream};
 use crate::paths::Paths;
 use crate::protocol::{self, Launch, Launched};
 use crate::store;
 use crate::supervisor::Supervisor;
+
+/// How much of a saved domain is read at a time, in bytes.
+const INPUT_BUFFER: usize = 1 << 20;
 
 /// What the hidden subcommand [`crate::DOMAIN_SUBCOMMAND`] does: one domain, until it has ended.
 pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
     detach();
     let ending = Ending::new(factory.shutdown_patience());
     ending.listen();
-    let launch = match read_launch() {
+    let mut input = BufReader::with_capacity(INPUT_BUFFER, stdin());
+    let launch = match read_launch(&mut input) {
         Ok(launch) => launch,
         Err(fault) => {
             answer(&Launched::Error {
@@ -59,7 +64,10 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
         }
     };
     let supervisor = Supervisor::new(factory, paths, hub, ending, launch.config, uuid, store);
-    let current = match supervisor.start() {
+    let saved: Option<SavedStream> = launch
+        .restore
+        .then(|| Reader::continued(Box::new(input) as Box<dyn Read + Send>));
+    let current = match supervisor.start(saved, launch.next.map(|next| *next)) {
         Ok(current) => current,
         Err(fault) => {
             log!("{fault}");
@@ -97,8 +105,8 @@ fn detach() {
     }
 }
 
-fn read_launch() -> Result<Launch> {
-    let line = protocol::read_line(&mut BufReader::new(stdin().lock()))?.map_err(Error::Spawn)?;
+fn read_launch(input: &mut BufReader<Stdin>) -> Result<Launch> {
+    let line = protocol::read_line(input)?.map_err(Error::Spawn)?;
     match line {
         Some(line) => protocol::decode(&line),
         None => Err(Error::Protocol(

@@ -192,6 +192,19 @@ pub enum Request {
     },
     /// Writes what is known of the domain into its log.
     Describe,
+    /// The guest suspends itself; behind [`Reply::Saving`] comes the domain as a stream, with this configuration or its own, and then the client says what
+    /// becomes of it, an [`AfterSave`].
+    Save {
+        config: Option<Box<DomainConfig>>,
+    },
+}
+
+/// What becomes of a domain whose stream the client has safely.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AfterSave {
+    Destroy,
+    GoOn { paused: bool },
 }
 
 impl Request {
@@ -266,9 +279,15 @@ pub enum Reply {
     Done,
     Info(DomainInfo),
     Ended(Ended),
-    Vcpus { vcpus: Vec<VcpuInfo> },
+    Vcpus {
+        vcpus: Vec<VcpuInfo>,
+    },
     Share(Share),
-    Error { message: String },
+    /// What follows is no message but a stream.
+    Saving,
+    Error {
+        message: String,
+    },
 }
 
 /// What a domain process is told at its start, on its standard input.
@@ -278,6 +297,12 @@ pub struct Launch {
     pub config: DomainConfig,
     /// Leave the domain paused.
     pub paused: bool,
+    /// Whether the stream of a saved domain follows this message, from behind its configuration to its end.
+    #[serde(default)]
+    pub restore: bool,
+    /// What a restored domain is started with the next time, where that was set apart.
+    #[serde(default)]
+    pub next: Option<Box<DomainConfig>>,
     /// Directory of run-time state.
     pub run: PathBuf,
     /// Directory of logs.

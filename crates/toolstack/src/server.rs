@@ -12,7 +12,7 @@ use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Duration;
 
-use hospes_config::CpuList;
+use hospes_config::{CpuList, DomainConfig};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::ending::Ending;
@@ -22,6 +22,7 @@ use crate::instance::Instance;
 use crate::log::log;
 use crate::machine::{Machine, MachineError};
 use crate::protocol::{self, Ended, Reply, Request, ShutdownKind, Until};
+use crate::saving;
 use crate::scheduling::{host_cpus, resolve};
 
 /// Most connections at a time, per socket.
@@ -182,7 +183,7 @@ fn serve_control(
         let announced = announced
             .take()
             .unwrap_or_else(|| Announced::new(&Arc::downgrade(&instance)));
-        let answered = answer(stream, &instance, ending, request)
+        let answered = answer(stream, &mut reader, &instance, ending, request)
             .is_some_and(|reply| reply_to(stream, &reply));
         drop(announced);
         if !answered {
@@ -212,9 +213,27 @@ fn reply_to(stream: &UnixStream, reply: &Reply) -> bool {
     matches!(protocol::send(stream, reply), Ok(Ok(())))
 }
 
+/// The reply to a request to save the domain; `None` where the client has left.
+fn save(
+    stream: &UnixStream,
+    reader: &mut BufReader<&UnixStream>,
+    instance: &Instance,
+    config: Option<Box<DomainConfig>>,
+) -> Option<Reply> {
+    let left = || has_left(stream, Some(Duration::ZERO));
+    match saving::answer(stream, reader, instance, config.map(|c| *c), &left)? {
+        saving::Answer::Reply(reply) => Some(reply),
+        saving::Answer::Destroy => {
+            instance.destroy();
+            wait(stream, instance, Until::Death).map(|_| Reply::Done)
+        }
+    }
+}
+
 /// `None` where the client has left, or has to ask the domain's next instance.
 fn answer(
     stream: &UnixStream,
+    reader: &mut BufReader<&UnixStream>,
     instance: &Instance,
     ending: &Ending,
     request: Request,
@@ -300,6 +319,7 @@ fn answer(
         Request::SetVcpus { online } => done(instance.set_vcpus(online)),
         Request::SetMemoryTarget { kib } => done(instance.set_memory_target(kib)),
         Request::SetMemoryMax { kib } => done(instance.set_memory_max(kib)),
+        Request::Save { config } => save(stream, reader, instance, config)?,
     })
 }
 

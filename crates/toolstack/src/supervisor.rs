@@ -15,7 +15,7 @@ use crate::hub::ConsoleHub;
 use crate::instance::{ChangeError, FAREWELL, Instance};
 use crate::launch;
 use crate::log::log;
-use crate::machine::{MachineError, MachineFactory, MachineSpec};
+use crate::machine::{MachineError, MachineFactory, MachineSpec, SavedStream};
 use crate::paths::Paths;
 use crate::protocol::{EndReason, Launch};
 use crate::registry::{Record, Registry, Slot};
@@ -120,20 +120,27 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    /// Creates the domain, paused.
-    pub(crate) fn start(&self) -> std::result::Result<Current, StartError> {
-        let slot = self
-            .registry
-            .allocate(&Record::new(&self.config, self.uuid))?;
-        self.start_in(slot, &self.config)
+    /// Creates the domain, or restores it, paused. `next` is what it is started with the next time, where that is something else.
+    pub(crate) fn start(
+        &self,
+        saved: Option<SavedStream>,
+        next: Option<DomainConfig>,
+    ) -> std::result::Result<Current, StartError> {
+        let record = Record {
+            next,
+            ..Record::new(&self.config, self.uuid)
+        };
+        let slot = self.registry.allocate(&record)?;
+        self.start_in(slot, record, saved)
     }
 
     fn start_in(
         &self,
         slot: Slot,
-        config: &DomainConfig,
+        record: Record,
+        saved: Option<SavedStream>,
     ) -> std::result::Result<Current, StartError> {
-        match self.build(&slot, config) {
+        match self.build(&slot, record, saved) {
             Ok((server, instance)) => Ok(Current {
                 slot,
                 server,
@@ -150,24 +157,27 @@ impl<'a> Supervisor<'a> {
     fn build(
         &self,
         slot: &Slot,
-        config: &DomainConfig,
+        record: Record,
+        saved: Option<SavedStream>,
     ) -> std::result::Result<(Server, Arc<Instance>), StartError> {
         let spec = MachineSpec {
             domid: slot.domid(),
             uuid: self.uuid,
-            config,
+            config: &record.config,
             promised_bytes: promised_bytes(&self.registry, slot.domid())?,
             store: &self.store,
         };
-        let machine = self
-            .factory
-            .create(&spec, self.hub.writer())
-            .map_err(StartError::Machine)?;
+        let console = self.hub.writer();
+        let machine = match saved {
+            Some(saved) => self.factory.restore(&spec, saved, console),
+            None => self.factory.create(&spec, console),
+        };
+        let machine = machine.map_err(StartError::Machine)?;
         self.hub.connect(Some(machine.clone()));
         let instance = Arc::new(Instance::new(
             slot.domid(),
             self.registry.clone(),
-            Record::new(config, self.uuid),
+            record,
             machine,
             self.hub.clone(),
         ));
@@ -279,9 +289,8 @@ impl<'a> Supervisor<'a> {
         self.hub.connect(None);
         instance.machine().leave();
         let config = instance.next_config();
-        let slot = self
-            .registry
-            .replace(slot, &Record::new(&config, self.uuid))?;
+        let record = Record::new(&config, self.uuid);
+        let slot = self.registry.replace(slot, &record)?;
         if !instance.succeed(slot.domid()) {
             self.finish(slot, &instance);
             return Ok(None);
@@ -289,7 +298,7 @@ impl<'a> Supervisor<'a> {
         instance.wait_heard();
         // The old machine's memory has to be free before the new one asks for its own.
         drop(instance);
-        self.start_in(slot, &config).map(Some)
+        self.start_in(slot, record, None).map(Some)
     }
 
     /// Gives the ended domain another name and starts a new one in a process of its own.
@@ -327,6 +336,8 @@ impl<'a> Supervisor<'a> {
                 ..config
             },
             paused: false,
+            restore: false,
+            next: None,
             run: self.paths.run.clone(),
             log: self.paths.log.clone(),
         };

@@ -4,6 +4,7 @@
 use std::sync::atomic::Ordering::SeqCst;
 
 use hospes_units::{Gfn, VcpuId};
+use hospes_xen_abi::shared::{PORTS_2LEVEL, SI_MASK};
 
 use crate::{Xen, lock};
 
@@ -33,6 +34,14 @@ impl Xen {
         });
         let frames = runs.flatten().filter(|gfn| self.memory.is_ram(*gfn, 1));
         lock(&self.memory_state).restore(frames, balloon.on_demand);
+    }
+
+    /// Masks all ports of a restored domain, as they are where a kernel starts: its guest unmasks those that it has kept unmasked. Linux has ports that it
+    /// never unmasks (those of its spin locks) and crashes when one is delivered.
+    pub fn mask_all_ports(&self) {
+        for word in 0..PORTS_2LEVEL / 64 {
+            self.shared.u64(SI_MASK + 8 * word).store(u64::MAX, SeqCst);
+        }
     }
 
     /// Whether a vCPU of a restored domain may run, as the guest's hypercalls had left it. To be called before it runs.

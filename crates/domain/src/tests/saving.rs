@@ -182,7 +182,7 @@ fn save_of_a_guest_that_runs_is_refused() {
 fn restore_refuses_what_does_not_fit_by_its_name() {
     let bytes = saved(&suspended());
     let refused = |what: &str, domain: Result<Domain, CreateError>| {
-        let text = domain.err().expect(what).to_string();
+        let text = domain.expect_err(what).to_string();
         assert!(text.contains(what), "{text}");
     };
     refused(

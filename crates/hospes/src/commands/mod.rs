@@ -9,6 +9,7 @@ pub(crate) mod logs;
 pub(crate) mod memory;
 pub(crate) mod meta;
 pub(crate) mod names;
+pub(crate) mod saving;
 pub(crate) mod shares;
 pub(crate) mod top;
 pub(crate) mod vcpus;

@@ -95,10 +95,14 @@ fn run_wrong_arguments_gives_the_status_of_xl() {
         ),
         (
             1,
-            &["save", "d", "f"],
-            "command not implemented: save: domains cannot be saved",
+            &["migrate", "d", "h"],
+            "command not implemented: migrate: running domains cannot be moved",
         ),
-        (1, &["sa"], "command not implemented: sa"),
+        (
+            2,
+            &["sa"],
+            "'hospes-mock save' requires at least 2 arguments.",
+        ),
         (1, &["s"], "command not implemented: s"),
         // xl has others that begin so.
         (1, &["p", "d"], "command not implemented: p"),

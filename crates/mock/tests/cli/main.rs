@@ -9,6 +9,7 @@ mod host;
 mod image;
 mod life_cycle;
 mod memory;
+mod saving;
 mod signals;
 mod stopped;
 mod unprivileged;

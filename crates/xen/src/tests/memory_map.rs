@@ -131,7 +131,7 @@ fn given_back_frames_are_known_in_a_restored_domain() {
     let m = Machine::new(1);
     let runs = [(0x3f, 2), (0x80, 1)];
     let restore = |runs: &[(u64, u64)], on_demand| {
-        m.xen.restore_balloon(&Balloon {
+        m.xen.restore_balloon(&crate::Balloon {
             given_back: runs.to_vec(),
             on_demand,
         });

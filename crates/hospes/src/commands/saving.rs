@@ -1,0 +1,104 @@
+//! Saving domains in files, and making domains of them.
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use hospes_toolstack::{AfterSave, Host, SavedDomain};
+
+use crate::create::config_in;
+use crate::table::Call;
+use crate::{Failure, Outcome};
+
+/// Pages of 4 KiB in a MiB.
+const PAGES_IN_MIB: u64 = 256;
+/// How often the line of progress is written anew.
+const INTERVAL: Duration = Duration::from_millis(200);
+
+pub(crate) fn save(call: &Call) -> Outcome {
+    let (who, path) = (call.args.at(0), call.args.at(1));
+    let config = call
+        .args
+        .values
+        .get(2)
+        .map(|file| config_in(file, "the domain goes on"));
+    let config = config.transpose()?;
+    let after = match (call.args.has("c"), call.args.has("p")) {
+        (true, true) => return Err(Failure::Usage("give -c or -p, not both".into())),
+        (false, false) => AfterSave::Destroy,
+        (_, paused) => AfterSave::GoOn { paused },
+    };
+    let host = Host::from_environment()?;
+    let domid = host.find(who)?.domid;
+    eprintln!("Saving domain {domid} to {path}");
+    let mut line = Line::new("Saved");
+    host.save(who, Path::new(path), config, after, &mut |pages| {
+        line.show(pages)
+    })
+    .context("Failed to save the domain, which goes on")?;
+    line.end();
+    Ok(())
+}
+
+pub(crate) fn restore(call: &Call) -> Outcome {
+    let (config, path) = match &call.args.values[..] {
+        [config, path] => (Some(config), path),
+        [path] => (None, path),
+        _ => return Err(Failure::Usage("give the file of a saved domain".into())),
+    };
+    let mut saved = SavedDomain::open(Path::new(path))?;
+    if let Some(file) = config {
+        saved.set_config(config_in(file, "no domain was restored")?);
+    }
+    if call.args.has("d") {
+        eprintln!("{}", crate::output::json(&saved.config.to_json()));
+    }
+    for option in ["vncviewer", "vncviewer-autopass"] {
+        if call.args.has(option) {
+            eprintln!("note: there is no VNC server yet, --{option} is ignored");
+        }
+    }
+    if call.args.has("e") {
+        saved.config.on = crate::create::UNATTENDED;
+    }
+    eprintln!("Loading the domain {} from {path}", saved.config.name);
+    let host = Host::from_environment()?;
+    let mut line = Line::new("Restored");
+    let created = host.restore(saved, call.args.has("p"), &mut |pages| line.show(pages))?;
+    line.end();
+    eprintln!("It is domain {}", created.domid);
+    Ok(())
+}
+
+/// How far it has come: on a terminal a line that is written over, elsewhere one at the end.
+struct Line {
+    done: &'static str,
+    pages: u64,
+    terminal: bool,
+    shown: Option<Instant>,
+}
+
+impl Line {
+    fn new(done: &'static str) -> Line {
+        Line {
+            done,
+            pages: 0,
+            terminal: std::io::stderr().is_terminal(),
+            shown: None,
+        }
+    }
+
+    fn show(&mut self, pages: u64) {
+        self.pages = pages;
+        if self.terminal && self.shown.is_none_or(|shown| shown.elapsed() >= INTERVAL) {
+            self.shown = Some(Instant::now());
+            eprint!("\r{} MiB", pages / PAGES_IN_MIB);
+        }
+    }
+
+    fn end(&self) {
+        let start = if self.terminal { "\r" } else { "" };
+        eprintln!("{start}{} {} MiB", self.done, self.pages / PAGES_IN_MIB);
+    }
+}

@@ -1,0 +1,210 @@
+//! Domains in files: what becomes of the domain, the file and the configuration.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+
+use crate::common::{Bench, until};
+
+/// A running domain that has heard a line, and the path of a file for it.
+fn bench_with(line: &str) -> (Bench, String) {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    tell(&bench, line);
+    let path = bench.path("saved").display().to_string();
+    (bench, path)
+}
+
+fn tell(bench: &Bench, line: &str) {
+    let mut console = bench.spawn(&["console", "one"]);
+    console.expect("mock guest ready");
+    console.send(&format!("{line}\n"));
+    console.expect(&format!("echo: {line}"));
+    console.stdin = None;
+}
+
+fn said(bench: &Bench, text: &str) -> usize {
+    bench.log("one.console.log").matches(text).count()
+}
+
+/// Names in the bench's directory, of files that may be left by a save.
+fn files(bench: &Bench) -> Vec<String> {
+    let entries = fs::read_dir(bench.path("")).expect("readable");
+    let names = entries.map(|entry| entry.expect("readable").file_name());
+    let mut names: Vec<String> = names
+        .map(|name| name.to_string_lossy().into_owned())
+        .filter(|name| name.contains("saved"))
+        .collect();
+    names.sort();
+    names
+}
+
+fn config(bench: &Bench) -> serde_json::Value {
+    let list = bench.ok(&["list", "-l", "one"]);
+    let json: serde_json::Value = serde_json::from_str(&list).expect("JSON");
+    json[0]["config"].clone()
+}
+
+#[test]
+fn saved_domain_ends_and_goes_on_from_its_file_with_what_it_had() {
+    let (bench, path) = bench_with("hello");
+    bench.ok(&["block-attach", "one", "/img/b,qcow2,xvdb,r"]);
+    bench.ok(&["mem-set", "one", "32"]);
+    let before = config(&bench);
+    bench.ok(&["save", "one", &path]);
+    assert_eq!(bench.row("one"), None);
+    let mode = fs::metadata(&path).expect("it is there").permissions();
+    assert_eq!(mode.mode() & 0o777, 0o600);
+    assert_eq!(files(&bench), ["saved"]);
+    bench.ok(&["restore", &path]);
+    assert_eq!(config(&bench), before);
+    let row = bench.row("one").expect("it runs");
+    assert_eq!((&row[1][..], &row[4][..]), ("2", "-b----"));
+    until("the guest's words", || said(&bench, "restored: hello") == 1);
+    let refused = bench.fails(1, &["restore", &path]);
+    assert!(refused.contains("\"one\" exists already"), "{refused}");
+    bench.ok(&["destroy", "one"]);
+    // The file stays as it is.
+    bench.ok(&["restore", "-p", &path]);
+    let row = bench.row("one").expect("it is there");
+    assert_eq!(row[4], "--p---");
+    bench.ok(&["destroy", "one"]);
+}
+
+#[test]
+fn checkpoint_lets_the_domain_go_on() {
+    let (bench, path) = bench_with("hello");
+    bench.ok(&["save", "-c", "one", &path]);
+    let row = bench.row("one").expect("it runs");
+    assert_eq!((&row[1][..], &row[4][..]), ("1", "-b----"));
+    assert_eq!((said(&bench, "suspended"), said(&bench, "resumed")), (1, 1));
+    bench.ok(&["save", "-p", "one", &path]);
+    assert_eq!(bench.row("one").expect("it is there")[4], "--p---");
+    let refused = bench.fails(1, &["save", "one", &path]);
+    assert!(refused.contains("it is paused"), "{refused}");
+    bench.fails(2, &["save", "-c", "-p", "one", &path]);
+    bench.ok(&["unpause", "one"]);
+    // What is no file is written as it is.
+    bench.ok(&["save", "-c", "one", "/dev/null"]);
+    bench.ok(&["destroy", "one"]);
+}
+
+#[test]
+fn save_that_fails_leaves_domain_and_file_as_they_were() {
+    let (bench, path) = bench_with("hello");
+    bench.ok(&["save", "-c", "one", &path]);
+    let before = fs::read(&path).expect("it is there");
+    tell(&bench, "broken");
+    let fault = bench.fails(1, &["save", "one", &path]);
+    assert!(fault.contains("which goes on"), "{fault}");
+    assert_eq!(fs::read(&path).expect("it is there"), before);
+    assert_eq!(files(&bench), ["saved"]);
+    until("the guest goes on", || said(&bench, "resumed") == 2);
+    // The guest does not stop for what cannot be written.
+    let nowhere = bench.path("nowhere/saved").display().to_string();
+    let fault = bench.fails(1, &["save", "one", &nowhere]);
+    assert!(fault.contains("cannot write"), "{fault}");
+    bench.fails(1, &["save", "two", &path]);
+    assert_eq!(said(&bench, "suspended"), 2);
+    assert_eq!(files(&bench), ["saved"]);
+    bench.ok(&["destroy", "one"]);
+}
+
+#[test]
+fn command_that_dies_before_it_has_the_file_lets_the_domain_go_on() {
+    let (bench, _) = bench_with("hello");
+    let socket = bench.domain_dir(1).join("control.sock");
+    let mut stream = UnixStream::connect(socket).expect("it listens");
+    let request = r#"{"version":1,"body":{"op":"save","config":null}}"#;
+    writeln!(stream, "{request}").expect("it reads");
+    let mut reply = String::new();
+    let mut reader = BufReader::new(stream);
+    reader.read_line(&mut reply).expect("text");
+    assert!(reply.contains("saving"), "{reply}");
+    drop(reader);
+    until("the guest goes on", || said(&bench, "resumed") == 1);
+    assert!(bench.row("one").is_some());
+    bench.ok(&["destroy", "one"]);
+}
+
+#[test]
+fn restore_of_what_is_no_saved_domain_is_refused_and_leaves_nothing() {
+    let (bench, path) = bench_with("hello");
+    bench.ok(&["save", "one", &path]);
+    let whole = fs::read(&path).expect("it is there");
+    let middle = whole.len() - 2000;
+    let cases: [(&str, Vec<u8>, &str); 4] = [
+        ("short", whole[..middle].to_vec(), "it ends too soon"),
+        ("empty", Vec::new(), "this is no saved domain"),
+        (
+            "other",
+            b"name='one'\n".repeat(99),
+            "this is no saved domain",
+        ),
+        (
+            "changed",
+            {
+                let mut changed = whole.clone();
+                changed[middle] ^= 1;
+                changed
+            },
+            "it is damaged: the checksum",
+        ),
+    ];
+    for (name, bytes, why) in cases {
+        let path = bench.path(name).display().to_string();
+        fs::write(&path, bytes).expect("writable");
+        let fault = bench.fails(1, &["restore", &path]);
+        assert!(fault.contains(why) && fault.contains(&path), "{fault}");
+        assert_eq!(bench.row("one"), None);
+    }
+    let fault = bench.fails(1, &["restore", "/nowhere"]);
+    assert!(fault.contains("cannot open /nowhere"), "{fault}");
+    bench.ok(&["restore", &path]);
+    bench.ok(&["destroy", "one"]);
+}
+
+#[test]
+fn other_configurations_are_taken_at_either_end() {
+    let (bench, path) = bench_with("hello");
+    let file = |name: &str| {
+        let kernel = bench.path("kernel").display().to_string();
+        let text = format!("name='{name}'\ntype='pvh'\nmemory=64\nkernel='{kernel}'\n");
+        let path = bench.path(&format!("{name}.cfg")).display().to_string();
+        fs::write(&path, text).expect("writable");
+        path
+    };
+    bench.ok(&["save", "-c", "one", &path, &file("two")]);
+    bench.ok(&["destroy", "one"]);
+    bench.ok(&["restore", &path]);
+    assert!(bench.row("two").is_some() && bench.row("one").is_none());
+    bench.ok(&["destroy", "two"]);
+    bench.ok(&["restore", "-e", &file("one"), &path]);
+    assert!(bench.row("one").is_some());
+    bench.ok(&["destroy", "one"]);
+    let bad = bench.path("bad.cfg").display().to_string();
+    fs::write(&bad, "name=").expect("writable");
+    let fault = bench.fails(1, &["restore", &bad, &path]);
+    assert!(fault.contains("no domain was restored"), "{fault}");
+}
+
+#[test]
+fn configuration_of_the_next_start_is_saved_too() {
+    let (bench, path) = bench_with("hello");
+    let kernel = bench.path("kernel").display().to_string();
+    bench.ok(&[
+        "config-update",
+        "one",
+        "/dev/null",
+        &format!("name='one'; type='pvh'; memory=96; kernel='{kernel}'"),
+    ]);
+    bench.ok(&["save", "one", &path]);
+    bench.ok(&["restore", &path]);
+    assert_eq!(bench.row("one").expect("it runs")[2], "64");
+    bench.ok(&["reboot", "one"]);
+    until("the next start", || {
+        bench.row("one").is_some_and(|row| row[2] == "96")
+    });
+    bench.ok(&["destroy", "one"]);
+}

@@ -1,0 +1,316 @@
+//! Saving a domain into a file, and making a domain of one.
+//!
+//! The command writes the file, and the domain process does what only it can: after the request and [`Reply::Saving`] the stream of `hospes_migration` comes
+//! over the control connection. When the command has it safely it says what becomes of the domain, an [`AfterSave`]; where it cannot say that, the guest
+//! goes on as if nothing had been.
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufReader, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use hospes_config::DomainConfig;
+use hospes_migration::{Reader, StreamError, Writer};
+use hospes_units::DomId;
+use serde::{Deserialize, Serialize};
+
+use crate::client::{CONNECT_PATIENCE, Host, done, read_reply, send, unexpected};
+use crate::each::check_goes_on;
+use crate::error::{Error, Result, at};
+use crate::instance::Instance;
+use crate::launch::{self, Created};
+use crate::log::log;
+use crate::protocol::{self, AfterSave, Reply, Request};
+
+/// How long a guest may take to suspend itself: longer than the domain process waits for it.
+const SUSPEND_PATIENCE: Duration = Duration::from_secs(90);
+/// How much of a stream is on its way at a time, in bytes.
+const BUFFER: usize = 1 << 20;
+
+/// What a stream says of the domain before its state.
+#[derive(Debug, Serialize, Deserialize)]
+struct SavedConfig {
+    config: DomainConfig,
+    /// What it is started with the next time, where that was set apart.
+    #[serde(default)]
+    next: Option<DomainConfig>,
+}
+
+/// A saved domain that is about to be restored.
+pub struct SavedDomain {
+    reader: Reader<Box<dyn Read>>,
+    path: PathBuf,
+    /// Of the domain as it was saved.
+    pub config: DomainConfig,
+    next: Option<DomainConfig>,
+}
+
+impl std::fmt::Debug for SavedDomain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "SavedDomain({})", self.path.display())
+    }
+}
+
+impl SavedDomain {
+    /// Opens a file that a domain was saved in.
+    pub fn open(path: &Path) -> Result<SavedDomain> {
+        let file = File::open(path).map_err(at("cannot open", path))?;
+        let file: Box<dyn Read> = Box::new(BufReader::with_capacity(BUFFER, file));
+        let fault = |source| Error::SavedFile {
+            path: path.to_path_buf(),
+            source,
+        };
+        let (reader, text) = Reader::new(file).map_err(fault)?;
+        let saved: SavedConfig = serde_json::from_slice(&text).map_err(|source| {
+            Error::Protocol(format!(
+                "{}: the configuration of the saved domain is not understood ({source})",
+                path.display()
+            ))
+        })?;
+        Ok(SavedDomain {
+            reader,
+            path: path.to_path_buf(),
+            config: saved.config,
+            next: saved.next,
+        })
+    }
+
+    /// Takes another configuration in place of the one that was saved; the domain stays the same by its UUID where it has none.
+    pub fn set_config(&mut self, config: DomainConfig) {
+        let uuid = config.uuid.or(self.config.uuid);
+        self.config = DomainConfig { uuid, ..config };
+        self.next = None;
+    }
+}
+
+impl Host {
+    /// Saves a domain in a file, which has all of it and is on the disk when this returns, or else is as it was before. Calls `progress` with the pages
+    /// written.
+    pub fn save(
+        &self,
+        who: &str,
+        path: &Path,
+        config: Option<DomainConfig>,
+        after: AfterSave,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<()> {
+        let config = config
+            .map(|mut config| launch::resolve(&mut config).map(|()| Box::new(config)))
+            .transpose()?;
+        // Before the guest stops for it.
+        let mut target = Target::open(path)?;
+        let (domid, stream) = self.ask_to_save(who, &Request::Save { config })?;
+        let fault = |source| Error::Unreachable { domid, source };
+        let mut from = BufReader::with_capacity(BUFFER, &stream);
+        let timeout = |time| stream.set_read_timeout(time).map_err(fault);
+        timeout(Some(SUSPEND_PATIENCE))?;
+        match read_reply(domid, &mut from)? {
+            Reply::Saving => {}
+            reply => return Err(unexpected(&reply)),
+        }
+        timeout(None)?;
+        copy(&mut from, &mut target.file, path, progress).map_err(|fault| match fault {
+            Error::SavedFile {
+                source: StreamError::Truncated,
+                ..
+            } => Error::Refused {
+                domid,
+                message: "it has not written all of itself: its log says why".into(),
+            },
+            fault => fault,
+        })?;
+        target.finish()?;
+        protocol::send(&stream, &after)?.map_err(fault)?;
+        done(read_reply(domid, &mut from)?)
+    }
+
+    /// Asks for the stream of a domain.
+    fn ask_to_save(&self, who: &str, request: &Request) -> Result<(DomId, UnixStream)> {
+        let entry = self.find(who)?;
+        check_goes_on(&entry)?;
+        self.check_room()?;
+        let stream = send(&entry, request, CONNECT_PATIENCE)?;
+        Ok((entry.domid, stream))
+    }
+
+    /// Makes a domain of a saved one and returns when it is there. Calls `progress` with the pages read.
+    pub fn restore(
+        &self,
+        saved: SavedDomain,
+        paused: bool,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Created> {
+        self.check_room()?;
+        let SavedDomain {
+            mut reader,
+            path,
+            config,
+            next,
+        } = saved;
+        let mut feed = |to: &mut dyn Write| {
+            reader
+                .pass_on(io::BufWriter::with_capacity(BUFFER, to), &mut *progress)
+                .map_err(|source| Error::SavedFile {
+                    path: path.clone(),
+                    source,
+                })
+        };
+        launch::restore(self.paths(), config, next, paused, &mut feed)
+    }
+}
+
+/// Writes a stream as it comes, from its beginning to its end.
+fn copy(from: impl Read, to: &mut File, path: &Path, progress: &mut dyn FnMut(u64)) -> Result<()> {
+    let fault = |source| Error::SavedFile {
+        path: path.to_path_buf(),
+        source,
+    };
+    let mut to = io::BufWriter::with_capacity(BUFFER, to);
+    let (mut reader, config) = Reader::new(from).map_err(fault)?;
+    // The beginning is written anew; what is read is what was written there.
+    Writer::new(&mut to, &config).map_err(|source| fault(StreamError::Write(source)))?;
+    reader.pass_on(&mut to, progress).map_err(fault)
+}
+
+/// A file that appears under its name when it is complete, and a device or pipe as it is.
+struct Target<'a> {
+    file: File,
+    path: &'a Path,
+    /// The file's name until then, beside its own.
+    draft: Option<PathBuf>,
+}
+
+impl<'a> Target<'a> {
+    fn open(path: &'a Path) -> Result<Target<'a>> {
+        let special = fs::metadata(path).is_ok_and(|data| !data.is_file());
+        let draft = (!special).then(|| {
+            let mut name = OsString::from(".");
+            name.push(path.file_name().unwrap_or_default());
+            name.push(format!(".{}", std::process::id()));
+            path.with_file_name(name)
+        });
+        let mut options = OpenOptions::new();
+        // A guest's memory has its secrets.
+        options.write(true).mode(0o600);
+        let file = match &draft {
+            Some(draft) => options.create(true).truncate(true).open(draft),
+            None => options.open(path),
+        };
+        Ok(Target {
+            file: file.map_err(at("cannot write", path))?,
+            path,
+            draft,
+        })
+    }
+
+    /// Makes sure that the file outlives a failure of the host.
+    fn finish(mut self) -> Result<()> {
+        let Some(draft) = self.draft.take() else {
+            return Ok(());
+        };
+        let directory = match self.path.parent() {
+            Some(parent) if parent != Path::new("") => parent,
+            _ => Path::new("."),
+        };
+        let written = self
+            .file
+            .sync_all()
+            .and_then(|()| fs::rename(&draft, self.path))
+            .and_then(|()| File::open(directory)?.sync_all());
+        written
+            .inspect_err(|_| drop(fs::remove_file(&draft)))
+            .map_err(at("cannot write", self.path))
+    }
+}
+
+impl Drop for Target<'_> {
+    fn drop(&mut self) {
+        if let Some(draft) = &self.draft {
+            let _ = fs::remove_file(draft);
+        }
+    }
+}
+
+/// Answers [`Request::Save`] on a connection: the domain's side. `None` where the client has left.
+pub(crate) fn answer(
+    stream: &UnixStream,
+    reader: &mut BufReader<&UnixStream>,
+    instance: &Instance,
+    config: Option<DomainConfig>,
+    has_left: &dyn Fn() -> bool,
+) -> Option<Answer> {
+    let _changes = instance.hold_changes();
+    let machine = instance.machine();
+    log!("Saving: the guest is asked to suspend itself");
+    if let Err(fault) = machine.suspend(has_left) {
+        log!("The domain is not saved: {fault}");
+        return Some(Answer::Reply(Reply::Error {
+            message: fault.to_string(),
+        }));
+    }
+    let sent = send_stream(stream, instance, config).and_then(|()| receive_verdict(stream, reader));
+    match sent {
+        Ok(AfterSave::Destroy) => {
+            log!("The domain is saved");
+            Some(Answer::Destroy)
+        }
+        Ok(AfterSave::GoOn { paused }) => {
+            log!("The domain is saved and goes on");
+            if paused {
+                machine.pause();
+            }
+            machine.resume();
+            Some(Answer::Reply(Reply::Done))
+        }
+        Err(fault) => {
+            log!("The domain is not saved and goes on: {fault}");
+            machine.resume();
+            None
+        }
+    }
+}
+
+/// What [`answer`] has come to.
+pub(crate) enum Answer {
+    Reply(Reply),
+    /// The domain is to be destroyed, for it is somewhere else now.
+    Destroy,
+}
+
+type AnyError = Box<dyn std::error::Error + Send + Sync>;
+
+fn send_stream(
+    mut stream: &UnixStream,
+    instance: &Instance,
+    config: Option<DomainConfig>,
+) -> std::result::Result<(), AnyError> {
+    let saved = match config {
+        Some(config) => SavedConfig { config, next: None },
+        None => SavedConfig {
+            config: instance.config(),
+            next: instance.prepared_config(),
+        },
+    };
+    let text = serde_json::to_vec(&saved)?;
+    protocol::send(stream, &Reply::Saving)??;
+    let mut buffered = io::BufWriter::with_capacity(BUFFER, &mut stream);
+    let to: &mut dyn Write = &mut buffered;
+    let mut writer = Writer::new(to, &text)?;
+    instance.machine().save(&mut writer)?;
+    writer.end()?;
+    Ok(())
+}
+
+/// However long the client takes to write what it has: it is there or it is not.
+fn receive_verdict(
+    stream: &UnixStream,
+    reader: &mut BufReader<&UnixStream>,
+) -> std::result::Result<AfterSave, AnyError> {
+    stream.set_read_timeout(None)?;
+    let line = protocol::read_line(reader)??;
+    let line = line.ok_or("the command that was to keep it has gone")?;
+    Ok(protocol::decode(&line)?)
+}
