@@ -58,6 +58,12 @@ class Shell:
         guest.send("stty -echo; PS1=; PS2=; echo quiet''now\n")
         guest.wait_for("quietnow\n", COMMAND_S)
 
+    def again(self, guest, number):
+        """The same shell on another console of its domain, that of a restored one. `number` is above those of all commands so far."""
+        shell = object.__new__(Shell)
+        shell.guest, shell.number, shell.login = guest, number, self.login
+        return shell
+
     def send(self, command):
         """Starts a command; `result` waits for it."""
         self.number += 1

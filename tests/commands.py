@@ -84,6 +84,16 @@ class Shell(network.Shell):
             self.kill()
             raise
 
+    @classmethod
+    def again(cls, bench, name):
+        """The shell of a domain that was made by another command than `create -c`."""
+        shell = cls.__new__(cls)
+        vm.Guest.__init__(shell, bench.command(vm.hospes_binary(), "console", name), bench.run.environment())
+        bench.stack.enter_context(shell)
+        # Behind the last output, which is shown first.
+        shell.name, shell.count = name, 1000
+        return shell
+
     def until(self, condition):
         """Waits in the guest until a command succeeds."""
         self.run(f"for i in $(seq 300); do ( {condition} ) >/dev/null 2>&1 && break; sleep 0.1; done; {condition}")
@@ -491,6 +501,80 @@ def keys_and_triggers_arrive(bench):
     shell.wait(ANSWER_S)
 
 
+def saved_guests_go_on(bench):
+    """Programs, memory, disks and network interfaces go on where they were, with the virtual CPUs that were online."""
+    file = bench.path("saved")
+    disk = vm.Disk(blank(bench.path("disk.img"), 8, b"before"))
+    guest = bench.boot("saved", vcpus=4, disks=(disk,), vifs=("mac=00:16:3e:00:00:07",))
+    guest.run("echo 0 >/sys/devices/system/cpu/cpu2/online")
+    guest.run("(i=0; while :; do i=$((i+1)); echo $i >/dev/shm/count; sleep 0.02; done) >/dev/null 2>&1 & mkdir -p /dev/shm")
+    guest.run("dd if=/dev/urandom of=/dev/shm/random bs=1M count=40 2>/dev/null; sha256sum /dev/shm/random >/dev/shm/sum")
+    count = "cat /dev/shm/count"
+
+    def value(pattern, command):
+        """What a command prints on a line of its own, without what the terminal shows besides."""
+        return re.findall(rf"(?m)^{pattern}", guest.run(command))[-1]
+
+    for way in (("save", "-c"), ("save",), ("save",)):
+        counted = value(r"(\d+)$", count)
+        before = float(value(r"(\d+\.\d+) ", "cat /proc/uptime"))
+        bench.hospes(*way, "saved", file)
+        if "-c" not in way:
+            expect(bench.row("saved") is None, "a domain that was saved runs on")
+            time.sleep(2)
+            bench.hospes("restore", file)
+            guest = Shell.again(bench, "saved")
+        guest.until(f"test $({count}) -gt {counted}")
+        guest.run("sha256sum -c /dev/shm/sum")
+        expect(value(r"(\S+)$", "cat /sys/devices/system/cpu/online") == "0-1,3", "other CPUs are online than before")
+        expect("00:16:3e:00:00:07" in guest.run("cat /sys/class/net/eth0/address"), "the interface has another address")
+        expect("before" in guest.run("dd if=/dev/xvda bs=6 count=1 iflag=direct 2>/dev/null"), "the disk cannot be read")
+        guest.run("echo -n after | dd of=/dev/xvda bs=512 seek=1 conv=notrunc 2>/dev/null; sync")
+        passed = float(value(r"(\d+\.\d+) ", "cat /proc/uptime")) - before
+        expect(0 <= passed < ANSWER_S, f"{passed} s have passed for the guest")
+    # What was not to be used is there.
+    guest.run("echo 1 >/sys/devices/system/cpu/cpu2/online")
+    said = guest.run("dmesg")
+    expect(not re.search(r"WARNING:|BUG:|stalls|not quiescent", said), f"the kernel complains:\n{said[-2000:]}")
+    bench.hospes("block-detach", "saved", "xvda")
+    guest.send("poweroff -f\n")
+    wait_until(lambda: bench.row("saved") is None, "a restored guest does not power off")
+    with open(disk.path, "rb") as handle:
+        expect(handle.read(517)[512:] == b"after", "what a restored guest wrote is not on its disk")
+
+
+def guests_that_cannot_be_saved_go_on(bench):
+    """A file that cannot be written, a command that is killed, a guest that is paused."""
+    guest = bench.boot("kept", disks=(vm.Disk(blank(bench.path("disk.img"), 8)),))
+    guest.run("dd if=/dev/urandom of=/dev/random-bytes bs=1M count=30 2>/dev/null")
+    small = bench.path("small")
+    os.mkdir(small)
+    if os.geteuid() == 0:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", small], check=True)
+        bench.stack.callback(subprocess.run, ["umount", "-l", small], check=False)
+        bench.refused("No space left", "save", "kept", f"{small}/file")
+        expect(not os.listdir(small), "half a file is left")
+        guest.run("sync")
+    # Into a pipe that nobody reads any more.
+    fifo = bench.path("fifo")
+    os.mkfifo(fifo)
+    saving = subprocess.Popen(
+        bench.command(vm.hospes_binary(), "save", "kept", fifo), env=bench.run.environment(), stderr=subprocess.DEVNULL,
+    )
+    with open(fifo, "rb") as reader:
+        reader.read(1 << 20)
+        saving.kill()
+        saving.wait()
+    guest.run("dd if=/dev/xvda of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null; sleep 0.2")
+    bench.hospes("pause", "kept")
+    bench.refused("it is paused", "save", "kept", bench.path("file"))
+    bench.hospes("unpause", "kept")
+    bench.hospes("save", "-p", "kept", bench.path("file"))
+    expect("p" in bench.row("kept").split()[4], "it is not paused")
+    bench.hospes("unpause", "kept")
+    guest.off()
+
+
 def crashed_domains_are_kept_beside_their_successors(bench):
     disk = blank(bench.path("disk.img"), 16)
     settings = ('on_crash="rename-restart"', f'disk=["{disk},raw,xvda,w"]')
@@ -582,7 +666,7 @@ TESTS = (
     disks_come_and_go, disks_change_their_size, disks_that_the_host_cuts_fail, disks_in_use_are_taken_by_force, media_are_changed, interfaces_come_and_go,
     writes_wait_for_a_full_host, full_directories_of_state_are_named, disks_of_paused_guests_stay, images_on_loop_devices_are_in_use, names_and_shares_change, configuration_is_that_of_the_next_start, processors_are_taken_and_given,
     memory_is_given_and_taken, memory_that_the_host_has_not_is_refused, guests_without_a_balloon_keep_to_their_memory,
-    keys_and_triggers_arrive, crashed_domains_are_kept_beside_their_successors, processes_asked_to_end_shut_their_guests_down,
+    saved_guests_go_on, guests_that_cannot_be_saved_go_on, keys_and_triggers_arrive, crashed_domains_are_kept_beside_their_successors, processes_asked_to_end_shut_their_guests_down,
     domains_are_seen_from_outside, tools_find_the_store,
 )
 

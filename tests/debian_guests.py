@@ -164,6 +164,35 @@ def verifies_what_it_wrote(bench):
     expect(check.returncode == 0, f"qemu-img check finds fault with the image that the guest wrote: {check.stdout}{check.stderr}")
 
 
+def goes_on_from_files(bench):
+    """A server at work on its disk and its network is saved and restored several times."""
+    shell = bench.boot([bench.system(), vm.Disk(blank(bench.path("raw.img"), 256), vdev="xvdb")], name="moved", vcpus=2)
+    address, _ = shell.address()
+    verify = f"{FIO} --filename=/dev/xvdb --verify=crc32c --rw=randrw --bs=4k --iodepth=32 --size=128M --loops=1000 --time_based --runtime=20"
+    shell.run(f"systemd-run --quiet --unit=verify {verify}")
+    file = bench.path("saved")
+    for count in range(3):
+        time.sleep(2)
+        expect(shell.run("systemctl is-active verify").strip() == "active", "fio is over too soon")
+        bench.hospes("save", "moved", file)
+        bench.hospes("restore", file)
+        shell = shell.again(bench.stack.enter_context(
+            vm.Guest(bench.command(vm.hospes_binary(), "console", "moved"), bench.run.environment())
+        ), 1000 * (count + 1))
+        reachable = "for i in $(seq 50); do ping -c 1 -W 1 $0 >/dev/null 2>&1 && exit; sleep 0.1; done; exit 1"
+        bench.here("sh", "-c", reachable, address)
+    state = shell.run("for i in $(seq 100); do systemctl is-active -q verify || break; sleep 0.5; done; systemctl show -P Result verify", 120)
+    expect(state.strip() == "success", f"fio finds faults after restores: {shell.run('journalctl --no-pager -u verify | tail -n 20')}")
+    said = dmesg.complaints(shell.run("dmesg -r"))
+    failed = shell.run("systemctl list-units --state=failed --no-legend --plain")
+    expect(not said and not failed, "after restores the kernel says what it must not say, or units fail:\n" + "\n".join([*said, failed]))
+    shell.send("systemctl poweroff")
+    deadline = time.monotonic() + END_S
+    while "moved" in bench.hospes("list"):
+        expect(time.monotonic() < deadline, "a restored guest does not power off")
+        time.sleep(0.2)
+
+
 def verify_disk(shell, device, sector):
     limits = shell.run(f"cd /sys/block/{device}; cat queue/logical_block_size queue/max_segments queue/max_sectors_kb; ls mq | wc -l").split()
     # 256 segments is what the image's initial root file system asks for; Debian's front end would use 32, and 11 without indirect descriptors.
@@ -327,7 +356,7 @@ def many_live_together(bench):
 
 # The longest first, so that none is left alone at the end.
 TESTS = (
-    verifies_what_it_wrote, keeps_what_was_durable, survives_the_store, takes_and_gives_devices, installs_a_package, reaches_multi_user,
+    verifies_what_it_wrote, goes_on_from_files, keeps_what_was_durable, survives_the_store, takes_and_gives_devices, installs_a_package, reaches_multi_user,
     has_several_disks, many_live_together,
 )
 # What idle guests use is measured.
