@@ -33,7 +33,9 @@ impl Host for NoHost {
 
     fn console_write(&self, _: &[u8]) {}
 
-    fn watchdog_expired(&self) {}
+    fn watchdog_expired(&self) -> bool {
+        true
+    }
 }
 
 /// The guest.

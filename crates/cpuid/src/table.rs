@@ -102,7 +102,7 @@ pub enum CpuidError {
     #[error("`cpuid' asks for {name}, which the guest cannot have ({why}): leave it out")]
     Refused { name: &'static str, why: String },
     #[error(
-        "the host's CPU cannot offer {name}, which the domain had where it was saved: restore it on a host like that one"
+        "{name}, which the guest had where it was saved, cannot be offered here: restore it on a host like that one, with the same `cpu_level' and `cpuid'"
     )]
     SavedFeature { name: &'static str },
     #[error(

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use hospes_builder::{BuildSpec, Layout, MemmapEntry, ap_cpu_state, build, memory_layout};
 use hospes_cpuid::{CpuidTable, HostCpu, Policy, Vendor};
+use hospes_engine::Activity;
 use hospes_memory::{GuestMemory, Page};
 use hospes_store::DomainEntry;
 use hospes_units::{PAGE_SIZE, VcpuId};
@@ -18,7 +19,7 @@ use crate::devices::Devices;
 use crate::memory::{self, MemoryUse};
 use crate::placement::Placement;
 use crate::run::Run;
-use crate::saved::{Saved, SavedStream, SavedVcpu};
+use crate::saved::{Saved, SavedStream, SavedVcpu, check_vcpus};
 use crate::services::{GuestConnection, serve_console, serve_store};
 use crate::share::Sharing;
 use crate::signal::Signal;
@@ -56,11 +57,7 @@ pub fn create(
     };
     room(spec.memory_bytes)?;
     let memory = Arc::new(GuestMemory::new(&layout.backed)?);
-    let content = fill(&spec, &layout, &memory, saved)?;
-    if let Some(saved) = &content.saved {
-        // It may have been saved on its way to a smaller target.
-        room(saved.current_bytes().saturating_sub(spec.memory_bytes))?;
-    }
+    let content = fill(&spec, &layout, &memory, saved, &room)?;
     let tsc = calibration.finish(CALIBRATION);
     let cpuid = CpuidTable::new(
         &HostCpu::capture(),
@@ -75,9 +72,9 @@ pub fn create(
         },
     )?;
     if let Some(saved) = &content.saved {
-        saved.check(&cpuid)?;
+        check_vcpus(&saved.vcpus, &cpuid)?;
     }
-    let features = cpuid.features();
+    let processor = cpuid.clone();
     let trap = match cpuid.vendor() {
         Vendor::Amd => TrapInstruction::Vmmcall,
         Vendor::Intel | Vendor::Other => TrapInstruction::Vmcall,
@@ -112,8 +109,12 @@ pub fn create(
     let mut vcpus = Vec::new();
     for (id, start) in (0..spec.vcpus).map(VcpuId).zip(content.vcpus) {
         let mut vcpu = vm.create_vcpu(id)?;
+        if content.saved.is_some() {
+            let waits = start.state.activity == Activity::WaitForSipi;
+            run.restore(id, start.up, waits);
+            xen.restore_up(id, start.up);
+        }
         *vcpu.state() = start.state;
-        xen.restore_up(id, start.up);
         vcpu.state_changed();
         let places = Arc::clone(&placement);
         vcpu.set_stay(Arc::new(move |stay| places.stay(id, stay)));
@@ -174,7 +175,7 @@ pub fn create(
             memory_max_bytes: spec.memory_max_bytes,
             vcpus: spec.vcpus,
         },
-        features,
+        processor,
         store,
         xen,
         run,
@@ -223,10 +224,14 @@ fn fill(
     layout: &Layout,
     memory: &GuestMemory,
     saved: Option<SavedStream>,
+    room: &dyn Fn(u64) -> Result<(), CreateError>,
 ) -> Result<Content, CreateError> {
     if let Some(stream) = saved {
-        let saved = Saved::read(stream, memory)?;
-        saved.fits(spec.memory_max_bytes, spec.vcpus)?;
+        let saved = Saved::read(stream, memory, |saved| {
+            saved.fits(spec.memory_max_bytes, spec.vcpus)?;
+            // It may have been saved on its way to a smaller target.
+            room(saved.current_bytes().max(spec.memory_bytes))
+        })?;
         return Ok(Content {
             vcpus: saved.vcpus.clone(),
             saved: Some(saved),

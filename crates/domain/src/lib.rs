@@ -40,7 +40,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use hospes_backends::frame::{DeviceInfo, Kind, Log};
-use hospes_cpuid::{CpuidTable, SavedFeatures};
+use hospes_cpuid::CpuidTable;
 pub use hospes_cpuid::{Level, Wish};
 use hospes_engine::{EngineError, Vm};
 use hospes_memory::GuestMemory;
@@ -175,7 +175,7 @@ impl fmt::Display for DomainState {
 /// A domain.
 pub struct Domain {
     spec: Identity,
-    features: SavedFeatures,
+    processor: CpuidTable,
     xen: Arc<Xen>,
     store: Arc<dyn StoreAccess>,
     run: Arc<Run>,

@@ -177,6 +177,13 @@ impl Run {
         &self.rings
     }
 
+    /// What a vCPU of a restored domain did, before its thread starts.
+    pub fn restore(&self, id: VcpuId, up: bool, waits_for_start: bool) {
+        let slot = &self.slots[id.0 as usize];
+        slot.down.store(!up || waits_for_start, SeqCst);
+        slot.taken_down.store(!up, SeqCst);
+    }
+
     /// Has all vCPUs see that they are held.
     pub fn hold(&self) {
         self.stop_running();
@@ -392,8 +399,12 @@ impl Host for Run {
         self.console.output(bytes);
     }
 
-    fn watchdog_expired(&self) {
-        self.end(EndReason::Watchdog);
+    fn watchdog_expired(&self) -> bool {
+        let counts = !self.suspension.is_held();
+        if counts {
+            self.end(EndReason::Watchdog);
+        }
+        counts
     }
 }
 

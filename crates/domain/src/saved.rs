@@ -8,10 +8,10 @@ use hospes_engine::{CpuState, XsaveImage};
 use hospes_memory::{GuestMemory, MemoryError};
 use hospes_migration::{PAGE_BYTES, PAGES_MAX, Reader, Record, StreamError, Writer};
 use hospes_units::{Gpa, PAGE_SIZE};
-use hospes_xen::{Balloon, Xen};
+use hospes_xen::Balloon;
 use serde::{Deserialize, Serialize};
 
-use crate::{Domain, RequestError};
+use crate::{CreateError, Domain, EndReason, RequestError};
 
 /// The stream that a domain comes back from, behind its configuration.
 pub type SavedStream = Reader<Box<dyn Read + Send>>;
@@ -36,7 +36,7 @@ pub enum RestoreError {
         saved: u64,
         configured: u64,
     },
-    #[error("the saved domain cannot be restored: it is damaged: {0}")]
+    #[error("the saved domain cannot be restored: {0}")]
     Invalid(&'static str),
 }
 
@@ -45,6 +45,12 @@ pub enum RestoreError {
 pub enum SaveError {
     #[error("the guest is not suspended")]
     Running,
+    #[error(
+        "the guest uses memory that it has given back: try again when it has what mem-set asked it to have"
+    )]
+    TooMuch,
+    #[error("{0}")]
+    Check(#[from] RestoreError),
     #[error("its memory cannot be read: {0}")]
     Memory(#[from] MemoryError),
     #[error("its state cannot be written as text: {0}")]
@@ -76,16 +82,30 @@ pub(crate) struct Saved {
 }
 
 impl Saved {
-    /// Takes a domain out of a stream: fills the memory and gives the rest.
-    pub fn read(mut stream: SavedStream, memory: &GuestMemory) -> Result<Saved, RestoreError> {
-        let mut saved = None;
+    /// Takes a domain out of a stream: fills the memory, once `may` has allowed what is to come, and gives the rest.
+    pub fn read(
+        mut stream: SavedStream,
+        memory: &GuestMemory,
+        may: impl Fn(&Saved) -> Result<(), CreateError>,
+    ) -> Result<Saved, CreateError> {
+        let mut saved: Option<Saved> = None;
+        let mut left = 0;
         loop {
-            match stream.next()? {
-                Record::Config(_) => return Err(RestoreError::Invalid("two configurations")),
+            match stream.next().map_err(RestoreError::from)? {
+                Record::Config(_) => {
+                    return Err(RestoreError::Invalid("it has two configurations").into());
+                }
                 Record::Machine(text) => {
-                    saved = Some(serde_json::from_slice(text).map_err(RestoreError::Text)?);
+                    let machine = serde_json::from_slice(text).map_err(RestoreError::Text)?;
+                    may(&machine)?;
+                    left = machine.pages_max();
+                    saved = Some(machine);
                 }
                 Record::Pages { first, bytes } => {
+                    let count = (bytes.len() / PAGE_BYTES) as u64;
+                    left = left
+                        .checked_sub(count)
+                        .ok_or(RestoreError::Invalid("it has more pages than memory"))?;
                     let at = first.checked_mul(PAGE_SIZE).map(Gpa);
                     at.and_then(|at| memory.write(at, bytes).ok())
                         .ok_or(RestoreError::Invalid("it has pages beyond its memory"))?;
@@ -93,7 +113,7 @@ impl Saved {
                 Record::End => break,
             }
         }
-        saved.ok_or(RestoreError::Invalid("it has no state"))
+        Ok(saved.ok_or(RestoreError::Invalid("it has no state"))?)
     }
 
     /// Memory that the guest had.
@@ -102,6 +122,11 @@ impl Saved {
         let out = runs.fold(self.on_demand, |sum, (_, count)| sum.saturating_add(*count));
         self.memory_max_bytes
             .saturating_sub(out.saturating_mul(PAGE_SIZE))
+    }
+
+    /// Most pages that a stream of it has.
+    fn pages_max(&self) -> u64 {
+        self.current_bytes() / PAGE_SIZE + OTHER_PAGES_MAX
     }
 
     /// What the guest had given back of its memory.
@@ -131,45 +156,43 @@ impl Saved {
         )?;
         differs("vCPUs", self.vcpus.len() as u64, vcpus.into())
     }
+}
 
-    /// Whether the vCPUs are in a state that a processor with this table can be in, as far as the host would notice.
-    pub fn check(&self, table: &CpuidTable) -> Result<(), RestoreError> {
-        for (vcpu, id) in self.vcpus.iter().zip(0..) {
-            let state = &vcpu.state;
-            let canonical = |address: u64| (address << 16) as i64 >> 16 == address as i64;
-            let segments = [&state.seg[4], &state.seg[5], &state.tr, &state.ldtr];
-            let msr = &state.msr;
-            let bases = segments.iter().map(|segment| segment.base);
-            let addresses = bases.chain([
-                state.gdtr.base,
-                state.idtr.base,
-                msr.lstar,
-                msr.cstar,
-                msr.kernel_gs_base,
-                msr.sysenter_esp,
-                msr.sysenter_eip,
-            ]);
-            let wrong = if state.cr4 & !table.valid_cr4_bits() != 0 {
-                "CR4 has bits that are not offered"
-            } else if msr.efer & !table.valid_efer_bits() != 0 {
-                "EFER has bits that are not offered"
-            } else if state.xcr0 & !table.supported_xcr0() != 0 {
-                "XCR0 has bits that are not offered"
-            } else if !is_loadable(&state.xsave, table.supported_xcr0()) {
-                "an XSAVE image cannot be loaded"
-            } else if !{ addresses }.all(canonical) {
-                "a base address is not canonical"
-            } else if state.lapic.id != 2 * id {
-                "a local APIC has the id of another"
-            } else if msr.tsc_offset != 0 {
-                "a time-stamp counter is not the host's"
-            } else {
-                continue;
-            };
-            return Err(RestoreError::Invalid(wrong));
-        }
-        Ok(())
+/// Whether vCPUs are in a state that a processor with this table can be in, as far as the host would notice.
+pub(crate) fn check_vcpus(vcpus: &[SavedVcpu], table: &CpuidTable) -> Result<(), RestoreError> {
+    for (vcpu, id) in vcpus.iter().zip(0..) {
+        let state = &vcpu.state;
+        let canonical = |address: u64| (address << 16) as i64 >> 16 == address as i64;
+        let segments = [&state.seg[4], &state.seg[5], &state.tr, &state.ldtr];
+        let msr = &state.msr;
+        let bases = segments.iter().map(|segment| segment.base);
+        let addresses = bases.chain([
+            state.gdtr.base,
+            state.idtr.base,
+            msr.lstar,
+            msr.cstar,
+            msr.kernel_gs_base,
+            msr.sysenter_esp,
+            msr.sysenter_eip,
+        ]);
+        let wrong = if state.cr4 & !table.valid_cr4_bits() != 0 {
+            "CR4 has bits that are not offered"
+        } else if msr.efer & !table.valid_efer_bits() != 0 {
+            "EFER has bits that are not offered"
+        } else if state.xcr0 & !table.supported_xcr0() != 0 {
+            "XCR0 has bits that are not offered"
+        } else if !is_loadable(&state.xsave, table.supported_xcr0()) {
+            "an XSAVE image cannot be loaded"
+        } else if !{ addresses }.all(canonical) {
+            "a base address is not canonical"
+        } else if state.lapic.id != 2 * id {
+            "a local APIC has the id of another"
+        } else {
+            continue;
+        };
+        return Err(RestoreError::Invalid(wrong));
     }
+    Ok(())
 }
 
 /// Whether XRSTOR loads an image in the standard format without a fault.
@@ -186,6 +209,9 @@ fn is_loadable(image: &XsaveImage, components: u64) -> bool {
         && word(HEADER) & !components == 0
         && (1..8).all(|n| word(HEADER + 8 * n) == 0)
 }
+
+/// Pages in a stream beyond the guest's memory: tables and rings, of which some come twice, and what a guest may hold for a moment of that which it has given back.
+const OTHER_PAGES_MAX: u64 = (64 << 20) / PAGE_SIZE;
 
 /// How long a guest may take to suspend itself, as in xl.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -206,7 +232,8 @@ impl Domain {
         }
         let path = hospes_store::domain_path(self.spec.domid) + "/control/shutdown";
         let asked = self.store.write(&path, b"suspend");
-        let given_up = || asked.is_err() || given_up() || self.run.has_ended();
+        let given_up =
+            || asked.is_err() || given_up() || self.run.has_ended() || self.run.is_paused();
         if suspension.wait(PATIENCE, given_up) {
             return Ok(());
         }
@@ -219,6 +246,7 @@ impl Domain {
         }
         match self.run.end_reason() {
             Some(reason) => Err(RequestError::Ended(reason)),
+            None if self.run.is_paused() => Err(RequestError::Paused),
             None if given_up() => Err(RequestError::TakenBack),
             None => Err(RequestError::NoSuspend {
                 seconds: PATIENCE.as_secs(),
@@ -226,50 +254,48 @@ impl Domain {
         }
     }
 
-    /// Writes all of a suspended guest but its configuration.
+    /// Writes all of a suspended guest but its configuration. Refuses what would not be restored.
     pub fn save(&self, to: &mut SaveStream<'_>) -> Result<(), SaveError> {
         let states = self.run.suspension().states().ok_or(SaveError::Running)?;
-        let _rings = self.run.rings().close();
-        write(
-            &self.xen,
-            states,
-            &self.features,
-            self.spec.memory_max_bytes,
-            to,
-        )
+        check_vcpus(&states, &self.processor)?;
+        write(self, states, to)
+    }
+
+    /// Ends a suspended domain, which is somewhere else now; false where it has gone on.
+    pub fn end_saved(&self) -> bool {
+        self.run
+            .suspension()
+            .while_held(|| self.run.end(EndReason::Destroyed))
     }
 
     /// Lets a suspended guest go on here as if nothing had been. Does nothing to others.
     pub fn resume(&self) {
         if self.run.suspension().release() {
             self.xen.mark_stopped();
+            self.xen.renew_watchdogs();
             self.run.go_on();
         }
     }
 }
 
-/// Writes all of a suspended guest but its configuration: `vcpus` and `features` are its processors.
-pub(crate) fn write(
-    xen: &Xen,
-    vcpus: Vec<SavedVcpu>,
-    features: &SavedFeatures,
-    memory_max_bytes: u64,
-    to: &mut SaveStream<'_>,
-) -> Result<(), SaveError> {
+/// Writes all of a suspended guest but its configuration.
+fn write(domain: &Domain, vcpus: Vec<SavedVcpu>, to: &mut SaveStream<'_>) -> Result<(), SaveError> {
+    let xen = &domain.xen;
+    let memory = xen.memory();
     let Balloon {
         given_back,
         on_demand,
     } = xen.balloon();
     let saved = Saved {
-        memory_max_bytes,
+        memory_max_bytes: domain.spec.memory_max_bytes,
         system_time_ns: xen.system_time_ns(),
-        features: features.clone(),
+        features: domain.processor.features(),
         given_back,
         on_demand,
         vcpus,
     };
+    let pages_max = saved.pages_max();
     to.machine(&serde_json::to_vec(&saved)?)?;
-    let memory = xen.memory();
     let mut buffer = vec![0; PAGES_MAX * PAGE_BYTES];
     let mut at = Gpa(0);
     while let Some(run) = memory.occupied(at)? {
@@ -280,6 +306,17 @@ pub(crate) fn write(
             write_pages(at.gfn().0, &buffer[..bytes], to)?;
             at = Gpa(at.0 + bytes as u64);
         }
+    }
+    // Threads of the domain may have written into these meanwhile: once more, each as it is between two steps.
+    for gfn in xen.ring_frames() {
+        let page = &mut buffer[..PAGE_BYTES];
+        let closed = domain.run.rings().close();
+        memory.read_ram(gfn.gpa(), page)?;
+        drop(closed);
+        to.pages(gfn.0, page)?;
+    }
+    if to.pages_written() > pages_max {
+        return Err(SaveError::TooMuch);
     }
     Ok(())
 }

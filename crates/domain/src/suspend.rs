@@ -144,6 +144,16 @@ impl Suspension {
         inner.states.iter().cloned().collect()
     }
 
+    /// Does something while the vCPUs stay held; false where they are not.
+    pub fn while_held(&self, action: impl FnOnce()) -> bool {
+        let _inner = lock(&self.inner);
+        let held = self.is_held();
+        if held {
+            action();
+        }
+        held
+    }
+
     /// Lets the vCPUs go on; they have still to be woken. False where they were not held.
     pub fn release(&self) -> bool {
         let mut inner = lock(&self.inner);

@@ -337,6 +337,10 @@ impl Machine for Running {
         self.0.resume();
     }
 
+    fn end_saved(&self) -> bool {
+        self.0.end_saved()
+    }
+
     fn console_input(&self, bytes: &[u8]) -> usize {
         self.0.console().write_input(bytes)
     }

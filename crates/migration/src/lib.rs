@@ -25,7 +25,7 @@ pub const PAGE_BYTES: usize = 4096;
 /// Most pages in one record.
 pub const PAGES_MAX: usize = 256;
 /// Most bytes in one record behind its head.
-pub const PAYLOAD_MAX: usize = 8 << 20;
+pub const PAYLOAD_MAX: usize = 64 << 20;
 
 const HEAD_BYTES: usize = 16;
 

@@ -32,6 +32,7 @@ struct State {
     end: Option<EndReason>,
     /// The last line that was no command.
     heard: String,
+    suspended: bool,
     /// A disk that is not given back.
     stuck: Option<u32>,
     online: u32,
@@ -278,6 +279,7 @@ impl Machine for Mock {
         if state.paused {
             return Err("it is paused".into());
         }
+        state.suspended = true;
         say(&mut state, "suspended");
         Ok(())
     }
@@ -292,7 +294,19 @@ impl Machine for Mock {
     }
 
     fn resume(&self) {
-        say(&mut self.lock(), "resumed");
+        let mut state = self.lock();
+        if std::mem::take(&mut state.suspended) {
+            say(&mut state, "resumed");
+        }
+    }
+
+    fn end_saved(&self) -> bool {
+        let mut state = self.lock();
+        let held = state.suspended;
+        if held {
+            self.end(&mut state, EndReason::Destroyed);
+        }
+        held
     }
 
     fn console_input(&self, bytes: &[u8]) -> usize {
@@ -366,6 +380,7 @@ fn make(
             paused: true,
             end: None,
             heard,
+            suspended: false,
             stuck: None,
             online: spec.config.vcpus,
             memory_kib: spec.config.memory_kib(),

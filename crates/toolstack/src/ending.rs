@@ -83,8 +83,9 @@ impl Ending {
             return Ok(());
         }
         let machine = instance.machine();
-        // A paused guest cannot follow.
+        // One that is paused, or about to be saved, cannot follow.
         machine.unpause();
+        machine.resume();
         machine
             .request_shutdown(kind)
             .inspect_err(|_| instance.destroy())

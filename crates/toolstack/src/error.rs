@@ -77,6 +77,8 @@ pub enum Error {
         path: PathBuf,
         source: hospes_migration::StreamError,
     },
+    #[error("{path} is complete, and what became of the domain is not known ({why}): see whether it runs, and do not restore the file if it does", path = .path.display())]
+    SavedUnsure { path: PathBuf, why: Box<Error> },
     #[error("{message}")]
     Create { message: String },
     #[error("the domain process ended ({status}) before the domain was there; its log is {log}", log = .log.display())]

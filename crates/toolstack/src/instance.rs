@@ -1,5 +1,6 @@
 //! One domain id: its machine, its record, and how far it has come.
 
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -38,10 +39,23 @@ pub(crate) struct Instance {
     record: Mutex<Record>,
     /// Held while the record and the machine are changed together.
     changes: Mutex<()>,
+    saving: AtomicBool,
     machine: Arc<dyn Machine>,
     hub: Arc<ConsoleHub>,
     progress: Mutex<Progress>,
     changed: Condvar,
+}
+
+/// While there is one the domain is being saved.
+pub(crate) struct Saving<'a> {
+    instance: &'a Instance,
+    _changes: MutexGuard<'a, ()>,
+}
+
+impl Drop for Saving<'_> {
+    fn drop(&mut self) {
+        self.instance.saving.store(false, SeqCst);
+    }
 }
 
 /// Why a change to a running domain was not made.
@@ -84,6 +98,7 @@ impl Instance {
             registry,
             record: Mutex::new(record),
             changes: Mutex::default(),
+            saving: AtomicBool::new(false),
             machine,
             hub,
             progress: Mutex::default(),
@@ -163,9 +178,19 @@ impl Instance {
         lock(&self.record).next.clone()
     }
 
-    /// Keeps the domain's devices and settings as they are.
-    pub(crate) fn hold_changes(&self) -> MutexGuard<'_, ()> {
-        lock(&self.changes)
+    /// What is said to those who want something of a domain that is being saved.
+    pub(crate) const SAVING: &str = "it is being saved: try again when that has ended";
+
+    /// Keeps the domain's devices and settings as they are; `None` where it is being saved already.
+    pub(crate) fn begin_save(&self) -> Option<Saving<'_>> {
+        (!self.saving.swap(true, SeqCst)).then(|| Saving {
+            instance: self,
+            _changes: lock(&self.changes),
+        })
+    }
+
+    pub(crate) fn is_being_saved(&self) -> bool {
+        self.saving.load(SeqCst)
     }
 
     /// Changes the record, here and in the registry.

@@ -185,8 +185,13 @@ pub trait Machine: Send + Sync {
         Err(cannot("be saved"))
     }
 
-    /// Lets a suspended guest go on here.
+    /// Lets a suspended guest go on here. Does nothing to others.
     fn resume(&self) {}
+
+    /// Ends a machine whose guest is suspended, for it is somewhere else now; false where the guest has gone on.
+    fn end_saved(&self) -> bool {
+        false
+    }
 
     /// Input for the guest's console; returns how many bytes were taken, 0 where there is no room now.
     fn console_input(&self, bytes: &[u8]) -> usize;

@@ -4,6 +4,7 @@ use std::io::{BufReader, Read, Stdin, stderr, stdin, stdout};
 use std::process::ExitCode;
 
 use hospes_migration::Reader;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::Mode;
 
 use crate::ending::Ending;
@@ -77,6 +78,12 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    // A saved guest that has gone on unheard would have changed its disks, and the file would not know.
+    if launch.restore && !is_heard() {
+        log!("the command that asked for the domain was ended: the guest does not go on");
+        supervisor.abandon(current);
+        return ExitCode::FAILURE;
+    }
     // Before the answer: whoever hears of the domain finds it running.
     if !launch.paused {
         current.unpause();
@@ -113,6 +120,19 @@ fn read_launch(input: &mut BufReader<Stdin>) -> Result<Launch> {
             "this subcommand is started by create, not by hand".into(),
         )),
     }
+}
+
+/// Whether somebody waits for the answer.
+fn is_heard() -> bool {
+    let stdout = stdout();
+    let mut descriptors = [PollFd::new(&stdout, PollFlags::empty())];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // Where that cannot be told it is as always: the answer shows it.
+    poll(&mut descriptors, Some(&now)).is_err()
+        || !descriptors[0].revents().intersects(PollFlags::ERR)
 }
 
 /// False where nobody listens any more.

@@ -6,15 +6,18 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufReader, ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use hospes_config::DomainConfig;
+use hospes_config::{DomainConfig, check_name};
 use hospes_migration::{Reader, StreamError, Writer};
 use hospes_units::DomId;
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::client::{CONNECT_PATIENCE, Host, done, read_reply, send, unexpected};
@@ -64,12 +67,16 @@ impl SavedDomain {
             source,
         };
         let (reader, text) = Reader::new(file).map_err(fault)?;
-        let saved: SavedConfig = serde_json::from_slice(&text).map_err(|source| {
+        let invalid = |why: &dyn std::fmt::Display| {
             Error::Protocol(format!(
-                "{}: the configuration of the saved domain is not understood ({source})",
+                "{}: the configuration of the saved domain is not understood ({why})",
                 path.display()
             ))
-        })?;
+        };
+        let saved: SavedConfig = serde_json::from_slice(&text).map_err(|why| invalid(&why))?;
+        for config in [&saved.config].into_iter().chain(&saved.next) {
+            check_name(&config.name).map_err(|why| invalid(&why))?;
+        }
         Ok(SavedDomain {
             reader,
             path: path.to_path_buf(),
@@ -123,8 +130,13 @@ impl Host {
             fault => fault,
         })?;
         target.finish()?;
-        protocol::send(&stream, &after)?.map_err(fault)?;
-        done(read_reply(domid, &mut from)?)
+        // From here on the file is there, whatever comes.
+        let told = protocol::send(&stream, &after)?.map_err(fault);
+        let ended = told.and_then(|()| done(read_reply(domid, &mut from)?));
+        ended.map_err(|why| Error::SavedUnsure {
+            path: path.to_path_buf(),
+            why: Box::new(why),
+        })
     }
 
     /// Asks for the stream of a domain.
@@ -176,62 +188,104 @@ fn copy(from: impl Read, to: &mut File, path: &Path, progress: &mut dyn FnMut(u6
 }
 
 /// A file that appears under its name when it is complete, and a device or pipe as it is.
-struct Target<'a> {
+struct Target {
     file: File,
-    path: &'a Path,
-    /// The file's name until then, beside its own.
+    /// Where it is to appear; `None` for what is there already.
+    place: Option<PathBuf>,
+    /// Its name until then, where the file system knows no files without one.
     draft: Option<PathBuf>,
 }
 
-impl<'a> Target<'a> {
-    fn open(path: &'a Path) -> Result<Target<'a>> {
-        let special = fs::metadata(path).is_ok_and(|data| !data.is_file());
-        let draft = (!special).then(|| {
-            let mut name = OsString::from(".");
-            name.push(path.file_name().unwrap_or_default());
-            name.push(format!(".{}", std::process::id()));
-            path.with_file_name(name)
-        });
-        let mut options = OpenOptions::new();
-        // A guest's memory has its secrets.
-        options.write(true).mode(0o600);
-        let file = match &draft {
-            Some(draft) => options.create(true).truncate(true).open(draft),
-            None => options.open(path),
+impl Target {
+    fn open(path: &Path) -> Result<Target> {
+        let fault = |source| at("cannot write", path)(source);
+        if path.file_name().is_none() || path.as_os_str().as_encoded_bytes().ends_with(b"/") {
+            return Err(fault(ErrorKind::IsADirectory.into()));
+        }
+        let is_special = |data: fs::Metadata| !data.is_file();
+        let beneath = |root| path.starts_with(root);
+        if fs::metadata(path).is_ok_and(is_special) || beneath("/dev") || beneath("/proc") {
+            let file = OpenOptions::new().write(true).open(path).map_err(fault)?;
+            return Ok(Target {
+                file,
+                place: None,
+                draft: None,
+            });
+        }
+        // A link stays one.
+        let place = fs::canonicalize(path).or_else(|_| std::path::absolute(path));
+        let place = place.map_err(fault)?;
+        let directory = place.parent().unwrap_or(Path::new("/"));
+        let nameless = rustix::fs::openat(
+            rustix::fs::CWD,
+            directory,
+            OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC,
+            // A guest's memory has its secrets.
+            Mode::RUSR | Mode::WUSR,
+        );
+        let (file, draft) = match nameless {
+            Ok(file) => (File::from(file), None),
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
+                let draft = draft_of(&place)?;
+                let mut options = OpenOptions::new();
+                options.write(true).create_new(true).mode(0o600);
+                (options.open(&draft).map_err(fault)?, Some(draft))
+            }
+            Err(errno) => return Err(fault(errno.into())),
         };
         Ok(Target {
-            file: file.map_err(at("cannot write", path))?,
-            path,
+            file,
+            place: Some(place),
             draft,
         })
     }
 
     /// Makes sure that the file outlives a failure of the host.
     fn finish(mut self) -> Result<()> {
-        let Some(draft) = self.draft.take() else {
-            return Ok(());
+        let Some(place) = self.place.take() else {
+            return match self.file.sync_all() {
+                // Pipes and terminals keep nothing.
+                Err(fault) if fault.kind() != ErrorKind::InvalidInput => {
+                    Err(at("cannot write", Path::new("the device"))(fault))
+                }
+                _ => Ok(()),
+            };
         };
-        let directory = match self.path.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
-        let written = self
-            .file
-            .sync_all()
-            .and_then(|()| fs::rename(&draft, self.path))
-            .and_then(|()| File::open(directory)?.sync_all());
-        written
-            .inspect_err(|_| drop(fs::remove_file(&draft)))
-            .map_err(at("cannot write", self.path))
+        let fault = at("cannot write", &place);
+        self.file.sync_all().map_err(&fault)?;
+        if self.draft.is_none() {
+            let draft = draft_of(&place)?;
+            let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            let here = rustix::fs::CWD;
+            rustix::fs::linkat(here, own, here, &draft, AtFlags::SYMLINK_FOLLOW)
+                .map_err(|errno| fault(errno.into()))?;
+            self.draft = Some(draft);
+        }
+        if let Some(draft) = &self.draft {
+            fs::rename(draft, &place).map_err(&fault)?;
+            self.draft = None;
+        }
+        let directory = place.parent().unwrap_or(Path::new("/"));
+        File::open(directory)
+            .and_then(|directory| directory.sync_all())
+            .map_err(&fault)
     }
 }
 
-impl Drop for Target<'_> {
+impl Drop for Target {
     fn drop(&mut self) {
         if let Some(draft) = &self.draft {
             let _ = fs::remove_file(draft);
         }
     }
+}
+
+/// A name beside a file's that nobody else has.
+fn draft_of(place: &Path) -> Result<PathBuf> {
+    let mut name = OsString::from(".");
+    name.push(place.file_name().unwrap_or_default());
+    name.push(format!(".{}", launch::random_uuid()?));
+    Ok(place.with_file_name(name))
 }
 
 /// Answers [`Request::Save`] on a connection: the domain's side. `None` where the client has left.
@@ -242,7 +296,10 @@ pub(crate) fn answer(
     config: Option<DomainConfig>,
     has_left: &dyn Fn() -> bool,
 ) -> Option<Answer> {
-    let _changes = instance.hold_changes();
+    let Some(_changes) = instance.begin_save() else {
+        let message = Instance::SAVING.into();
+        return Some(Answer::Reply(Reply::Error { message }));
+    };
     let machine = instance.machine();
     log!("Saving: the guest is asked to suspend itself");
     if let Err(fault) = machine.suspend(has_left) {
@@ -253,9 +310,14 @@ pub(crate) fn answer(
     }
     let sent = send_stream(stream, instance, config).and_then(|()| receive_verdict(stream, reader));
     match sent {
-        Ok(AfterSave::Destroy) => {
+        Ok(AfterSave::Destroy) if machine.end_saved() => {
             log!("The domain is saved");
             Some(Answer::Destroy)
+        }
+        Ok(AfterSave::Destroy) => {
+            log!("The domain has gone on while it was saved");
+            let message = "it has gone on while it was saved: do not restore the file".into();
+            Some(Answer::Reply(Reply::Error { message }))
         }
         Ok(AfterSave::GoOn { paused }) => {
             log!("The domain is saved and goes on");
@@ -288,7 +350,13 @@ fn send_stream(
     config: Option<DomainConfig>,
 ) -> std::result::Result<(), AnyError> {
     let saved = match config {
-        Some(config) => SavedConfig { config, next: None },
+        Some(config) => SavedConfig {
+            config: DomainConfig {
+                uuid: config.uuid.or(instance.config().uuid),
+                ..config
+            },
+            next: None,
+        },
         None => SavedConfig {
             config: instance.config(),
             next: instance.prepared_config(),

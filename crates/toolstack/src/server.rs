@@ -225,7 +225,14 @@ fn save(
         saving::Answer::Reply(reply) => Some(reply),
         saving::Answer::Destroy => {
             instance.destroy();
-            wait(stream, instance, Until::Death).map(|_| Reply::Done)
+            match wait(stream, instance, Until::Death)? {
+                Reply::Ended(Ended {
+                    next: Some(next), ..
+                }) => Some(Reply::Error {
+                    message: format!("it has started anew as domain {next}"),
+                }),
+                _ => Some(Reply::Done),
+            }
         }
     }
 }
@@ -272,6 +279,19 @@ fn answer(
         };
         return Some(Reply::Error {
             message: message.into(),
+        });
+    }
+    let changes = asks_guest
+        || matches!(
+            request,
+            Request::Rename { .. }
+                | Request::UpdateConfig { .. }
+                | Request::SetMemoryTarget { .. }
+                | Request::SetMemoryMax { .. }
+        );
+    if changes && instance.is_being_saved() {
+        return Some(Reply::Error {
+            message: Instance::SAVING.into(),
         });
     }
     Some(match request {

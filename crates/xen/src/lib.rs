@@ -142,8 +142,8 @@ pub trait Host: Send + Sync {
     /// Bytes the guest writes without its console: early messages and panics.
     fn console_write(&self, bytes: &[u8]);
 
-    /// A watchdog of the guest has expired.
-    fn watchdog_expired(&self);
+    /// A watchdog of the guest has expired. False where the guest is held and could not renew it: it gets its whole time again.
+    fn watchdog_expired(&self) -> bool;
 }
 
 /// The Xen side of one domain.

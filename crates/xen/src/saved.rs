@@ -18,6 +18,11 @@ pub struct Balloon {
 }
 
 impl Xen {
+    /// The frames of the guest's xenstore and console rings.
+    pub fn ring_frames(&self) -> [Gfn; 2] {
+        [self.config.store_gfn, self.config.console_gfn]
+    }
+
     /// What the guest has given back.
     pub fn balloon(&self) -> Balloon {
         lock(&self.memory_state).balloon()

@@ -26,8 +26,9 @@ impl Host for RecordingHost {
         lock(&self.console).extend(bytes);
     }
 
-    fn watchdog_expired(&self) {
+    fn watchdog_expired(&self) -> bool {
         self.watchdog.store(true, SeqCst);
+        true
     }
 }
 

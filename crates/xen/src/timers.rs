@@ -259,6 +259,11 @@ impl Xen {
         }
     }
 
+    /// Gives the guest's watchdogs their whole time again: it was held and could not renew them.
+    pub fn renew_watchdogs(&self) {
+        lock(&self.timers.inner).renew_watchdogs(self.time.now_ns());
+    }
+
     fn fire(&self, timer: Timer) {
         match timer {
             Timer::Singleshot(id) | Timer::Periodic(id) => {
@@ -266,7 +271,13 @@ impl Xen {
                 self.post_virq(id, event::VIRQ_TIMER);
             }
             Timer::Poll(id) => self.host.wake(VcpuId(id as u32)),
-            Timer::Watchdog(_) => self.host.watchdog_expired(),
+            Timer::Watchdog(number) => {
+                if !self.host.watchdog_expired() {
+                    let timeout = lock(&self.timers.inner).timeouts[number];
+                    self.timers
+                        .set_watchdog(number, self.time.now_ns(), timeout);
+                }
+            }
         }
     }
 }

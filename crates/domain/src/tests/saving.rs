@@ -125,6 +125,43 @@ fn saved_domain_goes_on_in_a_new_one() {
 }
 
 #[test]
+fn watchdog_waits_for_a_guest_that_is_suspended() {
+    let d = suspended();
+    let host: &dyn hospes_xen::Host = &*d.run;
+    assert!(!host.watchdog_expired());
+    assert_eq!(d.end_reason(), None);
+    d.resume();
+    assert!(host.watchdog_expired());
+    assert!(d.end_reason().is_some());
+}
+
+#[test]
+fn saved_domain_ends_only_while_it_is_suspended() {
+    let d = suspended();
+    assert!(d.end_saved());
+    assert_eq!(d.wait(), EndReason::Destroyed);
+    let d = suspended();
+    d.resume();
+    assert!(!d.end_saved());
+    assert_eq!(d.wait(), EndReason::PowerOff);
+}
+
+#[test]
+fn restored_vcpu_that_was_down_is_seen_as_down() {
+    let bytes = saved(&suspended());
+    let down = |v: &mut Value| v["vcpus"][1]["up"] = json!(false);
+    let d = restored(2, MEMORY, changed(&bytes, down, None)).unwrap();
+    let online = |d: &Domain| d.vcpus().iter().map(|v| v.online).collect::<Vec<_>>();
+    assert_eq!(online(&d), [true, false]);
+    // It waits for its start, as it did.
+    let d = restored(2, MEMORY, bytes.clone()).unwrap();
+    assert_eq!(online(&d), [true, false]);
+    let runs = |v: &mut Value| v["vcpus"][1]["state"]["activity"] = json!("Running");
+    let d = restored(2, MEMORY, changed(&bytes, runs, None)).unwrap();
+    assert_eq!(online(&d), [true, true]);
+}
+
+#[test]
 fn resumed_domain_goes_on_where_it_was() {
     let d = suspended();
     saved(&d);
@@ -211,7 +248,7 @@ fn restore_refuses_what_does_not_fit_by_its_name() {
         ("not understood", |v| {
             v["vcpus"][0]["state"]["xsave"] = json!("ff")
         }),
-        ("cannot offer", |v| {
+        ("cannot be offered here", |v| {
             for word in v["features"]["words"].as_array_mut().unwrap() {
                 word["value"] = json!(u32::MAX);
             }

@@ -36,7 +36,7 @@ pub(crate) fn save(call: &Call) -> Outcome {
     host.save(who, Path::new(path), config, after, &mut |pages| {
         line.show(pages)
     })
-    .context("Failed to save the domain, which goes on")?;
+    .context("Failed to save the domain")?;
     line.end();
     Ok(())
 }

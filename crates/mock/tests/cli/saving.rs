@@ -97,7 +97,7 @@ fn save_that_fails_leaves_domain_and_file_as_they_were() {
     let before = fs::read(&path).expect("it is there");
     tell(&bench, "broken");
     let fault = bench.fails(1, &["save", "one", &path]);
-    assert!(fault.contains("which goes on"), "{fault}");
+    assert!(fault.contains("its log says why"), "{fault}");
     assert_eq!(fs::read(&path).expect("it is there"), before);
     assert_eq!(files(&bench), ["saved"]);
     until("the guest goes on", || said(&bench, "resumed") == 2);
@@ -106,6 +106,9 @@ fn save_that_fails_leaves_domain_and_file_as_they_were() {
     let fault = bench.fails(1, &["save", "one", &nowhere]);
     assert!(fault.contains("cannot write"), "{fault}");
     bench.fails(1, &["save", "two", &path]);
+    for directory in ["", "/", "x/.."] {
+        bench.fails(1, &["save", "one", directory]);
+    }
     assert_eq!(said(&bench, "suspended"), 2);
     assert_eq!(files(&bench), ["saved"]);
     bench.ok(&["destroy", "one"]);
@@ -122,6 +125,16 @@ fn command_that_dies_before_it_has_the_file_lets_the_domain_go_on() {
     let mut reader = BufReader::new(stream);
     reader.read_line(&mut reply).expect("text");
     assert!(reply.contains("saving"), "{reply}");
+    // Meanwhile it stays as it is, and nobody has to wait to hear that.
+    for command in [
+        &["rename", "one", "two"][..],
+        &["mem-set", "one", "32"],
+        &["block-attach", "one", "/img/b,,xvdb"],
+        &["save", "one", "/dev/null"],
+    ] {
+        let refused = bench.fails(1, command);
+        assert!(refused.contains("it is being saved"), "{refused}");
+    }
     drop(reader);
     until("the guest goes on", || said(&bench, "resumed") == 1);
     assert!(bench.row("one").is_some());
