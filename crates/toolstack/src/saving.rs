@@ -94,8 +94,8 @@ impl SavedDomain {
 }
 
 impl Host {
-    /// Saves a domain in a file, which has all of it and is on the disk when this returns, or else is as it was before. Calls `progress` with the pages
-    /// written.
+    /// Saves a domain in a file, which has all of it and is on the disk when this returns. After an error it is as it was before, unless that is
+    /// [`Error::SavedUnsure`]. Calls `progress` with the pages written.
     pub fn save(
         &self,
         who: &str,
