@@ -1,10 +1,10 @@
 //! What the host's processor says of itself.
 
-use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use hospes_sys::{cpuid, xcr0};
+use serde::{Deserialize, Serialize};
 
 /// Whose instruction set it is, as far as that matters to guests: AMD's makes hypercalls with VMMCALL, all others with VMCALL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,14 +9,14 @@ use hospes_config::{CpuList, DiskConfig, DomainConfig, Uuid, VifConfig};
 use hospes_store_server::{StoreClient, is_full};
 use hospes_units::DomId;
 
-use crate::each::check_goes_on;
+use crate::each::{Answer, check_goes_on};
 use crate::error::{Error, Result};
 use crate::launch::{self, CreateRequest, Created};
 use crate::paths::Paths;
 use crate::protocol::{self, DomainInfo, Ended, Reply, Request, ShutdownKind, Until};
 use crate::registry::{Entry, HOST_NAME, Registry, is_locked};
 use crate::scheduling::{Share, VcpuInfo};
-use crate::state::{self, promised_bytes};
+use crate::state::promised_bytes;
 use crate::store;
 
 /// How long a domain that is being built may take to open its sockets.
@@ -158,7 +158,11 @@ impl Host {
 
     /// The state of a domain. One that does not answer is described by its record alone; `None` where it has ended.
     pub fn info(&self, entry: &Entry) -> Option<DomainInfo> {
-        state::info(entry)
+        let answer = self.infos(vec![entry.clone()]).pop()?;
+        Some(match answer {
+            (_, Answer::Told(info)) => info,
+            (entry, Answer::NotYet | Answer::Silent(_)) => entry.as_recorded(),
+        })
     }
 
     pub fn pause(&self, who: &str) -> Result<()> {
@@ -393,7 +397,7 @@ fn connect(entry: &Entry, socket: &str, patience: Duration) -> Result<UnixStream
 }
 
 /// One request and its answer.
-pub(crate) fn ask(
+fn ask(
     entry: &Entry,
     request: &Request,
     connecting: Duration,
@@ -463,8 +467,7 @@ pub(crate) fn unexpected(reply: &Reply) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::Record;
-    use hospes_config::{Source, load};
+    use crate::registry::testing::record;
     use std::os::unix::net::UnixListener;
 
     /// A host without domains, in a directory of its own that goes with it.
@@ -491,16 +494,6 @@ mod tests {
         TestHost(Host::new(Paths { run, log }))
     }
 
-    fn record(name: &str) -> Record {
-        let text = format!("name='{name}'; type='pvh'; kernel='/k'; memory=64");
-        let source = Source {
-            name: "test",
-            text: &text,
-        };
-        let config = load(&[source]).0.expect("valid");
-        Record::new(&config, Uuid::from_bytes([1; 16]))
-    }
-
     fn listen(dir: &std::path::Path) -> UnixListener {
         UnixListener::bind(dir.join("control.sock")).expect("a fresh directory")
     }
@@ -514,14 +507,16 @@ mod tests {
     #[test]
     fn destroy_by_number_during_a_reboot_ends_what_the_domain_became() {
         let host = host("reboot");
-        let old = host.registry.allocate(&record("a")).expect("free");
+        let old = host.registry.allocate(&record("a", 1)).expect("free");
         let listener = listen(old.dir());
         let domain = thread::spawn({
             let registry = host.registry.clone();
             move || {
                 let (stream, _) = listener.accept().expect("a command");
                 // The request comes too late.
-                let new = registry.replace(old, &record("a")).expect("its own name");
+                let new = registry
+                    .replace(old, &record("a", 1))
+                    .expect("its own name");
                 let listener = self::listen(new.dir());
                 drop(stream);
                 let (stream, _) = listener.accept().expect("the command again");
@@ -540,7 +535,7 @@ mod tests {
     #[test]
     fn destroy_that_is_never_answered_is_an_error() {
         let host = host("silent");
-        let slot = host.registry.allocate(&record("a")).expect("free");
+        let slot = host.registry.allocate(&record("a", 1)).expect("free");
         let listener = listen(slot.dir());
         thread::spawn(move || while listener.accept().is_ok() {});
         for who in ["1", "a"] {
@@ -554,7 +549,7 @@ mod tests {
     #[test]
     fn ask_that_is_refused_before_it_is_read_says_why() {
         let host = host("refused");
-        let slot = host.registry.allocate(&record("a")).expect("free");
+        let slot = host.registry.allocate(&record("a", 1)).expect("free");
         let listener = listen(slot.dir());
         let entry = host.find("a").expect("it lives");
         let stream = UnixStream::connect(entry.dir.join("control.sock")).expect("it listens");
@@ -572,11 +567,11 @@ mod tests {
     #[test]
     fn destroy_by_uuid_does_not_take_a_name_for_a_number() {
         let host = host("uuid");
-        let mut named = record("a");
+        let mut named = record("a", 1);
         named.name = "2".into();
         named.uuid = Uuid::from_bytes([2; 16]);
         let slot = host.registry.allocate(&named).expect("free");
-        let other = host.registry.allocate(&record("b")).expect("free");
+        let other = host.registry.allocate(&record("b", 1)).expect("free");
         assert_eq!((slot.domid(), other.domid()), (DomId(1), DomId(2)));
         let listener = listen(slot.dir());
         let domain = thread::spawn({

@@ -26,26 +26,33 @@ pub type Answers<T> = Vec<(Entry, Answer<T>)>;
 impl Host {
     /// The states of domains.
     pub fn infos(&self, entries: Vec<Entry>) -> Answers<DomainInfo> {
-        ask_each(entries, &Request::Info, |reply| match reply {
-            Reply::Info(info) => Ok(info),
-            reply => Err(unexpected(&reply)),
-        })
+        infos(entries, LIST_PATIENCE)
     }
 
     /// The vCPUs of domains.
     pub fn vcpus_of(&self, entries: Vec<Entry>) -> Answers<Vec<VcpuInfo>> {
-        ask_each(entries, &Request::Vcpus, |reply| match reply {
-            Reply::Vcpus { vcpus } => Ok(vcpus),
-            reply => Err(unexpected(&reply)),
-        })
+        ask_each(
+            entries,
+            &Request::Vcpus,
+            LIST_PATIENCE,
+            |reply| match reply {
+                Reply::Vcpus { vcpus } => Ok(vcpus),
+                reply => Err(unexpected(&reply)),
+            },
+        )
     }
 
     /// The shares of the host's CPUs that domains have.
     pub fn shares_of(&self, entries: Vec<Entry>) -> Answers<Share> {
-        ask_each(entries, &Request::Share, |reply| match reply {
-            Reply::Share(share) => Ok(share),
-            reply => Err(unexpected(&reply)),
-        })
+        ask_each(
+            entries,
+            &Request::Share,
+            LIST_PATIENCE,
+            |reply| match reply {
+                Reply::Share(share) => Ok(share),
+                reply => Err(unexpected(&reply)),
+            },
+        )
     }
 }
 
@@ -63,12 +70,21 @@ pub(crate) fn check_goes_on(entry: &Entry) -> Result<()> {
     }
 }
 
+/// The states of domains, of which those that have not answered after `patience` are silent.
+pub(crate) fn infos(entries: Vec<Entry>, patience: Duration) -> Answers<DomainInfo> {
+    ask_each(entries, &Request::Info, patience, |reply| match reply {
+        Reply::Info(info) => Ok(info),
+        reply => Err(unexpected(&reply)),
+    })
+}
+
 fn ask_each<T>(
     entries: Vec<Entry>,
     request: &Request,
+    patience: Duration,
     read: impl Fn(Reply) -> Result<T>,
 ) -> Answers<T> {
-    let deadline = Instant::now() + LIST_PATIENCE;
+    let deadline = Instant::now() + patience;
     let asked: Vec<_> = entries
         .iter()
         .map(|entry| check_goes_on(entry).and_then(|()| send(entry, request, Duration::ZERO)))
@@ -102,8 +118,8 @@ fn ask_each<T>(
 mod tests {
     use super::*;
     use crate::paths::Paths;
-    use crate::registry::{Record, Registry};
-    use hospes_config::{Source, Uuid, load};
+    use crate::registry::Registry;
+    use crate::registry::testing::record;
     use std::os::unix::net::UnixListener;
 
     #[test]
@@ -117,13 +133,7 @@ mod tests {
         let registry = Registry::new(&paths);
         let slots: Vec<_> = (1..4)
             .map(|number| {
-                let text = format!("name='d{number}'; type='pvh'; kernel='/k'; memory=64");
-                let source = Source {
-                    name: "test",
-                    text: &text,
-                };
-                let config = load(&[source]).0.expect("valid");
-                let record = Record::new(&config, Uuid::from_bytes([number; 16]));
+                let record = record(&format!("d{number}"), number);
                 registry.allocate(&record).expect("free")
             })
             .collect();

@@ -208,8 +208,8 @@ pub enum AfterSave {
 }
 
 impl Request {
-    /// Whether it changes what stands in the registry or in the store.
-    pub fn is_written_down(&self) -> bool {
+    /// Whether it wants something else of the domain than to tell of itself, to stop for a while or to end.
+    pub(crate) fn is_change(&self) -> bool {
         !matches!(
             self,
             Request::Info
@@ -220,10 +220,25 @@ impl Request {
                 | Request::Shutdown { last: true, .. }
                 | Request::Destroy
                 | Request::Wait { .. }
-                | Request::Trigger { .. }
-                | Request::Pin { .. }
                 | Request::Describe
         )
+    }
+
+    /// Whether it changes what stands in the registry or in the store.
+    pub(crate) fn is_written_down(&self) -> bool {
+        self.is_change() && !matches!(self, Request::Trigger { .. } | Request::Pin { .. })
+    }
+
+    /// Whether it means the guest, and has no meaning when that has ended.
+    pub(crate) fn asks_guest(&self) -> bool {
+        self.is_change()
+            && !matches!(
+                self,
+                Request::Rename { .. }
+                    | Request::UpdateConfig { .. }
+                    | Request::SetMemoryTarget { .. }
+                    | Request::SetMemoryMax { .. }
+            )
     }
 }
 

@@ -375,9 +375,27 @@ fn read_record(dir: &Path) -> Result<Record> {
 }
 
 #[cfg(test)]
+pub(crate) mod testing {
+    use hospes_config::{Source, Uuid, load};
+
+    use super::Record;
+
+    /// The record of a small domain, whose UUID is this byte throughout.
+    pub(crate) fn record(name: &str, uuid: u8) -> Record {
+        let text = format!("name='{name}'; type='pvh'; kernel='/k'; memory=64");
+        let source = Source {
+            name: "test",
+            text: &text,
+        };
+        let config = load(&[source]).0.expect("valid");
+        Record::new(&config, Uuid::from_bytes([uuid; 16]))
+    }
+}
+
+#[cfg(test)]
 mod tests {
+    use super::testing::record;
     use super::*;
-    use hospes_config::{Source, load};
 
     struct Directory(PathBuf);
 
@@ -396,16 +414,6 @@ mod tests {
             log: run.join("log"),
         };
         (Registry::new(&paths), Directory(run))
-    }
-
-    fn record(name: &str, uuid: u8) -> Record {
-        let text = format!("name='{name}'; type='pvh'; kernel='/k'; memory=64");
-        let source = Source {
-            name: "test",
-            text: &text,
-        };
-        let config = load(&[source]).0.expect("valid");
-        Record::new(&config, Uuid::from_bytes([uuid; 16]))
     }
 
     #[test]

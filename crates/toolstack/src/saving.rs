@@ -190,8 +190,9 @@ fn copy(from: impl Read, to: &mut File, path: &Path, progress: &mut dyn FnMut(u6
 /// A file that appears under its name when it is complete, and a device or pipe as it is.
 struct Target {
     file: File,
-    /// Where it is to appear; `None` for what is there already.
-    place: Option<PathBuf>,
+    path: PathBuf,
+    /// Whether it has still to appear there.
+    is_new: bool,
     /// Its name until then, where the file system knows no files without one.
     draft: Option<PathBuf>,
 }
@@ -208,7 +209,8 @@ impl Target {
             let file = OpenOptions::new().write(true).open(path).map_err(fault)?;
             return Ok(Target {
                 file,
-                place: None,
+                path: path.to_path_buf(),
+                is_new: false,
                 draft: None,
             });
         }
@@ -235,26 +237,26 @@ impl Target {
         };
         Ok(Target {
             file,
-            place: Some(place),
+            path: place,
+            is_new: true,
             draft,
         })
     }
 
     /// Makes sure that the file outlives a failure of the host.
     fn finish(mut self) -> Result<()> {
-        let Some(place) = self.place.take() else {
-            return match self.file.sync_all() {
-                // Pipes and terminals keep nothing.
-                Err(fault) if fault.kind() != ErrorKind::InvalidInput => {
-                    Err(at("cannot write", Path::new("the device"))(fault))
-                }
-                _ => Ok(()),
-            };
-        };
-        let fault = at("cannot write", &place);
-        self.file.sync_all().map_err(&fault)?;
+        let path = self.path.clone();
+        let fault = at("cannot write", &path);
+        match self.file.sync_all() {
+            // Pipes and terminals keep nothing.
+            Err(why) if !self.is_new && why.kind() == ErrorKind::InvalidInput => {}
+            synced => synced.map_err(&fault)?,
+        }
+        if !self.is_new {
+            return Ok(());
+        }
         if self.draft.is_none() {
-            let draft = draft_of(&place)?;
+            let draft = draft_of(&path)?;
             let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
             let here = rustix::fs::CWD;
             rustix::fs::linkat(here, own, here, &draft, AtFlags::SYMLINK_FOLLOW)
@@ -262,13 +264,16 @@ impl Target {
             self.draft = Some(draft);
         }
         if let Some(draft) = &self.draft {
-            fs::rename(draft, &place).map_err(&fault)?;
+            fs::rename(draft, &path).map_err(&fault)?;
             self.draft = None;
         }
-        let directory = place.parent().unwrap_or(Path::new("/"));
+        let directory = path.parent().unwrap_or(Path::new("/"));
         File::open(directory)
             .and_then(|directory| directory.sync_all())
-            .map_err(&fault)
+            .map_err(|why| Error::SavedUnsure {
+                path: path.clone(),
+                why: Box::new(fault(why)),
+            })
     }
 }
 

@@ -246,23 +246,7 @@ fn answer(
     request: Request,
 ) -> Option<Reply> {
     let machine = instance.machine();
-    let asks_guest = !matches!(
-        request,
-        Request::Info
-            | Request::Vcpus
-            | Request::Share
-            | Request::Pause
-            | Request::Unpause
-            | Request::Shutdown { last: true, .. }
-            | Request::Destroy
-            | Request::Wait { .. }
-            | Request::Rename { .. }
-            | Request::UpdateConfig { .. }
-            | Request::SetMemoryTarget { .. }
-            | Request::SetMemoryMax { .. }
-            | Request::Describe
-    );
-    if asks_guest && instance.has_shut_down() {
+    if request.asks_guest() && instance.has_shut_down() {
         let message = if instance.returns() {
             "it has shut down and is about to start again: try again in a moment"
         } else if matches!(
@@ -281,15 +265,7 @@ fn answer(
             message: message.into(),
         });
     }
-    let changes = asks_guest
-        || matches!(
-            request,
-            Request::Rename { .. }
-                | Request::UpdateConfig { .. }
-                | Request::SetMemoryTarget { .. }
-                | Request::SetMemoryMax { .. }
-        );
-    if changes && instance.is_being_saved() {
+    if request.is_change() && instance.is_being_saved() {
         return Some(Reply::Error {
             message: Instance::SAVING.into(),
         });

@@ -4,26 +4,13 @@ use std::time::Duration;
 
 use hospes_units::DomId;
 
-use crate::client::{LIST_PATIENCE, ask};
-use crate::error::{Error, Result};
-use crate::protocol::{DomainInfo, Reply, Request};
+use crate::each::{Answer, infos};
+use crate::error::Result;
+use crate::protocol::DomainInfo;
 use crate::registry::{Entry, Registry};
 
-/// How long an answer may take where others wait for the sum of all answers.
+/// How long all answers together may take where somebody waits for their sum.
 const SUM_PATIENCE: Duration = Duration::from_millis(500);
-
-/// The state of a domain; `None` where it has ended.
-pub(crate) fn info(entry: &Entry) -> Option<DomainInfo> {
-    info_within(entry, LIST_PATIENCE)
-}
-
-fn info_within(entry: &Entry, patience: Duration) -> Option<DomainInfo> {
-    match ask(entry, &Request::Info, Duration::ZERO, patience) {
-        Ok(Reply::Info(info)) => Some(info),
-        Err(Error::Gone { .. }) => None,
-        _ => Some(entry.as_recorded()),
-    }
-}
 
 impl Entry {
     /// What the record alone says of a domain's state, and what is seen of its process.
@@ -48,11 +35,14 @@ impl Entry {
 
 /// Memory that the domains but `except` have not used yet and still may, in bytes.
 pub(crate) fn promised_bytes(registry: &Registry, except: DomId) -> Result<u64> {
-    let entries = registry.entries()?.into_iter();
-    let others = entries.filter(|entry| entry.domid != except);
-    Ok(others
-        .map(|entry| info_within(&entry, SUM_PATIENCE).map_or(0, |info| info.promised_kib << 10))
-        .sum())
+    let mut others = registry.entries()?;
+    others.retain(|entry| entry.domid != except);
+    let answers = infos(others, SUM_PATIENCE).into_iter();
+    let promised = answers.map(|(entry, answer)| match answer {
+        Answer::Told(info) => info.promised_kib << 10,
+        Answer::NotYet | Answer::Silent(_) => entry.promised_bytes(),
+    });
+    Ok(promised.sum())
 }
 
 #[cfg(test)]
@@ -61,22 +51,12 @@ mod tests {
     use std::os::unix::net::UnixListener;
     use std::thread;
 
-    use hospes_config::{Source, Uuid, load};
+    use hospes_config::Uuid;
 
     use super::*;
     use crate::paths::Paths;
-    use crate::protocol;
-    use crate::registry::Record;
-
-    fn record(name: &str) -> Record {
-        let text = format!("name='{name}'; type='pvh'; kernel='/k'; memory=64");
-        let source = Source {
-            name: "test",
-            text: &text,
-        };
-        let config = load(&[source]).0.expect("valid");
-        Record::new(&config, Uuid::from_bytes([1; 16]))
-    }
+    use crate::protocol::{self, Reply, Request};
+    use crate::registry::testing::record;
 
     #[test]
     fn promised_bytes_counts_what_others_have_not_used() {
@@ -87,8 +67,8 @@ mod tests {
             run: run.clone(),
             log,
         });
-        let first = registry.allocate(&record("a")).expect("free");
-        let mut second = record("b");
+        let first = registry.allocate(&record("a", 1)).expect("free");
+        let mut second = record("b", 1);
         second.uuid = Uuid::from_bytes([2; 16]);
         let second_slot = registry.allocate(&second).expect("free");
         // Neither has sockets, and both are of this process, which shares little.
