@@ -11,6 +11,7 @@
 
 mod file;
 mod page;
+mod written;
 
 use std::os::fd::OwnedFd;
 use std::sync::RwLock;
@@ -23,6 +24,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 pub use file::{HUGE_PAGE, shared_memory_file, small_memory_file};
 pub use page::{Area, Page};
+pub use written::{FrameSet, WriteLog};
 
 /// Address space kept free above the last byte of RAM; guests place grant frames there.
 pub const RESERVE_ABOVE_RAM: u64 = 16 << 30;
@@ -61,6 +63,7 @@ pub struct GuestMemory {
     offsets: Vec<u64>,
     /// Frames outside `ram` that are backed: special pages placed later (grant frames).
     extra: RwLock<Vec<Gfn>>,
+    log: WriteLog,
 }
 
 // SAFETY: `base` points to a reservation that lives as long as the value; all accesses through it are raw copies or
@@ -141,6 +144,7 @@ impl GuestMemory {
             ram: ram.to_vec(),
             offsets,
             extra: RwLock::new(Vec::new()),
+            log: WriteLog::new(ram),
         };
         for (r, &offset) in ram.iter().zip(&memory.offsets) {
             memory.map_fixed(r.start, r.end - r.start, offset)?;
@@ -184,6 +188,11 @@ impl GuestMemory {
     /// The memory file; special pages lie behind the RAM.
     pub fn fd(&self) -> &OwnedFd {
         &self.fd
+    }
+
+    /// Which frames are written. What is written by this type's own methods is noted there.
+    pub fn log(&self) -> &WriteLog {
+        &self.log
     }
 
     /// Whether the frame is backed by memory.
@@ -258,7 +267,9 @@ impl GuestMemory {
             offset,
             len,
         )
-        .map_err(host("discard", len))
+        .map_err(host("discard", len))?;
+        self.log.note_written(first.gpa(), len);
+        Ok(())
     }
 
     /// Memory of the host that all frames together take now, in bytes: what was never touched and what was discarded takes none.
@@ -368,6 +379,7 @@ impl GuestMemory {
         let p = self.slice(gpa, buf.len() as u64)?;
         // SAFETY: `slice` checked the target; `buf` is ours, so the two cannot overlap.
         unsafe { std::ptr::copy_nonoverlapping(buf.as_ptr(), p, buf.len()) };
+        self.log.note_written(gpa, buf.len() as u64);
         Ok(())
     }
 
@@ -376,6 +388,7 @@ impl GuestMemory {
         let p = self.slice(gpa, len)?;
         // SAFETY: `slice` checked the target.
         unsafe { std::ptr::write_bytes(p, 0, len as usize) };
+        self.log.note_written(gpa, len);
         Ok(())
     }
 

@@ -13,12 +13,39 @@ use crate::{GuestMemory, MemoryError};
 
 const BYTES: usize = PAGE_SIZE as usize;
 
-/// A page frame that stays mapped as long as this value lives.
+/// A page frame that stays mapped as long as this value lives. As it is written at any time, a frame of RAM counts as written all that time.
 #[derive(Clone, Debug)]
 pub struct Page {
     ptr: NonNull<u8>,
     /// Keeps the mapping behind `ptr`.
-    _memory: Arc<GuestMemory>,
+    _hold: Arc<Hold>,
+}
+
+#[derive(Debug)]
+struct Hold {
+    memory: Arc<GuestMemory>,
+    /// `None` where no guest frame is meant.
+    gfn: Option<Gfn>,
+}
+
+impl Hold {
+    fn new(memory: &Arc<GuestMemory>, gfn: Option<Gfn>) -> Arc<Hold> {
+        if let Some(gfn) = gfn {
+            memory.log().hold(gfn);
+        }
+        Arc::new(Hold {
+            memory: Arc::clone(memory),
+            gfn,
+        })
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if let Some(gfn) = self.gfn {
+            self.memory.log().release(gfn);
+        }
+    }
 }
 
 // SAFETY: the page is reached only through atomics and raw copies, see the module's comment.
@@ -40,7 +67,7 @@ impl Page {
             })?;
         Ok(Page {
             ptr,
-            _memory: Arc::clone(memory),
+            _hold: Hold::new(memory, Some(gfn)),
         })
     }
 
@@ -55,7 +82,7 @@ impl Page {
         Ok((
             Page {
                 ptr,
-                _memory: Arc::clone(memory),
+                _hold: Hold::new(memory, None),
             },
             offset,
         ))
