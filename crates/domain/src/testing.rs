@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use hospes_engine::{
     Activity, CpuState, EngineError, Exit, Vcpu, VcpuControl, VirtFault, Vm, Waker, reg, rflags,
 };
-use hospes_memory::GuestMemory;
+use hospes_memory::{FrameSet, GuestMemory};
 use hospes_units::{Gpa, Gva, VcpuId};
 use hospes_xen_abi::{event, hypercall as nr, sched};
 
@@ -197,7 +197,18 @@ impl Vm for ScriptVm {
         }))
     }
 
-    fn mark_written(&self, _: Gpa, _: u64) {}
+    fn mark_written(&self, gpa: Gpa, len: u64) {
+        self.memory.log().note_written(gpa, len);
+    }
+
+    fn begin_round(&self) -> FrameSet {
+        // Scripts write through the memory's own methods, which note it.
+        self.memory.log().begin_round()
+    }
+
+    fn end_rounds(&self) {
+        self.memory.log().end();
+    }
 }
 
 /// The smallest kernel that the builder accepts: one page at 1 MiB and the note with its entry.

@@ -50,6 +50,8 @@ pub struct Memory {
     pub high_bytes: u64,
     /// Host address of the bitmap of frames with code.
     pub code_pages: u64,
+    /// Host address of the bitmap of frames to which a write has to be noted first.
+    pub unnoted: u64,
     /// Host address of the code cache.
     pub code_cache: u64,
 }

@@ -292,6 +292,7 @@ impl Host for BtHost {
     fn written(&mut self, gpa: Gpa, len: usize) {
         // The other side marks the page, then reads it.
         fence(Ordering::SeqCst);
+        self.shared.memory.log().note(gpa, len as u64);
         if !self.shared.pages.contains(gpa.gfn()) {
             return;
         }

@@ -137,7 +137,7 @@ impl BtVcpu {
         let shared = self.host.shared.clone();
         if t.blocks.mark(&shared.pages, gpa.gfn()) {
             self.host.drop_write_tags(gpa.gfn());
-            shared.forget_writable(self.host.id);
+            shared.forget_writable(Some(self.host.id));
         }
     }
 

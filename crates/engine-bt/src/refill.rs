@@ -1,7 +1,7 @@
 //! The page walk in emitted code: a data access that missed the TLB comes back without the monitor, which would have to save the vector registers first.
 //!
 //! It does what [`crate::exec::walk()`] and `BtHost::insert` do where nothing is out of the ordinary: four levels, RAM, all accessed bits set, and for an access that
-//! writes a dirty page without code. Anything else, faults among it, is given up and left to them; nothing has changed then.
+//! writes a dirty page without code that needs not be noted first. Anything else, faults among it, is given up and left to them; nothing has changed then.
 //!
 //! While it runs the registers that it uses are in the frame, so that a kick can send it to the way out from any point (`signal.rs`); a TLB entry that is half written
 //! matches nothing.
@@ -41,6 +41,7 @@ const LOW_BYTES: i32 = (MEMORY + offset_of!(Memory, low_bytes)) as i32;
 const HIGH_START: i32 = (MEMORY + offset_of!(Memory, high_start)) as i32;
 const HIGH_BYTES: i32 = (MEMORY + offset_of!(Memory, high_bytes)) as i32;
 const CODE_PAGES: i32 = (MEMORY + offset_of!(Memory, code_pages)) as i32;
+const UNNOTED: i32 = (MEMORY + offset_of!(Memory, unnoted)) as i32;
 const CODE_CACHE: i32 = (MEMORY + offset_of!(Memory, code_cache)) as i32;
 
 const fn filled(list: usize) -> i32 {
@@ -296,23 +297,25 @@ impl Walk<'_> {
         a.mov(R10, RDX);
         self.host_address();
         let a = &mut *self.a;
-        // The write tag, in R8, unless the page has code, is clean or must not be written.
+        // The write tag, in R8, unless the page has code, has to be noted before it is written, is clean or must not be written.
         a.mov_imm(R8, TLB_INVALID);
         a.shr(R10, 12);
-        a.mov(RAX, R10);
-        a.shr(RAX, 5);
-        a.shl(RAX, 2);
-        a.add_mem(RAX, CODE_PAGES);
-        a.load_at(false, RAX, RAX, 0);
-        a.bt32(RAX, R10);
-        let code = a.jcc(cc::B);
+        let [code, unnoted] = [CODE_PAGES, UNNOTED].map(|bitmap| {
+            a.mov(RAX, R10);
+            a.shr(RAX, 5);
+            a.shl(RAX, 2);
+            a.add_mem(RAX, bitmap);
+            a.load_at(false, RAX, RAX, 0);
+            a.bt32(RAX, R10);
+            a.jcc(cc::B)
+        });
         a.mov32(RAX, RCX);
         a.and_imm32(RAX, D as i32);
         let clean = a.jcc(cc::Z);
         a.and_imm32(RBX, RW as i32);
         let fixed = a.jcc(cc::Z);
         a.mov(R8, RDI);
-        for at in [code, clean, fixed] {
+        for at in [code, unnoted, clean, fixed] {
             self.here(at);
         }
         let a = &mut *self.a;

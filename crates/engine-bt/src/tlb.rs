@@ -3,6 +3,8 @@
 //! Invariants
 //! * The tables hold the current address space; those of others are parked.
 //! * An entry allows what a walk allowed at the same privilege, AC included; what changes rights flushes.
+//! * A write tag is made only for a frame without code that has been noted in the present round of the log of written frames, if there is one; a new round has
+//!   all of them dropped.
 
 use hospes_engine::{CpuState, cr, rflags};
 use hospes_translate::layout::{KERNEL_CODE, TLB_INVALID, TlbEntry, tlb_index};
@@ -194,16 +196,20 @@ impl BtHost {
         if access.write && code {
             return false;
         }
+        let log = self.shared.memory.log();
+        let writable = if access.write {
+            // Writes through the tag are not seen.
+            log.note(gfn.gpa(), PAGE_SIZE);
+            true
+        } else {
+            t.writable && t.dirty && !code && !log.must_note(gfn)
+        };
         let page = gva.page().0;
         let n = tlb_index(gva.0);
         let large = t.page_bits > 12;
         self.frame.tlb[table][n] = TlbEntry {
             read: page,
-            write: if (access.write || t.writable && t.dirty) && !code {
-                page
-            } else {
-                unmatched(n)
-            },
+            write: if writable { page } else { unmatched(n) },
             host: host as u64,
             gfn: gfn.0 | if t.global { GLOBAL } else { 0 } | if large { LARGE } else { 0 },
         };

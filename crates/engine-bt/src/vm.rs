@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, RwLock};
 
 use hospes_engine::{CpuState, EngineError, Vcpu, VcpuControl, Vm};
-use hospes_memory::GuestMemory;
+use hospes_memory::{FrameSet, GuestMemory};
 use hospes_translate::{Stubs, Translator};
 use hospes_units::{Gfn, Gpa, VcpuId};
 
@@ -85,9 +85,9 @@ pub(crate) struct Shared {
 
 impl Shared {
     /// Has every vCPU but `except` forget which pages it may write: from now on none of them writes through what it remembers.
-    pub fn forget_writable(&self, except: VcpuId) {
+    pub fn forget_writable(&self, except: Option<VcpuId>) {
         let controls = self.controls.read().expect("vCPU list");
-        let others = controls.iter().filter(|(id, _)| *id != except);
+        let others = controls.iter().filter(|(id, _)| Some(*id) != except);
         Control::post_to_all(others.map(|(_, c)| &**c), request::WRITE_TAGS);
     }
 
@@ -140,6 +140,7 @@ impl Shared {
             high_start: high.map_or(0, |r| r.start),
             high_bytes: high.map_or(0, |r| r.end - r.start),
             code_pages: self.pages.bitmap(),
+            unnoted: self.memory.log().bitmap(),
             code_cache: self.code.address(0) as u64,
         }
     }
@@ -240,12 +241,25 @@ impl Vm for BtVm {
         // A page is marked before its bytes are read for translation: what is not marked now will be read as it was written. Back ends come here for
         // each page, and must not wait for vCPUs that translate.
         fence(Ordering::SeqCst);
+        s.memory.log().note(gpa, len);
         let end = Gpa(gpa.0 + len.max(1) - 1).gfn();
         if !(gpa.gfn().0..=end.0).any(|gfn| s.pages.contains(Gfn(gfn))) {
             return;
         }
         let mut t = s.translations.lock().expect("translations");
         s.invalidate(&mut t, gpa, len, None);
+    }
+
+    fn begin_round(&self) -> FrameSet {
+        // A vCPU writes unseen only through tags and mappings that it has had since a frame was noted: whatever it still writes through these, until it has forgotten
+        // them, goes to frames that are taken here. New ones it gets only for frames that it has noted in the new round.
+        let written = self.shared.memory.log().begin_round();
+        self.shared.forget_writable(None);
+        written
+    }
+
+    fn end_rounds(&self) {
+        self.shared.memory.log().end();
     }
 }
 

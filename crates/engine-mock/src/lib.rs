@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hospes_engine::{CpuState, EngineError, Exit, Vcpu, VcpuControl, VirtFault, Vm, Waker};
-use hospes_memory::GuestMemory;
-use hospes_units::{Gpa, Gva, VcpuId};
+use hospes_memory::{FrameSet, GuestMemory};
+use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE, VcpuId};
 
 /// Takes a lock; a thread that panicked while holding it left data that is valid, if old.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -97,10 +97,12 @@ impl Vcpu for FlatVcpu {
     }
 }
 
-/// Makes no vCPUs; records what it is told to have been written, as address and bytes.
+/// Makes no vCPUs; records what it is told to have been written, as address and bytes. Rounds of the log have that and nothing else.
 #[derive(Debug, Default)]
 pub struct RecordingVm {
     pub written: Mutex<Vec<(Gpa, u64)>>,
+    /// How many of them are of rounds that have ended; `None` while there is no log.
+    pub ended: Mutex<Option<usize>>,
 }
 
 impl Vm for RecordingVm {
@@ -114,5 +116,41 @@ impl Vm for RecordingVm {
 
     fn mark_written(&self, gpa: Gpa, len: u64) {
         lock(&self.written).push((gpa, len));
+    }
+
+    fn begin_round(&self) -> FrameSet {
+        let written = lock(&self.written);
+        let mut frames = FrameSet::default();
+        if let Some(ended) = lock(&self.ended).replace(written.len()) {
+            for (gpa, len) in &written[ended..] {
+                let last = (gpa.0 + len.max(&1) - 1) / PAGE_SIZE;
+                (gpa.gfn().0..=last).for_each(|gfn| {
+                    frames.insert(Gfn(gfn));
+                });
+            }
+        }
+        frames
+    }
+
+    fn end_rounds(&self) {
+        *lock(&self.ended) = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn round_has_what_was_marked_in_the_one_before() {
+        let vm = RecordingVm::default();
+        vm.mark_written(Gpa(0), 1);
+        assert!(vm.begin_round().is_empty());
+        vm.mark_written(Gpa(0x1fff), 2);
+        let frames: Vec<u64> = vm.begin_round().runs().flatten().collect();
+        assert_eq!(frames, [1, 2]);
+        assert!(vm.begin_round().is_empty());
+        vm.end_rounds();
+        assert!(vm.begin_round().is_empty());
     }
 }

@@ -10,6 +10,7 @@ mod state;
 use std::fmt;
 use std::sync::Arc;
 
+use hospes_memory::FrameSet;
 use hospes_units::{Gpa, Gva, VcpuId};
 
 pub use state::*;
@@ -75,8 +76,16 @@ pub trait Vm: Send + Sync {
     fn create_vcpu(&self, id: VcpuId) -> Result<Box<dyn Vcpu>, EngineError>;
 
     /// Tells the engine that the monitor has written (or is about to show something else at) this range of guest memory: translated code and
-    /// cached translations of it are dropped before this returns.
+    /// cached translations of it are dropped before this returns. It is noted in the memory's log of written frames.
     fn mark_written(&self, gpa: Gpa, len: u64);
+
+    /// Begins a round of the memory's log of written frames, with the first one the log: gives the frames that were written in the round before, none in the first.
+    /// From when this returns, every frame that a vCPU writes is noted in the new round; what one has written unnoted is in frames given here, which are to be
+    /// read after this. One thread at a time begins and ends rounds.
+    fn begin_round(&self) -> FrameSet;
+
+    /// Ends the last round, and the log.
+    fn end_rounds(&self);
 }
 
 /// One virtual CPU, owned by the thread that runs it.

@@ -135,6 +135,10 @@ impl BtVcpu {
             evicted = pages;
         }
         let shared = self.host.shared.clone();
+        // What is mapped can be read: it is a write.
+        if old.is_some_and(|o| o.gfn == here.gfn) && here.writable && here.dirty && !fetched {
+            shared.memory.log().note(here.gfn.gpa(), PAGE_SIZE);
+        }
         let mut guard = shared.translations.lock().expect("translations");
         let Some(mut new) = self.page(&guard.blocks, here) else {
             return Ok(Filled::Step);
@@ -197,13 +201,14 @@ impl BtVcpu {
 
     /// How a page is to be mapped; `None` where it is no memory. Executable only if that needs no breakpoint.
     fn page(&self, blocks: &Blocks, m: Mapping) -> Option<Page> {
-        let pages = &self.host.shared.pages;
-        let offset = self.host.shared.memory.fd_offset(m.gfn)?;
+        let (pages, memory) = (&self.host.shared.pages, &self.host.shared.memory);
+        let offset = memory.fd_offset(m.gfn)?;
         let clean = m.executable && blocks.scan(m.gfn) == Some(&Suspects::At(Vec::new()));
         let mut prot = READ;
         if clean {
             prot |= EXEC;
-        } else if m.writable && m.dirty && !pages.contains(m.gfn) {
+        } else if m.writable && m.dirty && !pages.contains(m.gfn) && !memory.log().must_note(m.gfn)
+        {
             prot |= WRITE;
         }
         Some(Page {

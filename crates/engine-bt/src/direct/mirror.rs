@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use hospes_memory::GuestMemory;
+use hospes_memory::{FrameSet, GuestMemory};
 use hospes_units::Gfn;
 
 use super::process::Process;
@@ -68,25 +68,6 @@ impl Region {
     }
 }
 
-/// One bit for each guest frame.
-#[derive(Debug, Default)]
-struct Frames(Vec<u64>);
-
-impl Frames {
-    fn insert(&mut self, gfn: Gfn) {
-        let n = (gfn.0 / 64) as usize;
-        if n >= self.0.len() {
-            self.0.resize(n + 1, 0);
-        }
-        self.0[n] |= 1 << (gfn.0 % 64);
-    }
-
-    fn contains(&self, gfn: Gfn) -> bool {
-        let word = self.0.get((gfn.0 / 64) as usize);
-        word.is_some_and(|w| w & 1 << (gfn.0 % 64) != 0)
-    }
-}
-
 /// By page number: address / 4096.
 #[derive(Debug, Default)]
 pub struct Mirror {
@@ -95,7 +76,7 @@ pub struct Mirror {
     /// Pages that are mapped executable.
     executable: BTreeSet<u64>,
     /// Frames that are mapped writable somewhere, or were.
-    writable: Frames,
+    writable: FrameSet,
     /// Mappings made, and taken away, since the last clearing: each adds two at most.
     ranges: usize,
     all_stale: bool,
@@ -103,6 +84,8 @@ pub struct Mirror {
     stale: Vec<u64>,
     marks_seen: u64,
     exec_seen: u64,
+    /// Round of the log of written frames.
+    round_seen: u64,
 }
 
 /// Whether one mapping serves both of two pages, the second as well as the first.
@@ -154,6 +137,7 @@ impl Mirror {
         *self = Mirror {
             marks_seen: self.marks_seen,
             exec_seen: self.exec_seen,
+            round_seen: self.round_seen,
             ..Mirror::default()
         };
     }
@@ -223,7 +207,10 @@ impl Mirror {
     pub fn refresh(&mut self, process: &Process, facts: &Facts) -> Vec<Call> {
         let (marks, changes) = (facts.code.marks(), facts.code.direct_changes());
         let (marked, exec) = (self.marks_seen != marks, self.exec_seen != changes);
-        if !(self.all_stale || marked || exec || !self.stale.is_empty()) {
+        let log = facts.memory.log();
+        let round = log.rounds();
+        let new_round = self.round_seen != round;
+        if !(self.all_stale || marked || exec || new_round || !self.stale.is_empty()) {
             return Vec::new();
         }
         let mut changed = Vec::new();
@@ -238,13 +225,13 @@ impl Mirror {
                 }
             }
         }
-        if marked
+        let marked = marked
             && facts
                 .code
-                .marked_since(self.marks_seen, |gfn| self.writable.contains(gfn))
-        {
+                .marked_since(self.marks_seen, |gfn| self.writable.contains(gfn));
+        if marked || new_round {
             for (at, old) in self.iter().filter(|(_, p)| p.prot & WRITE != 0) {
-                if facts.code.contains(old.gfn) {
+                if facts.code.contains(old.gfn) || log.must_note(old.gfn) {
                     let prot = old.prot & !WRITE;
                     changed.push((at, old, Some(Page { prot, ..old })));
                 }
@@ -267,6 +254,7 @@ impl Mirror {
         self.all_stale = false;
         self.marks_seen = marks;
         self.exec_seen = changes;
+        self.round_seen = round;
         self.apply(process, changed)
     }
 

@@ -6,7 +6,8 @@
 //! Invariants
 //! * Nothing of the monitor and no page that guest user code may not reach is mapped in such a process, but for a page of code that makes mapping calls, their table, and a page of registers.
 //! * No system call of guest code is carried out by the host: those that the filter lets pass carry a key which is not in the process when guest code runs.
-//! * A page is mapped writable only where the guest's entry is dirty and the frame has no translations, and executable only where it has been scanned since it was
+//! * A page is mapped writable only where the guest's entry is dirty, the frame has no translations and a write to it has not to be noted (in the log of written
+//!   frames), and executable only where it has been scanned since it was
 //!   last written.
 //! * Each vCPU has its own processes: they are flushed when its TLB is.
 //!

@@ -249,6 +249,7 @@ impl Walk<'_> {
                     {
                         return Err(Stop::Changed);
                     }
+                    self.note(slot.as_ptr().cast());
                 }
                 let offset = gva & ((1 << shift) - 1);
                 return Ok(Translation {
@@ -337,6 +338,7 @@ impl Walk<'_> {
             {
                 return Err(Stop::Changed);
             }
+            self.note(slot.as_ptr().cast());
         }
         let leaf = u64::from(seen[last].1);
         Ok(Translation {
@@ -348,6 +350,12 @@ impl Walk<'_> {
             dirty: leaf & D != 0 || self.access.write,
             nx: false,
         })
+    }
+
+    /// Notes an entry that was changed. The atomic operation that did so stands for a fence.
+    fn note(&self, entry: *const u8) {
+        let gpa = entry as u64 - self.mem.host_base() as u64;
+        self.mem.log().note(Gpa(gpa), 1);
     }
 
     /// Host address of a table entry; not present where no memory is.
