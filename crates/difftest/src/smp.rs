@@ -1,7 +1,7 @@
 //! Several vCPUs of one guest at the same time: small programs without an operating system, each on a thread of its own.
 //!
-//! There is no oracle: each test says what the architecture allows. The programs run at privilege level 0 with interrupts off, memory mapped one to one, and
-//! end with a VMCALL.
+//! There is no oracle: each test says what the architecture allows. The programs run with interrupts off, memory mapped one to one, and end with a VMCALL: at
+//! privilege level 0, or as user code that is executed natively.
 
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -30,6 +30,7 @@ const STACKS: u64 = 0x30_0000;
 const TABLES: u64 = 0x10_0000;
 
 const PRESENT_WRITE: u64 = 3;
+const USER: u64 = 4;
 const LARGE: u64 = 1 << 7;
 /// A program that runs for so long hangs.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -37,7 +38,8 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// A guest whose vCPUs have not run yet.
 pub struct Machine {
     pub memory: Arc<GuestMemory>,
-    vm: BtVm,
+    pub vm: BtVm,
+    user: bool,
 }
 
 /// Where the program of a vCPU begins.
@@ -47,19 +49,64 @@ pub fn code_address(vcpu: u32) -> u64 {
 
 impl Machine {
     pub fn new(vcpus: u32) -> Machine {
+        Machine::of(vcpus, false)
+    }
+
+    /// One whose programs are user code, executed natively.
+    pub fn native(vcpus: u32) -> Machine {
+        Machine::of(vcpus, true)
+    }
+
+    fn of(vcpus: u32, user: bool) -> Machine {
         let memory = GuestMemory::new(&[Range {
             start: 0,
             end: RAM_BYTES,
         }]);
         let memory = Arc::new(memory.expect("memory of the guest"));
-        map(&memory);
+        map(
+            &memory,
+            if user {
+                PRESENT_WRITE | USER
+            } else {
+                PRESENT_WRITE
+            },
+        );
         let options = Options {
             code_bytes: 8 << 20,
-            execution: Execution::Translated,
+            execution: if user {
+                Execution::Direct
+            } else {
+                Execution::Translated
+            },
         };
         let processor = Arc::new(HostProcessor(host_vendor(), Level::V3));
         let vm = BtVm::new(memory.clone(), processor, vcpus, options).expect("the engine");
-        Machine { memory, vm }
+        Machine { memory, vm, user }
+    }
+
+    /// A vCPU at the beginning of its program, which goes on behind a VMCALL when it is run again.
+    pub fn vcpu(
+        &self,
+        id: u32,
+        program: impl Fn(&mut CodeAssembler, u32) -> Result<(), IcedError>,
+    ) -> Box<dyn Vcpu> {
+        let at = code_address(id);
+        let build = || {
+            let mut a = CodeAssembler::new(64)?;
+            program(&mut a, id)?;
+            a.vmcall()?;
+            a.assemble(at)
+        };
+        let code = build().expect("the program has an encoding");
+        assert!(code.len() as u64 <= CODE_BYTES);
+        self.memory.write(Gpa(at), &code).expect("code");
+        let mut vcpu = self.vm.create_vcpu(VcpuId(id)).expect("vCPU");
+        start(vcpu.state(), id, at);
+        if self.user {
+            make_user(vcpu.state());
+        }
+        vcpu.state_changed();
+        vcpu
     }
 
     /// Runs one program on each vCPU, all at once, to their ends. Returns their registers. Panics where one does not end with a VMCALL.
@@ -68,23 +115,17 @@ impl Machine {
         vcpus: u32,
         program: impl Fn(&mut CodeAssembler, u32) -> Result<(), IcedError>,
     ) -> Vec<[u64; 16]> {
-        let mut all = Vec::new();
-        for id in 0..vcpus {
-            let at = code_address(id);
-            let build = || {
-                let mut a = CodeAssembler::new(64)?;
-                program(&mut a, id)?;
-                a.vmcall()?;
-                a.assemble(at)
-            };
-            let code = build().expect("the program has an encoding");
-            assert!(code.len() as u64 <= CODE_BYTES);
-            self.memory.write(Gpa(at), &code).expect("code");
-            let mut vcpu = self.vm.create_vcpu(VcpuId(id)).expect("vCPU");
-            start(vcpu.state(), id, at);
-            vcpu.state_changed();
-            all.push(vcpu);
-        }
+        self.run_beside(vcpus, program, || ())
+    }
+
+    /// The same with something else that is done meanwhile.
+    pub fn run_beside(
+        &self,
+        vcpus: u32,
+        program: impl Fn(&mut CodeAssembler, u32) -> Result<(), IcedError>,
+        beside: impl FnOnce(),
+    ) -> Vec<[u64; 16]> {
+        let all: Vec<_> = (0..vcpus).map(|id| self.vcpu(id, &program)).collect();
         let controls: Vec<_> = all.iter().map(|vcpu| vcpu.control()).collect();
         let (done, finished) = channel();
         std::thread::scope(|scope| {
@@ -99,6 +140,7 @@ impl Machine {
                     })
                 })
                 .collect();
+            beside();
             for _ in 0..vcpus {
                 if finished.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
                     controls.iter().for_each(|control| control.kick());
@@ -116,7 +158,8 @@ impl Machine {
     }
 }
 
-fn run_to_vmcall(vcpu: &mut dyn Vcpu) -> Result<(), String> {
+/// Runs a program to its next VMCALL.
+pub fn run_to_vmcall(vcpu: &mut dyn Vcpu) -> Result<(), String> {
     loop {
         match vcpu.run() {
             Ok(Exit::Hypercall) => return Ok(()),
@@ -133,24 +176,24 @@ pub fn scattered(address: u64) -> u64 {
     SCATTERED + ((511 - page) << 12) + (address & 0xfff)
 }
 
-fn map(memory: &GuestMemory) {
+fn map(memory: &GuestMemory, bits: u64) {
     let put = |at: u64, value: u64| {
         memory
             .write(Gpa(at), &value.to_le_bytes())
             .expect("page tables")
     };
-    put(TABLES, (TABLES + 0x1000) | PRESENT_WRITE);
-    put(TABLES + 0x1000, (TABLES + 0x2000) | PRESENT_WRITE);
+    put(TABLES, (TABLES + 0x1000) | bits);
+    put(TABLES + 0x1000, (TABLES + 0x2000) | bits);
     for n in 0..RAM_BYTES >> 21 {
-        put(TABLES + 0x2000 + 8 * n, n << 21 | PRESENT_WRITE | LARGE);
+        put(TABLES + 0x2000 + 8 * n, n << 21 | bits | LARGE);
     }
     put(
         TABLES + 0x2000 + 8 * (SCATTERED >> 21),
-        (TABLES + 0x3000) | PRESENT_WRITE,
+        (TABLES + 0x3000) | bits,
     );
     for n in 0..512 {
         let page = scattered(SCATTERED + (n << 12));
-        put(TABLES + 0x3000 + 8 * n, page | PRESENT_WRITE);
+        put(TABLES + 0x3000 + 8 * n, page | bits);
     }
 }
 
@@ -166,8 +209,24 @@ fn start(cpu: &mut CpuState, id: u32, rip: u64) {
     cpu.gpr[reg::RSP] = STACKS + u64::from(id + 1) * 0x1000;
     cpu.cr0 = cr::CR0_PE | cr::CR0_MP | cr::CR0_ET | cr::CR0_NE | cr::CR0_WP | cr::CR0_PG;
     cpu.cr3 = TABLES;
-    cpu.cr4 = cr::CR4_PAE | cr::CR4_OSFXSR | cr::CR4_OSXMMEXCPT;
+    cpu.cr4 = cr::CR4_PAE | cr::CR4_PGE | cr::CR4_OSFXSR | cr::CR4_OSXMMEXCPT;
     cpu.msr.efer = cr::EFER_LME | cr::EFER_LMA | cr::EFER_NXE;
     cpu.seg = [descriptor(0x18, 0xc093); 6];
     cpu.seg[seg::CS] = descriptor(0x10, 0xa09b);
+}
+
+/// As Linux has its user code.
+fn make_user(cpu: &mut CpuState) {
+    let data = cpu.seg[seg::DS];
+    cpu.cr4 |= cr::CR4_OSXSAVE | cr::CR4_FSGSBASE;
+    cpu.xcr0 = Level::V3.xcr0();
+    for s in &mut cpu.seg {
+        s.selector = 0x2b;
+        s.attr = data.attr | 0x60;
+    }
+    cpu.seg[seg::CS].selector = 0x33;
+    cpu.seg[seg::CS].attr = 0xa0fb;
+    for s in [seg::FS, seg::GS] {
+        cpu.seg[s] = Segment::default();
+    }
 }

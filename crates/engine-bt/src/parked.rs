@@ -135,5 +135,12 @@ mod tests {
             Some(TLB_INVALID)
         );
         assert_eq!(p.take(2).map(|s| s.tlb[1].entries[0].1.write), Some(0x1000));
+        p.put(1, space(10));
+        p.put(2, space(20));
+        p.drop_write_tags(None);
+        for pcid in 1..3 {
+            let entry = p.take(pcid).map(|s| s.tlb[1].entries[0].1);
+            assert_eq!(entry.map(|e| e.write), Some(TLB_INVALID));
+        }
     }
 }

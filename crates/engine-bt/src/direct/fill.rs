@@ -26,8 +26,8 @@ const LOWEST_PAGE: u64 = 16;
 
 /// What became of a fault.
 pub enum Filled {
-    /// The mapping has changed: try again. So many pages of code with breakpoints were taken out for it.
-    Mapped { evicted: u32 },
+    /// The mapping has changed: try again. So many pages of code with breakpoints were taken out for it; or the write had to be noted, and there is no other reason.
+    Mapped { evicted: u32, noted: bool },
     /// The engine executes the instruction.
     Step,
     /// Code that must not be executed natively.
@@ -136,7 +136,10 @@ impl BtVcpu {
         }
         let shared = self.host.shared.clone();
         // What is mapped can be read: it is a write.
-        if old.is_some_and(|o| o.gfn == here.gfn) && here.writable && here.dirty && !fetched {
+        let is_write = old.is_some_and(|o| o.gfn == here.gfn) && !fetched;
+        let noted =
+            is_write && here.writable && here.dirty && shared.memory.log().must_note(here.gfn);
+        if noted {
             shared.memory.log().note(here.gfn.gpa(), PAGE_SIZE);
         }
         let mut guard = shared.translations.lock().expect("translations");
@@ -196,7 +199,7 @@ impl BtVcpu {
         drop(guard);
         let calls = space.mirror.add(&space.process, nearest(&list, page));
         space.process.queue(calls);
-        Ok(Filled::Mapped { evicted })
+        Ok(Filled::Mapped { evicted, noted })
     }
 
     /// How a page is to be mapped; `None` where it is no memory. Executable only if that needs no breakpoint.

@@ -11,9 +11,9 @@ use hospes_units::Gfn;
 
 /// Translated, user code takes up to so many times as long: interpreters, and code that is executed seldom. Compute loops take 2 to 3 times, but stop too seldom for that to matter.
 const TRANSLATED: i64 = 8;
-/// Of the time of native execution, what each stop takes, with all that makes one slow now and then, ns. What a run took beyond that is user code for sure; with less, stops would be taken
+/// Of the time of native execution, what each stop takes, with all that makes one slow now and then. What a run took beyond that is user code for sure; with less, stops would be taken
 /// for user code, eight times.
-const STOP_NS: i64 = 14_000;
+pub const STOP: Duration = Duration::from_micros(14);
 /// With visits to the kernel more often than that, native execution hardly pays.
 const QUIET: Duration = Duration::from_micros(60);
 /// What an interrupt counts at most: one without any such visit before it says more than many that found just enough quiet.
@@ -57,7 +57,7 @@ impl Burst {
     /// The time it has saved, ns.
     fn value(&self) -> i64 {
         let ns = |d: Duration| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX / 16);
-        let user = (ns(self.native) - STOP_NS * i64::from(self.stops)).max(0);
+        let user = (ns(self.native) - ns(STOP) * i64::from(self.stops)).max(0);
         TRANSLATED * user - ns(self.whole)
     }
 }

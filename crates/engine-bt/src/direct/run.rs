@@ -10,7 +10,7 @@ use hospes_units::{Gpa, PAGE_SIZE};
 
 use super::fill::Filled;
 use super::mirror::Mirror;
-use super::policy::Burst;
+use super::policy::{Burst, STOP};
 use super::process::{AFTER_INT1, AFTER_INT3, AFTER_STEP, Process, Registers, Stop, USER_END};
 use super::tables::{look_up, lowest};
 use super::{ROOT, SPACES, Space};
@@ -56,6 +56,8 @@ struct Spent {
     stops: u32,
     /// Instructions that the engine executed in between.
     steps: u32,
+    /// Times it stopped for nothing but a write that had to be noted.
+    noted: u32,
 }
 
 /// Why a burst ended.
@@ -199,9 +201,11 @@ impl BtVcpu {
             End::Pass => direct.pass = true,
             _ => {}
         }
+        // What the log of written frames costs says nothing about the program.
+        let whole = start.elapsed().saturating_sub(waited);
         let burst = Burst {
             native: spent.native.saturating_sub(waited),
-            whole: start.elapsed().saturating_sub(waited),
+            whole: whole.saturating_sub(STOP * spent.noted),
             stops: spent.stops,
         };
         direct.policy.burst(root, burst);
@@ -300,7 +304,8 @@ impl BtVcpu {
         loop {
             self.refresh(space)?;
             if let Some(address) = awaited.take()
-                && let Filled::Mapped { evicted } = self.fill(space, address, regs.rip, false)?
+                && let Filled::Mapped { evicted, .. } =
+                    self.fill(space, address, regs.rip, false)?
             {
                 spent.steps += evicted;
             }
@@ -335,7 +340,8 @@ impl BtVcpu {
                     address,
                     ..
                 } => match self.fill(space, address, regs.rip, false)? {
-                    Filled::Mapped { evicted } => {
+                    Filled::Mapped { evicted, noted } => {
+                        spent.noted += u32::from(noted);
                         // Code that goes to and fro between such pages costs as much as steps do.
                         spent.steps += evicted;
                         // The fault has set it, and it would pass over a breakpoint just made at this instruction.
