@@ -187,6 +187,7 @@ pub fn create(
         threads: Vec::new(),
         clock: None,
         membership: Mutex::new(Some(membership)),
+        sending: Arc::default(),
     };
     let page = |gfn| Page::of_frame(domain.xen.memory(), gfn);
     let (console_page, store_page) = (page(layout.console)?, page(layout.xenstore)?);
@@ -227,10 +228,8 @@ fn fill(
     room: &dyn Fn(u64) -> Result<(), CreateError>,
 ) -> Result<Content, CreateError> {
     if let Some(stream) = saved {
-        let saved = Saved::read(stream, memory, |saved| {
-            saved.fits(spec.memory_max_bytes, spec.vcpus)?;
-            // It may have been saved on its way to a smaller target.
-            room(saved.current_bytes().max(spec.memory_bytes))
+        let saved = Saved::read(stream, memory, spec.memory_bytes, room, |saved| {
+            saved.fits(spec.memory_max_bytes, spec.vcpus)
         })?;
         return Ok(Content {
             vcpus: saved.vcpus.clone(),

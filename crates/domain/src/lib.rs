@@ -18,7 +18,9 @@ mod devices;
 mod error;
 mod halt_poll;
 mod host_memory;
+mod live;
 mod memory;
+mod pages;
 mod placement;
 mod run;
 mod saved;
@@ -36,6 +38,7 @@ mod tests;
 use std::fmt;
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -53,6 +56,7 @@ pub use devices::{AttachError, DiskSpec, VifSpec};
 pub use error::{CreateError, RequestError};
 pub use hospes_backends::{frame, net};
 pub use hospes_image::Format as ImageFormat;
+pub use live::{Live, LivePolicy, LiveRound};
 pub use placement::Affinity;
 pub use run::EndReason;
 pub use saved::{RestoreError, SaveError, SaveStream, SavedStream};
@@ -188,6 +192,8 @@ pub struct Domain {
     clock: Option<ClockThread>,
     /// `None` once it has left.
     membership: Mutex<Option<Membership>>,
+    /// Set while the guest's memory is being sent.
+    sending: Arc<AtomicBool>,
 }
 
 /// What stays of the specification.

@@ -6,11 +6,13 @@ use std::time::Duration;
 use hospes_cpuid::{CpuidTable, SavedFeatures};
 use hospes_engine::{CpuState, XsaveImage};
 use hospes_memory::{GuestMemory, MemoryError};
-use hospes_migration::{PAGE_BYTES, PAGES_MAX, Reader, Record, StreamError, Writer};
-use hospes_units::{Gpa, PAGE_SIZE};
+use hospes_migration::{Reader, Record, StreamError, Writer};
+use hospes_units::PAGE_SIZE;
 use hospes_xen::Balloon;
 use serde::{Deserialize, Serialize};
 
+use crate::live::Live;
+use crate::pages::{OTHER_PAGES_MAX, Received, Sent, stream_pages_max};
 use crate::{CreateError, Domain, EndReason, RequestError};
 
 /// The stream that a domain comes back from, behind its configuration.
@@ -45,6 +47,10 @@ pub enum RestoreError {
 pub enum SaveError {
     #[error("the guest is not suspended")]
     Running,
+    #[error("its memory is being sent already: try again when that has ended")]
+    Sending,
+    #[error("{0}")]
+    Request(#[from] RequestError),
     #[error(
         "the guest uses memory that it has given back: try again when it has what mem-set asked it to have"
     )]
@@ -82,34 +88,32 @@ pub(crate) struct Saved {
 }
 
 impl Saved {
-    /// Takes a domain out of a stream: fills the memory, once `may` has allowed what is to come, and gives the rest.
+    /// Takes a domain out of a stream: fills the memory and gives the rest. The host has `target_bytes` for it and is asked by `room` for more, before that is
+    /// used; `fits` says whether what comes is what is wanted.
     pub fn read(
         mut stream: SavedStream,
         memory: &GuestMemory,
-        may: impl Fn(&Saved) -> Result<(), CreateError>,
+        target_bytes: u64,
+        room: &dyn Fn(u64) -> Result<(), CreateError>,
+        fits: impl Fn(&Saved) -> Result<(), RestoreError>,
     ) -> Result<Saved, CreateError> {
         let mut saved: Option<Saved> = None;
-        let mut left = 0;
+        let mut received = Received::new(memory, target_bytes, room);
         loop {
             match stream.next().map_err(RestoreError::from)? {
                 Record::Config(_) => {
                     return Err(RestoreError::Invalid("it has two configurations").into());
                 }
                 Record::Machine(text) => {
-                    let machine = serde_json::from_slice(text).map_err(RestoreError::Text)?;
-                    may(&machine)?;
-                    left = machine.pages_max();
+                    let machine: Saved =
+                        serde_json::from_slice(text).map_err(RestoreError::Text)?;
+                    fits(&machine)?;
+                    // It may have been saved on its way to a smaller target.
+                    let bytes = machine.current_bytes().max(target_bytes);
+                    received.set_size(bytes, machine.frames_max())?;
                     saved = Some(machine);
                 }
-                Record::Pages { first, bytes } => {
-                    let count = (bytes.len() / PAGE_BYTES) as u64;
-                    left = left
-                        .checked_sub(count)
-                        .ok_or(RestoreError::Invalid("it has more pages than memory"))?;
-                    let at = first.checked_mul(PAGE_SIZE).map(Gpa);
-                    at.and_then(|at| memory.write(at, bytes).ok())
-                        .ok_or(RestoreError::Invalid("it has pages beyond its memory"))?;
-                }
+                Record::Pages { first, bytes } => received.take(first, bytes)?,
                 Record::End => break,
             }
         }
@@ -124,8 +128,8 @@ impl Saved {
             .saturating_sub(out.saturating_mul(PAGE_SIZE))
     }
 
-    /// Most pages that a stream of it has.
-    fn pages_max(&self) -> u64 {
+    /// Most frames that may have something in them.
+    fn frames_max(&self) -> u64 {
         self.current_bytes() / PAGE_SIZE + OTHER_PAGES_MAX
     }
 
@@ -210,9 +214,6 @@ fn is_loadable(image: &XsaveImage, components: u64) -> bool {
         && (1..8).all(|n| word(HEADER + 8 * n) == 0)
 }
 
-/// Pages in a stream beyond the guest's memory: tables and rings, of which some come twice, and what a guest may hold for a moment of that which it has given back.
-const OTHER_PAGES_MAX: u64 = (64 << 20) / PAGE_SIZE;
-
 /// How long a guest may take to suspend itself, as in xl.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -254,11 +255,12 @@ impl Domain {
         }
     }
 
-    /// Writes all of a suspended guest but its configuration. Refuses what would not be restored.
-    pub fn save(&self, to: &mut SaveStream<'_>) -> Result<(), SaveError> {
+    /// Writes all of a suspended guest but its configuration: with what [`Domain::send_live`] has come to, into the same stream, what that has left. Refuses what would
+    /// not be restored.
+    pub fn save(&self, to: &mut SaveStream<'_>, live: Option<Live>) -> Result<(), SaveError> {
         let states = self.run.suspension().states().ok_or(SaveError::Running)?;
         check_vcpus(&states, &self.processor)?;
-        write(self, states, to)
+        write(self, states, to, live)
     }
 
     /// Ends a suspended domain, which is somewhere else now; false where it has gone on.
@@ -279,7 +281,12 @@ impl Domain {
 }
 
 /// Writes all of a suspended guest but its configuration.
-fn write(domain: &Domain, vcpus: Vec<SavedVcpu>, to: &mut SaveStream<'_>) -> Result<(), SaveError> {
+fn write(
+    domain: &Domain,
+    vcpus: Vec<SavedVcpu>,
+    to: &mut SaveStream<'_>,
+    live: Option<Live>,
+) -> Result<(), SaveError> {
     let xen = &domain.xen;
     let memory = xen.memory();
     let Balloon {
@@ -294,46 +301,24 @@ fn write(domain: &Domain, vcpus: Vec<SavedVcpu>, to: &mut SaveStream<'_>) -> Res
         on_demand,
         vcpus,
     };
-    let pages_max = saved.pages_max();
-    to.machine(&serde_json::to_vec(&saved)?)?;
-    let mut buffer = vec![0; PAGES_MAX * PAGE_BYTES];
-    let mut at = Gpa(0);
-    while let Some(run) = memory.occupied(at)? {
-        at = Gpa(run.start);
-        while at.0 < run.end {
-            let bytes = (run.end - at.0).min(buffer.len() as u64) as usize;
-            memory.read_ram(at, &mut buffer[..bytes])?;
-            write_pages(at.gfn().0, &buffer[..bytes], to)?;
-            at = Gpa(at.0 + bytes as u64);
-        }
-    }
-    // Threads of the domain may have written into these meanwhile: once more, each as it is between two steps.
+    let text = serde_json::to_vec(&saved)?;
+    let mut sent = if let Some(live) = live {
+        // It has less memory than it had in rounds before, perhaps: first what it has given back is to be empty.
+        let sent = live.rest(to)?;
+        to.machine(&text)?;
+        sent
+    } else {
+        to.machine(&text)?;
+        let mut sent = Sent::default();
+        sent.all(memory, to, &|| Ok(()))?;
+        sent
+    };
+    // Threads of the domain may have written into these meanwhile.
     for gfn in xen.ring_frames() {
-        let page = &mut buffer[..PAGE_BYTES];
-        let closed = domain.run.rings().close();
-        memory.read_ram(gfn.gpa(), page)?;
-        drop(closed);
-        to.pages(gfn.0, page)?;
+        sent.page_of_rings(memory, gfn, domain.run.rings(), to)?;
     }
-    if to.pages_written() > pages_max {
+    if sent.filled() > saved.frames_max() || to.pages_written() > stream_pages_max(memory) {
         return Err(SaveError::TooMuch);
-    }
-    Ok(())
-}
-
-/// Writes the pages that are not zero.
-fn write_pages(first: u64, bytes: &[u8], to: &mut SaveStream<'_>) -> io::Result<()> {
-    let pages: Vec<bool> = bytes
-        .chunks(PAGE_BYTES)
-        .map(|page| page.iter().any(|byte| *byte != 0))
-        .collect();
-    let mut at = 0;
-    for run in pages.chunk_by(|a, b| a == b) {
-        let end = at + run.len();
-        if run[0] {
-            to.pages(first + at as u64, &bytes[at * PAGE_BYTES..end * PAGE_BYTES])?;
-        }
-        at = end;
     }
     Ok(())
 }

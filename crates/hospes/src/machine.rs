@@ -330,7 +330,7 @@ impl Machine for Running {
     }
 
     fn save(&self, to: &mut SaveStream<'_>) -> Result<(), MachineError> {
-        Ok(self.0.save(to)?)
+        Ok(self.0.save(to, None)?)
     }
 
     fn resume(&self) {

@@ -237,6 +237,11 @@ impl Xen {
         &self.memory
     }
 
+    /// What executes the guest.
+    pub fn vm(&self) -> &Arc<dyn Vm> {
+        &self.vm
+    }
+
     pub fn domid(&self) -> DomId {
         self.config.domid
     }

@@ -18,7 +18,7 @@ fn domain_of(mut script: impl FnMut(&mut Cpu<'_>) -> Exit + Send + 'static) -> D
 }
 
 /// A balloon's hypercall, which takes 64-bit code.
-fn give_back(c: &mut Cpu<'_>, frame: u64) -> Exit {
+pub(super) fn give_back(c: &mut Cpu<'_>, frame: u64) -> Exit {
     c.state.cr0 |= cr::CR0_PE | cr::CR0_PG;
     c.state.msr.efer = cr::EFER_LMA | cr::EFER_LME;
     c.state.seg[seg::CS].attr = 0x9b | Segment::ATTR_L;

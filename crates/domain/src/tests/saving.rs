@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::*;
 
-const MEMORY: u64 = 64 << 20;
+pub(super) const MEMORY: u64 = 64 << 20;
 const PAGE: Gpa = Gpa(32 << 20);
 
 /// A guest of two vCPUs that suspends itself once it was asked to, with a word in its memory and another in a register, and tells in its way to end what the
@@ -46,6 +46,12 @@ fn after(c: &mut Cpu<'_>) -> Option<Exit> {
 fn suspended() -> Domain {
     let asked = Arc::new(AtomicBool::new(false));
     let d = suspending(Arc::clone(&asked));
+    suspend(&d, &asked);
+    d
+}
+
+/// Has a guest suspend itself that does so once it finds this set.
+pub(super) fn suspend(d: &Domain, asked: &AtomicBool) {
     let once = AtomicBool::new(true);
     let ask = || {
         if once.swap(false, SeqCst) {
@@ -54,19 +60,22 @@ fn suspended() -> Domain {
         false
     };
     d.suspend(&ask).unwrap();
-    d
 }
 
 fn saved(d: &Domain) -> Vec<u8> {
     let mut bytes = Vec::new();
     let to: &mut dyn Write = &mut bytes;
     let mut stream = Writer::new(to, b"configuration").unwrap();
-    d.save(&mut stream).unwrap();
+    d.save(&mut stream, None).unwrap();
     stream.end().unwrap();
     bytes
 }
 
-fn restored(vcpus: u32, memory_bytes: u64, bytes: Vec<u8>) -> Result<Domain, CreateError> {
+pub(super) fn restored(
+    vcpus: u32,
+    memory_bytes: u64,
+    bytes: Vec<u8>,
+) -> Result<Domain, CreateError> {
     let from: Box<dyn Read + Send> = Box::new(std::io::Cursor::new(bytes));
     let (stream, config) = Reader::new(from).unwrap();
     assert_eq!(config, b"configuration");
@@ -212,7 +221,7 @@ fn save_of_a_guest_that_runs_is_refused() {
     let mut bytes = Vec::new();
     let to: &mut dyn Write = &mut bytes;
     let mut stream = Writer::new(to, b"").unwrap();
-    assert!(matches!(d.save(&mut stream), Err(SaveError::Running)));
+    assert!(matches!(d.save(&mut stream, None), Err(SaveError::Running)));
 }
 
 #[test]
