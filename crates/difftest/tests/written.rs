@@ -1,9 +1,11 @@
 //! The log of written frames: whatever a guest writes is in it, by whichever means, in the round in which it was written.
 
+use std::time::{Duration, Instant};
+
 use hospes_difftest::smp::{DATA, Machine, SPLIT, code_address, run_to_vmcall, scattered};
 use hospes_engine::{Vcpu, Vm};
 use hospes_memory::FrameSet;
-use hospes_units::{Gfn, Gpa, PAGE_SIZE};
+use hospes_units::{Gfn, Gpa, Gva, PAGE_SIZE};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -221,6 +223,21 @@ fn bits_that_a_page_walk_sets_are_noted() {
 }
 
 #[test]
+fn writes_of_the_monitor_are_noted() {
+    let m = Machine::new(1);
+    let mut vcpu = m.vcpu(0, |a, _| a.vmcall());
+    run_to_vmcall(&mut *vcpu).unwrap();
+    m.vm.begin_round();
+    m.vm.mark_written(Gpa(DATA + 5), PAGE_SIZE);
+    assert_eq!(frames(&m.vm.begin_round()), [frame(DATA), frame(DATA) + 1]);
+    vcpu.write_virt(Gva(SPLIT), &[1; 8]).unwrap();
+    let mut written = frames(&m.vm.begin_round());
+    // It is the first access there.
+    written.retain(|gfn| *gfn != frame(TABLE) && *gfn >= 0x300);
+    assert_eq!(written, [frame(scattered(SPLIT))]);
+}
+
+#[test]
 fn what_was_noted_before_the_log_ended_means_nothing() {
     let m = Machine::new(1);
     let mut vcpu = m.vcpu(0, |a, _| {
@@ -293,19 +310,22 @@ fn nothing_is_missed(m: &Machine, vcpus: u32, rounds: usize) {
             let mut sets = vec![m.vm.begin_round()];
             let mut differ: Vec<Vec<u64>> = Vec::new();
             let mut before = read();
-            for _ in 0..rounds {
+            // On a busy machine programs do nothing in some rounds.
+            let deadline = Instant::now() + Duration::from_secs(120);
+            let mut busy = 0;
+            while busy < rounds && Instant::now() < deadline {
                 sets.push(m.vm.begin_round());
                 let now = read();
                 let pages = now.chunks(PAGE_SIZE as usize);
                 let pages = pages.zip(before.chunks(PAGE_SIZE as usize)).zip(0..);
                 let different = pages.filter(|((a, b), _)| a != b);
                 differ.push(different.map(|(_, gfn)| gfn).collect());
+                busy += usize::from(differ.last().is_some_and(|gfns| !gfns.is_empty()));
                 before = now;
             }
             sets.push(m.vm.begin_round());
             m.memory.write(Gpa(STOP), &[1]).unwrap();
-            let any = differ.iter().map(Vec::len).sum::<usize>();
-            assert!(any > rounds, "{any} pages in {rounds} rounds");
+            assert_eq!(busy, rounds, "rounds in which anything was written");
             // What was written after a round had begun and before the page was read is in the next one's.
             for (n, gfns) in differ.iter().enumerate() {
                 for gfn in gfns.iter().map(|gfn| Gfn(*gfn)) {

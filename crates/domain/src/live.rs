@@ -42,7 +42,7 @@ pub struct LiveRound {
     pub pages: u64,
     /// Bytes of pages in a second, in all rounds so far.
     pub bytes_per_s: u64,
-    /// Pages that were written meanwhile.
+    /// Pages that were written meanwhile, empty ones among them.
     pub left: u64,
 }
 
@@ -103,7 +103,7 @@ struct Course {
     rounds: u32,
     pages: u64,
     time: Duration,
-    /// Rounds, one after the other, that left hardly less than they had sent.
+    /// Rounds, one after the other, that left hardly less than they had begun with.
     stalled: u32,
 }
 
@@ -118,12 +118,12 @@ impl Course {
         }
     }
 
-    /// A round has sent so many pages and left so many.
-    fn round(&mut self, pages: u64, time: Duration, left: u64) -> LiveRound {
+    /// A round that began with so many frames has sent so many pages, those of them that were not empty here and there, and left so many frames.
+    fn round(&mut self, frames: u64, pages: u64, time: Duration, left: u64) -> LiveRound {
         self.rounds += 1;
         self.pages += pages;
         self.time += time;
-        self.stalled = if left > pages / 4 * 3 {
+        self.stalled = if left > frames / 4 * 3 {
             self.stalled + 1
         } else {
             0
@@ -172,14 +172,16 @@ impl Domain {
         loop {
             let (begun, before) = (Instant::now(), to.pages_written());
             let written = live.log.begin_round();
-            if course.rounds == 0 {
+            let frames = if course.rounds == 0 {
                 live.sent.all(memory, to, &go_on)?;
+                live.sent.filled()
             } else {
                 live.sent.frames(memory, &written, to, &go_on)?;
-            }
+                written.len()
+            };
             let left = memory.log().pages();
             let pages = to.pages_written() - before;
-            progress(course.round(pages, begun.elapsed(), left));
+            progress(course.round(frames, pages, begun.elapsed(), left));
             go_on()?;
             // One more, and what is left then, must not be more than the stream may have.
             let room = to.pages_written() <= (PASSES_MAX - 2) * ram_pages(memory);
@@ -199,7 +201,7 @@ mod tests {
     #[test]
     fn little_is_left_to_the_pause() {
         let mut course = Course::new(LivePolicy::default());
-        let round = course.round(100_000, SECOND, 6000);
+        let round = course.round(100_000, 100_000, SECOND, 6000);
         assert_eq!((round.number, round.bytes_per_s), (1, 409_600_000));
         assert!(course.goes_on(5001));
         assert!(!course.goes_on(5000));
@@ -209,15 +211,15 @@ mod tests {
     #[test]
     fn guest_that_writes_as_fast_as_is_sent_ends_the_rounds() {
         let mut course = Course::new(LivePolicy::default());
-        course.round(100_000, SECOND, 60_000);
+        course.round(100_000, 100_000, SECOND, 60_000);
         assert!(course.goes_on(60_000));
-        course.round(60_000, SECOND, 50_000);
+        course.round(60_000, 60_000, SECOND, 50_000);
         assert!(course.goes_on(50_000));
-        // Less again.
-        course.round(50_000, SECOND, 30_000);
+        // Less again, of which many were empty.
+        course.round(50_000, 20_000, SECOND, 30_000);
         assert!(course.goes_on(30_000));
         for goes_on in [true, false] {
-            course.round(30_000, SECOND, 30_000);
+            course.round(30_000, 30_000, SECOND, 30_000);
             assert_eq!(course.goes_on(30_000), goes_on);
         }
     }
@@ -229,7 +231,7 @@ mod tests {
             ..LivePolicy::default()
         });
         for goes_on in [true, true, false] {
-            course.round(1000, SECOND, 500);
+            course.round(1000, 1000, SECOND, 500);
             assert_eq!(course.goes_on(500), goes_on);
         }
     }
@@ -237,7 +239,7 @@ mod tests {
     #[test]
     fn nothing_sent_means_nothing_known() {
         let mut course = Course::new(LivePolicy::default());
-        let round = course.round(0, Duration::ZERO, 10);
+        let round = course.round(0, 0, Duration::ZERO, 10);
         assert_eq!(round.bytes_per_s, 0);
         assert!(course.goes_on(10) && !course.goes_on(0));
     }

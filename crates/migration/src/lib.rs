@@ -7,7 +7,7 @@
 //! |---|---|
 //! | 1 configuration | text of whoever made the domain; the first record |
 //! | 2 machine | text of the domain: processors, time, what the guest has given back; once, anywhere between the first record and the last |
-//! | 3 pages | the number of a guest frame, eight bytes, and the content of it and of those behind it, at most [`PAGES_MAX`]; a frame that comes twice is as it came last, one that does not come is zero |
+//! | 3 pages | the number of a guest frame, eight bytes, and the content of it and of those behind it, at most [`PAGES_MAX`]; a frame that comes again is as it came last, one that does not come is zero |
 //! | 4 end | the number of frames in all records, eight bytes; nothing is complete without it |
 //!
 //! A stream is hostile input: no length in it takes more memory than [`PAYLOAD_MAX`] bytes, and whatever is wrong is an error. What the texts mean is not
