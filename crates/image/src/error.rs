@@ -130,6 +130,23 @@ pub enum IoError {
     Damaged(String),
 }
 
+/// Why an image cannot be made durable.
+#[derive(Debug, thiserror::Error)]
+pub enum FlushError {
+    /// There is no queue for it.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// It failed.
+    #[error("what was written cannot be made durable: {0}")]
+    Io(#[from] IoError),
+    /// It cannot be waited for.
+    #[error("cannot wait for the host's storage: {0}")]
+    Poll(io::Error),
+    /// The time was over.
+    #[error("the host's storage takes too long")]
+    Late,
+}
+
 /// Whether the host has no room left, which is waited out and never shown to the guest.
 pub(crate) fn is_full(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))

@@ -11,6 +11,7 @@
 //! Limits: sectors of 512 or 4096 bytes.
 
 mod error;
+mod flush;
 mod hold;
 mod host;
 mod lock;
@@ -29,7 +30,8 @@ mod uring;
 #[cfg(test)]
 mod testing;
 
-pub use error::{ImageError, IoError};
+pub use error::{FlushError, ImageError, IoError};
+pub use flush::flush;
 pub use make::{Info, create_overlay, create_qcow2, create_raw, info};
 pub use open::{Format, OpenSpec, open};
 #[doc(hidden)]
