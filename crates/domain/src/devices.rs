@@ -72,9 +72,11 @@ pub struct Devices {
     vcpus: u32,
     log: Log,
     bus: Bus,
-    /// Images of attached disks, by number; those of detached ones are gone.
-    images: Mutex<BTreeMap<u32, Weak<dyn Image>>>,
+    images: Arc<Images>,
 }
+
+/// Images of attached disks, by number; those of detached ones are gone.
+type Images = Mutex<BTreeMap<u32, Weak<dyn Image>>>;
 
 impl Devices {
     pub fn new(
@@ -91,7 +93,7 @@ impl Devices {
             vcpus,
             bus: Bus::new(domid, store, xen, log.clone()),
             log,
-            images: Mutex::default(),
+            images: Arc::default(),
         }
     }
 
@@ -114,8 +116,12 @@ impl Devices {
     }
 
     fn open(&self, disk: &DiskSpec) -> Result<Arc<dyn Image>, ImageError> {
+        hospes_image::open(&self.open_spec(disk))
+    }
+
+    fn open_spec(&self, disk: &DiskSpec) -> OpenSpec {
         let read_only = disk.read_only || disk.cdrom;
-        hospes_image::open(&OpenSpec {
+        OpenSpec {
             path: disk.target.clone(),
             format: disk.format,
             read_only,
@@ -123,13 +129,20 @@ impl Devices {
             discard: disk.discard && !read_only,
             sector_bytes: None,
             lock_owner: format!("domain {} ({})", self.domid, self.name),
-        })
+        }
     }
 
     fn show(&self, disk: &DiskSpec, image: Arc<dyn Image>) -> Result<(), AttachError> {
         let id = disk_id(disk.devid);
         let seen = Arc::downgrade(&image);
-        let block = Block::new(image, disk.cdrom, self.vcpus, self.log.clone());
+        let (images, open, devid) = (Arc::clone(&self.images), self.open_spec(disk), disk.devid);
+        let reopen = move || {
+            let image = hospes_image::open(&open).map_err(|fault| fault.to_string())?;
+            lock(&images).insert(devid, Arc::downgrade(&image));
+            Ok(image)
+        };
+        let block = Block::new(image, disk.cdrom, self.vcpus, self.log.clone())
+            .with_reopen(Box::new(reopen));
         self.bus.attach(id, &disk_nodes(disk), Box::new(block))?;
         lock(&self.images).insert(disk.devid, seen);
         Ok(())
@@ -172,6 +185,16 @@ impl Devices {
     /// All devices.
     pub fn list(&self) -> Vec<DeviceInfo> {
         self.bus.list()
+    }
+
+    /// Lets go of what the devices of a suspended guest stand for.
+    pub fn let_go(&self) -> Result<(), AttachError> {
+        Ok(self.bus.let_go()?)
+    }
+
+    /// Takes all again that was let go of; may be called once more after an error.
+    pub fn take_again(&self) -> Result<(), AttachError> {
+        Ok(self.bus.take_again()?)
     }
 
     /// Finishes what is in flight and takes all devices away.

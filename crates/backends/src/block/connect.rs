@@ -58,14 +58,15 @@ impl Block {
             .ok_or(ConnectError::RingTooSmall)?;
         ring.waiting()?;
         let shared = Shared::new()?;
-        let queue = self.image.queue().map_err(|e| host(&e))?;
+        let image = self.image()?;
+        let queue = image.queue().map_err(|e| host(&e))?;
         // Last: from here on the guest's events count.
         let port = front.listen(&format!("{directory}event-channel"), shared.listener())?;
         let serve = Serve::new(
             ring,
             port,
             queue,
-            Arc::clone(&self.image),
+            Arc::clone(image),
             Arc::clone(front.xen()),
             Arc::clone(&self.stats),
             front.alarm(),

@@ -18,12 +18,14 @@ mod stats;
 mod tests;
 mod thread;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
 
 use hospes_image::{Image, Status};
 use hospes_xen_abi::blkif;
 
 use crate::frame::{Backend, ConnectError, Frontend, Log, Monitor, Node};
+use crate::lock;
 
 pub use fuzz::fuzz_request;
 
@@ -37,9 +39,21 @@ pub const MAX_INDIRECT_SEGMENTS: usize = 256;
 /// The largest ring is of 2^4 pages.
 pub const MAX_RING_PAGE_ORDER: u32 = 4;
 
+/// How often it is looked whether queues are idle, or an image is closed.
+const LOOK: Duration = Duration::from_millis(1);
+/// How long the host may take to make durable what was written.
+const DURABLE: Duration = Duration::from_secs(60);
+
+/// Opens the image of a disk anew.
+pub type Reopen = Box<dyn FnMut() -> Result<Arc<dyn Image>, String> + Send>;
+
 /// A disk of a guest.
 pub struct Block {
-    image: Arc<dyn Image>,
+    /// `None` while it is let go.
+    image: Option<Arc<dyn Image>>,
+    /// The same, for others.
+    seen: Arc<Mutex<Weak<dyn Image>>>,
+    reopen: Option<Reopen>,
     cdrom: bool,
     max_queues: u32,
     log: Log,
@@ -51,7 +65,9 @@ impl Block {
     /// A disk on an image, for a domain with so many vCPUs.
     pub fn new(image: Arc<dyn Image>, cdrom: bool, vcpus: u32, log: Log) -> Block {
         Block {
-            image,
+            seen: Arc::new(Mutex::new(Arc::downgrade(&image))),
+            image: Some(image),
+            reopen: None,
             cdrom,
             max_queues: vcpus.clamp(1, MAX_QUEUES),
             log,
@@ -60,9 +76,24 @@ impl Block {
         }
     }
 
+    /// The same where the image can be let go of for a while, as `reopen` opens it again.
+    pub fn with_reopen(mut self, reopen: Reopen) -> Block {
+        self.reopen = Some(reopen);
+        self
+    }
+
+    fn image(&self) -> Result<&Arc<dyn Image>, ConnectError> {
+        self.image
+            .as_ref()
+            .ok_or_else(|| ConnectError::Host("its image is not open".to_owned()))
+    }
+
     /// What the guest reads of the disk when it connects, and again when its size changes.
     fn properties(&self) -> Vec<Node> {
-        let geometry = self.image.geometry();
+        let Some(image) = &self.image else {
+            return Vec::new();
+        };
+        let geometry = image.geometry();
         let mut info = 0;
         if self.cdrom {
             info |= blkif::INFO_CDROM | blkif::INFO_REMOVABLE;
@@ -93,8 +124,9 @@ impl Backend for Block {
             node("multi-queue-max-queues", self.max_queues),
             node("max-ring-page-order", MAX_RING_PAGE_ORDER),
         ];
-        let geometry = self.image.geometry();
-        if let Some(granularity) = geometry.discard
+        let geometry = self.image.as_ref().map(|image| image.geometry());
+        if let Some(geometry) = geometry
+            && let Some(granularity) = geometry.discard
             && !geometry.read_only
         {
             nodes.extend([
@@ -126,13 +158,59 @@ impl Backend for Block {
         self.queues.clear();
     }
 
+    fn settle(&mut self, deadline: Instant) -> Result<(), String> {
+        while !self.queues.iter().all(QueueThread::is_idle) {
+            let status = self.image.as_ref().map(|image| image.status());
+            if let Some(Status::Held(why)) = status {
+                return Err(why);
+            }
+            if Instant::now() >= deadline {
+                return Err("the host takes too long".to_owned());
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+
+    fn let_go(&mut self) -> Result<(), String> {
+        if self.reopen.is_none() {
+            return Err("it could not be opened again".to_owned());
+        }
+        let Some(image) = self.image.take() else {
+            return Ok(());
+        };
+        let deadline = Instant::now() + DURABLE;
+        let flushed = hospes_image::flush(&*image, deadline);
+        let gone = Arc::downgrade(&image);
+        drop(image);
+        // Somebody may just look at it.
+        while gone.strong_count() > 0 {
+            if Instant::now() >= deadline {
+                return Err("its image stays open".to_owned());
+            }
+            std::thread::sleep(LOOK);
+        }
+        flushed.map_err(|fault| fault.to_string())
+    }
+
+    fn take_again(&mut self) -> Result<(), String> {
+        if self.image.is_none()
+            && let Some(reopen) = &mut self.reopen
+        {
+            let image = reopen()?;
+            *lock(&self.seen) = Arc::downgrade(&image);
+            self.image = Some(image);
+        }
+        Ok(())
+    }
+
     fn renewed(&mut self) -> Vec<Node> {
         self.properties()
     }
 
     fn monitor(&self) -> Arc<dyn Monitor> {
         Arc::new(DiskMonitor {
-            image: Arc::downgrade(&self.image),
+            image: Arc::clone(&self.seen),
             stats: Arc::clone(&self.stats),
         })
     }
@@ -146,7 +224,7 @@ impl Drop for Block {
 
 /// Does not keep the image open.
 struct DiskMonitor {
-    image: std::sync::Weak<dyn Image>,
+    image: Arc<Mutex<Weak<dyn Image>>>,
     stats: Arc<Stats>,
 }
 
@@ -156,7 +234,8 @@ impl Monitor for DiskMonitor {
     }
 
     fn trouble(&self) -> Option<String> {
-        match self.image.upgrade()?.status() {
+        let image = lock(&self.image).upgrade();
+        match image?.status() {
             Status::Good => None,
             Status::Held(why) => Some(why),
         }

@@ -290,6 +290,13 @@ impl Serve {
         (self.alarm)(broken.to_string());
     }
 
+    /// Whether all requests are answered, and the guest sees that.
+    pub fn is_idle(&self) -> bool {
+        let answered = self.in_flight() == 0 && self.parked.is_none();
+        // A broken ring has no more requests that are carried out.
+        answered && self.ring.unpublished() == 0 && self.ring.waiting().unwrap_or(0) == 0
+    }
+
     /// Requests the image works on.
     fn in_flight(&self) -> usize {
         self.open.len() - self.free.len()

@@ -236,6 +236,11 @@ impl QueueThread {
         self.shared.abandoned.store(true, SeqCst);
     }
 
+    /// Whether there is nothing to do. So it stays where the guest sends nothing.
+    pub fn is_idle(&self) -> bool {
+        lock(&self.shared.serve).as_ref().is_none_or(Serve::is_idle)
+    }
+
     /// Has the queue take no more requests.
     pub fn stop(&self) {
         self.shared.stop.store(true, SeqCst);

@@ -9,7 +9,7 @@ use hospes_store::StoreAccess;
 use hospes_units::{DomId, Port};
 use hospes_xen::Xen;
 
-use super::device::{Device, Leave, Mailbox};
+use super::device::{Device, Errand, Leave, Mailbox};
 use super::nodes::Paths;
 use super::state::Phase;
 use super::{Backend, DeviceId, DeviceNodes, Log, Monitor};
@@ -50,6 +50,12 @@ pub enum DeviceError {
         "requests of device {0} wait ({1}), so it stays: see to that first, or use --force, by which the guest loses what it has not written yet"
     )]
     Waits(DeviceId, String),
+    #[error("requests of device {0} are not carried out: {1}")]
+    Busy(DeviceId, String),
+    #[error("device {0} is not let go: {1}")]
+    LetGo(DeviceId, String),
+    #[error("device {0} cannot be had again: {1}")]
+    NotAgain(DeviceId, String),
 }
 
 /// A device at one moment.
@@ -188,6 +194,8 @@ impl Bus {
             mailbox: Arc::clone(mailbox),
             _watch: watch,
             phase: Phase::Waiting,
+            connected: false,
+            let_go: false,
             leaving: false,
             unshown: false,
             failures: 0,
@@ -263,6 +271,35 @@ impl Bus {
     /// The thing behind a device changed, its size for one: the guest is told.
     pub fn renew(&self, id: DeviceId) -> Result<(), DeviceError> {
         self.handle(id)?.mailbox.renew();
+        Ok(())
+    }
+
+    /// Lets go of what the devices of a suspended guest stand for: when this returns all that the guest has written is durable, and another process may have
+    /// it. The guest does not see it. After an error some are let go and some are not: [`Bus::take_again`] makes them what they were.
+    pub fn let_go(&self) -> Result<(), DeviceError> {
+        let deadline = Instant::now() + PATIENCE;
+        self.run(Errand::Settle(deadline), DeviceError::Busy)?;
+        self.run(Errand::LetGo, DeviceError::LetGo)
+    }
+
+    /// Takes again what [`Bus::let_go`] has let go of. After an error the guest must not go on; this may be called again.
+    pub fn take_again(&self) -> Result<(), DeviceError> {
+        self.run(Errand::TakeAgain, DeviceError::NotAgain)
+    }
+
+    fn run(
+        &self,
+        errand: Errand,
+        fault: fn(DeviceId, String) -> DeviceError,
+    ) -> Result<(), DeviceError> {
+        let devices: Vec<_> = {
+            let devices = lock(&self.devices);
+            let devices = devices.as_ref().ok_or(DeviceError::Closed)?;
+            devices.iter().map(|(id, h)| (*id, h.clone())).collect()
+        };
+        for (id, handle) in devices {
+            handle.mailbox.run(errand).map_err(|why| fault(id, why))?;
+        }
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! One device: its directories, its phase, and the thread that follows the guest's half.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hospes_store::{Error, StoreAccess, Watch};
 use hospes_units::{DomId, Port};
@@ -10,7 +10,7 @@ use hospes_xen_abi::xenbus::XenbusState;
 
 use super::nodes::Paths;
 use super::state::{Action, Phase, step};
-use super::{Alarm, Backend, DeviceId, Frontend, Log, Node};
+use super::{Alarm, Backend, ConnectError, DeviceId, Frontend, Log, Node};
 use crate::lock;
 
 /// How a device is to go.
@@ -31,6 +31,18 @@ struct Mail {
     alarm: Option<String>,
     renew: bool,
     leave: Option<Leave>,
+    errand: Option<Errand>,
+}
+
+/// What a suspended guest's device does for a while. A new one takes the place of one that nobody has begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Errand {
+    /// See [`Backend::settle`].
+    Settle(Instant),
+    /// Stop, and see [`Backend::let_go`].
+    LetGo,
+    /// Take all again and go on.
+    TakeAgain,
 }
 
 #[derive(Debug)]
@@ -39,6 +51,8 @@ struct Inbox {
     phase: Phase,
     /// The event channels of the last connection.
     ports: Vec<Port>,
+    /// How the last errand ended.
+    done: Option<Result<(), String>>,
     gone: bool,
 }
 
@@ -56,6 +70,7 @@ impl Mailbox {
                 mail: Mail::default(),
                 phase: Phase::Waiting,
                 ports: Vec::new(),
+                done: None,
                 gone: false,
             }),
             changed: Condvar::new(),
@@ -74,6 +89,25 @@ impl Mailbox {
 
     pub fn renew(&self) {
         self.post(|mail| mail.renew = true);
+    }
+
+    /// Has the device do something and waits for it; one that is gone has nothing to do. One thread at a time.
+    pub fn run(&self, errand: Errand) -> Result<(), String> {
+        let mut inbox = lock(&self.inbox);
+        inbox.done = None;
+        inbox.mail.errand = Some(errand);
+        self.changed.notify_all();
+        let waits = |inbox: &mut Inbox| !inbox.gone && inbox.done.is_none();
+        let mut inbox = self
+            .changed
+            .wait_while(inbox, waits)
+            .unwrap_or_else(PoisonError::into_inner);
+        inbox.done.take().unwrap_or(Ok(()))
+    }
+
+    fn ran(&self, result: Result<(), String>) {
+        lock(&self.inbox).done = Some(result);
+        self.changed.notify_all();
     }
 
     pub fn leave(&self, how: Leave) {
@@ -123,8 +157,8 @@ impl Mailbox {
         let mut inbox = lock(&self.inbox);
         loop {
             let mail = &mut inbox.mail;
-            if mail.front || mail.renew || mail.stay || mail.alarm.is_some() || mail.leave.is_some()
-            {
+            let wanted = mail.alarm.is_some() || mail.leave.is_some() || mail.errand.is_some();
+            if mail.front || mail.renew || mail.stay || wanted {
                 return std::mem::take(mail);
             }
             inbox = self
@@ -148,6 +182,10 @@ pub(crate) struct Device {
     /// Calls [`Mailbox::front_changed`].
     pub _watch: Watch,
     pub phase: Phase,
+    /// The queues run.
+    pub connected: bool,
+    /// What it stands for may be another process's: nothing is followed.
+    pub let_go: bool,
     pub leaving: bool,
     /// The store could not take the last state; it is written again at the next occasion.
     pub unshown: bool,
@@ -184,11 +222,18 @@ impl Device {
             None if mail.stay => self.stop_leaving(),
             None => {}
         }
+        if let Some(errand) = mail.errand {
+            let result = self.obey(errand);
+            self.mailbox.ran(result);
+        }
         if let Some(reason) = mail.alarm
             && matches!(self.phase, Phase::Connected | Phase::Closing)
         {
-            self.backend.disconnect();
+            self.disconnect();
             self.fail(&reason);
+        }
+        if self.let_go {
+            return true;
         }
         if self.unshown {
             self.show();
@@ -214,7 +259,7 @@ impl Device {
                 Action::Connect => self.connect(),
                 Action::Go(phase) => {
                     if phase != Phase::Closing {
-                        self.backend.disconnect();
+                        self.disconnect();
                     }
                     self.go(phase);
                 }
@@ -222,7 +267,51 @@ impl Device {
         }
     }
 
+    fn obey(&mut self, errand: Errand) -> Result<(), String> {
+        match errand {
+            Errand::Settle(deadline) => self.backend.settle(deadline),
+            Errand::LetGo => {
+                self.let_go = true;
+                self.backend.disconnect();
+                self.backend.let_go()
+            }
+            Errand::TakeAgain => {
+                if !self.let_go {
+                    return Ok(());
+                }
+                self.backend.take_again()?;
+                if self.connected {
+                    // The rings are as they were left.
+                    let nodes = self.attach().map_err(|fault| fault.to_string())?;
+                    if self.phase == Phase::Connected {
+                        // The guest is told once more: an interface announces itself where it is now.
+                        self.write(&nodes);
+                        self.show();
+                    }
+                }
+                self.let_go = false;
+                Ok(())
+            }
+        }
+    }
+
+    fn disconnect(&mut self) {
+        self.backend.disconnect();
+        self.connected = false;
+    }
+
     fn connect(&mut self) {
+        match self.attach() {
+            Ok(nodes) => {
+                self.connected = true;
+                self.write(&nodes);
+                self.go(Phase::Connected);
+            }
+            Err(fault) => self.fail(&fault.to_string()),
+        }
+    }
+
+    fn attach(&mut self) -> Result<Vec<Node>, ConnectError> {
         let front = Frontend {
             store: &*self.store,
             xen: &self.xen,
@@ -232,13 +321,7 @@ impl Device {
         };
         let connected = self.backend.connect(&front);
         lock(&self.mailbox.inbox).ports = std::mem::take(&mut *lock(&front.ports));
-        match connected {
-            Ok(nodes) => {
-                self.write(&nodes);
-                self.go(Phase::Connected);
-            }
-            Err(fault) => self.fail(&fault.to_string()),
-        }
+        connected
     }
 
     /// The guest broke the rules: it is told to close.

@@ -13,6 +13,7 @@ mod wake;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use hospes_ring::Broken;
 use hospes_units::{GrantRef, Port};
@@ -75,6 +76,22 @@ pub trait Backend: Send {
 
     /// The guest loses the device: what it still waits for is to be answered, with an error where it cannot be carried out now. Comes before [`Backend::disconnect`].
     fn abandon(&mut self) {}
+
+    /// Waits until nothing is in flight, to a guest that sends nothing meanwhile, or until `deadline`. The error is why it takes longer, as a sentence.
+    fn settle(&mut self, _deadline: Instant) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Lets go of the thing behind the device, without a connection: what was written to it is durable when this returns, and another process may have it. After
+    /// an error it may be gone or not. The device is to be connected again only after [`Backend::take_again`].
+    fn let_go(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Takes the thing behind the device again where it has been let go of.
+    fn take_again(&mut self) -> Result<(), String> {
+        Ok(())
+    }
 
     /// Nodes to be written again because the thing behind the device changed, with the state after them; empty where the device has no such.
     fn renewed(&mut self) -> Vec<Node> {

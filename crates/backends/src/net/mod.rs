@@ -65,10 +65,15 @@ pub struct NetConfig {
     pub leave: Option<Box<dyn FnOnce() + Send>>,
     /// Where a stream that breaks can be had anew.
     pub renew: Option<Renew>,
+    /// Plugs the interface in anew where it has been let go of for a while.
+    pub again: Option<Again>,
     /// Dropped after the descriptors.
     pub keep: Box<dyn Any + Send>,
     pub log: Log,
 }
+
+/// See [`NetConfig::again`].
+pub type Again = Box<dyn FnMut() -> Result<NetConfig, String> + Send>;
 
 impl fmt::Debug for NetConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -95,17 +100,14 @@ pub struct Net {
     links: Vec<Link>,
     leave: Option<Box<dyn FnOnce() + Send>>,
     renew: Option<Renew>,
-    _keep: Box<dyn Any + Send>,
+    again: Option<Again>,
+    /// `None` while it is let go.
+    keep: Option<Box<dyn Any + Send>>,
 }
 
 impl Net {
     pub fn new(config: NetConfig) -> Net {
-        let links: Vec<Link> = config
-            .queues
-            .into_iter()
-            .take(MAX_QUEUES as usize)
-            .map(|fd| Link::new(fd, config.wire))
-            .collect();
+        let links = links(config.queues, config.wire);
         Net {
             wire: config.wire,
             mtu: config.mtu,
@@ -118,9 +120,15 @@ impl Net {
             links,
             leave: config.leave,
             renew: config.renew,
-            _keep: config.keep,
+            again: config.again,
+            keep: Some(config.keep),
         }
     }
+}
+
+fn links(queues: Vec<OwnedFd>, wire: Wire) -> Vec<Link> {
+    let queues = queues.into_iter().take(MAX_QUEUES as usize);
+    queues.map(|fd| Link::new(fd, wire)).collect()
 }
 
 impl Backend for Net {
@@ -151,6 +159,29 @@ impl Backend for Net {
         }
         self.links
             .extend(self.queues.drain(..).filter_map(QueueThread::join));
+    }
+
+    fn let_go(&mut self) -> Result<(), String> {
+        // A network of its own is in nobody's way, and connections through it would not outlive it.
+        if self.again.is_some() && self.keep.is_some() {
+            self.leave();
+            self.links.clear();
+            self.keep = None;
+        }
+        Ok(())
+    }
+
+    fn take_again(&mut self) -> Result<(), String> {
+        if self.keep.is_none()
+            && let Some(again) = &mut self.again
+        {
+            let new = again()?;
+            self.links = links(new.queues, new.wire);
+            self.guard = new.guard;
+            self.leave = new.leave;
+            self.keep = Some(new.keep);
+        }
+        Ok(())
     }
 
     fn leave(&mut self) {

@@ -2,6 +2,7 @@
 
 mod attend;
 mod disk;
+mod handover;
 mod hostile;
 mod life;
 mod requests;

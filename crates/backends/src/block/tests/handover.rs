@@ -1,0 +1,136 @@
+//! A disk whose image is let go of while its guest is suspended, and had again.
+
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, Weak};
+
+use hospes_image::{Geometry, Image, ImageError, Op, Queue, Status};
+use hospes_xen_abi::blkif;
+
+use super::disk::MemoryImage;
+use super::{ID, Machine, request, segment};
+use crate::block::Block;
+use crate::frame::{DeviceError, DeviceNodes};
+use crate::lock;
+use crate::testing::wait;
+
+const MIB: usize = 1 << 20;
+
+/// An image as it is opened: closed when nobody has it any more, whoever else has what is behind it.
+struct Opened(Arc<MemoryImage>);
+
+impl Image for Opened {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry()
+    }
+
+    fn queue(&self) -> Result<Box<dyn Queue>, ImageError> {
+        self.0.queue()
+    }
+
+    fn resize(&self, bytes: u64) -> Result<(), ImageError> {
+        self.0.resize(bytes)
+    }
+
+    fn status(&self) -> Status {
+        self.0.status()
+    }
+}
+
+/// A machine, whether its image can be opened, and what was opened last.
+struct Bench {
+    m: Machine,
+    locked: Arc<AtomicBool>,
+    opened: Arc<Mutex<Weak<Opened>>>,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let m = Machine::connected(MemoryImage::new(MIB));
+        m.bus.remove(ID).unwrap();
+        m.guest.close(m.queues[0].port);
+        let locked = Arc::new(AtomicBool::new(false));
+        let opened = Arc::new(Mutex::new(Weak::new()));
+        let open = {
+            let (image, locked, opened) = (m.image.clone(), locked.clone(), opened.clone());
+            move || {
+                if locked.load(SeqCst) {
+                    return Err("somebody has it".to_owned());
+                }
+                let image = Arc::new(Opened(image.clone()));
+                *lock(&opened) = Arc::downgrade(&image);
+                Ok(image as Arc<dyn Image>)
+            }
+        };
+        let block = Block::new(open().unwrap(), false, 2, Arc::new(|_| {}));
+        let block = block.with_reopen(Box::new(open));
+        let nodes = DeviceNodes::default();
+        m.bus.attach(ID, &nodes, Box::new(block)).unwrap();
+        let mut bench = Bench { m, locked, opened };
+        bench.m.connect(1, 0);
+        bench
+    }
+
+    fn is_open(&self) -> bool {
+        lock(&self.opened).strong_count() > 0
+    }
+}
+
+#[test]
+fn let_go_leaves_all_durable_and_take_again_goes_on_in_the_same_rings() {
+    let mut bench = Bench::new();
+    let (_, gref) = bench.m.page(3);
+    let write = |sector| request(blkif::OP_WRITE, sector, &[segment(gref, 0, 7)]);
+    bench.m.send(0, &[write(8), write(16)]);
+    bench.m.bus.let_go().unwrap();
+    let operations: Vec<Op> = bench.m.image.done().iter().map(|(op, _)| *op).collect();
+    assert_eq!(operations, [Op::Write, Op::Write, Op::Flush, Op::Flush]);
+    assert!(!bench.is_open());
+    bench.m.bus.let_go().unwrap();
+    // What the guest had still sent waits in its ring.
+    bench.m.send(0, &[write(24)]);
+    bench.locked.store(true, SeqCst);
+    let refused = bench.m.bus.take_again();
+    assert!(
+        matches!(&refused, Err(DeviceError::NotAgain(ID, why)) if why == "somebody has it"),
+        "{refused:?}"
+    );
+    assert_eq!(bench.m.image.done(), []);
+    bench.locked.store(false, SeqCst);
+    bench.m.bus.take_again().unwrap();
+    for _ in 0..3 {
+        assert_eq!(bench.m.receive(0).status, blkif::STATUS_OKAY);
+    }
+    assert_eq!(bench.m.image.done(), [(Op::Write, 24 * 512)]);
+    assert_eq!(bench.m.ask(write(32)).status, blkif::STATUS_OKAY);
+    bench.m.guest.wait_state(ID, "4");
+    bench.m.bus.take_again().unwrap();
+    assert_eq!(bench.m.ask(write(40)).status, blkif::STATUS_OKAY);
+}
+
+#[test]
+fn let_go_with_requests_that_wait_for_the_host_changes_nothing() {
+    let mut bench = Bench::new();
+    let (_, gref) = bench.m.page(3);
+    bench.m.image.hold(true);
+    bench
+        .m
+        .send(0, &[request(blkif::OP_WRITE, 8, &[segment(gref, 0, 7)])]);
+    wait("the trouble", || bench.m.bus.list()[0].trouble.is_some());
+    assert!(matches!(
+        bench.m.bus.let_go(),
+        Err(DeviceError::Busy(ID, _))
+    ));
+    assert!(bench.is_open());
+    bench.m.image.hold(false);
+    bench.m.bus.take_again().unwrap();
+    assert_eq!(bench.m.receive(0).status, blkif::STATUS_OKAY);
+}
+
+#[test]
+fn disk_that_is_let_go_can_be_taken_away() {
+    let bench = Bench::new();
+    bench.m.bus.let_go().unwrap();
+    bench.m.bus.close();
+    assert!(matches!(bench.m.bus.take_again(), Err(DeviceError::Closed)));
+    assert!(!bench.is_open());
+}
