@@ -48,6 +48,10 @@ pub enum CreateError {
 pub enum RequestError {
     #[error("the domain has ended already ({0})")]
     Ended(EndReason),
+    #[error("requests of device {0} wait ({1}): see to that first")]
+    Held(String, String),
+    #[error("its state cannot be written as text: {0}")]
+    Text(serde_json::Error),
     #[error("the domain has no vCPU {id}: its last one is {last}")]
     NoVcpu { id: VcpuId, last: u32 },
     #[error("the domain has {max} vCPUs, of which 1 to {max} can be online, not {online}")]

@@ -21,6 +21,7 @@ mod host_memory;
 mod live;
 mod memory;
 mod pages;
+mod passport;
 mod placement;
 mod run;
 mod saved;
@@ -57,6 +58,7 @@ pub use error::{CreateError, RequestError};
 pub use hospes_backends::{frame, net};
 pub use hospes_image::Format as ImageFormat;
 pub use live::{Live, LivePolicy, LiveRound};
+pub use passport::Host;
 pub use placement::Affinity;
 pub use run::EndReason;
 pub use saved::{RestoreError, SaveError, SaveStream, SavedStream};
@@ -295,6 +297,17 @@ impl Domain {
     /// Gives up the devices of a domain that has ended and is kept to be looked at.
     pub fn give_up_devices(&self) {
         self.devices.close();
+    }
+
+    /// Lets go of the disks and networks of a suspended guest, for a domain elsewhere that has them next: all that the guest has written is durable when this returns.
+    /// Whatever it returns, the guest must not go on before [`Domain::take_devices_again`].
+    pub fn let_go_of_devices(&self) -> Result<(), AttachError> {
+        self.devices.let_go()
+    }
+
+    /// Takes all again that was let go of. After an error the guest must not go on, and this may be called again.
+    pub fn take_devices_again(&self) -> Result<(), AttachError> {
+        self.devices.take_again()
     }
 
     /// Blocks until the domain has ended and its last output is in the console; from then on returns the same reason at once.
