@@ -8,6 +8,7 @@
 //! | 1 configuration | text of whoever made the domain; the first record |
 //! | 2 machine | text of the domain: processors, time, what the guest has given back; once, anywhere between the first record and the last |
 //! | 3 pages | the number of a guest frame, eight bytes, and the content of it and of those behind it, at most [`PAGES_MAX`]; a frame that comes again is as it came last, one that does not come is zero |
+//! | 16 failed | why nothing more comes, a sentence of at most [`REASON_MAX`] bytes; the last record where there is no end |
 //! | 4 end | the number of frames in all records, eight bytes; nothing is complete without it |
 //!
 //! A stream is hostile input: no length in it takes more memory than [`PAYLOAD_MAX`] bytes, and whatever is wrong is an error. What the texts mean is not
@@ -27,6 +28,9 @@ pub const PAGES_MAX: usize = 256;
 /// Most bytes in one record behind its head.
 pub const PAYLOAD_MAX: usize = 64 << 20;
 
+/// Most bytes of the reason in the record of a failure.
+pub const REASON_MAX: usize = 4096;
+
 const HEAD_BYTES: usize = 16;
 
 /// Why a stream cannot be read.
@@ -42,6 +46,8 @@ pub enum StreamError {
     Damaged(&'static str),
     #[error("it ends too soon: it was not written to its end")]
     Truncated,
+    #[error("{0}")]
+    Failed(String),
     #[error("it cannot be read: {0}")]
     Read(io::Error),
     #[error("it cannot be written: {0}")]
@@ -56,13 +62,20 @@ pub enum Kind {
     Machine = 2,
     Pages = 3,
     End = 4,
+    Failed = 16,
 }
 
 impl Kind {
     fn from_u32(value: u32) -> Option<Kind> {
-        [Kind::Config, Kind::Machine, Kind::Pages, Kind::End]
-            .into_iter()
-            .find(|kind| *kind as u32 == value)
+        [
+            Kind::Config,
+            Kind::Machine,
+            Kind::Pages,
+            Kind::End,
+            Kind::Failed,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u32 == value)
     }
 }
 
@@ -117,6 +130,19 @@ impl<W: Write> Writer<W> {
         self.record(Kind::End, &[&pages])?;
         self.to.flush()?;
         Ok(self.to)
+    }
+
+    /// Has whoever reads the stream see what was written so far.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+
+    /// Writes in place of the end why nothing more comes.
+    pub fn fail(mut self, why: &str) -> io::Result<()> {
+        // A character that is cut is shown as one that is missing.
+        let why = &why.as_bytes()[..why.len().min(REASON_MAX)];
+        self.record(Kind::Failed, &[why])?;
+        self.to.flush()
     }
 
     /// Pages written so far.
@@ -214,6 +240,7 @@ impl<R: Read> Reader<R> {
                 bytes: &bytes[8..],
             },
             Kind::End => Record::End,
+            Kind::Failed => return Err(self.failure()),
         })
     }
 
@@ -230,15 +257,26 @@ impl<R: Read> Reader<R> {
                 .and_then(|()| to.write_all(&self.payload))
                 .map_err(StreamError::Write)?;
             progress(self.pages);
+            if kind == Kind::Failed {
+                // Who reads it next is told by the same words; where nobody does, this is the reason all the same.
+                let _ = to.flush();
+                return Err(self.failure());
+            }
             if kind == Kind::End {
                 return to.flush().map_err(StreamError::Write);
             }
         }
     }
 
+    /// What the record of a failure says, without what a terminal would take for commands.
+    fn failure(&self) -> StreamError {
+        let text = String::from_utf8_lossy(&self.payload);
+        StreamError::Failed(text.chars().filter(|c| !c.is_control()).collect())
+    }
+
     /// Reads one record and checks all that can be told of it here.
     fn fetch(&mut self) -> Result<Kind, StreamError> {
-        if self.last == Some(Kind::End) {
+        if matches!(self.last, Some(Kind::End | Kind::Failed)) {
             return Err(StreamError::Truncated);
         }
         read_exact(&mut self.from, &mut self.head)?;
@@ -289,6 +327,10 @@ impl<R: Read> Reader<R> {
                 self.pages += (bytes / PAGE_BYTES) as u64;
                 Ok(())
             }
+            Kind::Failed if length > REASON_MAX => {
+                Err(StreamError::Damaged("it has a reason that is too long"))
+            }
+            Kind::Failed => Ok(()),
             Kind::End if length != 8 || long(&self.payload) != self.pages => {
                 Err(StreamError::Damaged("pages are missing"))
             }

@@ -129,3 +129,21 @@ proptest! {
         prop_assert!(read(&bytes).is_err());
     }
 }
+
+#[test]
+fn failure_is_passed_on_and_told_without_control_characters() {
+    let mut bytes = Vec::new();
+    let mut writer = Writer::new(&mut bytes, b"config").expect("memory");
+    writer.machine(b"machine").expect("memory");
+    writer.fail("the disk \x1b[2Jis full").expect("memory");
+    let mut passed = Vec::new();
+    let (mut reader, _) = Reader::new(&bytes[..]).expect("valid");
+    let fault = reader
+        .pass_on(&mut passed, |_| ())
+        .expect_err("it has failed");
+    assert_eq!(fault.to_string(), "the disk [2Jis full");
+    let mut next = Reader::continued(&passed[..]);
+    assert!(matches!(next.next(), Ok(Record::Machine(_))));
+    assert!(matches!(next.next(), Err(StreamError::Failed(_))));
+    assert!(matches!(next.next(), Err(StreamError::Truncated)));
+}
