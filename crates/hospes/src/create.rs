@@ -4,10 +4,8 @@ use std::fs::File;
 use std::io::Read;
 
 use anyhow::{Context, anyhow, bail};
-use hospes_config::{
-    Diagnostic, DomainConfig, EventAction, EventActions, MAX_SOURCE_BYTES, Severity, Source, load,
-};
-use hospes_toolstack::{CreateRequest, Host, Until};
+use hospes_config::{Diagnostic, DomainConfig, MAX_SOURCE_BYTES, Severity, Source, load};
+use hospes_toolstack::{CreateRequest, Host, UNATTENDED, Until};
 use hospes_units::DomId;
 
 use crate::args::Args;
@@ -15,15 +13,6 @@ use crate::commands::failed;
 use crate::output::{json, print};
 use crate::table::Call;
 use crate::{Failure, Global, Outcome, terminal};
-
-/// What -e makes of the actions for an end: nobody waits for it.
-pub(crate) const UNATTENDED: EventActions = EventActions {
-    poweroff: EventAction::Preserve,
-    reboot: EventAction::Preserve,
-    watchdog: EventAction::Preserve,
-    crash: EventAction::Preserve,
-    soft_reset: EventAction::Preserve,
-};
 
 #[derive(Debug, Default)]
 struct Options {

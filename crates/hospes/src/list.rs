@@ -64,6 +64,9 @@ fn list_with(options: &Options) -> anyhow::Result<()> {
         for (device, why) in waiting {
             notes.push_str(&format!("{}: {device}: {why}\n", info.name));
         }
+        if let Some(why) = &info.held {
+            notes.push_str(&format!("{}: {why}\n", info.name));
+        }
     }
     print(format_args!("{table}"))?;
     eprint!("{notes}");
@@ -222,6 +225,9 @@ fn long((info, entry): &Row) -> Value {
             .map(|(device, why)| object!({ "device": device, "why": why }))
             .collect();
     }
+    if let Some(why) = &info.held {
+        item["undecided"] = object!(why);
+    }
     item
 }
 
@@ -249,6 +255,8 @@ pub(crate) fn host_info<'a>(
         shutdown: None,
         dying: false,
         waiting: Vec::new(),
+        moving: false,
+        held: None,
     })
 }
 
@@ -317,6 +325,8 @@ mod tests {
             shutdown: None,
             dying: false,
             waiting: Vec::new(),
+            moving: false,
+            held: None,
         }
     }
 

@@ -39,6 +39,34 @@ impl toolstack::MachineFactory for Domains {
         make(spec, Some(saved), console)
     }
 
+    fn admit(&self, spec: &MachineSpec<'_>, passport: &str) -> Result<(), MachineError> {
+        let config = spec.config;
+        for disk in &config.disks {
+            if let Some(disk) = devices::disk_spec(disk)?
+                && let Err(fault) = std::fs::metadata(&disk.target)
+            {
+                return Err(format!(
+                    "the disk {} cannot be opened there: {fault}; make it reachable by that path, or give another configuration with -C",
+                    disk.target.display()
+                )
+                .into());
+            }
+        }
+        for vif in &config.vifs {
+            vifs::check(vif)?;
+        }
+        let wishes: Vec<_> = config.cpuid.iter().map(wish).collect();
+        let host = hospes_domain::Host {
+            name: &config.name,
+            vcpus: config.maxvcpus,
+            level: level(config),
+            wishes: &wishes,
+            memory_bytes: config.memory_kib() << 10,
+            promised_bytes: spec.promised_bytes,
+        };
+        Ok(host.admits(passport)?)
+    }
+
     fn sweep(&self, run: &Path) -> Result<(), MachineError> {
         Ok(hospes_hostnet::sweep(run)?)
     }
@@ -56,7 +84,11 @@ fn make(
         disks.extend(devices::disk_spec(disk)?);
     }
     let plug = Plug::new(spec.domid, config)?;
-    let (vifs, scripts) = plug.all(&config.vifs)?;
+    // One that comes back is plugged in when it is all there: until then another process may have what its interfaces stand for.
+    let (vifs, mut scripts) = match saved {
+        None => plug.all(&config.vifs)?,
+        Some(_) => Default::default(),
+    };
     let direct = config.engine_direct;
     let spec = DomainSpec {
         domid: spec.domid,
@@ -69,10 +101,7 @@ fn make(
         memory_max_bytes: config.memory_max_kib() << 10,
         promised_bytes: spec.promised_bytes,
         vcpus: config.maxvcpus,
-        level: match config.cpu_level {
-            CpuLevel::V3 => Level::V3,
-            CpuLevel::V4 => Level::V4,
-        },
+        level: level(config),
         wishes: config.cpuid.iter().map(wish).collect(),
         // A saved domain stays on hosts like this one, and its time is not the TSC's but Xen's. On AMD's processors Linux takes a TSC for constant only
         // where it is told so, and else measures the speed of each further vCPU for a tenth of a second, wrongly on a busy host.
@@ -87,7 +116,15 @@ fn make(
         hospes_engines::create_vm(memory, cpuid, vcpus, direct)
     });
     let domain = match saved {
-        Some(saved) => Domain::restore(spec, saved, engine)?,
+        Some(saved) => {
+            let domain = Domain::restore(spec, saved, engine)?;
+            let (vifs, late) = plug.all(&config.vifs)?;
+            scripts = late;
+            for vif in vifs {
+                domain.attach_vif(vif)?;
+            }
+            domain
+        }
         None => Domain::create(spec, engine)?,
     };
     if config.vcpus < config.maxvcpus {
@@ -101,6 +138,13 @@ fn make(
     })?;
     vifs::bring_online(&scripts)?;
     Ok(Arc::new(Running(domain, plug)))
+}
+
+fn level(config: &DomainConfig) -> Level {
+    match config.cpu_level {
+        CpuLevel::V3 => Level::V3,
+        CpuLevel::V4 => Level::V4,
+    }
 }
 
 /// A wish of the configuration as the feature model takes it.
@@ -335,6 +379,18 @@ impl Machine for Running {
 
     fn resume(&self) {
         self.0.resume();
+    }
+
+    fn passport(&self) -> Result<String, MachineError> {
+        Ok(self.0.passport()?)
+    }
+
+    fn let_go(&self) -> Result<(), MachineError> {
+        Ok(self.0.let_go_of_devices()?)
+    }
+
+    fn take_again(&self) -> Result<(), MachineError> {
+        Ok(self.0.take_devices_again()?)
     }
 
     fn end_saved(&self) -> bool {

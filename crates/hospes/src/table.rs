@@ -3,7 +3,8 @@
 
 use crate::args::{Args, Opt};
 use crate::commands::{
-    device_lists, devices, host, keys, life, logs, memory, meta, names, saving, shares, top, vcpus,
+    device_lists, devices, host, keys, life, logs, memory, meta, migrating, names, saving, shares,
+    top, vcpus,
 };
 use crate::{Global, Outcome, create, domains, image, list};
 
@@ -358,6 +359,55 @@ pub(crate) const COMMANDS: &[Command] = &[
         min: 1,
         max: 2,
         run: saving::restore,
+        ..PLAIN
+    },
+    Command {
+        name: "migrate",
+        arguments: "[OPTIONS] DOMAIN HOST",
+        summary: "Move a running domain to another host",
+        options: &[
+            Opt::short(
+                's',
+                "use SSHCOMMAND, a text for the shell, in place of ssh; where it is empty, HOST is the whole text",
+            )
+            .with("SSHCOMMAND"),
+            Opt::short(
+                'e',
+                "do nothing when the guest ends there: every on_... action is preserve",
+            ),
+            Opt::short(
+                'C',
+                "send the configuration in FILE in place of the domain's own",
+            )
+            .with("FILE"),
+            Opt::long("debug", "say what happens, and when"),
+            Opt::short('p', "leave the domain paused there"),
+            Opt::short('D', "refused: the domain gets an id of the other host"),
+        ],
+        details: "Runs `ssh HOST hospes migrate-receive', which has to be the same hospes, and sends the domain: its guest's memory, its state and its configuration. \
+                  Disks are not sent: the other host has to reach them by the same paths, or by those in the other configuration. Where anything fails before the other host has the whole \
+                  domain, the guest goes on here as if nothing had been. Where the connection breaks in the one moment in which the domain is given away, it is held here \
+                  until you have looked whether it runs there, and `unpause' or `destroy' it here.",
+        min: 2,
+        max: 2,
+        run: migrating::migrate,
+        ..PLAIN
+    },
+    Command {
+        name: "migrate-receive",
+        arguments: "[OPTIONS]",
+        summary: "Take a domain that another host sends",
+        options: &[
+            Opt::short(
+                'e',
+                "do nothing when the guest ends: every on_... action is preserve",
+            ),
+            Opt::short('p', "leave the domain paused"),
+            Opt::long("debug", "say what happens, and when"),
+        ],
+        details: "What `migrate' runs on the other host; it reads from standard input and answers on standard output. It can be the forced command of a key in \
+                  authorized_keys of sshd(8): who has the key makes domains here, with all rights of the user over the files that their configurations name.",
+        run: migrating::receive,
         ..PLAIN
     },
     Command {
@@ -733,8 +783,8 @@ pub(crate) const GLOBAL_OPTIONS: &[Opt] = &[
 /// Commands of xl that are not here, by the reason.
 const NOT_HERE: &[(&str, &[&str])] = &[
     (
-        "running domains cannot be moved to another host yet: save and restore them",
-        &["migrate", "migrate-receive", "remus"],
+        "domains are not kept in two places at once: migrate moves one",
+        &["remus"],
     ),
     ("core dumps cannot be written yet", &["dump-core"]),
     (

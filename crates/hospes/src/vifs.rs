@@ -1,13 +1,13 @@
 //! Network interfaces of a configuration: plugged into the host's networks, and as the domain takes them.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use hospes_config::{DomainConfig, VifConfig, VifKind};
 use hospes_domain::VifSpec;
-use hospes_domain::net::{Guard, NetConfig, Rate, Renew, Wire};
+use hospes_domain::net::{Again, Guard, NetConfig, Rate, Renew, Wire};
 use hospes_hostnet::{self as hostnet, Action, Network, Request, Script};
 use hospes_toolstack::{self as toolstack, MachineError, Paths};
 use hospes_units::DomId;
@@ -16,6 +16,7 @@ use hospes_units::DomId;
 const QUEUES_MAX: u32 = 4;
 
 /// What the interfaces of one domain have in common.
+#[derive(Clone)]
 pub struct Plug {
     domid: DomId,
     domain: String,
@@ -129,12 +130,42 @@ impl Plug {
                     let renew = move || renewal().map_err(|error| error.to_string());
                     Arc::new(renew) as Renew
                 }),
+                // A network in user space is the domain's own, and nobody waits for it.
+                again: (network != Network::User).then(|| self.again(vif)),
                 keep: Box::new(port.guard),
                 log: Arc::new(toolstack::log_line),
             },
         };
         Ok((spec, scripts))
     }
+
+    /// Plugs an interface in that was let go of while its device stayed.
+    fn again(&self, vif: &VifConfig) -> Again {
+        let (plug, vif) = (self.clone(), vif.clone());
+        Box::new(move || {
+            let again = || -> Result<NetConfig, MachineError> {
+                let (spec, scripts) = plug.one(&vif)?;
+                bring_online(&scripts)?;
+                Ok(spec.net)
+            };
+            again().map_err(|fault| fault.to_string())
+        })
+    }
+}
+
+/// Whether the host has what an interface is to be plugged into.
+pub fn check(vif: &VifConfig) -> Result<(), MachineError> {
+    let Network::Bridge(bridge) = network(vif) else {
+        return Ok(());
+    };
+    let path = Path::new("/sys/class/net").join(&bridge).join("bridge");
+    if path.is_dir() {
+        return Ok(());
+    }
+    Err(format!(
+        "there is no bridge {bridge}: make it there, or give another configuration with -C"
+    )
+    .into())
 }
 
 /// What an interface is plugged into.

@@ -5,10 +5,12 @@
 //! Devices and keys are said on the console: `attached disk xvdb`, `sysrq h`. Its balloon driver follows at once, and it may have what a host of 1 TiB has left. A disk whose target is called `bad` cannot be
 //! attached, one called `stuck` is not given back but by force. With `deaf` in its kernel command line it does not follow requests to shut down,
 //! for which a process that is asked to end gives it two seconds. A kernel that is no file is an error. It suspends itself when it is to be saved, unless it
-//! is paused, and what is saved of it is what it was told last; `broken` cannot be saved, and what is no text cannot be restored.
+//! is paused, and what is saved of it is what it was told last; `broken` cannot be saved, and what is no text cannot be restored. To another host `foreign` is not
+//! admitted, `unwelcome` fails there, and `clings` fails when its devices are let go of; they cannot be had again while beside its kernel there is a file `.taken`.
 #![forbid(unsafe_code)]
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -33,6 +35,7 @@ struct State {
     /// The last line that was no command.
     heard: String,
     suspended: bool,
+    let_go: bool,
     /// A disk that is not given back.
     stuck: Option<u32>,
     online: u32,
@@ -48,6 +51,8 @@ struct Mock {
     changed: Condvar,
     memory_max_kib: u64,
     deaf: bool,
+    /// While there is such a file others have its devices.
+    taken: PathBuf,
 }
 
 impl Mock {
@@ -295,9 +300,39 @@ impl Machine for Mock {
 
     fn resume(&self) {
         let mut state = self.lock();
+        assert!(!state.let_go, "it would run without its devices");
         if std::mem::take(&mut state.suspended) {
             say(&mut state, "resumed");
         }
+    }
+
+    fn passport(&self) -> Result<String, MachineError> {
+        let state = self.lock();
+        match state.paused {
+            true => Err("it is paused".into()),
+            false => Ok(state.heard.clone()),
+        }
+    }
+
+    fn let_go(&self) -> Result<(), MachineError> {
+        let mut state = self.lock();
+        state.let_go = true;
+        say(&mut state, "let go");
+        match &state.heard[..] {
+            "clings" => Err("the disk fails".into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn take_again(&self) -> Result<(), MachineError> {
+        let mut state = self.lock();
+        if state.let_go && self.taken.exists() {
+            return Err("the disk is taken".into());
+        }
+        if std::mem::take(&mut state.let_go) {
+            say(&mut state, "taken again");
+        }
+        Ok(())
     }
 
     fn end_saved(&self) -> bool {
@@ -350,8 +385,18 @@ impl MachineFactory for Factory {
                 Record::Config(_) | Record::Pages { .. } => {}
             }
         }
+        if heard == "unwelcome" {
+            return Err("there is no place for it".into());
+        }
         writeln!(console, "restored: {heard}")?;
         make(spec, heard, console)
+    }
+
+    fn admit(&self, _: &MachineSpec<'_>, passport: &str) -> Result<(), MachineError> {
+        match passport {
+            "foreign" => Err("the processor lacks it".into()),
+            _ => Ok(()),
+        }
     }
 
     fn shutdown_patience(&self) -> Duration {
@@ -381,6 +426,7 @@ fn make(
             end: None,
             heard,
             suspended: false,
+            let_go: false,
             stuck: None,
             online: spec.config.vcpus,
             memory_kib: spec.config.memory_kib(),
@@ -390,6 +436,7 @@ fn make(
         changed: Condvar::new(),
         memory_max_kib: spec.config.memory_max_kib(),
         deaf: spec.config.cmdline.contains("deaf"),
+        taken: spec.config.kernel.with_extension("taken"),
     }))
 }
 

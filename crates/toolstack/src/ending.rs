@@ -82,6 +82,13 @@ impl Ending {
             instance.destroy();
             return Ok(());
         }
+        if instance
+            .may_be_asked()
+            .inspect_err(|_| instance.destroy())?
+            .is_none()
+        {
+            return Ok(());
+        }
         let machine = instance.machine();
         // One that is paused, or about to be saved, cannot follow.
         machine.unpause();

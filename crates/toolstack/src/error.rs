@@ -79,6 +79,14 @@ pub enum Error {
     },
     #[error("{path} is complete, and what became of the domain is not known ({why}): see whether it runs, and do not restore the file if it does", path = .path.display())]
     SavedUnsure { path: PathBuf, why: Box<Error> },
+    #[error("{0}")]
+    Migration(String),
+    #[error("the domain cannot be taken: {0}")]
+    Passed(hospes_migration::StreamError),
+    #[error(
+        "it is not known whether the domain runs on the other host ({why}). Look there: where it runs, `hospes destroy {name}` ends what is left of it here; where it does not, `hospes unpause {name}` lets it go on here. Two that run at once destroy their disks"
+    )]
+    MigrationUnsure { name: String, why: String },
     #[error("{message}")]
     Create { message: String },
     #[error("the domain process ended ({status}) before the domain was there; its log is {log}", log = .log.display())]

@@ -12,9 +12,11 @@ use crate::hub::ConsoleHub;
 use crate::log::log;
 use crate::logfile::move_log;
 use crate::machine::{Machine, MachineError};
+use crate::paths::Paths;
 use crate::protocol::{DeviceKind, DomainInfo, EndReason, Ended, Until};
 use crate::registry::{Record, Registry};
 use crate::scheduling::Share;
+use crate::standing::Standing;
 use crate::state::promised_bytes;
 
 /// How long commands that wait for the end, and readers of the console, get to hear of it.
@@ -40,6 +42,7 @@ pub(crate) struct Instance {
     /// Held while the record and the machine are changed together.
     changes: Mutex<()>,
     saving: AtomicBool,
+    pub(crate) standing: Mutex<Standing>,
     machine: Arc<dyn Machine>,
     hub: Arc<ConsoleHub>,
     progress: Mutex<Progress>,
@@ -75,6 +78,8 @@ pub(crate) enum ChangeError {
     NoDrive(Vdev),
     #[error("{0}")]
     Drive(&'static str),
+    #[error("{0}")]
+    Moving(&'static str),
     #[error(
         "{0}; the device is attached and could not be taken away again ({1}): restart or destroy the domain to be rid of it"
     )]
@@ -99,6 +104,7 @@ impl Instance {
             record: Mutex::new(record),
             changes: Mutex::default(),
             saving: AtomicBool::new(false),
+            standing: Mutex::default(),
             machine,
             hub,
             progress: Mutex::default(),
@@ -141,7 +147,20 @@ impl Instance {
             shutdown,
             dying,
             waiting: self.machine.waiting(),
+            moving: self.is_moving(),
+            held: self.held(),
         }
+    }
+
+    /// Whether a command has destroyed it.
+    pub(crate) fn is_destroyed(&self) -> bool {
+        lock(&self.progress).destroy
+    }
+
+    /// Name and UUID that it has now.
+    pub(crate) fn identity(&self) -> (String, Uuid) {
+        let record = lock(&self.record);
+        (record.name.clone(), record.uuid)
     }
 
     pub(crate) fn has_shut_down(&self) -> bool {
@@ -183,7 +202,9 @@ impl Instance {
 
     /// Keeps the domain's devices and settings as they are; `None` where it is being saved already.
     pub(crate) fn begin_save(&self) -> Option<Saving<'_>> {
-        (!self.saving.swap(true, SeqCst)).then(|| Saving {
+        // Whoever holds a domain decides what becomes of it first.
+        let free = self.held().is_none() && !self.saving.swap(true, SeqCst);
+        free.then(|| Saving {
             instance: self,
             _changes: lock(&self.changes),
         })
@@ -218,22 +239,41 @@ impl Instance {
         }
         record.config.name = name.to_string();
         self.registry.update_and(self.domid, &record, |paths| {
-            log!("Domain {old} has the name {name} from here on");
-            let (from, to) = (paths.domain_log(&old), paths.domain_log(name));
-            let (console_from, console_to) = (paths.console_log(&old), paths.console_log(name));
-            let console = self.hub.move_log(&console_from, &console_to);
-            // A domain kept by `rename-restart` has none under its name.
-            let own = if from.exists() {
-                move_log(&from, &to)
-            } else {
-                Ok(())
-            };
-            if let Err(fault) = own.and(console) {
-                log!("A log keeps its name: {fault}");
-            }
+            self.move_logs(paths, &old, name);
         })?;
         *lock(&self.record) = record;
         self.machine.rename(name).map_err(ChangeError::Machine)
+    }
+
+    /// Gives a domain that has come from another host the name and UUID that it had there.
+    pub(crate) fn settle_in(&self, name: &str, uuid: Uuid) -> std::result::Result<(), ChangeError> {
+        let _changes = lock(&self.changes);
+        let mut record = lock(&self.record).clone();
+        let old = std::mem::replace(&mut record.name, name.to_string());
+        record.uuid = uuid;
+        self.registry.update_and(self.domid, &record, |paths| {
+            self.move_logs(paths, &old, name);
+        })?;
+        *lock(&self.record) = record;
+        self.machine
+            .become_another(name, uuid)
+            .map_err(ChangeError::Machine)
+    }
+
+    fn move_logs(&self, paths: &Paths, old: &str, name: &str) {
+        log!("Domain {old} has the name {name} from here on");
+        let (from, to) = (paths.domain_log(old), paths.domain_log(name));
+        let (console_from, console_to) = (paths.console_log(old), paths.console_log(name));
+        let console = self.hub.move_log(&console_from, &console_to);
+        // A domain kept by `rename-restart` has none under its name.
+        let own = if from.exists() {
+            move_log(&from, &to)
+        } else {
+            Ok(())
+        };
+        if let Err(fault) = own.and(console) {
+            log!("A log keeps its name: {fault}");
+        }
     }
 
     /// Gives its name and UUID up to a domain that comes behind it.
@@ -243,6 +283,15 @@ impl Instance {
         uuid: Uuid,
     ) -> std::result::Result<(), ChangeError> {
         let _changes = lock(&self.changes);
+        self.be_another(name, uuid)
+    }
+
+    /// The same, for who keeps the domain as it is.
+    pub(crate) fn be_another(
+        &self,
+        name: &str,
+        uuid: Uuid,
+    ) -> std::result::Result<(), ChangeError> {
         let mut record = lock(&self.record).clone();
         record.name = name.to_string();
         record.uuid = uuid;

@@ -6,7 +6,7 @@
 use std::io::{BufReader, ErrorKind, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
 use hospes_units::DomId;
@@ -114,6 +114,7 @@ pub(crate) fn create(paths: &Paths, request: CreateRequest) -> Result<Created> {
         paused: request.paused,
         restore: false,
         next: None,
+        passport: None,
         run: paths.run.clone(),
         log: paths.log.clone(),
     })
@@ -140,10 +141,34 @@ pub(crate) fn restore(
         paused,
         restore: true,
         next: next.map(Box::new),
+        passport: None,
         run: paths.run.clone(),
         log: paths.log.clone(),
     };
     start(&launch, Some(feed))
+}
+
+/// Begins to make a domain that comes from another host.
+pub(crate) fn receive(
+    paths: &Paths,
+    mut config: DomainConfig,
+    next: Option<DomainConfig>,
+    passport: String,
+) -> Result<Starting> {
+    resolve(&mut config)?;
+    if config.uuid.is_none() {
+        config.uuid = Some(random_uuid()?);
+    }
+    paths.create()?;
+    Starting::new(&Launch {
+        config,
+        paused: true,
+        restore: true,
+        next: next.map(Box::new),
+        passport: Some(passport),
+        run: paths.run.clone(),
+        log: paths.log.clone(),
+    })
 }
 
 /// Starts a domain process and waits for its answer.
@@ -152,67 +177,144 @@ pub(crate) fn start_process(launch: &Launch) -> Result<Created> {
 }
 
 fn start(launch: &Launch, feed: Option<Feed<'_>>) -> Result<Created> {
-    let paths = Paths {
-        run: launch.run.clone(),
-        log: launch.log.clone(),
-    };
-    let log_path = paths.domain_log(&launch.config.name);
-    // Moves a log that has become too long out of the way.
-    LogFile::open(&log_path, LOG_MAX_BYTES)
-        .and_then(|mut log| log.append(b""))
-        .map_err(at("cannot open the log", &log_path))?;
-    let log = open_append(&log_path).map_err(at("cannot open the log", &log_path))?;
-    // The name by which the process was started may mean another program by now.
-    let mut child = Command::new("/proc/self/exe")
-        .arg0(
-            std::env::args_os()
-                .next()
-                .unwrap_or_else(|| "hospes".into()),
-        )
-        .arg(DOMAIN_SUBCOMMAND)
-        .arg(&launch.config.name)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(log)
-        .spawn()
-        .map_err(Error::Spawn)?;
-    let (Some(mut stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
-        return Err(Error::Spawn(std::io::ErrorKind::BrokenPipe.into()));
-    };
-    // Where the process has died already, its exit status says more than the broken pipe.
-    let _ = protocol::send(&mut stdin, launch)?;
-    let fed = feed.map_or(Ok(()), |feed| feed(&mut stdin));
-    drop(stdin);
-    if let Err(fault) = fed
-        && !is_broken_pipe(&fault)
-    {
-        // What the process has to say of it would be that its input has ended.
-        child.wait().map_err(Error::Spawn)?;
-        return Err(fault);
+    let mut starting = Starting::new(launch)?;
+    if let Some(feed) = feed {
+        starting.feed(feed)?;
     }
-    let line = protocol::read_line(&mut BufReader::new(stdout))?.map_err(Error::Spawn)?;
-    let Some(line) = line else {
-        let status = child.wait().map_err(Error::Spawn)?;
-        return Err(Error::ProcessDied {
-            status,
+    starting.close();
+    starting.created()
+}
+
+/// A domain process that has still to say what became of it. Without somebody who listens there is no domain.
+pub(crate) struct Starting {
+    child: Child,
+    /// `None` once closed.
+    stdin: Option<ChildStdin>,
+    stdout: BufReader<ChildStdout>,
+    log: PathBuf,
+}
+
+impl Starting {
+    /// Starts the process and tells it what to make.
+    pub(crate) fn new(launch: &Launch) -> Result<Starting> {
+        let paths = Paths {
+            run: launch.run.clone(),
+            log: launch.log.clone(),
+        };
+        let name = launch.first_name();
+        let log_path = paths.domain_log(&name);
+        // Moves a log that has become too long out of the way.
+        LogFile::open(&log_path, LOG_MAX_BYTES)
+            .and_then(|mut log| log.append(b""))
+            .map_err(at("cannot open the log", &log_path))?;
+        let log = open_append(&log_path).map_err(at("cannot open the log", &log_path))?;
+        // The name by which the process was started may mean another program by now.
+        let mut child = Command::new("/proc/self/exe")
+            .arg0(
+                std::env::args_os()
+                    .next()
+                    .unwrap_or_else(|| "hospes".into()),
+            )
+            .arg(DOMAIN_SUBCOMMAND)
+            .arg(&name)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .map_err(Error::Spawn)?;
+        let (Some(mut stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(Error::Spawn(std::io::ErrorKind::BrokenPipe.into()));
+        };
+        // Where the process has died already, its exit status says more than the broken pipe.
+        let _ = protocol::send(&mut stdin, launch)?;
+        Ok(Starting {
+            child,
+            stdin: Some(stdin),
+            stdout: BufReader::new(stdout),
             log: log_path,
-        });
-    };
-    match protocol::decode(&line)? {
-        Launched::Domain { domid } => Ok(Created {
-            domid: DomId(domid),
-            process: child,
-            log: log_path,
-        }),
-        Launched::Error { message } => {
-            child.wait().map_err(Error::Spawn)?;
-            Err(Error::Create { message })
+        })
+    }
+
+    /// Has `feed` write to it. Where the process reads no more, its answer says why.
+    pub(crate) fn feed(&mut self, feed: Feed<'_>) -> Result<()> {
+        let Some(stdin) = &mut self.stdin else {
+            return Ok(());
+        };
+        match feed(stdin) {
+            Err(fault) if !is_broken_pipe(&fault) => {
+                // What the process has to say of it would be that its input has ended.
+                self.close();
+                self.child.wait().map_err(Error::Spawn)?;
+                Err(fault)
+            }
+            _ => Ok(()),
         }
     }
+
+    /// Says one thing more.
+    pub(crate) fn say(&mut self, what: &impl serde::Serialize) -> Result<()> {
+        match &mut self.stdin {
+            // As at the start.
+            Some(stdin) => protocol::send(stdin, what).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Says no more.
+    pub(crate) fn close(&mut self) {
+        self.stdin = None;
+    }
+
+    /// The next answer. After an error the process has ended.
+    pub(crate) fn answer(&mut self) -> Result<Launched> {
+        let line = protocol::read_line(&mut self.stdout)?.map_err(Error::Spawn)?;
+        let Some(line) = line else {
+            self.close();
+            let status = self.child.wait().map_err(Error::Spawn)?;
+            return Err(Error::ProcessDied {
+                status,
+                log: self.log.clone(),
+            });
+        };
+        match protocol::decode(&line)? {
+            Launched::Error { message } => {
+                self.close();
+                self.child.wait().map_err(Error::Spawn)?;
+                Err(Error::Create { message })
+            }
+            answer => Ok(answer),
+        }
+    }
+
+    /// Waits until a process that is told no more has ended.
+    pub(crate) fn abandon(mut self) {
+        self.close();
+        // Whatever it is that keeps it from ending, nobody here can do anything about it.
+        let _ = self.child.wait();
+    }
+
+    fn created(mut self) -> Result<Created> {
+        match self.answer()? {
+            Launched::Domain { domid } => Ok(Created {
+                domid: DomId(domid),
+                process: self.child,
+                log: self.log,
+            }),
+            other => Err(unknown(&other)),
+        }
+    }
+}
+
+/// An answer that belongs to something else.
+pub(crate) fn unknown(answer: &Launched) -> Error {
+    Error::Protocol(format!("the domain process answers {answer:?}"))
 }
 
 /// Whether nobody reads any more what is written.
 fn is_broken_pipe(fault: &Error) -> bool {
     use hospes_migration::StreamError::Write;
-    matches!(fault, Error::SavedFile { source: Write(source), .. } if source.kind() == ErrorKind::BrokenPipe)
+    let (Error::SavedFile { source, .. } | Error::Passed(source)) = fault else {
+        return false;
+    };
+    matches!(source, Write(source) if source.kind() == ErrorKind::BrokenPipe)
 }

@@ -21,19 +21,24 @@ mod clock;
 mod each;
 mod ending;
 mod error;
+mod handover;
 mod hub;
 mod instance;
 mod launch;
+mod leaving;
 mod log;
 mod logfile;
 mod machine;
+mod migrating;
 mod paths;
 mod process;
 pub mod protocol;
+mod receiving;
 mod registry;
 mod saving;
 mod scheduling;
 mod server;
+mod standing;
 mod state;
 mod store;
 mod supervisor;
@@ -41,6 +46,7 @@ mod supervisor;
 pub use client::{Host, Watch};
 pub use each::{Answer, Answers};
 pub use error::{Error, Result};
+pub use handover::{MoveOptions, MoveWatcher};
 pub use launch::{CreateRequest, Created, random_uuid};
 pub use machine::{
     Machine, MachineError, MachineFactory, MachineInfo, MachineSpec, SaveStream, SavedStream,
@@ -51,6 +57,7 @@ pub use protocol::{
     AfterSave, DeviceKind, DomainInfo, EndReason, Ended, Request, ShutdownKind, Trigger, Until,
     Waiting,
 };
+pub use receiving::UNATTENDED;
 pub use registry::{Entry, HOST_NAME, Record};
 pub use saving::SavedDomain;
 pub use scheduling::{Affinity, Share, VcpuInfo, host_cpus, resolve};

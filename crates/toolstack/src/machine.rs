@@ -185,6 +185,22 @@ pub trait Machine: Send + Sync {
         Err(cannot("be saved"))
     }
 
+    /// What the machine shows of itself to the host it is to move to, for [`MachineFactory::admit`]. Refuses what could not be moved now.
+    fn passport(&self) -> Result<String, MachineError> {
+        Err(cannot("be migrated"))
+    }
+
+    /// Lets go of what the devices of a suspended guest stand for: another process may have it when this returns, and all that was written is durable. Whatever it
+    /// returns, the guest must not go on before [`Machine::take_again`].
+    fn let_go(&self) -> Result<(), MachineError> {
+        Err(cannot("be migrated"))
+    }
+
+    /// Takes all again that was let go of. After an error the guest must not go on, and this may be called again.
+    fn take_again(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
     /// Lets a suspended guest go on here. Does nothing to others.
     fn resume(&self) {}
 
@@ -220,6 +236,12 @@ pub trait MachineFactory: Send + Sync {
     ) -> Result<Arc<dyn Machine>, MachineError> {
         let _ = (spec, saved, console);
         Err(cannot("be restored"))
+    }
+
+    /// Whether a machine with this passport could come here now, as far as can be told before it does.
+    fn admit(&self, spec: &MachineSpec<'_>, passport: &str) -> Result<(), MachineError> {
+        let _ = (spec, passport);
+        Ok(())
     }
 
     /// How long a guest may take to shut down when its process is asked to end: less than systemd waits before it kills (90 s).

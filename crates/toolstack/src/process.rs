@@ -14,9 +14,9 @@ use crate::log::log;
 use crate::logfile::{LOG_MAX_BYTES, LogFile};
 use crate::machine::{MachineFactory, SavedStream};
 use crate::paths::Paths;
-use crate::protocol::{self, Launch, Launched};
+use crate::protocol::{self, Arrival, Launch, Launched};
 use crate::store;
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Current, Supervisor};
 
 /// How much of a saved domain is read at a time, in bytes.
 const INPUT_BUFFER: usize = 1 << 20;
@@ -36,11 +36,12 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    let first_name = launch.first_name();
     let paths = Paths {
         run: launch.run,
         log: launch.log,
     };
-    let console_log = paths.console_log(&launch.config.name);
+    let console_log = paths.console_log(&first_name);
     let console_log = match LogFile::open(&console_log, LOG_MAX_BYTES) {
         Ok(file) => Some(file),
         Err(fault) => {
@@ -68,7 +69,16 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
     let saved: Option<SavedStream> = launch
         .restore
         .then(|| Reader::continued(Box::new(input) as Box<dyn Read + Send>));
-    let current = match supervisor.start(saved, launch.next.map(|next| *next)) {
+    let next = launch.next.map(|next| *next);
+    let accepted = || {
+        // Where nobody hears it the stream ends as well.
+        answer(&Launched::Accepted);
+    };
+    let started = match (saved, &launch.passport) {
+        (Some(saved), Some(passport)) => supervisor.receive(saved, next, passport, &accepted),
+        (saved, _) => supervisor.start(saved, next),
+    };
+    let current = match started {
         Ok(current) => current,
         Err(fault) => {
             log!("{fault}");
@@ -78,6 +88,9 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    if launch.passport.is_some() {
+        return arrive(&supervisor, current);
+    }
     // A saved guest that has gone on unheard would have changed its disks, and the file would not know.
     if launch.restore && !is_heard() {
         log!("the command that asked for the domain was ended: the guest does not go on");
@@ -95,6 +108,44 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
         log!("the command that asked for the domain was ended: so is the domain");
         supervisor.abandon(current);
         return ExitCode::FAILURE;
+    }
+    drop_streams();
+    supervisor.run(current);
+    ExitCode::SUCCESS
+}
+
+/// The rest of the life of a domain that comes from another host, which is all here now.
+fn arrive(supervisor: &Supervisor<'_>, current: Current) -> ExitCode {
+    answer(&Launched::Domain {
+        domid: current.domid().0,
+    });
+    let line = protocol::read_line(&mut stdin().lock());
+    let arrival: Option<Arrival> = line
+        .ok()
+        .and_then(|line| line.ok().flatten())
+        .and_then(|line| protocol::decode(&line).ok());
+    let Some(Arrival { paused }) = arrival else {
+        log!("The other host has not given the domain away: its guest does not go on here");
+        supervisor.abandon(current);
+        return ExitCode::FAILURE;
+    };
+    match supervisor.arrive(&current) {
+        Ok(note) => {
+            if let Some(note) = &note {
+                log!("{note}");
+            }
+            if !paused {
+                current.unpause();
+            }
+            log!("The domain has arrived from another host");
+            // It is here, whoever hears of it.
+            answer(&Launched::Arrived { note });
+        }
+        Err(fault) => {
+            answer(&Launched::Error {
+                message: fault.to_string(),
+            });
+        }
     }
     drop_streams();
     supervisor.run(current);

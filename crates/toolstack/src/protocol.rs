@@ -192,6 +192,11 @@ pub enum Request {
     },
     /// Writes what is known of the domain into its log.
     Describe,
+    /// The domain is to go to another host; behind [`Reply::Saving`] comes its stream, as for [`Request::Save`], of which all but the configuration comes when the
+    /// client has said [`MoveStep::Send`]. The other steps follow it. A client that leaves before [`MoveStep::GiveAway`] has nothing become of it.
+    Migrate {
+        config: Option<Box<DomainConfig>>,
+    },
     /// The guest suspends itself; behind [`Reply::Saving`] comes the domain as a stream, with this configuration or its own, and then the client says what
     /// becomes of it, an [`AfterSave`].
     Save {
@@ -205,6 +210,20 @@ pub enum Request {
 pub enum AfterSave {
     Destroy,
     GoOn { paused: bool },
+}
+
+/// What becomes of a domain that is on its way to another host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MoveStep {
+    /// The other host would take it: the stream is to come.
+    Send,
+    /// The other host has all of it: from here on the guest never goes on here by itself. Answered.
+    GiveAway,
+    /// It runs on the other host: the domain is to end. Answered when it has.
+    Ended,
+    /// It is not known whether it runs on the other host, for this reason.
+    Unsure(String),
 }
 
 impl Request {
@@ -276,6 +295,12 @@ pub struct DomainInfo {
     /// Devices whose requests wait.
     #[serde(default)]
     pub waiting: Vec<Waiting>,
+    /// Whether it is on its way to another host, or from one.
+    #[serde(default)]
+    pub moving: bool,
+    /// Why the guest is held until somebody decides what becomes of it: a sentence for the user.
+    #[serde(default)]
+    pub held: Option<String>,
 }
 
 /// A device whose requests wait for something that the host lacks, such as room for a disk's image.
@@ -318,18 +343,60 @@ pub struct Launch {
     /// What a restored domain is started with the next time, where that was set apart.
     #[serde(default)]
     pub next: Option<Box<DomainConfig>>,
+    /// What a domain that comes from another host shows there ([`crate::Machine::passport`]). It answers with [`Launched::Accepted`] before it reads the stream, and
+    /// runs when it has read [`Arrival`] behind it.
+    #[serde(default)]
+    pub passport: Option<String>,
     /// Directory of run-time state.
     pub run: PathBuf,
     /// Directory of logs.
     pub log: PathBuf,
 }
 
-/// What a domain process answers, once, on its standard output.
+/// The name of a domain that comes from another host and may not run yet.
+pub(crate) fn incoming_name(name: &str) -> String {
+    format!("{name}--incoming")
+}
+
+/// The name of a domain that was given away to another host.
+pub(crate) fn away_name(name: &str) -> String {
+    format!("{name}--migratedaway")
+}
+
+impl Launch {
+    /// The domain's name at first, which its logs have.
+    pub(crate) fn first_name(&self) -> String {
+        match self.passport {
+            Some(_) => incoming_name(&self.config.name),
+            None => self.config.name.clone(),
+        }
+    }
+}
+
+/// The last thing that a domain from another host is told: it is all there, and nowhere else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Arrival {
+    /// Leave it paused.
+    pub paused: bool,
+}
+
+/// What a domain process answers on its standard output: once, and where it comes from another host three times.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Launched {
-    Domain { domid: u16 },
-    Error { message: String },
+    /// It may come.
+    Accepted,
+    Domain {
+        domid: u16,
+    },
+    /// It is no other host's any more; with what the user should know.
+    Arrived {
+        note: Option<String>,
+    },
+    Error {
+        message: String,
+    },
 }
 
 #[derive(Serialize, Deserialize)]

@@ -29,17 +29,47 @@ use crate::log::log;
 use crate::protocol::{self, AfterSave, Reply, Request};
 
 /// How long a guest may take to suspend itself: longer than the domain process waits for it.
-const SUSPEND_PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) const SUSPEND_PATIENCE: Duration = Duration::from_secs(90);
 /// How much of a stream is on its way at a time, in bytes.
-const BUFFER: usize = 1 << 20;
+pub(crate) const BUFFER: usize = 1 << 20;
 
 /// What a stream says of the domain before its state.
 #[derive(Debug, Serialize, Deserialize)]
-struct SavedConfig {
-    config: DomainConfig,
+pub(crate) struct SavedConfig {
+    pub(crate) config: DomainConfig,
     /// What it is started with the next time, where that was set apart.
     #[serde(default)]
-    next: Option<DomainConfig>,
+    pub(crate) next: Option<DomainConfig>,
+    /// What it shows of itself where it comes from another host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) passport: Option<String>,
+}
+
+impl SavedConfig {
+    /// A domain's own, or another for the same domain.
+    pub(crate) fn new(instance: &Instance, config: Option<DomainConfig>) -> SavedConfig {
+        let (config, next) = match config {
+            Some(config) => {
+                let uuid = config.uuid.or(instance.config().uuid);
+                (DomainConfig { uuid, ..config }, None)
+            }
+            None => (instance.config(), instance.prepared_config()),
+        };
+        SavedConfig {
+            config,
+            next,
+            passport: None,
+        }
+    }
+
+    /// Of the text in a stream.
+    pub(crate) fn read(text: &[u8]) -> std::result::Result<SavedConfig, String> {
+        let saved: SavedConfig = serde_json::from_slice(text).map_err(|why| why.to_string())?;
+        for config in [&saved.config].into_iter().chain(&saved.next) {
+            check_name(&config.name).map_err(|why| why.to_string())?;
+        }
+        Ok(saved)
+    }
 }
 
 /// A saved domain that is about to be restored.
@@ -67,16 +97,12 @@ impl SavedDomain {
             source,
         };
         let (reader, text) = Reader::new(file).map_err(fault)?;
-        let invalid = |why: &dyn std::fmt::Display| {
+        let saved = SavedConfig::read(&text).map_err(|why| {
             Error::Protocol(format!(
                 "{}: the configuration of the saved domain is not understood ({why})",
                 path.display()
             ))
-        };
-        let saved: SavedConfig = serde_json::from_slice(&text).map_err(|why| invalid(&why))?;
-        for config in [&saved.config].into_iter().chain(&saved.next) {
-            check_name(&config.name).map_err(|why| invalid(&why))?;
-        }
+        })?;
         Ok(SavedDomain {
             reader,
             path: path.to_path_buf(),
@@ -140,7 +166,7 @@ impl Host {
     }
 
     /// Asks for the stream of a domain.
-    fn ask_to_save(&self, who: &str, request: &Request) -> Result<(DomId, UnixStream)> {
+    pub(crate) fn ask_to_save(&self, who: &str, request: &Request) -> Result<(DomId, UnixStream)> {
         let entry = self.find(who)?;
         check_goes_on(&entry)?;
         self.check_room()?;
@@ -302,7 +328,8 @@ pub(crate) fn answer(
     has_left: &dyn Fn() -> bool,
 ) -> Option<Answer> {
     let Some(_changes) = instance.begin_save() else {
-        let message = Instance::SAVING.into();
+        let message = instance.is_fixed();
+        let message = message.unwrap_or_else(|| Instance::SAVING.into());
         return Some(Answer::Reply(Reply::Error { message }));
     };
     let machine = instance.machine();
@@ -347,26 +374,14 @@ pub(crate) enum Answer {
     Destroy,
 }
 
-type AnyError = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type AnyError = Box<dyn std::error::Error + Send + Sync>;
 
 fn send_stream(
     mut stream: &UnixStream,
     instance: &Instance,
     config: Option<DomainConfig>,
 ) -> std::result::Result<(), AnyError> {
-    let saved = match config {
-        Some(config) => SavedConfig {
-            config: DomainConfig {
-                uuid: config.uuid.or(instance.config().uuid),
-                ..config
-            },
-            next: None,
-        },
-        None => SavedConfig {
-            config: instance.config(),
-            next: instance.prepared_config(),
-        },
-    };
+    let saved = SavedConfig::new(instance, config);
     let text = serde_json::to_vec(&saved)?;
     protocol::send(stream, &Reply::Saving)??;
     let mut buffered = io::BufWriter::with_capacity(BUFFER, &mut stream);

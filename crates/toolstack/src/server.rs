@@ -22,8 +22,8 @@ use crate::instance::Instance;
 use crate::log::log;
 use crate::machine::{Machine, MachineError};
 use crate::protocol::{self, Ended, Reply, Request, ShutdownKind, Until};
-use crate::saving;
 use crate::scheduling::{host_cpus, resolve};
+use crate::{leaving, saving};
 
 /// Most connections at a time, per socket.
 const CONNECTIONS_MAX: usize = 32;
@@ -221,7 +221,13 @@ fn save(
     config: Option<Box<DomainConfig>>,
 ) -> Option<Reply> {
     let left = || has_left(stream, Some(Duration::ZERO));
-    match saving::answer(stream, reader, instance, config.map(|c| *c), &left)? {
+    let answer = saving::answer(stream, reader, instance, config.map(|c| *c), &left)?;
+    conclude(stream, instance, answer)
+}
+
+/// Does what a domain is to do that has been saved or moved.
+fn conclude(stream: &UnixStream, instance: &Instance, answer: saving::Answer) -> Option<Reply> {
+    match answer {
         saving::Answer::Reply(reply) => Some(reply),
         saving::Answer::Destroy => {
             instance.destroy();
@@ -235,6 +241,20 @@ fn save(
             }
         }
     }
+}
+
+/// The reply to a request to move the domain; `None` where the client has left or is told otherwise.
+fn migrate(
+    stream: &UnixStream,
+    reader: &mut BufReader<&UnixStream>,
+    instance: &Instance,
+    ending: &Ending,
+    config: Option<Box<DomainConfig>>,
+) -> Option<Reply> {
+    let left = || has_left(stream, Some(Duration::ZERO));
+    let config = config.map(|c| *c);
+    let answer = leaving::answer(stream, reader, instance, ending, config, &left)?;
+    conclude(stream, instance, answer)
 }
 
 /// `None` where the client has left, or has to ask the domain's next instance.
@@ -265,10 +285,10 @@ fn answer(
             message: message.into(),
         });
     }
-    if request.is_change() && instance.is_being_saved() {
-        return Some(Reply::Error {
-            message: Instance::SAVING.into(),
-        });
+    if request.is_change()
+        && let Some(message) = instance.is_fixed()
+    {
+        return Some(Reply::Error { message });
     }
     Some(match request {
         Request::Info => Reply::Info(instance.info()),
@@ -276,10 +296,7 @@ fn answer(
             machine.pause();
             Reply::Done
         }
-        Request::Unpause => {
-            machine.unpause();
-            Reply::Done
-        }
+        Request::Unpause => done(instance.unpause()),
         Request::Shutdown { kind, last: true } => done(ending.ask(kind)),
         Request::Shutdown { kind, .. } => done(machine.request_shutdown(kind)),
         Request::Destroy => {
@@ -315,6 +332,7 @@ fn answer(
         Request::SetVcpus { online } => done(instance.set_vcpus(online)),
         Request::SetMemoryTarget { kib } => done(instance.set_memory_target(kib)),
         Request::SetMemoryMax { kib } => done(instance.set_memory_max(kib)),
+        Request::Migrate { config } => migrate(stream, reader, instance, ending, config)?,
         Request::Save { config } => save(stream, reader, instance, config)?,
     })
 }

@@ -29,6 +29,8 @@ impl Entry {
             shutdown: None,
             dying: false,
             waiting: Vec::new(),
+            moving: false,
+            held: None,
         }
     }
 }

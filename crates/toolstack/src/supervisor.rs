@@ -10,16 +10,17 @@ use hospes_units::DomId;
 
 use crate::clock::Utc;
 use crate::ending::Ending;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::hub::ConsoleHub;
 use crate::instance::{ChangeError, FAREWELL, Instance};
 use crate::launch;
 use crate::log::log;
 use crate::machine::{MachineError, MachineFactory, MachineSpec, SavedStream};
 use crate::paths::Paths;
-use crate::protocol::{EndReason, Launch};
-use crate::registry::{Record, Registry, Slot};
+use crate::protocol::{EndReason, Launch, incoming_name};
+use crate::registry::{Entry, Record, Registry, Slot};
 use crate::server::Server;
+use crate::standing::Standing;
 use crate::state::promised_bytes;
 
 /// A domain that ended sooner than this after its start is restarted only then, so that one that cannot start does not
@@ -131,7 +132,63 @@ impl<'a> Supervisor<'a> {
             ..Record::new(&self.config, self.uuid)
         };
         let slot = self.registry.allocate(&record)?;
-        self.start_in(slot, record, saved)
+        self.start_in(slot, record, saved, Standing::Here)
+    }
+
+    /// The same for a domain that comes from another host and shows `passport`: `accepted` is called when it may, before the stream is read. It gets its name and UUID by
+    /// [`Supervisor::arrive`], for on this host the domain may still be what it comes from.
+    pub(crate) fn receive(
+        &self,
+        saved: SavedStream,
+        next: Option<DomainConfig>,
+        passport: &str,
+        accepted: &dyn Fn(),
+    ) -> std::result::Result<Current, StartError> {
+        let entries = self.registry.entries()?.into_iter();
+        let same = |entry: &Entry| entry.record.name == self.config.name;
+        let mut others = entries.filter(|entry| entry.record.uuid != self.uuid);
+        if let Some(other) = others.find(same) {
+            let name = other.record.name;
+            let domid = other.domid;
+            return Err(Error::NameTaken { name, domid }.into());
+        }
+        let record = Record {
+            next,
+            name: incoming_name(&self.config.name),
+            ..Record::new(&self.config, launch::random_uuid()?)
+        };
+        let slot = self.registry.allocate(&record)?;
+        match self.admit(&slot, passport) {
+            Ok(()) => accepted(),
+            Err(fault) => {
+                self.release(slot);
+                return Err(fault);
+            }
+        }
+        self.start_in(slot, record, Some(saved), Standing::Arriving)
+    }
+
+    fn admit(&self, slot: &Slot, passport: &str) -> std::result::Result<(), StartError> {
+        let spec = self.spec(slot, &self.config)?;
+        let admitted = self.factory.admit(&spec, passport);
+        admitted.map_err(StartError::Machine)
+    }
+
+    /// Makes a domain that has come from another host this one's. Returns what the user should know; an error where a command has destroyed it.
+    pub(crate) fn arrive(&self, current: &Current) -> Result<Option<String>> {
+        let instance = &current.instance;
+        if instance.is_destroyed() {
+            return Err(Error::Gone {
+                domid: current.domid(),
+            });
+        }
+        // The guest is nobody else's any more: it runs whatever its name is.
+        let settled = instance.settle_in(&self.config.name, self.uuid);
+        instance.set_standing(Standing::Here);
+        Ok(settled.err().map(|fault| {
+            let name = incoming_name(&self.config.name);
+            format!("it is called {name} here, for it cannot have its own name: {fault}")
+        }))
     }
 
     fn start_in(
@@ -139,8 +196,9 @@ impl<'a> Supervisor<'a> {
         slot: Slot,
         record: Record,
         saved: Option<SavedStream>,
+        standing: Standing,
     ) -> std::result::Result<Current, StartError> {
-        match self.build(&slot, record, saved) {
+        match self.build(&slot, record, saved, standing) {
             Ok((server, instance)) => Ok(Current {
                 slot,
                 server,
@@ -159,14 +217,9 @@ impl<'a> Supervisor<'a> {
         slot: &Slot,
         record: Record,
         saved: Option<SavedStream>,
+        standing: Standing,
     ) -> std::result::Result<(Server, Arc<Instance>), StartError> {
-        let spec = MachineSpec {
-            domid: slot.domid(),
-            uuid: self.uuid,
-            config: &record.config,
-            promised_bytes: promised_bytes(&self.registry, slot.domid())?,
-            store: &self.store,
-        };
+        let spec = self.spec(slot, &record.config)?;
         let console = self.hub.writer();
         let machine = match saved {
             Some(saved) => self.factory.restore(&spec, saved, console),
@@ -181,9 +234,20 @@ impl<'a> Supervisor<'a> {
             machine,
             self.hub.clone(),
         ));
+        instance.set_standing(standing);
         self.ending.set_instance(&instance);
         let server = Server::start(slot.dir(), &instance, &self.hub, &self.ending)?;
         Ok((server, instance))
+    }
+
+    fn spec<'b>(&'b self, slot: &Slot, config: &'b DomainConfig) -> Result<MachineSpec<'b>> {
+        Ok(MachineSpec {
+            domid: slot.domid(),
+            uuid: self.uuid,
+            config,
+            promised_bytes: promised_bytes(&self.registry, slot.domid())?,
+            store: &self.store,
+        })
     }
 
     fn release(&self, slot: Slot) {
@@ -298,7 +362,7 @@ impl<'a> Supervisor<'a> {
         instance.wait_heard();
         // The old machine's memory has to be free before the new one asks for its own.
         drop(instance);
-        self.start_in(slot, record, None).map(Some)
+        self.start_in(slot, record, None, Standing::Here).map(Some)
     }
 
     /// Gives the ended domain another name and starts a new one in a process of its own.
@@ -338,6 +402,7 @@ impl<'a> Supervisor<'a> {
             paused: false,
             restore: false,
             next: None,
+            passport: None,
             run: self.paths.run.clone(),
             log: self.paths.log.clone(),
         };

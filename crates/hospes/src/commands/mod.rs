@@ -8,6 +8,7 @@ pub(crate) mod life;
 pub(crate) mod logs;
 pub(crate) mod memory;
 pub(crate) mod meta;
+pub(crate) mod migrating;
 pub(crate) mod names;
 pub(crate) mod saving;
 pub(crate) mod shares;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use hospes_toolstack::{AfterSave, Host, SavedDomain};
+use hospes_toolstack::{AfterSave, Host, SavedDomain, UNATTENDED};
 
 use crate::create::config_in;
 use crate::table::Call;
@@ -60,7 +60,7 @@ pub(crate) fn restore(call: &Call) -> Outcome {
         }
     }
     if call.args.has("e") {
-        saved.config.on = crate::create::UNATTENDED;
+        saved.config.on = UNATTENDED;
     }
     eprintln!("Loading the domain {} from {path}", saved.config.name);
     let host = Host::from_environment()?;
@@ -72,7 +72,7 @@ pub(crate) fn restore(call: &Call) -> Outcome {
 }
 
 /// How far it has come: on a terminal a line that is written over, elsewhere one at the end.
-struct Line {
+pub(crate) struct Line {
     done: &'static str,
     pages: u64,
     terminal: bool,
@@ -80,7 +80,7 @@ struct Line {
 }
 
 impl Line {
-    fn new(done: &'static str) -> Line {
+    pub(crate) fn new(done: &'static str) -> Line {
         Line {
             done,
             pages: 0,
@@ -89,7 +89,7 @@ impl Line {
         }
     }
 
-    fn show(&mut self, pages: u64) {
+    pub(crate) fn show(&mut self, pages: u64) {
         self.pages = pages;
         if self.terminal && self.shown.is_none_or(|shown| shown.elapsed() >= INTERVAL) {
             self.shown = Some(Instant::now());
@@ -97,7 +97,7 @@ impl Line {
         }
     }
 
-    fn end(&self) {
+    pub(crate) fn end(&self) {
         let start = if self.terminal { "\r" } else { "" };
         eprintln!("{start}{} {} MiB", self.done, self.pages / PAGES_IN_MIB);
     }

@@ -169,6 +169,8 @@ mod tests {
             shutdown: None,
             dying: false,
             waiting: Vec::new(),
+            moving: false,
+            held: None,
         };
         let text = table(
             &[info(4_000_000_000)],

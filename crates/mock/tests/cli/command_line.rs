@@ -95,8 +95,8 @@ fn run_wrong_arguments_gives_the_status_of_xl() {
         ),
         (
             1,
-            &["migrate", "d", "h"],
-            "command not implemented: migrate: running domains cannot be moved",
+            &["remus", "d", "h"],
+            "command not implemented: remus: domains are not kept in two places",
         ),
         (
             2,

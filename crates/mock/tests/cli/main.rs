@@ -9,6 +9,7 @@ mod host;
 mod image;
 mod life_cycle;
 mod memory;
+mod migrating;
 mod saving;
 mod signals;
 mod stopped;

@@ -1,0 +1,112 @@
+//! Where a domain stands between two hosts, and so who may let its guest run.
+
+use hospes_config::Uuid;
+
+use crate::ending::Ending;
+use crate::instance::{ChangeError, Instance, lock};
+use crate::log::log;
+use crate::protocol::ShutdownKind;
+
+/// Where a domain stands. The guest of one that is not [`Standing::Here`] runs nowhere, as far as this process has a say.
+#[derive(Debug, Default)]
+pub(crate) enum Standing {
+    #[default]
+    Here,
+    /// It comes from another host: it is not ours before it is said to be.
+    Arriving,
+    /// Who moves it decides what becomes of it. With its name and UUID where it was given away.
+    Leaving(Option<(String, Uuid)>),
+    /// The user decides, for this reason. As before, name and UUID are those that it had.
+    Held(String, Option<(String, Uuid)>),
+}
+
+/// What is said to those who want something of a domain that is not here yet.
+const ARRIVING: &str = "it is on its way here from another host: try again when it has arrived";
+
+impl Instance {
+    pub(crate) fn set_standing(&self, standing: Standing) {
+        *lock(&self.standing) = standing;
+    }
+
+    /// Whether it is on its way to another host, or from one.
+    pub(crate) fn is_moving(&self) -> bool {
+        matches!(
+            *lock(&self.standing),
+            Standing::Arriving | Standing::Leaving(_)
+        )
+    }
+
+    /// Why the user has to decide what becomes of it.
+    pub(crate) fn held(&self) -> Option<String> {
+        match &*lock(&self.standing) {
+            Standing::Held(why, _) => Some(why.clone()),
+            _ => None,
+        }
+    }
+
+    /// Why nothing can be changed now.
+    pub(crate) fn is_fixed(&self) -> Option<String> {
+        match &*lock(&self.standing) {
+            Standing::Held(why, _) => Some(why.clone()),
+            Standing::Arriving => Some(ARRIVING.into()),
+            Standing::Leaving(_) => Some(Instance::SAVING.into()),
+            Standing::Here => self.is_being_saved().then(|| Instance::SAVING.into()),
+        }
+    }
+
+    /// Unpauses the domain. One that is held goes on here, as the user says that it runs nowhere else.
+    pub(crate) fn unpause(&self) -> std::result::Result<(), ChangeError> {
+        let mut standing = lock(&self.standing);
+        match &mut *standing {
+            Standing::Arriving => return Err(ChangeError::Moving(ARRIVING)),
+            Standing::Here | Standing::Leaving(_) => self.machine().unpause(),
+            Standing::Held(_, identity) => {
+                // Where it runs on this host after all, this is what is refused.
+                if let Some((name, uuid)) = identity {
+                    self.become_another(name, *uuid)?;
+                    *identity = None;
+                }
+                self.machine().take_again().map_err(ChangeError::Machine)?;
+                *standing = Standing::Here;
+                log!("The domain goes on here, as the user wishes");
+                self.machine().unpause();
+                self.machine().resume();
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves it to the user what becomes of the domain.
+    pub(crate) fn hold(&self, why: String) {
+        let mut standing = lock(&self.standing);
+        log!("The domain is held: {why}");
+        let identity = match std::mem::take(&mut *standing) {
+            Standing::Leaving(identity) | Standing::Held(_, identity) => identity,
+            Standing::Here | Standing::Arriving => None,
+        };
+        *standing = Standing::Held(why, identity);
+        // What `list` shows; the guest is suspended besides.
+        self.machine().pause();
+    }
+
+    /// The guest of a domain that stays goes on; what was asked of it meanwhile is asked again.
+    pub(crate) fn stay(&self, ending: &Ending) {
+        self.set_standing(Standing::Here);
+        self.machine().resume();
+        if ending.is_asked()
+            && let Err(fault) = ending.ask(ShutdownKind::Poweroff)
+        {
+            log!("The guest cannot be asked to shut down: {fault}");
+        }
+    }
+
+    /// A domain that is asked to end for good: whether its guest can be asked now (`None` where that has to wait), or why not.
+    pub(crate) fn may_be_asked(&self) -> std::result::Result<Option<()>, String> {
+        match &*lock(&self.standing) {
+            Standing::Here => Ok(Some(())),
+            Standing::Leaving(_) => Ok(None),
+            Standing::Arriving => Err(ARRIVING.into()),
+            Standing::Held(why, _) => Err(why.clone()),
+        }
+    }
+}
