@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""Moves running guests to another host, which is this one, and sees that they run in exactly one place whatever fails.
+
+    tests/migration.py [--list] [WORD...]
+
+Only tests whose name contains one of the WORDs run, all without any. What stands for ssh is a command of the shell; as root every test has a
+network namespace of its own. The last line is "N passed, N failed"; the exit status is 0 when nothing failed.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import commands
+import runner
+from commands import Shell, wait_until
+from runner import expect
+
+import vm
+
+
+class Moved:
+    """A guest that counts, and writes to its disk what it can check, while it is moved about on this host."""
+
+    COUNT = "cat /dev/shm/count"
+
+    def __init__(self, bench, name, disk_format="raw"):
+        self.bench, self.name = bench, name
+        path = bench.path(f"{name}.{disk_format}")
+        subprocess.run(["qemu-img", "create", "-q", "-f", disk_format, path, "64M"], check=True)
+        self.disk = vm.Disk(path, format=disk_format)
+        self.guest = bench.boot(name, vcpus=4, disks=(self.disk,), vifs=("mac=00:16:3e:00:00:07,vifname=moved",))
+        self.guest.run("mkdir -p /dev/shm /mnt; (i=0; while :; do i=$((i+1)); echo $i >/dev/shm/next; mv /dev/shm/next /dev/shm/count; sleep 0.02; done) >/dev/null 2>&1 & true")
+        self.guest.run("dd if=/dev/urandom of=/dev/shm/random bs=1M count=16 2>/dev/null; sha256sum </dev/shm/random >/dev/shm/sum")
+        # Always the same, so that what is there is right whenever it is looked at, once it was written.
+        self.guest.run("dd if=/dev/shm/random of=/dev/xvda bs=1M oflag=direct 2>/dev/null")
+        self.guest.run("(while :; do dd if=/dev/shm/random of=/dev/xvda bs=64k oflag=direct 2>/dev/null; echo w >>/dev/shm/written; done) >/dev/null 2>&1 & true")
+
+    def value(self, pattern, command):
+        """What a command prints on a line of its own, without what the terminal shows besides."""
+        said = self.guest.run(command)
+        found = re.findall(rf"(?m)^{pattern}", said)
+        expect(found, f"`{command}` says {said!r}")
+        return found[-1]
+
+    def receiver(self):
+        return f"{vm.hospes_binary()} migrate-receive"
+
+    def migrate(self, command=None, *options):
+        """The command, whatever becomes of it; `command` stands for ssh."""
+        return self.bench.tried("migrate", *options, "-s", "", self.name, command or self.receiver())
+
+    def moves(self):
+        done = self.migrate()
+        expect(done.returncode == 0 and "Migration successful." in done.stderr, f"`migrate` failed: {done.stderr}")
+        self.guest = Shell.again(self.bench, self.name)
+
+    def names(self):
+        return [line.split()[0] for line in self.bench.hospes("list").splitlines()[2:]]
+
+    def goes_on(self):
+        """Looks from inside that all is as it was, and goes on."""
+        expect(self.names() == [self.name], f"there are {self.names()}")
+        counted = self.value(r"(\d+)\r?$", self.COUNT)
+        self.guest.until(f"test $({self.COUNT}) -gt {counted}")
+        self.guest.run("rm -f /dev/shm/written")
+        self.guest.until("test -s /dev/shm/written")
+        self.guest.run("dd if=/dev/xvda bs=1M count=16 iflag=direct 2>/dev/null | sha256sum | cmp - /dev/shm/sum")
+        self.guest.run("sha256sum </dev/shm/random | cmp - /dev/shm/sum")
+
+    def off(self):
+        """Ends the guest; its disk is right for others, too."""
+        said = self.guest.run("dmesg")
+        expect(not re.search(r"WARNING:|BUG:|stalls|not quiescent|I/O error", said), f"the kernel complains:\n{said[-2000:]}")
+        self.guest.send("poweroff -f\n")
+        wait_until(lambda: not self.names(), "a migrated guest does not power off")
+
+
+def migrated_guests_go_on(bench):
+    """Programs, memory, disks at work and network interfaces, three times in a row."""
+    for disk_format in ("raw", "qcow2"):
+        moved = Moved(bench, "moved", disk_format)
+        interface = "cat /sys/class/net/eth0/address"
+        for _ in range(3):
+            moved.moves()
+            moved.goes_on()
+            expect("00:16:3e:00:00:07" in moved.guest.run(interface), "the interface has another address")
+        moved.off()
+
+
+def stays(moved, command):
+    """A migration that fails, after which the guest goes on here."""
+    done = moved.migrate(command)
+    expect(done.returncode == 1 and "the domain goes on here" in done.stderr, f"by `{command}`: {done.returncode}, {done.stderr}")
+    wait_until(lambda: moved.names() == [moved.name], f"after `{command}` there are {moved.names()}")
+    moved.goes_on()
+
+
+def migrations_that_fail_leave_the_guest_where_it_is(bench):
+    """The stream and the answers are cut off anywhere, and what reads or writes them is killed."""
+    moved = Moved(bench, "kept", "qcow2")
+    receiver = moved.receiver()
+    first = "perl -e '$n = {}; while ($n && ($r = sysread(STDIN, $b, $n < 65536 ? $n : 65536))) {{ syswrite(STDOUT, $b); $n -= $r }}'"
+    # The handshake, the configuration, pages, and nearly all of them.
+    for length in (0, 40, 300, 100_000, 5_000_000):
+        stays(moved, f"{first.format(length)} | {receiver}")
+    for length in (0, 20, 60, 80):
+        stays(moved, f"{receiver} | ({first.format(length)}; kill -9 $$)")
+    # All of it is there, and the answer that says so is lost: the disks have changed hands and come back.
+    stays(moved, f"{receiver} | (sed -u /ready/Q; kill -9 $$)")
+    for command in ("false", "echo Welcome", "echo hospes migration target, version 99"):
+        stays(moved, command)
+    moved.moves()
+    moved.goes_on()
+    moved.off()
+    check = subprocess.run(["qemu-img", "check", moved.disk.path], capture_output=True, text=True, check=False)
+    expect(check.returncode == 0, f"the image is not right: {check.stdout}{check.stderr}")
+
+
+def descendants(pid):
+    """All processes that came of one, the oldest first."""
+    try:
+        children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    except OSError:
+        return []
+    return [process for child in children for process in [int(child), *descendants(child)]]
+
+
+def record(bench, name):
+    """The process of a domain by its name, from its record."""
+    for path in pathlib.Path(bench.run.environment()["HOSPES_RUN_DIR"]).glob("domains/*/domain.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["name"] == name:
+                return [found["pid"]]
+    return []
+
+
+def settled(moved, what):
+    """Does what the messages advise until there is one domain, and looks that its guest goes on."""
+    away = f"{moved.name}--migratedaway"
+
+    def is_one():
+        names = moved.names()
+        if names == [away]:
+            moved.bench.tried("unpause", away)
+        elif sorted(names) == [moved.name, away]:
+            moved.bench.tried("destroy", away)
+        return names == [moved.name]
+
+    wait_until(is_one, f"{what} was killed, and there is not one domain")
+    moved.guest = Shell.again(moved.bench, moved.name)
+    moved.goes_on()
+
+
+def killed_processes_leave_one_guest(bench):
+    """What takes part is killed, sooner and later."""
+    moved = Moved(bench, "one")
+    victims = {
+        "the command": lambda command: [command.pid],
+        "what stands for ssh": lambda command: descendants(command.pid)[:1],
+        "the receiver": lambda command: descendants(command.pid)[1:2] or descendants(command.pid)[:1],
+        "the domain that comes": lambda command: record(bench, "one--incoming"),
+    }
+    hit = 0
+    for round_ in range(6):
+        for what, find in victims.items():
+            command = subprocess.Popen(
+                bench.command(vm.hospes_binary(), "migrate", "-s", "", "one", f"{moved.receiver()}; exit $?"),
+                env=bench.run.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )
+            time.sleep(0.08 * (round_ + 1))
+            for pid in find(command):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    hit += 1
+            command.wait(commands.ANSWER_S)
+            settled(moved, what)
+    expect(hit > 6, "the migrations were too quick for this test")
+    moved.off()
+
+
+TESTS = (migrated_guests_go_on, migrations_that_fail_leave_the_guest_where_it_is, killed_processes_leave_one_guest)
+
+
+def run(test):
+    with contextlib.ExitStack() as stack:
+        test(commands.Bench(stack))
+
+
+def main():
+    wanted = {test.__name__: functools.partial(run, test) for test in TESTS}
+    chosen = runner.select(runner.parser(__doc__).parse_args(), wanted)
+    return runner.conclude([runner.passes(name, wanted[name]) for name in chosen])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
