@@ -124,6 +124,7 @@ boot-test: build guests
 command-test: build guests
 	guests/install.sh commands
 	python3 tests/commands.py
+	python3 tests/migration.py
 
 net-test: build guests
 	guests/install.sh net

@@ -124,6 +124,30 @@ def migrations_that_fail_leave_the_guest_where_it_is(bench):
     expect(check.returncode == 0, f"the image is not right: {check.stdout}{check.stderr}")
 
 
+def hosts_without_what_it_needs_refuse(bench):
+    """Before the guest is suspended, and with the reason."""
+    available = int(re.search(r"MemAvailable: *(\d+)", pathlib.Path("/proc/meminfo").read_text(encoding="ascii"))[1]) >> 10
+    # What is promised to the one is not there for the other.
+    large = bench.boot("large", memory_mb=available * 6 // 10)
+    receiver = f"{vm.hospes_binary()} migrate-receive"
+    bench.refused("cannot have its memory", "migrate", "-s", "", "large", receiver)
+    large.off()
+    moved = Moved(bench, "moved")
+    config = bench.path("other.cfg")
+    original = json.loads(bench.hospes("list", "-l", "moved"))[0]["config"]
+    for disk, vif, why in (("/nowhere/disk.img", "", "the disk /nowhere/disk.img cannot be opened there"), (moved.disk.path, "bridge=none7", "there is no bridge none7")):
+        lines = [
+            'name="moved"', 'type="pvh"', "memory=256", "vcpus=4", f'kernel="{original["b_info"]["kernel"]}"', f'disk=["{disk},raw,xvda,w"]',
+            f'vif=["{vif}"]',
+        ]
+        pathlib.Path(config).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        bench.refused(why, "migrate", "-C", config, "-s", "", "moved", receiver)
+    moved.goes_on()
+    log = pathlib.Path(bench.run.environment()["HOSPES_LOG_DIR"], "moved.log").read_text(encoding="utf-8")
+    expect("is asked to suspend itself" not in log, "it was suspended for a host that refuses it")
+    moved.off()
+
+
 def descendants(pid):
     """All processes that came of one, the oldest first."""
     try:
@@ -187,7 +211,9 @@ def killed_processes_leave_one_guest(bench):
     moved.off()
 
 
-TESTS = (migrated_guests_go_on, migrations_that_fail_leave_the_guest_where_it_is, killed_processes_leave_one_guest)
+TESTS = (
+    migrated_guests_go_on, hosts_without_what_it_needs_refuse, migrations_that_fail_leave_the_guest_where_it_is, killed_processes_leave_one_guest,
+)
 
 
 def run(test):
