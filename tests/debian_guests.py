@@ -56,6 +56,10 @@ class Bench(Place):
         expect(done.returncode == 0 or not check, f"`{' '.join(argv)}` failed: {done.stderr.strip()} {done.stdout.strip()[-500:]}")
         return done.stdout
 
+    def reaches(self, address):
+        """Waits until a guest answers on the network."""
+        self.here("sh", "-c", "for i in $(seq 50); do ping -c 1 -W 1 $0 >/dev/null 2>&1 && exit; sleep 0.1; done; exit 1", address)
+
     def hospes(self, *arguments, check=True):
         return self.here(vm.hospes_binary(), *arguments, check=check)
 
@@ -168,7 +172,7 @@ def goes_on_from_files(bench):
     """A server at work on its disk and its network is saved and restored several times."""
     file = bench.path("saved")
 
-    def move():
+    def move(_):
         bench.hospes("save", "moved", file)
         bench.hospes("restore", file)
 
@@ -182,11 +186,11 @@ def goes_on_elsewhere(bench):
     def migrate(command):
         return bench.here(vm.hospes_binary(), "migrate", "-s", "", "moved", command, check=False)
 
-    def move():
+    def move(address):
         # The other side has the disks and the network when its answer is lost.
         migrate(f"{receive} | (sed -u /ready/Q; kill -9 $$)")
         expect("moved " in bench.hospes("list"), "it does not go on after a migration that failed")
-        time.sleep(1)
+        bench.reaches(address)
         before = bench.hospes("domid", "moved")
         migrate(receive)
         expect(bench.hospes("domid", "moved") != before, "it has not been migrated")
@@ -202,12 +206,11 @@ def goes_on_after(bench, move):
     for count in range(3):
         time.sleep(2)
         expect(shell.run("systemctl is-active verify").strip() == "active", "fio is over too soon")
-        move()
+        move(address)
         shell = shell.again(bench.stack.enter_context(
             vm.Guest(bench.command(vm.hospes_binary(), "console", "moved"), bench.run.environment())
         ), 1000 * (count + 1))
-        reachable = "for i in $(seq 50); do ping -c 1 -W 1 $0 >/dev/null 2>&1 && exit; sleep 0.1; done; exit 1"
-        bench.here("sh", "-c", reachable, address)
+        bench.reaches(address)
     state = shell.run("for i in $(seq 100); do systemctl is-active -q verify || break; sleep 0.5; done; systemctl show -P Result verify", 120)
     expect(state.strip() == "success", f"fio finds faults afterwards: {shell.run('journalctl --no-pager -u verify | tail -n 20')}")
     said = dmesg.complaints(shell.run("dmesg -r"))

@@ -16,7 +16,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import commands
 import runner
@@ -185,7 +184,7 @@ def settled(moved, what):
 
 
 def killed_processes_leave_one_guest(bench):
-    """What takes part is killed, sooner and later."""
+    """What takes part is killed at all steps."""
     moved = Moved(bench, "one")
     victims = {
         "the command": lambda command: [command.pid],
@@ -193,21 +192,21 @@ def killed_processes_leave_one_guest(bench):
         "the receiver": lambda command: descendants(command.pid)[1:2] or descendants(command.pid)[:1],
         "the domain that comes": lambda command: record(bench, "one--incoming"),
     }
-    hit = 0
-    for round_ in range(6):
+    moments = ("Ready to receive", "Transfer complete", "Giving target permission", "Got permission")
+    for moment in moments:
         for what, find in victims.items():
             command = subprocess.Popen(
                 bench.command(vm.hospes_binary(), "migrate", "-s", "", "one", f"{moved.receiver()}; exit $?"),
-                env=bench.run.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                env=bench.run.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             )
-            time.sleep(0.08 * (round_ + 1))
+            said = iter(command.stderr.readline, "")
+            expect(any(moment in line for line in said), f"nothing is said of {moment}")
             for pid in find(command):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                    hit += 1
             command.wait(commands.ANSWER_S)
-            settled(moved, what)
-    expect(hit > 6, "the migrations were too quick for this test")
+            command.stderr.close()
+            settled(moved, f"at {moment!r} {what}")
     moved.off()
 
 

@@ -81,7 +81,7 @@ impl Move<'_> {
                 return None;
             }
         };
-        // Rounds of pages while the guest runs: here, by a method of the machine that writes to `writer`.
+        // The guest runs up to here: what is sent before it is suspended goes into `writer` at this point.
         instance.set_standing(Standing::Leaving(None));
         log!("Migrating: the guest is asked to suspend itself");
         if let Err(fault) = instance.machine().suspend(has_left) {
