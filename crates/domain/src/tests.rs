@@ -2,6 +2,7 @@
 
 mod live;
 mod memory;
+mod moving;
 mod saving;
 mod vcpus;
 

@@ -11,6 +11,7 @@ use hospes_migration::{Reader, StreamError, Writer};
 use hospes_units::DomId;
 
 use crate::client::{Host, done, read_reply, unexpected};
+use crate::each;
 use crate::error::{Error, Result};
 use crate::handover::{Answer, MoveOptions, MoveWatcher, Order, Patient, Side, clean};
 use crate::launch;
@@ -93,13 +94,13 @@ impl Host {
             let Ok(entry) = self.find(&domid.to_string()) else {
                 return "the domain has ended here as well".into();
             };
-            match self.info(&entry) {
-                Some(info) if info.held.is_some() => return info.held.unwrap_or_default(),
-                Some(info) if info.moving && Instant::now() < deadline => thread::sleep(LOOK),
-                Some(info) if info.moving => {
-                    return "and the domain does not go on yet: see its log".into();
+            match self.infos(vec![entry]).pop() {
+                Some((_, each::Answer::Told(info))) if !info.moving => {
+                    let goes_on = || "the domain goes on here".into();
+                    return info.held.unwrap_or_else(goes_on);
                 }
-                Some(_) => return "the domain goes on here".into(),
+                Some(_) if Instant::now() < deadline => thread::sleep(LOOK),
+                Some(_) => return "the domain does not go on yet: see its log".into(),
                 None => return "the domain has ended here as well".into(),
             }
         }
