@@ -36,11 +36,15 @@ class Moved:
         subprocess.run(["qemu-img", "create", "-q", "-f", disk_format, path, "64M"], check=True)
         self.disk = vm.Disk(path, format=disk_format)
         self.guest = bench.boot(name, vcpus=4, disks=(self.disk,), vifs=("mac=00:16:3e:00:00:07,vifname=moved",))
-        self.guest.run("mkdir -p /dev/shm /mnt; (i=0; while :; do i=$((i+1)); echo $i >/dev/shm/next; mv /dev/shm/next /dev/shm/count; sleep 0.02; done) >/dev/null 2>&1 & true")
+        self.guest.run("mkdir -p /dev/shm")
+        self.forever("i=$((i+1)); echo $i >/dev/shm/next; mv /dev/shm/next /dev/shm/count; sleep 0.02")
         self.guest.run("dd if=/dev/urandom of=/dev/shm/random bs=1M count=16 2>/dev/null; sha256sum </dev/shm/random >/dev/shm/sum")
         # Always the same, so that what is there is right whenever it is looked at, once it was written.
         self.guest.run("dd if=/dev/shm/random of=/dev/xvda bs=1M oflag=direct 2>/dev/null")
-        self.guest.run("(while :; do dd if=/dev/shm/random of=/dev/xvda bs=64k oflag=direct 2>/dev/null; echo w >>/dev/shm/written; done) >/dev/null 2>&1 & true")
+        self.forever("dd if=/dev/shm/random of=/dev/xvda bs=64k oflag=direct; echo w >>/dev/shm/written")
+
+    def forever(self, commands_):
+        self.guest.run(f"(while :; do {commands_}; done) >/dev/null 2>&1 & true")
 
     def value(self, pattern, command):
         """What a command prints on a line of its own, without what the terminal shows besides."""
@@ -134,7 +138,11 @@ def hosts_without_what_it_needs_refuse(bench):
     moved = Moved(bench, "moved")
     config = bench.path("other.cfg")
     original = json.loads(bench.hospes("list", "-l", "moved"))[0]["config"]
-    for disk, vif, why in (("/nowhere/disk.img", "", "the disk /nowhere/disk.img cannot be opened there"), (moved.disk.path, "bridge=none7", "there is no bridge none7")):
+    cases = (
+        ("/nowhere/disk.img", "", "the disk /nowhere/disk.img cannot be opened there"),
+        (moved.disk.path, "bridge=none7", "there is no bridge none7"),
+    )
+    for disk, vif, why in cases:
         lines = [
             'name="moved"', 'type="pvh"', "memory=256", "vcpus=4", f'kernel="{original["b_info"]["kernel"]}"', f'disk=["{disk},raw,xvda,w"]',
             f'vif=["{vif}"]',

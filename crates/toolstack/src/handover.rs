@@ -143,6 +143,9 @@ pub trait MoveWatcher {
 
     /// One that is of interest to who looks for a fault.
     fn detail(&mut self, text: &str);
+
+    /// The other side wants details to be shown.
+    fn show_details(&mut self);
 }
 
 /// A pipe that is not waited for longer than `patience` at a time.

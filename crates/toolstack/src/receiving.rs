@@ -62,6 +62,9 @@ impl Host {
         greeted.map_err(gone)?;
         Side::Source.await_banner(&mut from)?;
         let told: MoveOptions = next(&mut from)?;
+        if told.debug {
+            watcher.show_details();
+        }
         let (_, text) = Reader::new(&mut from).map_err(Error::Passed)?;
         let mut saved = SavedConfig::read(&text).map_err(|why| {
             Error::Protocol(format!(
@@ -85,6 +88,7 @@ impl Host {
         send(to, &Answer::Accepted)?;
         watcher.detail(&format!("migration target: {name} may come"));
         newcomer.take_in(&mut from, watcher)?;
+        watcher.detail("migration target: all of it is here");
         match newcomer.answer()? {
             Launched::Domain { .. } => {}
             other => return Err(unknown(&other)),

@@ -125,6 +125,10 @@ impl MoveWatcher for Shown {
             self.step(text);
         }
     }
+
+    fn show_details(&mut self) {
+        self.debug = true;
+    }
 }
 
 #[cfg(test)]
