@@ -57,7 +57,9 @@ impl Host {
             peer.end();
             drop(own);
             drop(stream);
-            return Err(Error::Migration(format!("{fault}; {}", self.fate(domid))));
+            let why = fault.to_string();
+            let why = why.trim_end_matches('.');
+            return Err(Error::Migration(format!("{why}; {}", self.fate(domid))));
         }
         watcher.step("migration sender: Giving target permission to start.");
         let running = peer.start_guest();
