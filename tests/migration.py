@@ -207,8 +207,13 @@ def killed_processes_leave_one_guest(bench):
                 bench.command(vm.hospes_binary(), "migrate", "-s", "", "one", f"{moved.receiver()}; exit $?"),
                 env=bench.run.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             )
-            said = iter(command.stderr.readline, "")
-            expect(any(moment in line for line in said), f"nothing is said of {moment}")
+            said = []
+            for line in iter(command.stderr.readline, ""):
+                said.append(line)
+                if moment in line:
+                    break
+            else:
+                expect(False, f"nothing is said of {moment}: {''.join(said)}")
             for pid in find(command):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -2,16 +2,17 @@
 
 use std::io::Write;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hospes_config::{CpuLevel, DiskConfig, DomainConfig, FeatureWish, Pinning, Uuid, VifConfig};
 use hospes_domain::frame::Kind;
 use hospes_domain::{
-    Domain, DomainSpec, EndReason, EngineFactory, Level, Share, ShutdownKind, Wish,
+    Domain, DomainSpec, EndReason, EngineFactory, Level, Live, LivePolicy, Share, ShutdownKind,
+    Wish,
 };
 use hospes_toolstack::{
-    self as toolstack, Affinity, DeviceKind, Machine, MachineError, MachineInfo, MachineSpec,
-    SaveStream, SavedStream, VcpuInfo, Waiting,
+    self as toolstack, Affinity, DeviceKind, LiveRound, Machine, MachineError, MachineInfo,
+    MachineSpec, SaveStream, SavedStream, VcpuInfo, Waiting,
 };
 use hospes_units::VcpuId;
 
@@ -137,7 +138,7 @@ fn make(
         cap: scheduling.cap.unwrap_or(Share::default().cap),
     })?;
     vifs::bring_online(&scripts)?;
-    Ok(Arc::new(Running(domain, plug)))
+    Ok(Arc::new(Running(domain, plug, Mutex::default())))
 }
 
 fn level(config: &DomainConfig) -> Level {
@@ -176,7 +177,14 @@ fn place(domain: &Domain, config: &DomainConfig) -> Result<(), MachineError> {
     Ok(())
 }
 
-struct Running(Domain, Plug);
+struct Running(Domain, Plug, Mutex<Option<Live>>);
+
+impl Running {
+    /// What was sent of a guest that runs, until it is saved. A thread that panicked while holding it left a value that is valid.
+    fn live(&self) -> MutexGuard<'_, Option<Live>> {
+        self.2.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl Machine for Running {
     fn unpause(&self) {
@@ -373,8 +381,33 @@ impl Machine for Running {
         Ok(self.0.suspend(given_up)?)
     }
 
+    fn send_live(
+        &self,
+        to: &mut SaveStream<'_>,
+        progress: &mut dyn FnMut(LiveRound),
+        given_up: &dyn Fn() -> bool,
+    ) -> Result<(), MachineError> {
+        let mut told = |round: hospes_domain::LiveRound| {
+            progress(LiveRound {
+                number: round.number,
+                pages: round.pages,
+                bytes_per_s: round.bytes_per_s,
+                left: round.left,
+            });
+        };
+        let policy = LivePolicy::default();
+        let live = self.0.send_live(to, policy, &mut told, given_up)?;
+        *self.live() = Some(live);
+        Ok(())
+    }
+
+    fn forget_live(&self) {
+        *self.live() = None;
+    }
+
     fn save(&self, to: &mut SaveStream<'_>) -> Result<(), MachineError> {
-        Ok(self.0.save(to, None)?)
+        let live = self.live().take();
+        Ok(self.0.save(to, live)?)
     }
 
     fn resume(&self) {

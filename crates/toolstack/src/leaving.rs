@@ -14,6 +14,7 @@ use crate::ending::Ending;
 use crate::instance::{Instance, Saving};
 use crate::launch;
 use crate::log::log;
+use crate::machine::{LiveRound, Machine};
 use crate::protocol::{self, MoveStep, Reply, away_name};
 use crate::saving::{Answer, AnyError, BUFFER, SavedConfig};
 use crate::standing::Standing;
@@ -62,6 +63,15 @@ pub(crate) fn answer(
     moving.lead(reader, &saved, has_left, changes)
 }
 
+/// What was sent live: nobody follows what the guest writes when the move is over.
+struct Live<'a>(&'a dyn Machine);
+
+impl Drop for Live<'_> {
+    fn drop(&mut self) {
+        self.0.forget_live();
+    }
+}
+
 impl Move<'_> {
     fn lead(
         &self,
@@ -81,7 +91,12 @@ impl Move<'_> {
                 return None;
             }
         };
-        // The guest runs up to here: what is sent before it is suspended goes into `writer` at this point.
+        let _live = Live(instance.machine());
+        if let Err(fault) = self.send_live(&mut writer, has_left) {
+            log!("The domain is not migrated: {fault}");
+            let _ = writer.fail(&fault.to_string());
+            return None;
+        }
         instance.set_standing(Standing::Leaving(None));
         log!("Migrating: the guest is asked to suspend itself");
         if let Err(fault) = instance.machine().suspend(has_left) {
@@ -144,7 +159,26 @@ impl Move<'_> {
         }
     }
 
-    /// All of the suspended guest; then its devices are let go of.
+    /// Most of the memory, while the guest runs.
+    fn send_live(
+        &self,
+        writer: &mut Writer<&mut dyn Write>,
+        has_left: &dyn Fn() -> bool,
+    ) -> StdResult<()> {
+        let mut progress = |round: LiveRound| {
+            log!(
+                "Migrating: round {} sent {} pages, {} MB a second so far; {} were written meanwhile",
+                round.number,
+                round.pages,
+                round.bytes_per_s / 1_000_000,
+                round.left
+            );
+        };
+        let machine = self.instance.machine();
+        machine.send_live(writer, &mut progress, has_left)
+    }
+
+    /// What is left of the suspended guest; then its devices are let go of.
     fn send(&self, writer: &mut Writer<&mut dyn Write>) -> StdResult<()> {
         let machine = self.instance.machine();
         machine.save(writer)?;

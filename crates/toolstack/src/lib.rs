@@ -49,7 +49,8 @@ pub use error::{Error, Result};
 pub use handover::{MoveOptions, MoveWatcher};
 pub use launch::{CreateRequest, Created, random_uuid};
 pub use machine::{
-    Machine, MachineError, MachineFactory, MachineInfo, MachineSpec, SaveStream, SavedStream,
+    LiveRound, Machine, MachineError, MachineFactory, MachineInfo, MachineSpec, SaveStream,
+    SavedStream,
 };
 pub use paths::Paths;
 pub use process::domain_process;

@@ -52,6 +52,19 @@ pub struct MachineInfo {
     pub paused: bool,
 }
 
+/// A round in which memory was sent while its guest ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LiveRound {
+    /// From 1.
+    pub number: u32,
+    /// Pages that were sent in it.
+    pub pages: u64,
+    /// Bytes of pages in a second, in all rounds so far.
+    pub bytes_per_s: u64,
+    /// Pages that were written meanwhile.
+    pub left: u64,
+}
+
 /// One machine. It is made paused. All methods may be called from any thread and, but for [`Machine::wait`], return soon.
 pub trait Machine: Send + Sync {
     fn unpause(&self);
@@ -178,6 +191,21 @@ pub trait Machine: Send + Sync {
         let _ = given_up;
         Err(cannot("be saved"))
     }
+
+    /// Sends most of the memory of a machine that runs, in rounds, each of which is told to `progress`: [`Machine::save`], into the same stream, sends what is left
+    /// then. Asks `given_up` now and then whether to go on.
+    fn send_live(
+        &self,
+        to: &mut SaveStream<'_>,
+        progress: &mut dyn FnMut(LiveRound),
+        given_up: &dyn Fn() -> bool,
+    ) -> Result<(), MachineError> {
+        let _ = (to, progress, given_up);
+        Ok(())
+    }
+
+    /// Forgets what was sent live, as the machine is not saved into that stream; what the guest writes is not followed any more. Does nothing where nothing was.
+    fn forget_live(&self) {}
 
     /// Writes all of a suspended machine but its configuration.
     fn save(&self, to: &mut SaveStream<'_>) -> Result<(), MachineError> {
