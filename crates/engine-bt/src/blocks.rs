@@ -7,7 +7,7 @@ use std::mem;
 use std::num::NonZeroU32;
 
 use hospes_translate::layout::KERNEL_CODE;
-use hospes_translate::{Mode, Resume, SAVED_DIVERTS, Translation};
+use hospes_translate::{Mode, Placement, Resume, SAVED_DIVERTS, Translation};
 use hospes_units::{Gfn, Gpa, PAGE_SIZE};
 use rustc_hash::FxHashMap;
 
@@ -18,6 +18,7 @@ use crate::links::Links;
 use crate::pages::CodePages;
 use crate::past::Past;
 use crate::positions::Tables;
+use crate::space::Space;
 
 /// Writes to a page with code that hit none of its blocks before the blocks are dropped so that the page can be written at full speed.
 const STRAY_WRITES: u32 = 64;
@@ -34,13 +35,15 @@ pub struct Key {
 #[derive(Clone, Copy, Debug)]
 pub struct Block {
     pub key: Key,
-    pub pos: u32,
+    pub place: Placement,
     /// Where this block's entries begin in the shared tables.
     pub(crate) side: u32,
     pub(crate) chains: u32,
     pub(crate) places: u32,
     /// For an instruction that lies in two pages: the frame of the second one, plus 1.
     second: Option<NonZeroU32>,
+    /// Bytes of the hot part, and of both.
+    pub hot: u16,
     pub len: u16,
     direct: u16,
     saved: u16,
@@ -88,22 +91,22 @@ pub struct Leaving {
 impl Block {
     /// Position for transfers that verify their target.
     pub fn indirect(&self) -> u32 {
-        self.pos
+        self.place.hot
     }
 
     /// Position for transfers that know their target.
     pub fn direct(&self) -> u32 {
-        self.pos + u32::from(self.direct)
+        self.position(self.direct)
     }
 
     /// The same for those that have the flags in the frame.
     pub fn saved(&self) -> u32 {
-        self.pos + u32::from(self.saved)
+        self.position(self.saved)
     }
 
     /// Has all who come by an entry leave to the engine.
     fn divert(&self, code: &CodeMemory) {
-        let stale = self.pos + u32::from(self.stale);
+        let stale = self.position(self.stale);
         code.divert(self.direct() as usize, stale as usize);
         if self.direct() - self.saved() == SAVED_DIVERTS {
             // The code for it is as long as the one that ends the block.
@@ -112,14 +115,32 @@ impl Block {
         }
     }
 
+    /// Position of an offset in the block.
+    pub(crate) fn position(&self, offset: u16) -> u32 {
+        self.place.position(self.hot.into(), offset.into())
+    }
+
+    /// The reverse, where the position is in the block.
+    pub(crate) fn offset(&self, pos: u32) -> Option<u16> {
+        let (hot, cold) = (u32::from(self.hot), u32::from(self.len - self.hot));
+        let in_hot = pos.checked_sub(self.place.hot).filter(|n| *n < hot);
+        let in_cold = || pos.checked_sub(self.place.cold).filter(|n| *n < cold);
+        let offset = in_hot.or_else(|| in_cold().map(|n| hot + n))?;
+        Some(offset as u16)
+    }
+
     /// Frame of the second page that the block's only instruction reaches into.
     pub fn second_gfn(&self) -> Option<Gfn> {
         self.second.map(|n| Gfn(u64::from(n.get()) - 1))
     }
 
-    /// The same block for another key, at another position.
-    pub fn copied(&self, key: Key, pos: u32) -> Block {
-        Block { key, pos, ..*self }
+    /// The same block for another key, at another place.
+    pub fn copied(&self, key: Key, place: Placement) -> Block {
+        Block {
+            key,
+            place,
+            ..*self
+        }
     }
 
     fn entry(&self, number: u32) -> Entry {
@@ -236,9 +257,9 @@ pub(crate) fn page_of(address: u64) -> u64 {
 /// All blocks of the present generation.
 #[derive(Debug)]
 pub struct Blocks {
-    start: usize,
-    end: usize,
-    next: usize,
+    space: Space,
+    /// Bytes that blocks and copies may take.
+    bytes: usize,
     /// How often blocks were forgotten, all or the copies among them.
     generation: u64,
     pub(crate) tables: Tables,
@@ -258,14 +279,14 @@ impl Blocks {
         let last = end;
         let end = last - (last - start) / 4;
         let bytes = end - start;
+        let space = Space::new(start, end);
         Blocks {
-            start,
-            end,
-            next: start,
+            tables: Tables::new(bytes, space.middle()),
+            space,
+            bytes,
             generation: 0,
-            tables: Tables::new(bytes),
             past: Past::default(),
-            copies: Copies::new(end.next_multiple_of(16), last),
+            copies: Copies::new(Space::new(end, last)),
             by_key: FxHashMap::default(),
             pages: FxHashMap::default(),
             scans: FxHashMap::default(),
@@ -330,7 +351,7 @@ impl Blocks {
             .iter()
             .find(|e| matches!(e.resume(), Resume::Offset(o) if u64::from(o) == offset))
             .filter(|e| e.enterable())
-            .map(|e| block.pos + u32::from(e.host))
+            .map(|e| block.position(e.host))
     }
 
     /// The connectable jump whose displacement is at `site`. `None` where its block has been dropped.
@@ -339,21 +360,21 @@ impl Blocks {
         self.tables
             .chains_of(block)
             .iter()
-            .find(|c| block.pos + u32::from(c.at) == site)
+            .find(|c| block.position(c.at) == site)
             .map(|c| Chain {
                 target: c.target_from(block.key.pc),
                 mode: c.mode,
                 gfn: block.key.gpa.gfn(),
                 exit: c.leaves_page().then(|| Leaving {
-                    at: block.pos + u32::from(c.exit),
+                    at: block.position(c.exit),
                     flags_saved: c.flags_saved,
                 }),
             })
     }
 
-    /// Where the next block will be placed; `None` when less than `room` bytes are left.
-    pub fn place(&self, room: usize) -> Option<usize> {
-        (self.next + room <= self.end).then_some(self.next)
+    /// Where the next block will be placed; `None` when less than `room` bytes are left for one of its parts.
+    pub fn place(&self, room: usize) -> Option<Placement> {
+        self.space.place(room)
     }
 
     /// Marks the page as one with code. True if it was not: then stores to it must be stopped on every vCPU before its bytes are read.
@@ -361,7 +382,7 @@ impl Blocks {
         pages.mark(gfn)
     }
 
-    /// Adds a translation that was made for the position [`Blocks::place`] gave. `second` is the physical address of the page behind, for an
+    /// Adds a translation that was made for the place [`Blocks::place`] gave. `second` is the physical address of the page behind, for an
     /// instruction that reaches into it.
     pub fn insert(
         &mut self,
@@ -370,17 +391,21 @@ impl Blocks {
         second: Option<Gpa>,
         t: &Translation,
     ) -> &Block {
-        let pos = self.next;
-        code.put(pos, &t.code);
+        let place = self.space.place(0).expect("there was room to translate");
+        let (hot, cold) = t.code.split_at(t.hot as usize);
+        code.put(place.hot as usize, hot);
+        code.put(place.cold as usize, cold);
+        self.space.take(hot.len(), cold.len());
         let tables = &mut self.tables;
         let small = |v: usize| u16::try_from(v).expect("a block is shorter than 64 KiB");
         let block = Block {
             key,
-            pos: pos as u32,
+            place,
             side: tables.side.len() as u32,
             chains: tables.chains.len() as u32,
             places: tables.places.len() as u32,
             second: second.and_then(|g| NonZeroU32::new(g.gfn().0 as u32 + 1)),
+            hot: small(hot.len()),
             len: small(t.code.len()),
             direct: small(t.direct_entry as usize),
             saved: small(t.saved_entry as usize),
@@ -398,7 +423,6 @@ impl Blocks {
         tables.places.extend_from_slice(&t.places);
         let n = tables.list.len() as u32;
         tables.list.push(block);
-        self.next = (pos + t.code.len()).next_multiple_of(16);
         self.register(n);
         if let Some(g) = second {
             self.pages.entry(g.gfn().0).or_default().reaching.push(n);
@@ -539,8 +563,8 @@ impl Blocks {
 
     /// Forgets everything. No vCPU may be inside translated code, and all must forget their jump caches before they go back.
     pub fn clear(&mut self, pages: &CodePages) {
-        self.next = self.start;
-        let new = Tables::new(self.end - self.start);
+        self.space.clear();
+        let new = Tables::new(self.bytes, self.space.middle());
         let tables = mem::replace(&mut self.tables, new);
         self.generation += 1;
         self.past.add(tables, self.generation);

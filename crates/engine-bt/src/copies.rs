@@ -8,7 +8,7 @@
 
 use std::mem;
 
-use hospes_translate::{ChainSite, Move};
+use hospes_translate::{ChainSite, Move, Placement};
 use hospes_units::{Gpa, PAGE_SIZE};
 
 use crate::blocks::{Block, Blocks, Key, page_of};
@@ -16,6 +16,7 @@ use crate::cache::CodeMemory;
 use crate::frame::LAYOUT;
 use crate::past::Past;
 use crate::positions::List;
+use crate::space::Space;
 
 /// Variants of a page that are searched for an original, the latest first.
 const SEARCHED: usize = 8;
@@ -31,9 +32,7 @@ pub(crate) fn is_copy(n: u32) -> bool {
 /// The part of the code cache where the copies are, and which they are.
 #[derive(Debug)]
 pub(crate) struct Copies {
-    start: usize,
-    end: usize,
-    next: usize,
+    space: Space,
     pub list: List,
     past: Past<List>,
     /// Where jumps of other blocks are connected with copies.
@@ -41,12 +40,10 @@ pub(crate) struct Copies {
 }
 
 impl Copies {
-    pub fn new(start: usize, end: usize) -> Copies {
+    pub fn new(space: Space) -> Copies {
         Copies {
-            start,
-            end,
-            next: start,
-            list: List::default(),
+            list: List::new(0, space.middle()),
+            space,
             past: Past::default(),
             links: Vec::new(),
         }
@@ -54,7 +51,7 @@ impl Copies {
 
     /// Whether a position is where copies are.
     pub fn contains(&self, pos: u32) -> bool {
-        pos as usize >= self.start
+        self.space.contains(pos)
     }
 
     pub fn get(&self, n: u32) -> Option<&Block> {
@@ -75,14 +72,15 @@ impl Copies {
         self.past.keep_since(oldest);
     }
 
-    /// Where the next copy has its place; `None` when less than `room` bytes are left.
-    fn place(&self, room: usize) -> Option<usize> {
-        (self.next + room <= self.end).then_some(self.next)
+    /// Where the next copy has its place; `None` when less than `room` bytes are left for one of its parts.
+    fn place(&self, room: usize) -> Option<Placement> {
+        self.space.place(room)
     }
 
     /// Adds a copy whose code has been put in the next place; gives its number.
     fn add(&mut self, block: Block) -> u32 {
-        self.next = (block.pos as usize + usize::from(block.len)).next_multiple_of(16);
+        let (hot, len) = (usize::from(block.hot), usize::from(block.len));
+        self.space.take(hot, len - hot);
         self.list.push(block);
         (self.list.len() - 1) as u32 | COPY
     }
@@ -93,8 +91,9 @@ impl Copies {
 
     /// Forgets all copies; `now` is the generation that begins.
     pub fn clear(&mut self, now: u64) {
-        self.next = self.start;
-        self.past.add(mem::take(&mut self.list), now);
+        self.space.clear();
+        let empty = List::new(0, self.space.middle());
+        self.past.add(mem::replace(&mut self.list, empty), now);
         self.links.clear();
     }
 }
@@ -153,19 +152,27 @@ impl Blocks {
         if places.is_empty() || self.by_key.contains_key(&key) {
             return None;
         }
-        let pos = self.copies.place(from.len.into())?;
-        let change = Move::new(from.key.pc, key.pc, from.pos, pos as u32)?;
-        code.copy(from.pos as usize, pos, from.len.into(), |copy| {
-            change.apply(copy, places, &LAYOUT);
+        let place = self.copies.place(from.len.into())?;
+        let change = Move::new(from.key.pc, key.pc, from.place, place)?;
+        let (hot, cold) = (usize::from(from.hot), usize::from(from.len - from.hot));
+        code.copy(from.place.hot as usize, place.hot as usize, hot, |hot| {
+            code.copy(
+                from.place.cold as usize,
+                place.cold as usize,
+                cold,
+                |cold| {
+                    change.apply(hot, cold, places, &LAYOUT);
+                },
+            );
         });
-        let copy = self.copies.add(from.copied(key, pos as u32));
+        let copy = self.copies.add(from.copied(key, place));
         self.register(copy);
         Some(copy)
     }
 
     /// The block that a jump of a living block is connected with.
     fn connected(&self, code: &CodeMemory, from: &Block, chain: &ChainSite) -> Option<u32> {
-        let target = code.jump_target((from.pos + u32::from(chain.at)) as usize);
+        let target = code.jump_target(from.position(chain.at) as usize);
         let pc = chain.target_from(from.key.pc);
         let n = *self.by_key.get(&Key {
             gpa: Gpa(page_of(from.key.gpa.0) | pc & (PAGE_SIZE - 1)),
@@ -185,10 +192,10 @@ impl Blocks {
                     let key = moved(&self.block(n).key, by);
                     self.by_key.get(&key)
                 })
-                .map_or(copy.pos + u32::from(chain.unconnected), |&n| {
+                .map_or(copy.position(chain.unconnected), |&n| {
                     self.block(n).direct()
                 });
-            let site = copy.pos + u32::from(chain.at);
+            let site = copy.position(chain.at);
             code.patch_jump(site as usize, target as usize);
         }
     }
@@ -244,14 +251,14 @@ mod tests {
             }
         }
 
-        fn translate(&mut self, key: &Key, bytes: &[u8], position: usize) -> Translation {
+        fn translate(&mut self, key: &Key, bytes: &[u8], place: Placement) -> Translation {
             self.translator
                 .translate(&Request {
                     bytes,
                     crossing: false,
                     pc: key.pc,
                     mode: key.mode,
-                    cache_pos: position as i64,
+                    place,
                 })
                 .unwrap()
         }
@@ -261,8 +268,8 @@ mod tests {
             let mut rig = Rig::new();
             for (offset, bytes) in [(BRANCH, BRANCH_CODE), (TARGET, TARGET_CODE)] {
                 let key = key(page, offset);
-                let position = rig.blocks.place(4096).unwrap();
-                let made = rig.translate(&key, bytes, position);
+                let place = rig.blocks.place(4096).unwrap();
+                let made = rig.translate(&key, bytes, place);
                 rig.blocks.mark(&rig.pages, key.gpa.gfn());
                 rig.blocks.insert(&rig.code, key, None, &made);
             }
@@ -279,13 +286,21 @@ mod tests {
                 .iter()
                 .find(|c| u64::from(c.target) == TARGET)
                 .unwrap();
-            (block.pos + u32::from(chain.at)) as usize
+            block.position(chain.at) as usize
         }
 
-        fn bytes(&self, block: &Block) -> &[u8] {
-            let start = self.code.address(block.pos as usize) as *const u8;
-            // SAFETY: the block lies in the mapping, and nobody changes it meanwhile.
-            unsafe { std::slice::from_raw_parts(start, block.len.into()) }
+        fn bytes(&self, block: &Block) -> Vec<u8> {
+            let part = |pos: u32, len: u16| {
+                let start = self.code.address(pos as usize) as *const u8;
+                // SAFETY: the block lies in the mapping, and nobody changes it meanwhile.
+                unsafe { std::slice::from_raw_parts(start, len.into()) }
+            };
+            let place = block.place;
+            [
+                part(place.hot, block.hot),
+                part(place.cold, block.len - block.hot),
+            ]
+            .concat()
         }
     }
 
@@ -299,7 +314,7 @@ mod tests {
             rig.code.jump_target(rig.site(THERE)),
             target.direct() as usize
         );
-        let made = rig.translate(&target.key, TARGET_CODE, target.pos as usize);
+        let made = rig.translate(&target.key, TARGET_CODE, target.place);
         assert_eq!(rig.bytes(&target), made.code);
     }
 
@@ -327,7 +342,7 @@ mod tests {
             .copy_from_other_address(&rig.code, &key(THERE, BRANCH));
         assert!(rig.blocks.find(&key(THERE, TARGET)).is_none());
         let copy = *rig.blocks.find(&key(THERE, BRANCH)).unwrap();
-        let made = rig.translate(&copy.key, BRANCH_CODE, copy.pos as usize);
+        let made = rig.translate(&copy.key, BRANCH_CODE, copy.place);
         assert_eq!(rig.bytes(&copy), made.code);
     }
 
@@ -359,8 +374,9 @@ mod tests {
             rig.blocks
                 .invalidate(&rig.code, &rig.pages, Gpa(FRAME + TARGET), 1);
             rig.blocks.copy_from_other_address(&rig.code, &other);
-            let copy = rig.blocks.find(&other).unwrap().pos as usize;
-            rig.code.jump_target(rig.site(THERE)) - copy
+            let copy = rig.blocks.find(&other).unwrap();
+            let to = rig.code.jump_target(rig.site(THERE));
+            copy.offset(to as u32).unwrap()
         };
         rig.blocks
             .copy_from_other_address(&rig.code, &key(THERE, TARGET));
@@ -370,8 +386,9 @@ mod tests {
         rig.blocks.clear_copies(&rig.code);
         assert!(rig.blocks.find(&key(THERE, TARGET)).is_none());
         assert!(rig.blocks.find(&key(HERE, TARGET)).is_some());
-        let original = rig.blocks.find(&key(HERE, BRANCH)).unwrap().pos as usize;
-        assert_eq!(rig.code.jump_target(site) - original, unconnected);
+        let original = rig.blocks.find(&key(HERE, BRANCH)).unwrap();
+        let to = rig.code.jump_target(site) as u32;
+        assert_eq!(original.offset(to), Some(unconnected));
         let point = rig.blocks.point(before, copy).unwrap();
         assert_eq!(point.rip, Some(THERE + TARGET));
         assert!(rig.blocks.point(rig.blocks.generation(), copy).is_none());

@@ -35,6 +35,7 @@ mod past;
 mod positions;
 mod refill;
 mod signal;
+mod space;
 mod stubs;
 mod tlb;
 mod vcpu;

@@ -150,8 +150,8 @@ impl BtVcpu {
         page: &mut [u8],
     ) -> Looked {
         let shared = self.host.shared.clone();
-        let pos = match t.blocks.place(BLOCK_ROOM) {
-            Some(pos) => pos,
+        let place = match t.blocks.place(BLOCK_ROOM) {
+            Some(place) => place,
             None => {
                 shared.rendezvous(Some(self.host.id), FORGET_CODE);
                 t.blocks.clear(&shared.pages);
@@ -169,7 +169,7 @@ impl BtVcpu {
             crossing: false,
             pc: key.pc,
             mode: key.mode,
-            cache_pos: pos as i64,
+            place,
         };
         let made = match second {
             None => t.translator.translate(&request),
@@ -197,7 +197,7 @@ impl BtVcpu {
             crossing: true,
             pc: key.pc,
             mode: key.mode,
-            cache_pos: pos as i64,
+            place,
         };
         let Some(made) = t.translator.translate(&request) else {
             return Looked::Step;

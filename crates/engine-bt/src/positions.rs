@@ -16,9 +16,9 @@ pub(crate) struct Tables {
 
 impl Tables {
     /// Address space for as much as a cache of this size can hold, so that the tables never move; pages come as they are used.
-    pub fn new(bytes: usize) -> Tables {
+    pub fn new(bytes: usize, cold_from: u32) -> Tables {
         Tables {
-            list: List::with_capacity(bytes / 256),
+            list: List::new(bytes / 256, cold_from),
             side: Vec::with_capacity(bytes / 16),
             chains: Vec::with_capacity(bytes / 64),
             places: Vec::with_capacity(bytes / 16),
@@ -43,17 +43,17 @@ impl Tables {
             return;
         };
         let mut chains = self.chains_of(block).iter();
-        if let Some(c) = chains.find(|c| block.pos + u32::from(c.at) == site) {
-            let to = block.pos + u32::from(c.unconnected);
+        if let Some(c) = chains.find(|c| block.position(c.at) == site) {
+            let to = block.position(c.unconnected);
             code.patch_jump(site as usize, to as usize);
         }
     }
 
     /// Where the guest is when the host is at `pos`, in this block.
     pub fn point(&self, block: &Block, pos: u32) -> Option<Point> {
-        let host = pos - block.pos;
+        let host = block.offset(pos)?;
         let side = self.side_of(block);
-        let n = side.partition_point(|e| u32::from(e.host) <= host);
+        let n = side.partition_point(|e| e.host <= host);
         let entry = side[n.checked_sub(1)?];
         let (rip, in_shadow) = match entry.resume() {
             Resume::Offset(o) => (Some(block.guest(o)), false),
@@ -73,20 +73,50 @@ impl Tables {
 const STRETCH: u32 = 12;
 
 /// Blocks, dead or alive, in the order of their positions, which they are found by: every way out of translated code looks for some.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct List {
     blocks: Vec<Block>,
+    /// Where cold parts begin.
+    cold_from: u32,
+    hot: Stretches,
+    cold: Stretches,
+}
+
+/// How many parts of one kind begin before the end of each stretch.
+#[derive(Debug, Default)]
+struct Stretches {
     /// The stretch of the first one.
     first: usize,
-    /// For each stretch from there on, how many blocks begin before its end.
     begun: Vec<u32>,
 }
 
+impl Stretches {
+    /// Adds a part that lies behind the `before` others.
+    fn add(&mut self, pos: u32, before: usize) {
+        let stretch = (pos >> STRETCH) as usize;
+        if before == 0 {
+            self.first = stretch;
+        }
+        self.begun.resize(stretch - self.first + 1, before as u32);
+        self.begun[stretch - self.first] += 1;
+    }
+
+    /// Those that may lie around a position, of `all` there are.
+    fn near(&self, pos: u32, all: usize) -> Option<std::ops::Range<usize>> {
+        let stretch = ((pos >> STRETCH) as usize).checked_sub(self.first)?;
+        let begun = |stretch: usize| self.begun.get(stretch).map_or(all, |&n| n as usize);
+        Some(stretch.checked_sub(1).map_or(0, begun)..begun(stretch))
+    }
+}
+
 impl List {
-    fn with_capacity(blocks: usize) -> List {
+    /// With room for so many `blocks`, whose cold parts lie from a position on.
+    pub fn new(blocks: usize, cold_from: u32) -> List {
         List {
             blocks: Vec::with_capacity(blocks),
-            ..List::default()
+            cold_from,
+            hot: Stretches::default(),
+            cold: Stretches::default(),
         }
     }
 
@@ -94,27 +124,26 @@ impl List {
         self.blocks.len()
     }
 
-    /// Adds a block that lies behind all others.
+    /// Adds a block both parts of which lie behind those of all others.
     pub fn push(&mut self, block: Block) {
-        let stretch = (block.pos >> STRETCH) as usize;
-        if self.blocks.is_empty() {
-            self.first = stretch;
-        }
-        self.begun
-            .resize(stretch - self.first + 1, self.blocks.len() as u32);
+        self.hot.add(block.place.hot, self.blocks.len());
+        self.cold.add(block.place.cold, self.blocks.len());
         self.blocks.push(block);
-        self.begun[stretch - self.first] += 1;
     }
 
     /// The block that lies around a position.
     pub fn at(&self, pos: u32) -> Option<&Block> {
-        let stretch = ((pos >> STRETCH) as usize).checked_sub(self.first)?;
-        let begun = |stretch: usize| self.begun.get(stretch).map_or(self.len(), |&n| n as usize);
-        let from = stretch.checked_sub(1).map_or(0, begun);
-        let near = &self.blocks[from..begun(stretch)];
-        let n = from + near.partition_point(|b| b.pos <= pos);
+        type Begin = fn(&Block) -> u32;
+        let (stretches, begin): (_, Begin) = if pos < self.cold_from {
+            (&self.hot, |b| b.place.hot)
+        } else {
+            (&self.cold, |b| b.place.cold)
+        };
+        let near = stretches.near(pos, self.len())?;
+        let from = near.start;
+        let n = from + self.blocks[near].partition_point(|b| begin(b) <= pos);
         let block = &self.blocks[n.checked_sub(1)?];
-        (pos < block.pos + u32::from(block.len)).then_some(block)
+        block.offset(pos).map(|_| block)
     }
 }
 
@@ -152,12 +181,17 @@ mod tests {
                 pc: n as u64,
                 mode: Mode(Mode::LONG),
             };
+            let hot = (len + n * 7) / 2;
             let made = Translation {
                 code: vec![0x90; len],
+                hot: hot.min(len) as u32,
                 ..Translation::default()
             };
             let block = blocks.insert(&code, key, None, &made);
-            places.push((block.pos, block.pos + len as u32, key));
+            let (hot, cold) = (u32::from(block.hot), u32::from(block.len - block.hot));
+            for (from, len) in [(block.place.hot, hot), (block.place.cold, cold)] {
+                places.push((from, from + len, key));
+            }
         }
         for pos in 0..places.last().unwrap().1 + 10_000 {
             let around = places

@@ -316,6 +316,11 @@ impl Asm {
         self.rr(true, 0x29, dst, src);
     }
 
+    /// `cmp a, b`
+    pub fn cmp(&mut self, a: u8, b: u8) {
+        self.rr(true, 0x39, a, b);
+    }
+
     /// `test a, b`
     pub fn test(&mut self, a: u8, b: u8) {
         self.rr(true, 0x85, a, b);

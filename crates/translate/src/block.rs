@@ -13,8 +13,26 @@ pub struct Request<'a> {
     /// Guest virtual address of the first byte.
     pub pc: u64,
     pub mode: Mode,
-    /// Position in the code cache where the block will be placed, 16-byte aligned.
-    pub cache_pos: i64,
+    /// Where the block will be placed.
+    pub place: Placement,
+}
+
+/// Positions in the code cache of a block's two parts, 16-byte aligned: its hot one, which is all that is executed where every check succeeds and every jump is
+/// connected, and its cold one. Offsets in a block count through the first and on through the second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    pub hot: u32,
+    pub cold: u32,
+}
+
+impl Placement {
+    /// Position of an offset in a block whose hot part has `hot` bytes.
+    pub fn position(self, hot: usize, offset: usize) -> u32 {
+        match offset.checked_sub(hot) {
+            None => self.hot + offset as u32,
+            Some(behind) => self.cold + behind as u32,
+        }
+    }
 }
 
 /// Where the guest's program counter is, for one stretch of host code.
@@ -124,10 +142,13 @@ impl ChainSite {
     }
 }
 
-/// Translated code, position-dependent (see [`Request::cache_pos`] and [`crate::relocate`]).
+/// Translated code, position-dependent (see [`Request::place`] and [`crate::relocate`]).
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Translation {
+    /// The hot part and the cold one behind it.
     pub code: Vec<u8>,
+    /// Bytes of the hot part.
+    pub hot: u32,
     /// Entry for transfers that know their target: registers and flags live. Begins with a 5-byte no-operation, 8-byte aligned, that can be
     /// replaced by a jump to `stale_stub` with one atomic store.
     pub direct_entry: u32,

@@ -26,10 +26,10 @@ use std::mem;
 use iced_x86::{Decoder, DecoderOptions, Encoder, InstructionInfoFactory, Register};
 
 use crate::asm::{Asm, Pos, RCX, RDX, cc};
-use crate::block::{Request, Resume, Translation};
+use crate::block::{Placement, Request, Resume, Translation};
 use crate::insn::{Insn, Kind, STATUS, gpr};
 use crate::layout::*;
-use crate::relocate::{self, PlaceKind};
+use crate::relocate;
 use control::Reach;
 use encode::{encode_into, redirect, reg32, reg64};
 
@@ -152,7 +152,9 @@ struct Work<'a> {
     insns: Vec<Insn>,
     live_out: Vec<u32>,
     pc: u64,
-    cache_pos: i64,
+    place: Placement,
+    /// Bytes of the hot part, once it is complete.
+    hot: usize,
     /// Mode at the block's first instruction, and at the present one.
     initial: Mode,
     mode: Mode,
@@ -288,7 +290,8 @@ impl Translator {
             insns,
             live_out,
             pc: request.pc,
-            cache_pos: request.cache_pos,
+            place: request.place,
+            hot: usize::MAX,
             initial: mode,
             mode,
             changes_ac,
@@ -363,16 +366,14 @@ impl Work<'_> {
         self.flags = Flags::Saved;
         self.resume = Resume::RipInFrame;
         self.note();
-        let negative = pc.wrapping_neg() as i64;
-        if let Ok(disp) = i32::try_from(negative) {
-            self.asm.lea(true, RCX, Some(RCX), None, disp);
-        } else {
-            self.asm.mov_imm(RDX, negative as u64);
-            self.place_behind(8, PlaceKind::Negative);
-            self.asm.lea(true, RCX, Some(RCX), Some((RDX, 1)), 0);
+        match i32::try_from(pc as i64) {
+            Ok(imm) => self.asm.cmp_imm(RCX, imm),
+            Err(_) => {
+                self.mov_address(RDX, pc);
+                self.asm.cmp(RCX, RDX);
+            }
         }
-        self.asm.bytes(&[0xe3, 5]); // jrcxz over the jump
-        let at = self.asm.jmp();
+        let at = self.asm.jcc(cc::NE);
         self.rel(at, self.stubs.jump_miss[self.mode.table()]);
         self.resume = Resume::Offset(0);
         self.note();

@@ -2,7 +2,7 @@
 
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 
-use crate::block::Request;
+use crate::block::{Placement, Request};
 use crate::emit::Translator;
 use crate::layout::{FrameLayout, Mode, Stubs};
 use crate::relocate::Move;
@@ -10,7 +10,10 @@ use crate::relocate::Move;
 const PAGE: usize = 4096;
 /// Bytes that one check may be for, at most.
 const GROUP_SPAN: u64 = 256;
-const CACHE_POS: i64 = 0x10_0000;
+const PLACE: Placement = Placement {
+    hot: 0x10_0000,
+    cold: 0x80_0000,
+};
 
 /// A frame whose fields lie apart, in the order of their size.
 pub(crate) const LAYOUT: FrameLayout = FrameLayout {
@@ -70,7 +73,7 @@ pub fn fuzz_translate(data: &[u8]) {
         crossing: false,
         pc,
         mode,
-        cache_pos: CACHE_POS,
+        place: PLACE,
     };
     let mut made = translator.translate(&request);
     if made.is_none() && code.len() > room {
@@ -109,7 +112,7 @@ pub fn fuzz_translate(data: &[u8]) {
             check_copy(&mut translator, &request, from, to);
         }
     }
-    let mut decoder = Decoder::with_ip(64, &t.code, CACHE_POS as u64, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(64, &t.code, PLACE.hot.into(), DecoderOptions::NONE);
     while decoder.can_decode() {
         check(&decoder.decode());
     }
@@ -125,28 +128,27 @@ const MOVES: [(u64, u64); 3] = [
 /// Panics where a copy of the translation for one page is not the translation for another.
 fn check_copy(translator: &mut Translator, request: &Request<'_>, from: u64, to: u64) {
     let offset = request.pc % PAGE as u64;
-    let mut at = |pc: u64, cache_pos: i64| {
+    let mut at = |pc: u64, place: Placement| {
         let request = Request {
             pc: pc + offset,
-            cache_pos,
+            place,
             ..*request
         };
         translator.translate(&request).expect("whole instructions")
     };
-    let other_pos = CACHE_POS + 0x51_2340;
-    let (mut copy, made) = (at(from, CACHE_POS), at(to, other_pos));
-    let moved = Move::new(
-        from + offset,
-        to + offset,
-        CACHE_POS as u32,
-        other_pos as u32,
-    )
-    .expect("both are user addresses");
+    let other = Placement {
+        hot: PLACE.hot + 0x51_2340,
+        cold: PLACE.cold + 0x12_3450,
+    };
+    let (mut copy, made) = (at(from, PLACE), at(to, other));
+    let moved = Move::new(from + offset, to + offset, PLACE, other);
+    let moved = moved.expect("both are user addresses");
     if made.places.is_empty() {
         assert!(copy.places.is_empty(), "only one of two can be copied");
         return;
     }
-    moved.apply(&mut copy.code, &made.places, &LAYOUT);
+    let (hot, cold) = copy.code.split_at_mut(copy.hot as usize);
+    moved.apply(hot, cold, &made.places, &LAYOUT);
     assert_eq!(copy, made, "a copy differs from a translation");
 }
 

@@ -8,7 +8,7 @@
 //!   depend on its value.
 //! * What a translation was made of besides its address (bytes, mode, place of other code in the page) is the same for both.
 
-use crate::block::Request;
+use crate::block::{Placement, Request};
 use crate::layout::{FrameLayout, Mode, TLB_ENTRIES, TLB_ENTRY_BYTES, jump_entries};
 
 /// What stands at a place.
@@ -19,14 +19,16 @@ pub enum PlaceKind {
     Address,
     /// 4 bytes, and 4 more at the end of the next instruction: the halves of a guest address.
     Halves,
-    /// 8 bytes: a guest address, negated.
-    Negative,
     /// 4 bytes: the displacement of something in the data TLB's entry of a guest address.
     TlbEntry,
     /// 4 bytes: the displacement of the jump cache's entry of a guest address.
     JumpEntry,
-    /// 4 bytes: a position in the code cache.
+    /// 4 bytes: the position in the code cache of something in the block's hot part.
     Position,
+    /// The same in its cold part.
+    ColdPosition,
+    /// 4 bytes: the displacement of a jump from one part of the block to the other.
+    ToOtherPart,
     /// 4 bytes: the displacement of a jump to a fixed position in the code cache.
     ToStub,
 }
@@ -79,29 +81,34 @@ pub(crate) fn movable(request: &Request<'_>) -> bool {
 pub struct Move {
     /// Added to guest addresses: a multiple of the page size.
     address: u64,
-    /// Added to positions in the code cache.
-    position: i32,
+    /// Added to positions in the code cache, in a block's hot part and in its cold one.
+    hot: i32,
+    cold: i32,
 }
 
 impl Move {
-    /// A copy of a translation made for guest address `from` at a position, for guest address `to` at another position. `None` where that cannot be.
-    pub fn new(from: u64, to: u64, from_position: u32, to_position: u32) -> Option<Move> {
+    /// A copy of a translation made for guest address `from` at one place, for guest address `to` at another. `None` where that cannot be.
+    pub fn new(from: u64, to: u64, from_place: Placement, to_place: Placement) -> Option<Move> {
         let address = to.wrapping_sub(from);
         (in_range(from) && in_range(to) && address.is_multiple_of(PAGE)).then_some(Move {
             address,
-            position: to_position.wrapping_sub(from_position) as i32,
+            hot: to_place.hot.wrapping_sub(from_place.hot) as i32,
+            cold: to_place.cold.wrapping_sub(from_place.cold) as i32,
         })
     }
 
-    /// Changes what differs in a copy of a translation, which has these places.
-    pub fn apply(&self, code: &mut [u8], places: &[Place], layout: &FrameLayout) {
+    /// Changes what differs in a copy of a translation, which has these two parts and these places.
+    pub fn apply(&self, hot: &mut [u8], cold: &mut [u8], places: &[Place], layout: &FrameLayout) {
         let pages = self.address / PAGE;
         let table = Mode(Mode::USER).table();
         for place in places {
             let at = usize::from(place.at);
+            let (code, at, own, other) = match at.checked_sub(hot.len()) {
+                None => (&mut *hot, at, self.hot, self.cold),
+                Some(at) => (&mut *cold, at, self.cold, self.hot),
+            };
             match place.kind {
                 PlaceKind::Address => change64(code, at, |v| v.wrapping_add(self.address)),
-                PlaceKind::Negative => change64(code, at, |v| v.wrapping_sub(self.address)),
                 PlaceKind::Halves => {
                     let (low, high) = (get32(code, at), get32(code, at + HALF_STEP));
                     let v = (u64::from(high) << 32 | u64::from(low)).wrapping_add(self.address);
@@ -117,14 +124,10 @@ impl Move {
                     let by = pages.wrapping_mul(jump_bytes_of_page());
                     change_offset(code, at, layout.jumps[table], by, 8 * jump_entries(table));
                 }
-                PlaceKind::Position => {
-                    let v = get32(code, at).wrapping_add_signed(self.position);
-                    put32(code, at, v);
-                }
-                PlaceKind::ToStub => {
-                    let v = get32(code, at).wrapping_sub(self.position as u32);
-                    put32(code, at, v);
-                }
+                PlaceKind::Position => change32(code, at, self.hot),
+                PlaceKind::ColdPosition => change32(code, at, self.cold),
+                PlaceKind::ToOtherPart => change32(code, at, other.wrapping_sub(own)),
+                PlaceKind::ToStub => change32(code, at, own.wrapping_neg()),
             }
         }
     }
@@ -147,6 +150,10 @@ fn change_offset(code: &mut [u8], at: usize, table: i32, by: u64, size: usize) {
 fn change64(code: &mut [u8], at: usize, f: impl FnOnce(u64) -> u64) {
     let place: &mut [u8; 8] = (&mut code[at..at + 8]).try_into().expect("eight bytes");
     *place = f(u64::from_le_bytes(*place)).to_le_bytes();
+}
+
+fn change32(code: &mut [u8], at: usize, by: i32) {
+    put32(code, at, get32(code, at).wrapping_add_signed(by));
 }
 
 fn get32(code: &[u8], at: usize) -> u32 {

@@ -2,6 +2,7 @@
 
 use super::control::Reach;
 use super::{ColdKind, Flags, Start, Tag, Work, ones};
+use crate::asm::Pos;
 use crate::block::{ChainSite, Resume};
 use crate::insn::{Kind, STATUS};
 use crate::layout::{MISS_ANY_WRITE, MISS_GROUP, MISS_MASKED, MISS_WRITE, Mode};
@@ -13,10 +14,13 @@ const IN_PAGE: u64 = 0xfff;
 impl Work<'_> {
     pub(super) fn cold_paths(&mut self) {
         self.groups.clear();
+        self.asm.align(16, 0);
+        self.hot = self.asm.pos();
+        self.out.hot = self.hot as u32;
         let mut stub = None;
         let mut paths = std::mem::take(&mut self.cold);
         for cold in paths.drain(..) {
-            let here = self.asm.pos() as i64;
+            let here = self.asm.pos();
             self.spilled = cold.spilled;
             self.flags = cold.flags;
             self.resume = cold.resume;
@@ -30,8 +34,8 @@ impl Work<'_> {
                     start,
                 } => {
                     let site = self.resume_site(start, &mut stub);
-                    let here = self.asm.pos() as i64;
-                    self.asm.patch_rel32(cold.from, here);
+                    let here = self.asm.pos();
+                    self.aim(cold.from, here);
                     self.note();
                     self.missed(reg, tag, start.held);
                     self.unspill(!0);
@@ -53,8 +57,8 @@ impl Work<'_> {
                     target,
                 } => {
                     let site = self.resume_site(start, &mut stub);
-                    let here = self.asm.pos() as i64;
-                    self.asm.patch_rel32(cold.from, here);
+                    let here = self.asm.pos();
+                    self.aim(cold.from, here);
                     self.note();
                     self.missed(reg, tag, start.held);
                     self.unspill(!0);
@@ -62,9 +66,9 @@ impl Work<'_> {
                     self.asm.align(4, 3);
                     // Connected to the translation without groups once there is one.
                     let at = self.asm.jmp();
-                    let next = self.asm.pos() as i64;
-                    self.asm.patch_rel32(at, next);
-                    self.store_position(self.layout.exit_chain, self.position(at));
+                    let next = self.asm.pos();
+                    self.aim(at, next);
+                    self.store_position(self.layout.exit_chain, at);
                     self.store_position(self.layout.exit_arg, site);
                     let info = span
                         | MISS_GROUP
@@ -86,18 +90,18 @@ impl Work<'_> {
                     self.note();
                     let (site, unconnected) = if cold.spilled == 0 {
                         // The hot jump itself is what will be connected.
-                        self.asm.patch_rel32(cold.from, here);
+                        self.aim(cold.from, here);
                         (cold.from, here)
                     } else {
-                        self.asm.patch_rel32(cold.from, here);
+                        self.aim(cold.from, here);
                         self.unspill(!0);
                         self.asm.align(4, 3);
                         let at = self.asm.jmp();
-                        let next = self.asm.pos() as i64;
-                        self.asm.patch_rel32(at, next);
+                        let next = self.asm.pos();
+                        self.aim(at, next);
                         (at, next)
                     };
-                    self.store_position(self.layout.exit_arg, self.position(site));
+                    self.store_position(self.layout.exit_arg, site);
                     let (mut exit, mut kept) = (0, IN_PAGE);
                     if reach == Reach::Kernel {
                         kept = u64::MAX;
@@ -118,14 +122,14 @@ impl Work<'_> {
                     });
                 }
                 ColdKind::Far { target } => {
-                    self.asm.patch_rel32(cold.from, here);
+                    self.aim(cold.from, here);
                     self.note();
                     self.mode = self.mode_at(cold.resume);
                     self.far_save_flags(STATUS);
                     self.far_tail(Some(target), 0);
                 }
                 ColdKind::Leave { next } | ColdKind::LeaveInShadow { next } => {
-                    self.asm.patch_rel32(cold.from, here);
+                    self.aim(cold.from, here);
                     self.note();
                     self.unspill(!0);
                     if matches!(cold.kind, ColdKind::LeaveInShadow { .. }) {
@@ -135,13 +139,13 @@ impl Work<'_> {
                     self.jmp_stub(self.stubs.lookup);
                 }
                 ColdKind::LeaveWithRip => {
-                    self.asm.patch_rel32(cold.from, here);
+                    self.aim(cold.from, here);
                     self.note();
                     self.unspill(!0);
                     self.jmp_stub(self.stubs.lookup);
                 }
                 ColdKind::Step { offset } => {
-                    self.asm.patch_rel32(cold.from, here);
+                    self.aim(cold.from, here);
                     self.note();
                     self.step_at(offset);
                 }
@@ -181,27 +185,27 @@ impl Work<'_> {
         }
     }
 
-    /// Position where the engine may repeat an instruction at once. Where groups are in use there, that is code which brings their host addresses back first;
+    /// Where the engine may repeat an instruction at once. Where groups are in use there, that is code which brings their host addresses back first;
     /// one for all accesses of the instruction, so that the engine sees when two of them evict each other.
-    fn resume_site(&mut self, start: Start, stub: &mut Option<(u32, u32)>) -> u32 {
+    fn resume_site(&mut self, start: Start, stub: &mut Option<(u32, Pos)>) -> Pos {
         if start.held == 0 {
-            return self.position(start.site as usize);
+            return start.site as usize;
         }
-        if let Some((_, position)) = stub.filter(|(site, _)| *site == start.site) {
-            return position;
+        if let Some((_, at)) = stub.filter(|(site, _)| *site == start.site) {
+            return at;
         }
         let cold = (self.spilled, self.flags, self.resume);
         (self.spilled, self.flags, self.resume) = (start.spilled, start.flags, start.resume);
         self.note_held(true);
-        let position = self.position(self.asm.pos());
+        let begin = self.asm.pos();
         for r in ones(start.held) {
             self.asm.load(r, self.layout.held + 8 * i32::from(r));
         }
         let at = self.asm.jmp();
-        self.asm.patch_rel32(at, i64::from(start.site));
+        self.aim(at, start.site as usize);
         (self.spilled, self.flags, self.resume) = cold;
-        *stub = Some((start.site, position));
-        position
+        *stub = Some((start.site, begin));
+        begin
     }
 
     /// The mode in force at a point of this block: STAC and CLAC change it on the way.

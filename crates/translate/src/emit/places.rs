@@ -27,10 +27,10 @@ pub(super) fn stays(insn: &Insn) -> bool {
 impl Work<'_> {
     /// Position in the code cache of a position in the block.
     pub(super) fn position(&self, at: Pos) -> u32 {
-        (self.cache_pos + at as i64) as u32
+        self.place.position(self.hot, at)
     }
 
-    pub(super) fn place(&mut self, at: Pos, kind: PlaceKind) {
+    pub(super) fn note_place(&mut self, at: Pos, kind: PlaceKind) {
         if self.movable {
             self.out.places.push(Place::new(at, kind));
         }
@@ -39,7 +39,7 @@ impl Work<'_> {
     /// Notes that the last `bytes` emitted are such a place.
     pub(super) fn place_behind(&mut self, bytes: usize, kind: PlaceKind) {
         if self.movable {
-            self.place(self.asm.pos() - bytes, kind);
+            self.note_place(self.asm.pos() - bytes, kind);
         }
     }
 
@@ -67,9 +67,14 @@ impl Work<'_> {
         self.place_behind(relocate::HALVES_BYTES, PlaceKind::Halves);
     }
 
-    /// Stores a position in the code cache in the frame.
-    pub(super) fn store_position(&mut self, offset: i32, position: u32) {
-        self.asm.store_imm32(offset, position);
-        self.place_behind(4, PlaceKind::Position);
+    /// Stores the position in the code cache of a position in the block in the frame.
+    pub(super) fn store_position(&mut self, offset: i32, at: Pos) {
+        self.asm.store_imm32(offset, self.position(at));
+        let kind = if at < self.hot {
+            PlaceKind::Position
+        } else {
+            PlaceKind::ColdPosition
+        };
+        self.place_behind(4, kind);
     }
 }

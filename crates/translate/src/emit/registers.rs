@@ -11,8 +11,18 @@ impl Work<'_> {
     }
 
     pub(super) fn rel(&mut self, at: Pos, stub: i64) {
-        self.asm.patch_rel32(at, stub - self.cache_pos);
-        self.place(at, PlaceKind::ToStub);
+        let here = i64::from(self.position(at));
+        self.asm.patch_rel32(at, stub - here + at as i64);
+        self.note_place(at, PlaceKind::ToStub);
+    }
+
+    /// Points the displacement at `at` to another place in the block.
+    pub(super) fn aim(&mut self, at: Pos, target: Pos) {
+        let by = i64::from(self.position(target)) - i64::from(self.position(at));
+        self.asm.patch_rel32(at, at as i64 + by);
+        if (at < self.hot) != (target < self.hot) {
+            self.note_place(at, PlaceKind::ToOtherPart);
+        }
     }
 
     pub(super) fn jmp_stub(&mut self, stub: [i64; 2]) {

@@ -3,7 +3,7 @@
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 
 use crate::fuzz::LAYOUT;
-use crate::{Mode, Request, Stubs, Translator};
+use crate::{Mode, Placement, Request, Stubs, Translator};
 
 const USER: u16 = Mode::LONG | Mode::USER;
 
@@ -16,7 +16,10 @@ fn hot(mode: u16, guest: &[&[u8]]) -> Vec<Mnemonic> {
             crossing: false,
             pc: 0x40_0000,
             mode: Mode(mode),
-            cache_pos: 0x1_0000,
+            place: Placement {
+                hot: 0x1_0000,
+                cold: 0x8_0000,
+            },
         })
         .expect("whole instructions");
     let code = &made.code[made.direct_entry as usize..];
