@@ -45,6 +45,7 @@ pub struct Block {
     /// Bytes of the hot part, and of both.
     pub hot: u16,
     pub len: u16,
+    indirect: u16,
     direct: u16,
     saved: u16,
     stale: u16,
@@ -91,7 +92,7 @@ pub struct Leaving {
 impl Block {
     /// Position for transfers that verify their target.
     pub fn indirect(&self) -> u32 {
-        self.place.hot
+        self.position(self.indirect)
     }
 
     /// Position for transfers that know their target.
@@ -407,6 +408,7 @@ impl Blocks {
             second: second.and_then(|g| NonZeroU32::new(g.gfn().0 as u32 + 1)),
             hot: small(hot.len()),
             len: small(t.code.len()),
+            indirect: small(t.indirect_entry as usize),
             direct: small(t.direct_entry as usize),
             saved: small(t.saved_entry as usize),
             stale: small(t.stale_stub as usize),

@@ -259,6 +259,7 @@ mod tests {
                     pc: key.pc,
                     mode: key.mode,
                     place,
+                    connected: false,
                 })
                 .unwrap()
         }

@@ -100,7 +100,7 @@ impl BtVcpu {
                 match self.code_page(next, key.mode) {
                     Some(tr) if tr.gpa.gfn() == gfn => mapping = mapping.and(Mapping::of(&tr)),
                     Some(tr) => {
-                        return self.make_block(t, key, mapping, Some(tr), page);
+                        return self.make_block(t, key, mapping, Some(tr), by, page);
                     }
                     None => return Looked::Step,
                 }
@@ -114,7 +114,7 @@ impl BtVcpu {
             }
             return Looked::At(direct);
         }
-        let made = self.make_block(t, key, mapping, None, page);
+        let made = self.make_block(t, key, mapping, None, by, page);
         if by == By::Lookup {
             t.blocks.enter(&key);
         }
@@ -147,6 +147,7 @@ impl BtVcpu {
         key: Key,
         mapping: Mapping,
         second: Option<exec::Translation>,
+        by: By,
         page: &mut [u8],
     ) -> Looked {
         let shared = self.host.shared.clone();
@@ -170,6 +171,7 @@ impl BtVcpu {
             pc: key.pc,
             mode: key.mode,
             place,
+            connected: by == By::Chain,
         };
         let made = match second {
             None => t.translator.translate(&request),
@@ -198,6 +200,7 @@ impl BtVcpu {
             pc: key.pc,
             mode: key.mode,
             place,
+            connected: false,
         };
         let Some(made) = t.translator.translate(&request) else {
             return Looked::Step;

@@ -15,6 +15,8 @@ pub struct Request<'a> {
     pub mode: Mode,
     /// Where the block will be placed.
     pub place: Placement,
+    /// It is wanted for a jump that will be connected with it.
+    pub connected: bool,
 }
 
 /// Positions in the code cache of a block's two parts, 16-byte aligned: its hot one, which is all that is executed where every check succeeds and every jump is
@@ -149,6 +151,8 @@ pub struct Translation {
     pub code: Vec<u8>,
     /// Bytes of the hot part.
     pub hot: u32,
+    /// Entry for transfers through a jump cache, which it verifies.
+    pub indirect_entry: u32,
     /// Entry for transfers that know their target: registers and flags live. Begins with a 5-byte no-operation, 8-byte aligned, that can be
     /// replaced by a jump to `stale_stub` with one atomic store.
     pub direct_entry: u32,

@@ -323,9 +323,10 @@ impl Translator {
             kernel_links: self.kernel_links,
             amd: self.amd,
         };
-        work.entry(live_in);
+        work.entry(live_in, request.connected);
         work.body(ended, self.cut || request.crossing);
-        work.cold_paths();
+        work.side_exits();
+        work.cold_paths(request.connected);
         let Work {
             asm,
             mut insns,
@@ -359,41 +360,52 @@ impl Work<'_> {
         self.mode.has(Mode::LONG)
     }
 
-    fn entry(&mut self, live_in: u32) {
-        let pc = self.pc;
-        // Indirect entry: is this really the address the jump wanted?
-        self.spilled = bit(RCX) | bit(RDX);
-        self.flags = Flags::Saved;
-        self.resume = Resume::RipInFrame;
-        self.note();
-        match i32::try_from(pc as i64) {
-            Ok(imm) => self.asm.cmp_imm(RCX, imm),
-            Err(_) => {
-                self.mov_address(RDX, pc);
-                self.asm.cmp(RCX, RDX);
-            }
+    /// The ways in. Where the block is wanted for a jump that will be connected, the one for jumps that have to be verified is a cold part.
+    fn entry(&mut self, live_in: u32, connected: bool) {
+        if !connected {
+            self.verified_entry();
         }
-        let at = self.asm.jcc(cc::NE);
-        self.rel(at, self.stubs.jump_miss[self.mode.table()]);
+        self.flags = Flags::Saved;
         self.resume = Resume::Offset(0);
-        self.note();
-        self.unspill(bit(RCX) | bit(RDX));
         if live_in != 0 {
+            self.note();
             self.out.saved_entry = self.asm.pos() as u32;
             self.restore_flags();
             self.asm.align(8, 0);
         } else {
             // The flags stay in the frame, and have to be looked for there where the block has been thrown away.
             self.asm.align(8, 0);
+            self.note();
             self.out.saved_entry = self.asm.pos() as u32;
             self.asm.nops(5);
-            self.asm.bytes(&[0xeb, 6]); // jmp over the next five bytes
-            self.asm.nops(1);
+            // The beginning of a no-operation that ends with the next five bytes, whether these are one of their own or a jump.
+            self.asm.bytes(&[0x0f, 0x1f, 0x84]);
             self.flags = Flags::Host;
         }
         self.note();
         self.out.direct_entry = self.asm.pos() as u32;
         self.asm.nops(5);
+    }
+
+    /// The way in for jumps through a cache: is this really the address that the jump wanted? The flags are in the frame.
+    fn verified_entry(&mut self) {
+        self.out.indirect_entry = self.asm.pos() as u32;
+        self.spilled = bit(RCX) | bit(RDX);
+        self.flags = Flags::Saved;
+        self.resume = Resume::RipInFrame;
+        self.note();
+        match i32::try_from(self.pc as i64) {
+            Ok(imm) => self.asm.cmp_imm(RCX, imm),
+            Err(_) => {
+                self.mov_address(RDX, self.pc);
+                self.asm.cmp(RCX, RDX);
+            }
+        }
+        let at = self.asm.jcc(cc::NE);
+        self.rel(at, self.stubs.jump_miss[self.initial.table()]);
+        self.resume = Resume::Offset(0);
+        self.note();
+        self.unspill(bit(RCX) | bit(RDX));
     }
 
     fn body(&mut self, ended: bool, checked_end: bool) {

@@ -59,7 +59,9 @@ pub fn fuzz_translate(data: &[u8]) {
     let Some((head, code)) = data.split_at_checked(4) else {
         return;
     };
-    let mode = Mode(u16::from_le_bytes([head[0], head[1]]) & (0x1ff | Mode::AVX512));
+    let choice = u16::from_le_bytes([head[0], head[1]]);
+    let mode = Mode(choice & (0x1ff | Mode::AVX512));
+    let connected = choice & 0x8000 != 0;
     let offset = usize::from(u16::from_le_bytes([head[2], head[3]])) % PAGE;
     let room = PAGE - offset;
     let pc = if mode.has(Mode::LONG) {
@@ -74,6 +76,7 @@ pub fn fuzz_translate(data: &[u8]) {
         pc,
         mode,
         place: PLACE,
+        connected,
     };
     let mut made = translator.translate(&request);
     if made.is_none() && code.len() > room {

@@ -12,11 +12,45 @@ use crate::relocate::PlaceKind;
 const IN_PAGE: u64 = 0xfff;
 
 impl Work<'_> {
-    pub(super) fn cold_paths(&mut self) {
+    /// Emits what jumps out of the block's middle have to do before they are made, which is done as often as they are taken.
+    pub(super) fn side_exits(&mut self) {
         self.groups.clear();
+        let mut paths = std::mem::take(&mut self.cold);
+        paths.retain_mut(|path| {
+            let is_far = matches!(path.kind, ColdKind::Far { .. });
+            if !is_far && (path.spilled == 0 || !matches!(path.kind, ColdKind::Chain { .. })) {
+                return true;
+            }
+            self.aim(path.from, self.asm.pos());
+            self.spilled = path.spilled;
+            self.flags = path.flags;
+            self.resume = path.resume;
+            self.note();
+            if let ColdKind::Far { target } = path.kind {
+                self.mode = self.mode_at(path.resume);
+                self.far_save_flags(STATUS);
+                self.far_tail(Some(target), 0);
+                return false;
+            }
+            self.unspill(!0);
+            self.asm.align(4, 3);
+            // This is the jump that will be connected.
+            path.from = self.asm.jmp();
+            path.spilled = 0;
+            true
+        });
+        self.cold = paths;
+    }
+
+    pub(super) fn cold_paths(&mut self, connected: bool) {
         self.asm.align(16, 0);
         self.hot = self.asm.pos();
         self.out.hot = self.hot as u32;
+        if connected {
+            self.verified_entry();
+            let at = self.asm.jmp();
+            self.aim(at, self.out.saved_entry as usize);
+        }
         let mut stub = None;
         let mut paths = std::mem::take(&mut self.cold);
         for cold in paths.drain(..) {
@@ -88,19 +122,9 @@ impl Work<'_> {
                 }
                 ColdKind::Chain { target, reach } => {
                     self.note();
-                    let (site, unconnected) = if cold.spilled == 0 {
-                        // The hot jump itself is what will be connected.
-                        self.aim(cold.from, here);
-                        (cold.from, here)
-                    } else {
-                        self.aim(cold.from, here);
-                        self.unspill(!0);
-                        self.asm.align(4, 3);
-                        let at = self.asm.jmp();
-                        let next = self.asm.pos();
-                        self.aim(at, next);
-                        (at, next)
-                    };
+                    // That jump itself is what will be connected.
+                    let (site, unconnected) = (cold.from, here);
+                    self.aim(site, unconnected);
                     self.store_position(self.layout.exit_arg, site);
                     let (mut exit, mut kept) = (0, IN_PAGE);
                     if reach == Reach::Kernel {
@@ -121,13 +145,7 @@ impl Work<'_> {
                         flags_saved: self.flags == Flags::Saved,
                     });
                 }
-                ColdKind::Far { target } => {
-                    self.aim(cold.from, here);
-                    self.note();
-                    self.mode = self.mode_at(cold.resume);
-                    self.far_save_flags(STATUS);
-                    self.far_tail(Some(target), 0);
-                }
+                ColdKind::Far { .. } => unreachable!("a side exit"),
                 ColdKind::Leave { next } | ColdKind::LeaveInShadow { next } => {
                     self.aim(cold.from, here);
                     self.note();

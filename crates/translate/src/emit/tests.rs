@@ -20,6 +20,7 @@ fn hot(mode: u16, guest: &[&[u8]]) -> Vec<Mnemonic> {
                 hot: 0x1_0000,
                 cold: 0x8_0000,
             },
+            connected: false,
         })
         .expect("whole instructions");
     let code = &made.code[made.direct_entry as usize..];
