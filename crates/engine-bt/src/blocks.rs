@@ -5,6 +5,7 @@
 
 use std::mem;
 use std::num::NonZeroU32;
+use std::time::Instant;
 
 use hospes_translate::layout::KERNEL_CODE;
 use hospes_translate::{Mode, Placement, Resume, SAVED_DIVERTS, Translation};
@@ -12,6 +13,7 @@ use hospes_units::{Gfn, Gpa, PAGE_SIZE};
 use rustc_hash::FxHashMap;
 
 use crate::cache::CodeMemory;
+use crate::compaction::Compaction;
 use crate::copies::{Copies, is_copy};
 use crate::direct::Suspects;
 use crate::links::Links;
@@ -263,6 +265,7 @@ pub struct Blocks {
     bytes: usize,
     /// How often blocks were forgotten, all or the copies among them.
     generation: u64,
+    compaction: Compaction,
     pub(crate) tables: Tables,
     past: Past<Tables>,
     pub(crate) copies: Copies,
@@ -286,6 +289,7 @@ impl Blocks {
             space,
             bytes,
             generation: 0,
+            compaction: Compaction::new(Instant::now()),
             past: Past::default(),
             copies: Copies::new(Space::new(end, last)),
             by_key: FxHashMap::default(),
@@ -376,6 +380,12 @@ impl Blocks {
     /// Where the next block will be placed; `None` when less than `room` bytes are left for one of its parts.
     pub fn place(&self, room: usize) -> Option<Placement> {
         self.space.place(room)
+    }
+
+    /// Whether all of it is better made anew.
+    pub fn is_compaction_due(&mut self) -> bool {
+        let used = self.space.used();
+        self.compaction.is_due(Instant::now(), used)
     }
 
     /// Marks the page as one with code. True if it was not: then stores to it must be stopped on every vCPU before its bytes are read.
@@ -566,6 +576,7 @@ impl Blocks {
     /// Forgets everything. No vCPU may be inside translated code, and all must forget their jump caches before they go back.
     pub fn clear(&mut self, pages: &CodePages) {
         self.space.clear();
+        self.compaction.emptied(Instant::now());
         let new = Tables::new(self.bytes, self.space.middle());
         let tables = mem::replace(&mut self.tables, new);
         self.generation += 1;

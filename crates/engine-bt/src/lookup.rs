@@ -151,7 +151,8 @@ impl BtVcpu {
         page: &mut [u8],
     ) -> Looked {
         let shared = self.host.shared.clone();
-        let place = match t.blocks.place(BLOCK_ROOM) {
+        let compact = t.blocks.is_compaction_due();
+        let place = match t.blocks.place(BLOCK_ROOM).filter(|_| !compact) {
             Some(place) => place,
             None => {
                 shared.rendezvous(Some(self.host.id), FORGET_CODE);

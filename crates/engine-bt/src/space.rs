@@ -58,6 +58,11 @@ impl Space {
         self.cold = (self.cold + cold).next_multiple_of(ALIGN);
     }
 
+    /// Bytes that blocks have taken.
+    pub fn used(&self) -> usize {
+        self.hot - self.start + (self.cold - self.middle)
+    }
+
     pub fn clear(&mut self) {
         self.hot = self.start;
         self.cold = self.middle;

@@ -1,0 +1,90 @@
+//! When the code cache is emptied though it has room.
+//!
+//! What is executed at a time is spread among all that was ever translated: most of the code of a kernel and of the programs it starts runs once. Processors' caches
+//! and TLBs hold a working set that lies close together and not one that is spread, so after a time in which much was translated the cache is emptied: what is still
+//! executed comes back side by side, in the order of its execution, and soon nothing has to be translated any more.
+
+use std::time::{Duration, Instant};
+
+/// How long at least the translator has to be quiet.
+const WINDOW: Duration = Duration::from_millis(500);
+/// Most bytes that it makes meanwhile.
+const QUIET: usize = 256 << 10;
+/// Fewest bytes that are worth it.
+const LEAST: usize = 16 << 20;
+
+#[derive(Debug)]
+pub(crate) struct Compaction {
+    since: Instant,
+    /// Bytes that were in use then.
+    used: usize,
+    /// What was in use when the translator was quiet again after the cache had been emptied; `None` until then.
+    settled: Option<usize>,
+}
+
+impl Compaction {
+    pub fn new(now: Instant) -> Compaction {
+        Compaction {
+            since: now,
+            used: 0,
+            settled: Some(0),
+        }
+    }
+
+    /// Whether the cache, of which so many bytes are in use, is to be emptied before the next block is made.
+    pub fn is_due(&mut self, now: Instant, used: usize) -> bool {
+        if now.saturating_duration_since(self.since) < WINDOW {
+            return false;
+        }
+        let made = used.saturating_sub(self.used);
+        (self.since, self.used) = (now, used);
+        if made > QUIET {
+            return false;
+        }
+        let settled = *self.settled.get_or_insert(used);
+        used >= (2 * settled).max(LEAST)
+    }
+
+    /// The cache has been emptied.
+    pub fn emptied(&mut self, now: Instant) {
+        (self.since, self.used, self.settled) = (now, 0, None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MB: usize = 1 << 20;
+
+    #[test]
+    fn cache_is_emptied_when_much_was_translated_and_little_is() {
+        let start = Instant::now();
+        let at = |n| start + WINDOW * n;
+        let mut compaction = Compaction::new(start);
+        assert!(!compaction.is_due(at(1), 40 * MB), "a program starts");
+        assert!(!compaction.is_due(at(1) + WINDOW / 2, 40 * MB), "too soon");
+        assert!(compaction.is_due(at(2), 40 * MB + QUIET));
+        compaction.emptied(at(2));
+        assert!(
+            !compaction.is_due(at(3), 20 * MB),
+            "what is needed comes back"
+        );
+        for n in 4..100 {
+            assert!(!compaction.is_due(at(n), 20 * MB), "that is all needed");
+        }
+        assert!(!compaction.is_due(at(100), 39 * MB));
+        assert!(!compaction.is_due(at(101), 39 * MB), "not twice as much");
+        assert!(!compaction.is_due(at(102), 41 * MB));
+        assert!(compaction.is_due(at(103), 41 * MB));
+    }
+
+    #[test]
+    fn little_code_is_left_where_it_is() {
+        let start = Instant::now();
+        let mut compaction = Compaction::new(start);
+        for n in 1..100 {
+            assert!(!compaction.is_due(start + WINDOW * n, LEAST - 1));
+        }
+    }
+}
