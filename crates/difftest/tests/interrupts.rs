@@ -16,7 +16,7 @@ const CASES: u64 = 40;
 /// Interrupts in a case; fewer prove nothing.
 const ENOUGH: u64 = 1500;
 /// Runs at most until there were so many.
-const RUNS: u32 = 200;
+const RUNS: u32 = 3000;
 const ROUNDS: u64 = 20_000;
 const PIECES: u32 = 12;
 
