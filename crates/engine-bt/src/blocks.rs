@@ -8,7 +8,7 @@ use std::num::NonZeroU32;
 use std::time::Instant;
 
 use hospes_translate::layout::KERNEL_CODE;
-use hospes_translate::{Mode, Placement, Resume, SAVED_DIVERTS, Translation};
+use hospes_translate::{Mode, Placement, Resume, Translation};
 use hospes_units::{Gfn, Gpa, PAGE_SIZE};
 use rustc_hash::FxHashMap;
 
@@ -50,7 +50,10 @@ pub struct Block {
     indirect: u16,
     direct: u16,
     saved: u16,
-    stale: u16,
+    /// The second one is that of the first where there is but one.
+    diverts: [(u16, u16); 2],
+    /// Was made for a jump that is connected with it.
+    connected: bool,
     pub(crate) side_len: u16,
     pub(crate) chains_len: u16,
     pub(crate) places_len: u16,
@@ -109,13 +112,15 @@ impl Block {
 
     /// Has all who come by an entry leave to the engine.
     fn divert(&self, code: &CodeMemory) {
-        let stale = self.position(self.stale);
-        code.divert(self.direct() as usize, stale as usize);
-        if self.direct() - self.saved() == SAVED_DIVERTS {
-            // The code for it is as long as the one that ends the block.
-            let bytes = u32::from(self.len - self.stale);
-            code.divert(self.saved() as usize, (stale - bytes) as usize);
+        for (entry, stub) in self.diverts {
+            let [entry, stub] = [entry, stub].map(|offset| self.position(offset) as usize);
+            code.divert(entry, stub);
         }
+    }
+
+    /// Whether a jump that is to be connected deserves a block made for that.
+    pub fn is_to_be_replaced(&self) -> bool {
+        !self.connected && self.second.is_none()
     }
 
     /// Position of an offset in the block.
@@ -260,12 +265,12 @@ pub(crate) fn page_of(address: u64) -> u64 {
 /// All blocks of the present generation.
 #[derive(Debug)]
 pub struct Blocks {
-    space: Space,
+    pub(crate) space: Space,
     /// Bytes that blocks and copies may take.
     bytes: usize,
     /// How often blocks were forgotten, all or the copies among them.
     generation: u64,
-    compaction: Compaction,
+    pub(crate) compaction: Compaction,
     pub(crate) tables: Tables,
     past: Past<Tables>,
     pub(crate) copies: Copies,
@@ -382,12 +387,6 @@ impl Blocks {
         self.space.place(room)
     }
 
-    /// Whether all of it is better made anew.
-    pub fn is_compaction_due(&mut self) -> bool {
-        let used = self.space.used();
-        self.compaction.is_due(Instant::now(), used)
-    }
-
     /// Marks the page as one with code. True if it was not: then stores to it must be stopped on every vCPU before its bytes are read.
     pub fn mark(&mut self, pages: &CodePages, gfn: Gfn) -> bool {
         pages.mark(gfn)
@@ -409,6 +408,13 @@ impl Blocks {
         self.space.take(hot.len(), cold.len());
         let tables = &mut self.tables;
         let small = |v: usize| u16::try_from(v).expect("a block is shorter than 64 KiB");
+        let divert = |n: usize| {
+            let d = t.diverts.get(n).or(t.diverts.first());
+            d.map_or((0, 0), |d| {
+                (small(d.entry as usize), small(d.stub as usize))
+            })
+        };
+        let diverts = [divert(0), divert(1)];
         let block = Block {
             key,
             place,
@@ -421,7 +427,8 @@ impl Blocks {
             indirect: small(t.indirect_entry as usize),
             direct: small(t.direct_entry as usize),
             saved: small(t.saved_entry as usize),
-            stale: small(t.stale_stub as usize),
+            diverts,
+            connected: t.diverts.iter().any(|d| d.entry == t.direct_entry),
             side_len: small(t.side.len()),
             chains_len: small(t.chains.len()),
             places_len: small(t.places.len()),

@@ -6,6 +6,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::blocks::Blocks;
+
 /// How long at least the translator has to be quiet.
 const WINDOW: Duration = Duration::from_millis(500);
 /// Most bytes that it makes meanwhile.
@@ -48,6 +50,14 @@ impl Compaction {
     /// The cache has been emptied.
     pub fn emptied(&mut self, now: Instant) {
         (self.since, self.used, self.settled) = (now, 0, None);
+    }
+}
+
+impl Blocks {
+    /// Whether all of it is better made anew.
+    pub fn is_compaction_due(&mut self) -> bool {
+        let used = self.space.used();
+        self.compaction.is_due(Instant::now(), used)
     }
 }
 

@@ -82,7 +82,12 @@ impl BtVcpu {
         let t = &mut *guard;
         self.host.follow_blocks(t.blocks.generation());
         let positions = |b: &Block| (b.direct(), b.indirect(), b.second_gfn());
-        let mut found = t.blocks.find(&key).map(positions);
+        let block = t.blocks.find(&key);
+        if by == By::Chain && block.is_some_and(Block::is_to_be_replaced) {
+            // The other one serves whoever has it.
+            return self.make_block(t, key, mapping, None, by, page);
+        }
+        let mut found = block.map(positions);
         if found.is_none() {
             if t.blocks.lacks_room_to_copy(&key, BLOCK_ROOM) {
                 shared.rendezvous(Some(self.host.id), FORGET_CODE);

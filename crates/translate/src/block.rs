@@ -153,15 +153,14 @@ pub struct Translation {
     pub hot: u32,
     /// Entry for transfers through a jump cache, which it verifies.
     pub indirect_entry: u32,
-    /// Entry for transfers that know their target: registers and flags live. Begins with a 5-byte no-operation, 8-byte aligned, that can be
-    /// replaced by a jump to `stale_stub` with one atomic store.
+    /// Entry for transfers that know their target: registers and flags live.
     pub direct_entry: u32,
-    /// The same with the flags in the frame. Where it does not bring them back, [`SAVED_DIVERTS`] bytes in front of the other one, it begins with such a
-    /// no-operation as well.
+    /// The same with the flags in the frame.
     pub saved_entry: u32,
-    /// Code that leaves to the engine at the block's own address: the last of the block. Directly in front of it is, where the other entry can be diverted,
-    /// the same in the same number of bytes for that one.
-    pub stale_stub: u32,
+    /// Where the verified entry goes on, in a block that was not made for a jump which is connected with it: there all entries come by.
+    pub verified_body: u32,
+    /// Whoever comes by any entry comes by one of these.
+    pub diverts: Vec<Divert>,
     /// Ascending by host position.
     pub side: Vec<SideEntry>,
     pub chains: Vec<ChainSite>,
@@ -174,15 +173,14 @@ pub struct Translation {
     pub instructions: u16,
 }
 
-/// How far in front of its direct entry a block has the other one if that leaves the flags in the frame.
-pub const SAVED_DIVERTS: u32 = 8;
+/// An 8-byte aligned no-operation of 5 bytes, which one atomic store replaces by a jump to where the engine hears that the block has been thrown away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Divert {
+    pub entry: u32,
+    pub stub: u32,
+}
 
 impl Translation {
-    /// Whether the entry for flags in the frame has to be diverted too.
-    pub fn saved_diverts(&self) -> bool {
-        self.direct_entry - self.saved_entry == SAVED_DIVERTS
-    }
-
     /// Host position where the instruction that the last entry is about begins.
     pub(crate) fn host_of_last(&self) -> Option<u32> {
         let (Resume::Offset(offset) | Resume::OffsetInShadow(offset)) = self.side.last()?.resume()

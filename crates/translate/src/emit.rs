@@ -11,6 +11,7 @@ mod ahead;
 mod cold;
 mod control;
 mod encode;
+mod entries;
 mod group;
 mod iret;
 mod memory;
@@ -25,7 +26,7 @@ use std::mem;
 
 use iced_x86::{Decoder, DecoderOptions, Encoder, InstructionInfoFactory, Register};
 
-use crate::asm::{Asm, Pos, RCX, RDX, cc};
+use crate::asm::{Asm, Pos, cc};
 use crate::block::{Placement, Request, Resume, Translation};
 use crate::insn::{Insn, Kind, STATUS, gpr};
 use crate::layout::*;
@@ -37,6 +38,8 @@ use encode::{encode_into, redirect, reg32, reg64};
 const MAX_INSTRUCTIONS: usize = 48;
 /// Bytes of host code that most blocks fit in.
 const CODE_ROOM: usize = 1024;
+/// How far in front of its direct entry a block has the one for flags in the frame, where that does not bring them back.
+const SAVED_DIVERTS: u32 = 8;
 /// Instructions looked at in a successor to see whether it needs the flags.
 const LOOKAHEAD: usize = 6;
 
@@ -170,6 +173,8 @@ struct Work<'a> {
     groups: Vec<group::Group>,
     start: Start,
     spilled: u16,
+    /// Registers whose frame slots have what they have.
+    clean: u16,
     flags: Flags,
     resume: Resume,
     out: Translation,
@@ -225,6 +230,7 @@ impl Translator {
         done.side.clear();
         done.chains.clear();
         done.places.clear();
+        done.diverts.clear();
         self.spare = done;
     }
 
@@ -279,6 +285,7 @@ impl Translator {
             side,
             chains,
             places,
+            diverts,
             ..
         } = mem::take(&mut self.spare);
         code.reserve(CODE_ROOM);
@@ -308,6 +315,7 @@ impl Translator {
                 held: 0,
             },
             spilled: 0,
+            clean: 0,
             flags: Flags::Host,
             resume: Resume::RipInFrame,
             out: Translation {
@@ -316,6 +324,7 @@ impl Translator {
                 side,
                 chains,
                 places,
+                diverts,
                 ..Translation::default()
             },
             cold,
@@ -360,55 +369,9 @@ impl Work<'_> {
         self.mode.has(Mode::LONG)
     }
 
-    /// The ways in. Where the block is wanted for a jump that will be connected, the one for jumps that have to be verified is a cold part.
-    fn entry(&mut self, live_in: u32, connected: bool) {
-        if !connected {
-            self.verified_entry();
-        }
-        self.flags = Flags::Saved;
-        self.resume = Resume::Offset(0);
-        if live_in != 0 {
-            self.note();
-            self.out.saved_entry = self.asm.pos() as u32;
-            self.restore_flags();
-            self.asm.align(8, 0);
-        } else {
-            // The flags stay in the frame, and have to be looked for there where the block has been thrown away.
-            self.asm.align(8, 0);
-            self.note();
-            self.out.saved_entry = self.asm.pos() as u32;
-            self.asm.nops(5);
-            // The beginning of a no-operation that ends with the next five bytes, whether these are one of their own or a jump.
-            self.asm.bytes(&[0x0f, 0x1f, 0x84]);
-            self.flags = Flags::Host;
-        }
-        self.note();
-        self.out.direct_entry = self.asm.pos() as u32;
-        self.asm.nops(5);
-    }
-
-    /// The way in for jumps through a cache: is this really the address that the jump wanted? The flags are in the frame.
-    fn verified_entry(&mut self) {
-        self.out.indirect_entry = self.asm.pos() as u32;
-        self.spilled = bit(RCX) | bit(RDX);
-        self.flags = Flags::Saved;
-        self.resume = Resume::RipInFrame;
-        self.note();
-        match i32::try_from(self.pc as i64) {
-            Ok(imm) => self.asm.cmp_imm(RCX, imm),
-            Err(_) => {
-                self.mov_address(RDX, self.pc);
-                self.asm.cmp(RCX, RDX);
-            }
-        }
-        let at = self.asm.jcc(cc::NE);
-        self.rel(at, self.stubs.jump_miss[self.initial.table()]);
-        self.resume = Resume::Offset(0);
-        self.note();
-        self.unspill(bit(RCX) | bit(RDX));
-    }
-
     fn body(&mut self, ended: bool, checked_end: bool) {
+        // Whichever way it was entered.
+        self.clean = 0;
         for i in 0..self.insns.len() {
             let insn = self.insns[i];
             self.resume = match (i.checked_sub(1).map(|p| self.insns[p].kind), insn.offset) {
@@ -425,6 +388,7 @@ impl Work<'_> {
                 held: self.pinned(),
             };
             self.instruction(i, &insn);
+            self.clean &= !(insn.writes | insn.changes);
             debug_assert_eq!(self.pinned() & !self.spilled, 0);
         }
         if !ended {

@@ -87,19 +87,16 @@ pub fn fuzz_translate(data: &[u8]) {
     let Some(t) = made else {
         return;
     };
-    assert_eq!(t.direct_entry % 8, 0, "the direct entry is not aligned");
-    for entry in [t.direct_entry, t.saved_entry] {
-        assert!(
-            entry != t.direct_entry && !t.saved_diverts()
-                || t.code[entry as usize..][..5] == [0x0f, 0x1f, 0x44, 0, 0],
+    assert!(!t.diverts.is_empty());
+    for divert in &t.diverts {
+        assert_eq!(divert.entry % 8, 0, "an entry is not aligned");
+        assert_eq!(
+            t.code[divert.entry as usize..][..5],
+            [0x0f, 0x1f, 0x44, 0, 0],
             "an entry cannot be diverted"
         );
+        assert!(divert.stub >= t.hot && (divert.stub as usize) < t.code.len());
     }
-    let (last, rest) = (t.stale_stub as usize, t.code.len() - t.stale_stub as usize);
-    assert!(
-        !t.saved_diverts() || t.code[last - rest..][..rest - 5] == t.code[last..][..rest - 5],
-        "the ways out of a block that was thrown away differ in length"
-    );
     assert!(
         t.side.windows(2).all(|w| w[0].host < w[1].host),
         "the side table is not ascending"

@@ -14,7 +14,7 @@ pub mod insn;
 pub mod layout;
 pub mod relocate;
 
-pub use block::{ChainSite, Placement, Request, Resume, SAVED_DIVERTS, SideEntry, Translation};
+pub use block::{ChainSite, Divert, Placement, Request, Resume, SideEntry, Translation};
 pub use emit::Translator;
 pub use fuzz::fuzz_translate;
 pub use layout::{FrameLayout, Mode, Stubs, TlbEntry};

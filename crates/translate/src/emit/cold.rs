@@ -1,9 +1,10 @@
 //! Code off the hot path: what happens when a check fails or a jump leaves.
 
 use super::control::Reach;
-use super::{ColdKind, Flags, Start, Tag, Work, ones};
-use crate::asm::Pos;
-use crate::block::{ChainSite, Resume};
+use super::{ColdKind, Flags, Start, Tag, Work, bit, ones};
+use crate::asm::{Pos, RCX, RDX};
+use crate::block::{ChainSite, Divert, Resume};
+use crate::emit::SAVED_DIVERTS;
 use crate::insn::{Kind, STATUS};
 use crate::layout::{MISS_ANY_WRITE, MISS_GROUP, MISS_MASKED, MISS_WRITE, Mode};
 use crate::relocate::PlaceKind;
@@ -23,6 +24,7 @@ impl Work<'_> {
             }
             self.aim(path.from, self.asm.pos());
             self.spilled = path.spilled;
+            self.clean = 0;
             self.flags = path.flags;
             self.resume = path.resume;
             self.note();
@@ -46,16 +48,14 @@ impl Work<'_> {
         self.asm.align(16, 0);
         self.hot = self.asm.pos();
         self.out.hot = self.hot as u32;
-        if connected {
-            self.verified_entry();
-            let at = self.asm.jmp();
-            self.aim(at, self.out.saved_entry as usize);
-        }
+        self.clean = 0;
+        self.other_entries(connected);
         let mut stub = None;
         let mut paths = std::mem::take(&mut self.cold);
         for cold in paths.drain(..) {
             let here = self.asm.pos();
             self.spilled = cold.spilled;
+            self.clean = 0;
             self.flags = cold.flags;
             self.resume = cold.resume;
             match cold.kind {
@@ -170,20 +170,30 @@ impl Work<'_> {
             }
         }
         self.cold = paths;
-        // Reached when the block has been thrown away. Both have the same length.
-        self.spilled = 0;
+        // Reached when the block has been thrown away.
+        self.clean = 0;
         self.resume = Resume::Offset(0);
-        if self.out.saved_diverts() {
+        if connected {
+            self.spilled = 0;
+            if self.out.saved_entry + SAVED_DIVERTS == self.out.direct_entry {
+                self.flags = Flags::Saved;
+                self.stale(self.out.saved_entry);
+            }
+            self.flags = Flags::Host;
+            self.stale(self.out.direct_entry);
+        } else {
+            self.spilled = bit(RCX) | bit(RDX);
             self.flags = Flags::Saved;
-            self.leave_stale();
+            self.stale(self.out.verified_body);
         }
-        self.flags = Flags::Host;
-        self.out.stale_stub = self.asm.pos() as u32;
-        self.leave_stale();
     }
 
-    fn leave_stale(&mut self) {
+    /// Leaves to the engine at the block's own address, instead of an entry.
+    fn stale(&mut self, entry: u32) {
+        let stub = self.asm.pos() as u32;
+        self.out.diverts.push(Divert { entry, stub });
         self.note();
+        self.unspill(!0);
         self.store_address(self.layout.rip, self.pc);
         self.jmp_stub(self.stubs.lookup);
     }

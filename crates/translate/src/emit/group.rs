@@ -486,7 +486,8 @@ impl Work<'_> {
                 continue;
             }
             // In front of the last access a register lives as long as it must; of those the ones that are in the frame already come first.
-            let worth = 2 * until.min(last + 1) + usize::from(self.spilled & bit(r) != 0);
+            let there = (self.spilled | self.clean) & bit(r) != 0;
+            let worth = 2 * until.min(last + 1) + usize::from(there);
             if best.is_none_or(|(b, _)| worth >= b) {
                 best = Some((worth, r));
             }

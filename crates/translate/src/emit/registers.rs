@@ -47,7 +47,9 @@ impl Work<'_> {
 
     pub(super) fn spill(&mut self, reg: u8) {
         debug_assert_eq!(self.spilled & bit(reg), 0);
-        self.asm.store(self.slot(reg), reg);
+        if self.clean & bit(reg) == 0 {
+            self.asm.store(self.slot(reg), reg);
+        }
         self.spilled |= bit(reg);
         self.note();
     }
@@ -62,6 +64,7 @@ impl Work<'_> {
             self.asm.load(r, self.slot(r));
         }
         self.spilled &= !todo;
+        self.clean |= todo;
         self.groups.retain(|g| todo & bit(g.reg) == 0);
         self.note();
     }
@@ -85,7 +88,9 @@ impl Work<'_> {
             }
             left &= !(read | changed);
         }
-        let best = [written, left, last].into_iter().find(|&m| m != 0);
+        // One that is in the frame as well costs no store.
+        let order = [written & self.clean, written, left & self.clean, left, last];
+        let best = order.into_iter().find(|&m| m != 0);
         let best = best.map_or(RAX, |m| m.ilog2() as u8);
         self.spill(best);
         best

@@ -20,7 +20,7 @@ fn hot(mode: u16, guest: &[&[u8]]) -> Vec<Mnemonic> {
                 hot: 0x1_0000,
                 cold: 0x8_0000,
             },
-            connected: false,
+            connected: true,
         })
         .expect("whole instructions");
     let code = &made.code[made.direct_entry as usize..];
@@ -149,7 +149,7 @@ fn translate_logic_and_shifts_need_no_flags_from_before() {
 #[test]
 fn translate_held_access_is_one_instruction() {
     let one = hot(USER, &[LOAD_RDI, LOAD_RDI_8]);
-    let two = hot(USER, &[LOAD_RDI, LOAD_RDI_8, &[0x48, 0x8b, 0x4f, 0x10]]);
+    let two = hot(USER, &[LOAD_RDI, LOAD_RDI_8, &[0x48, 0x8b, 0x57, 0x10]]);
     assert_eq!(two.len(), one.len() + 1);
 }
 
