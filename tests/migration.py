@@ -16,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import commands
 import runner
@@ -191,6 +192,25 @@ def settled(moved, what):
     moved.goes_on()
 
 
+def begun(moved, moment):
+    """A migration that has got so far; the one before may still have to see that it was killed."""
+    for _ in range(50):
+        command = subprocess.Popen(
+            moved.bench.command(vm.hospes_binary(), "migrate", "-s", "", moved.name, f"{moved.receiver()}; exit $?"),
+            env=moved.bench.run.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        said = []
+        for line in iter(command.stderr.readline, ""):
+            said.append(line)
+            if moment in line:
+                return command
+        command.wait(commands.ANSWER_S)
+        command.stderr.close()
+        expect("try again when that has ended" in "".join(said), f"nothing is said of {moment}: {''.join(said)}")
+        time.sleep(0.1)
+    raise AssertionError(f"no other migration can begin: {''.join(said)}")
+
+
 def killed_processes_leave_one_guest(bench):
     """What takes part is killed at all steps."""
     moved = Moved(bench, "one")
@@ -203,17 +223,7 @@ def killed_processes_leave_one_guest(bench):
     moments = ("Ready to receive", "Transfer complete", "Giving target permission", "Got permission")
     for moment in moments:
         for what, find in victims.items():
-            command = subprocess.Popen(
-                bench.command(vm.hospes_binary(), "migrate", "-s", "", "one", f"{moved.receiver()}; exit $?"),
-                env=bench.run.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            )
-            said = []
-            for line in iter(command.stderr.readline, ""):
-                said.append(line)
-                if moment in line:
-                    break
-            else:
-                expect(False, f"nothing is said of {moment}: {''.join(said)}")
+            command = begun(moved, moment)
             for pid in find(command):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
