@@ -180,7 +180,11 @@ impl Backend for Block {
             return Ok(());
         };
         let deadline = Instant::now() + DURABLE;
-        let flushed = hospes_image::flush(&*image, deadline);
+        if let Err(fault) = hospes_image::flush(&*image, deadline) {
+            // Only this opening knows what is not durable yet, and that it may be lost.
+            self.image = Some(image);
+            return Err(fault.to_string());
+        }
         let gone = Arc::downgrade(&image);
         drop(image);
         // Somebody may just look at it.
@@ -190,7 +194,7 @@ impl Backend for Block {
             }
             std::thread::sleep(LOOK);
         }
-        flushed.map_err(|fault| fault.to_string())
+        Ok(())
     }
 
     fn take_again(&mut self) -> Result<(), String> {

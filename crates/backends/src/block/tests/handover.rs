@@ -127,6 +127,21 @@ fn let_go_with_requests_that_wait_for_the_host_changes_nothing() {
 }
 
 #[test]
+fn image_that_is_not_durable_is_not_closed() {
+    let mut bench = Bench::new();
+    let first = lock(&bench.opened).clone();
+    bench.m.image.fail(true);
+    assert!(bench.m.bus.let_go().is_err());
+    assert!(bench.is_open());
+    bench.m.image.fail(false);
+    bench.m.bus.take_again().unwrap();
+    assert!(first.ptr_eq(&lock(&bench.opened)) && bench.is_open());
+    let (_, gref) = bench.m.page(3);
+    let write = request(blkif::OP_WRITE, 8, &[segment(gref, 0, 7)]);
+    assert_eq!(bench.m.ask(write).status, blkif::STATUS_OKAY);
+}
+
+#[test]
 fn disk_that_is_let_go_can_be_taken_away() {
     let bench = Bench::new();
     bench.m.bus.let_go().unwrap();
