@@ -276,6 +276,18 @@ impl Instance {
         }
     }
 
+    /// Whether no domain has this name.
+    pub(crate) fn check_free(&self, name: &str) -> Result<()> {
+        let mut entries = self.registry.entries()?.into_iter();
+        match entries.find(|entry| entry.record.name == name) {
+            Some(entry) => Err(Error::NameTaken {
+                name: entry.record.name,
+                domid: entry.domid,
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// Gives its name and UUID up to a domain that comes behind it.
     pub(crate) fn become_another(
         &self,

@@ -51,6 +51,10 @@ pub(crate) fn answer(
         Ok(passport) => passport,
         Err(fault) => return refused(fault.to_string()),
     };
+    let away = away_name(&instance.identity().0);
+    if let Err(fault) = instance.check_free(&away) {
+        return refused(format!("its name here is to be {away}: {fault}"));
+    }
     let saved = SavedConfig {
         passport: Some(passport),
         ..SavedConfig::new(instance, config)
@@ -118,7 +122,11 @@ impl Move<'_> {
             .map_err(AnyError::from)
             .and_then(|_| self.receive(reader))
             .and_then(|step| match step {
-                MoveStep::GiveAway => self.give_away(),
+                // The other side has what the guest needs to go on, until the command knows.
+                MoveStep::GiveAway => self.give_away().inspect_err(|fault| {
+                    let message = fault.to_string();
+                    let _ = protocol::send(self.stream, &Reply::Error { message });
+                }),
                 step => Err(format!("it was not given away, but {step:?}").into()),
             });
         if let Err(fault) = given {

@@ -226,6 +226,31 @@ fn migration_that_fails_lets_the_guest_go_on() {
 }
 
 #[test]
+fn domain_that_cannot_be_given_away_goes_on() {
+    let bench = bench_with("hello");
+    let mut mover = Mover::new(&bench, 1);
+    mover.configuration();
+    bench.create("one--migratedaway", &[]);
+    mover.rest();
+    // The other side has the disks until the command knows.
+    let taken = bench.path("kernel.taken");
+    fs::write(&taken, "").expect("writable");
+    mover.say("\"give-away\"");
+    let answer = mover.hear();
+    assert!(answer.contains("exists already"), "{answer}");
+    fs::remove_file(&taken).expect("it was there");
+    until("the guest goes on", || said(&bench, "resumed") == 1);
+    assert_eq!(bench.row("one").expect("it runs")[4], "-b----");
+    drop(mover);
+    // Another time it is known before.
+    let fault = bench.fails(1, &["migrate", "-s", "", "one", &receive()]);
+    assert!(fault.contains("one--migratedaway"), "{fault}");
+    assert_eq!(said(&bench, "suspended"), 1);
+    bench.ok(&["destroy", "one--migratedaway"]);
+    bench.ok(&["destroy", "one"]);
+}
+
+#[test]
 fn domain_that_runs_there_for_all_anybody_knows_is_held_here() {
     let bench = bench_with("hello");
     // It runs, and the last answer is lost.
