@@ -263,6 +263,11 @@ impl Domain {
         write(self, states, to, live)
     }
 
+    /// Whether the vCPUs are held because the guest is suspended.
+    pub fn is_suspended(&self) -> bool {
+        self.run.suspension().is_held()
+    }
+
     /// Ends a suspended domain, which is somewhere else now; false where it has gone on.
     pub fn end_saved(&self) -> bool {
         self.run

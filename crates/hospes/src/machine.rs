@@ -381,6 +381,10 @@ impl Machine for Running {
         Ok(self.0.suspend(given_up)?)
     }
 
+    fn is_suspended(&self) -> bool {
+        self.0.is_suspended()
+    }
+
     fn send_live(
         &self,
         to: &mut SaveStream<'_>,

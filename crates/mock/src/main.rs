@@ -6,7 +6,7 @@
 //! attached, one called `stuck` is not given back but by force. With `deaf` in its kernel command line it does not follow requests to shut down,
 //! for which a process that is asked to end gives it two seconds. A kernel that is no file is an error. It suspends itself when it is to be saved, unless it
 //! is paused, and what is saved of it is what it was told last; `broken` cannot be saved, and what is no text cannot be restored. To another host `foreign` is not
-//! admitted, `unwelcome` fails there, and `clings` fails when its devices are let go of; they cannot be had again while beside its kernel there is a file `.taken`.
+//! admitted, `unwelcome` fails there, and `clings` fails when its devices are let go of, after which `restless` does not stay suspended; they cannot be had again while beside its kernel there is a file `.taken`.
 #![forbid(unsafe_code)]
 
 use std::io::Write;
@@ -289,6 +289,10 @@ impl Machine for Mock {
         Ok(())
     }
 
+    fn is_suspended(&self) -> bool {
+        self.lock().suspended
+    }
+
     fn save(&self, to: &mut SaveStream<'_>) -> Result<(), MachineError> {
         let heard = self.lock().heard.clone();
         if heard == "broken" {
@@ -319,9 +323,14 @@ impl Machine for Mock {
         state.let_go = true;
         say(&mut state, "let go");
         match &state.heard[..] {
-            "clings" => Err("the disk fails".into()),
-            _ => Ok(()),
+            "clings" => return Err("the disk fails".into()),
+            "restless" => {
+                state.suspended = false;
+                say(&mut state, "resumed");
+            }
+            _ => {}
         }
+        Ok(())
     }
 
     fn take_again(&self) -> Result<(), MachineError> {

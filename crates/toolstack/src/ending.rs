@@ -82,18 +82,13 @@ impl Ending {
             instance.destroy();
             return Ok(());
         }
-        if instance
-            .may_be_asked()
-            .inspect_err(|_| instance.destroy())?
-            .is_none()
-        {
+        // One that is paused, or about to be saved, cannot follow.
+        let awake = instance.wake().inspect_err(|_| instance.destroy())?;
+        if !awake {
             return Ok(());
         }
-        let machine = instance.machine();
-        // One that is paused, or about to be saved, cannot follow.
-        machine.unpause();
-        machine.resume();
-        machine
+        instance
+            .machine()
             .request_shutdown(kind)
             .inspect_err(|_| instance.destroy())
     }

@@ -203,6 +203,9 @@ impl Move<'_> {
 
     /// Name and UUID are the other domain's, also where that is on this host.
     fn give_away(&self) -> StdResult<()> {
+        if !self.instance.machine().is_suspended() {
+            return Err("its guest has gone on meanwhile".into());
+        }
         let (name, uuid) = self.instance.identity();
         let away = (away_name(&name), launch::random_uuid()?);
         self.instance

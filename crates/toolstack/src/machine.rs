@@ -192,6 +192,11 @@ pub trait Machine: Send + Sync {
         Err(cannot("be saved"))
     }
 
+    /// Whether the guest is suspended and stays so before [`Machine::resume`].
+    fn is_suspended(&self) -> bool {
+        false
+    }
+
     /// Sends most of the memory of a machine that runs, in rounds, each of which is told to `progress`: [`Machine::save`], into the same stream, sends what is left
     /// then. Asks `given_up` now and then whether to go on.
     fn send_live(

@@ -100,11 +100,17 @@ impl Instance {
         }
     }
 
-    /// A domain that is asked to end for good: whether its guest can be asked now (`None` where that has to wait), or why not.
-    pub(crate) fn may_be_asked(&self) -> std::result::Result<Option<()>, String> {
-        match &*lock(&self.standing) {
-            Standing::Here => Ok(Some(())),
-            Standing::Leaving(_) => Ok(None),
+    /// Has the guest of a domain that is asked to end for good run, so that it can follow; false where that has to wait, or why it cannot be. Nothing can make the
+    /// domain leave meanwhile.
+    pub(crate) fn wake(&self) -> std::result::Result<bool, String> {
+        let standing = lock(&self.standing);
+        match &*standing {
+            Standing::Here => {
+                self.machine().unpause();
+                self.machine().resume();
+                Ok(true)
+            }
+            Standing::Leaving(_) => Ok(false),
             Standing::Arriving => Err(ARRIVING.into()),
             Standing::Held(why, _) => Err(why.clone()),
         }

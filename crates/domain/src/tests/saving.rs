@@ -119,6 +119,7 @@ fn changed(bytes: &[u8], change: impl Fn(&mut Value), page: Option<u64>) -> Vec<
 #[test]
 fn saved_domain_goes_on_in_a_new_one() {
     let d = suspended();
+    assert!(d.is_suspended());
     let time = d.xen().system_time_ns();
     let bytes = saved(&d);
     assert!(
@@ -198,6 +199,7 @@ fn paused_while_it_is_suspended_stays_paused() {
 fn suspend_is_refused_where_no_guest_can_follow() {
     let d = domain(|_| Exit::Yield);
     assert!(matches!(d.suspend(&|| false), Err(RequestError::Paused)));
+    assert!(!d.is_suspended());
     d.unpause();
     assert!(matches!(d.suspend(&|| true), Err(RequestError::TakenBack)));
     let node = "/local/domain/3/control/shutdown";

@@ -203,6 +203,9 @@ fn migration_that_fails_lets_the_guest_go_on() {
     tell(&bench, "unwelcome");
     let fault = stays(&bench, &receive(), 3);
     assert!(fault.contains("there is no place for it"), "{fault}");
+    tell(&bench, "restless");
+    let fault = stays(&bench, &receive(), 4);
+    assert!(fault.contains("its guest has gone on"), "{fault}");
     tell(&bench, "hello");
     // Of what is sent the target gets so many bytes, and of what it answers the source.
     let first = |bytes| {
@@ -213,14 +216,14 @@ fn migration_that_fails_lets_the_guest_go_on() {
     let to = |bytes| format!("{} | {}", first(bytes), receive());
     let back = |bytes| cut_back(&first(bytes));
     for bytes in [0, 30, 200] {
-        stays(&bench, &to(bytes), 3);
+        stays(&bench, &to(bytes), 4);
     }
     for bytes in [0, 20] {
-        stays(&bench, &back(bytes), 3);
+        stays(&bench, &back(bytes), 4);
     }
-    stays(&bench, &to(3000), 4);
+    stays(&bench, &to(3000), 5);
     // Up to and including the answer that it would take the domain.
-    stays(&bench, &cut_back("sed -u /ready/Q"), 5);
+    stays(&bench, &cut_back("sed -u /ready/Q"), 6);
     bench.ok(&["migrate", "-s", "", "one", &receive()]);
     bench.ok(&["destroy", "one"]);
 }
