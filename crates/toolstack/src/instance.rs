@@ -1,12 +1,13 @@
 //! One domain id: its machine, its record, and how far it has come.
 
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use hospes_config::{DiskConfig, DomainConfig, Uuid, Vdev, VifConfig};
 use hospes_units::DomId;
 
+use crate::busy::Line;
 use crate::error::{Error, Result};
 use crate::hub::ConsoleHub;
 use crate::log::log;
@@ -40,25 +41,14 @@ pub(crate) struct Instance {
     registry: Registry,
     record: Mutex<Record>,
     /// Held while the record and the machine are changed together.
-    changes: Mutex<()>,
-    saving: AtomicBool,
+    pub(crate) changes: Mutex<()>,
+    pub(crate) saving: AtomicBool,
+    pub(crate) line: Mutex<Line>,
     pub(crate) standing: Mutex<Standing>,
     machine: Arc<dyn Machine>,
     hub: Arc<ConsoleHub>,
     progress: Mutex<Progress>,
     changed: Condvar,
-}
-
-/// While there is one the domain is being saved.
-pub(crate) struct Saving<'a> {
-    instance: &'a Instance,
-    _changes: MutexGuard<'a, ()>,
-}
-
-impl Drop for Saving<'_> {
-    fn drop(&mut self) {
-        self.instance.saving.store(false, SeqCst);
-    }
 }
 
 /// Why a change to a running domain was not made.
@@ -104,6 +94,7 @@ impl Instance {
             record: Mutex::new(record),
             changes: Mutex::default(),
             saving: AtomicBool::new(false),
+            line: Mutex::default(),
             standing: Mutex::default(),
             machine,
             hub,
@@ -195,23 +186,6 @@ impl Instance {
     /// The configuration of the next start, where it was set apart.
     pub(crate) fn prepared_config(&self) -> Option<DomainConfig> {
         lock(&self.record).next.clone()
-    }
-
-    /// What is said to those who want something of a domain that is being saved.
-    pub(crate) const SAVING: &str = "it is being saved: try again when that has ended";
-
-    /// Keeps the domain's devices and settings as they are; `None` where it is being saved already.
-    pub(crate) fn begin_save(&self) -> Option<Saving<'_>> {
-        // Whoever holds a domain decides what becomes of it first.
-        let free = self.held().is_none() && !self.saving.swap(true, SeqCst);
-        free.then(|| Saving {
-            instance: self,
-            _changes: lock(&self.changes),
-        })
-    }
-
-    pub(crate) fn is_being_saved(&self) -> bool {
-        self.saving.load(SeqCst)
     }
 
     /// Changes the record, here and in the registry.

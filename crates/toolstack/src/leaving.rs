@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use hospes_config::DomainConfig;
 use hospes_migration::Writer;
 
+use crate::busy::Saving;
 use crate::ending::Ending;
-use crate::instance::{Instance, Saving};
+use crate::instance::Instance;
 use crate::launch;
 use crate::log::log;
 use crate::machine::{LiveRound, Machine};
@@ -51,6 +52,9 @@ pub(crate) fn answer(
         Ok(passport) => passport,
         Err(fault) => return refused(fault.to_string()),
     };
+    if let Err(fault) = instance.end_client_too(stream) {
+        return refused(fault.to_string());
+    }
     let away = away_name(&instance.identity().0);
     if let Err(fault) = instance.check_free(&away) {
         return refused(format!("its name here is to be {away}: {fault}"));
@@ -138,6 +142,7 @@ impl Move<'_> {
         let told = protocol::send(self.stream, &Reply::Done);
         let told = told.map_err(AnyError::from).and_then(|told| Ok(told?));
         let verdict = told.and_then(|()| self.receive(reader));
+        // With it the client hears of the end.
         drop(changes);
         match verdict {
             Ok(MoveStep::Ended) if instance.machine().end_saved() => {

@@ -16,6 +16,7 @@
 //! sends is bounded and checked. What the guest prints is bounded too: history, queues and log files have limits.
 #![forbid(unsafe_code)]
 
+mod busy;
 mod client;
 mod clock;
 mod each;

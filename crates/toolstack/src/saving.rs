@@ -340,7 +340,12 @@ pub(crate) fn answer(
             message: fault.to_string(),
         }));
     }
-    let sent = send_stream(stream, instance, config).and_then(|()| receive_verdict(stream, reader));
+    let sent = instance
+        .end_client_too(stream)
+        .map_err(AnyError::from)
+        .and_then(|()| send_stream(stream, instance, config))
+        .and_then(|()| receive_verdict(stream, reader));
+    instance.let_client_be();
     match sent {
         Ok(AfterSave::Destroy) if machine.end_saved() => {
             log!("The domain is saved");

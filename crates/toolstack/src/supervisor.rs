@@ -271,6 +271,7 @@ impl<'a> Supervisor<'a> {
                 std::process::id()
             );
             let reason = current.instance.machine().wait();
+            current.instance.hang_up();
             self.report(domid, &reason);
             let (action, mut next) = choose(&reason, &current.instance.config().on);
             if let Some(action) = action {

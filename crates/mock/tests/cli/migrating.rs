@@ -437,6 +437,30 @@ fn command_that_is_killed_leaves_one_guest() {
 }
 
 #[test]
+fn guest_that_ends_waits_for_no_command() {
+    let bench = bench_with("hello");
+    for id in 1..4 {
+        let mut mover = Mover::new(&bench, id);
+        mover.configuration();
+        // The command is to say that the other host would take it.
+        let mut console = bench.spawn(&["console", "one"]);
+        console.send("reboot\n");
+        let stream = mover.0.get_ref();
+        let long = std::time::Duration::from_secs(20);
+        stream.set_read_timeout(Some(long)).expect("a time");
+        let mut rest = Vec::new();
+        mover.0.read_to_end(&mut rest).expect("it ends");
+        assert!(rest.is_empty(), "{rest:?}");
+        until("the next start", || {
+            bench
+                .row("one")
+                .is_some_and(|row| row[1] == (id + 1).to_string())
+        });
+    }
+    bench.ok(&["destroy", "one"]);
+}
+
+#[test]
 fn domain_whose_disks_are_taken_waits_for_them_and_is_held() {
     let bench = bench_with("clings");
     let taken = bench.path("kernel.taken");

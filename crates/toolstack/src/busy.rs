@@ -1,0 +1,80 @@
+//! That a domain is being saved or moved, and by whom.
+
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::MutexGuard;
+use std::sync::atomic::Ordering::SeqCst;
+
+use crate::instance::{Instance, lock};
+use crate::log::log;
+
+/// While there is one the domain is being saved.
+pub(crate) struct Saving<'a> {
+    instance: &'a Instance,
+    _changes: MutexGuard<'a, ()>,
+}
+
+impl Drop for Saving<'_> {
+    fn drop(&mut self) {
+        self.instance.let_client_be();
+        self.instance.saving.store(false, SeqCst);
+    }
+}
+
+/// The connection of the client that gets the domain.
+#[derive(Default)]
+pub(crate) struct Line {
+    client: Option<UnixStream>,
+    /// The machine has ended: nobody waits for a client any more.
+    ended: bool,
+}
+
+fn cut(client: &UnixStream) {
+    if let Err(fault) = client.shutdown(Shutdown::Both) {
+        log!("a connection cannot be closed: {fault}");
+    }
+}
+
+impl Instance {
+    /// What is said to those who want something of a domain that is being saved.
+    pub(crate) const SAVING: &str = "it is being saved: try again when that has ended";
+
+    /// Keeps the domain's devices and settings as they are; `None` where it is being saved already.
+    pub(crate) fn begin_save(&self) -> Option<Saving<'_>> {
+        // Whoever holds a domain decides what becomes of it first.
+        let free = self.held().is_none() && !self.saving.swap(true, SeqCst);
+        free.then(|| Saving {
+            instance: self,
+            _changes: lock(&self.changes),
+        })
+    }
+
+    pub(crate) fn is_being_saved(&self) -> bool {
+        self.saving.load(SeqCst)
+    }
+
+    /// From here on what is read from the client, and written to it, ends with the machine.
+    pub(crate) fn end_client_too(&self, client: &UnixStream) -> std::io::Result<()> {
+        let client = client.try_clone()?;
+        let mut line = lock(&self.line);
+        if line.ended {
+            cut(&client);
+        }
+        line.client = Some(client);
+        Ok(())
+    }
+
+    /// The client is to hear of the machine's end.
+    pub(crate) fn let_client_be(&self) {
+        lock(&self.line).client = None;
+    }
+
+    /// The machine has ended. Who waits for a client keeps its memory, and its settings as they are: that is over too.
+    pub(crate) fn hang_up(&self) {
+        let mut line = lock(&self.line);
+        line.ended = true;
+        if let Some(client) = line.client.take() {
+            cut(&client);
+        }
+    }
+}
