@@ -159,6 +159,8 @@ impl Domain {
     ) -> Result<Live, SaveError> {
         let go_on = || match self.run.end_reason() {
             Some(reason) => Err(RequestError::Ended(reason).into()),
+            // It could not suspend itself in the end.
+            None if self.run.is_paused() => Err(RequestError::Paused.into()),
             None if given_up() => Err(RequestError::TakenBack.into()),
             None => Ok(()),
         };

@@ -152,6 +152,12 @@ fn guest_goes_on_unlogged_when_it_is_not_sent() {
         assert_eq!(end.expect_err("given up").to_string(), taken_back);
         assert!(!is_logged(&d));
     }
+    d.pause();
+    let paused = SaveError::Request(RequestError::Paused).to_string();
+    let end = send(usize::MAX, 9);
+    assert_eq!(end.expect_err("paused").to_string(), paused);
+    assert!(!is_logged(&d));
+    d.unpause();
     let live = send(usize::MAX, 9).unwrap();
     assert!(is_logged(&d));
     drop(live);
