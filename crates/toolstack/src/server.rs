@@ -292,10 +292,7 @@ fn answer(
     }
     Some(match request {
         Request::Info => Reply::Info(instance.info()),
-        Request::Pause => {
-            machine.pause();
-            Reply::Done
-        }
+        Request::Pause => done(instance.pause()),
         Request::Unpause => done(instance.unpause()),
         Request::Shutdown { kind, last: true } => done(ending.ask(kind)),
         Request::Shutdown { kind, .. } => done(machine.request_shutdown(kind)),

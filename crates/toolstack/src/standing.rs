@@ -22,6 +22,8 @@ pub(crate) enum Standing {
 
 /// What is said to those who want something of a domain that is not here yet.
 const ARRIVING: &str = "it is on its way here from another host: try again when it has arrived";
+/// The same of one that may be somewhere else soon.
+const LEAVING: &str = "it is being migrated: try again when that has ended";
 
 impl Instance {
     pub(crate) fn set_standing(&self, standing: Standing) {
@@ -52,6 +54,16 @@ impl Instance {
             Standing::Leaving(_) => Some(Instance::SAVING.into()),
             Standing::Here => self.is_being_saved().then(|| Instance::SAVING.into()),
         }
+    }
+
+    /// Pauses the domain. One that is on its way would not stay so.
+    pub(crate) fn pause(&self) -> std::result::Result<(), ChangeError> {
+        match &*lock(&self.standing) {
+            Standing::Arriving => return Err(ChangeError::Moving(ARRIVING)),
+            Standing::Leaving(_) => return Err(ChangeError::Moving(LEAVING)),
+            Standing::Here | Standing::Held(..) => self.machine().pause(),
+        }
+        Ok(())
     }
 
     /// Unpauses the domain. One that is held goes on here, as the user says that it runs nowhere else.

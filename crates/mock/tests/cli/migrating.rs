@@ -421,6 +421,8 @@ fn command_that_is_killed_leaves_one_guest() {
     last.say("\"give-away\"");
     assert!(last.hear().contains("done"));
     assert_eq!(names(&bench), ["one--migratedaway"]);
+    let refused = bench.fails(1, &["pause", "one--migratedaway"]);
+    assert!(refused.contains("it is being migrated"), "{refused}");
     drop(last);
     until("it is held", || {
         bench
