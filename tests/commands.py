@@ -676,11 +676,11 @@ def run(test):
         test(Bench(stack))
 
 
-def main():
-    wanted = {test.__name__: functools.partial(run, test) for test in TESTS}
-    chosen = runner.select(runner.parser(__doc__).parse_args(), wanted)
+def main(doc, tests):
+    wanted = {test.__name__: functools.partial(run, test) for test in tests}
+    chosen = runner.select(runner.parser(doc).parse_args(), wanted)
     return runner.conclude([runner.passes(name, wanted[name]) for name in chosen])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, TESTS))

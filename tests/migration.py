@@ -8,7 +8,6 @@ network namespace of its own. The last line is "N passed, N failed"; the exit st
 """
 
 import contextlib
-import functools
 import json
 import os
 import pathlib
@@ -19,7 +18,6 @@ import sys
 import time
 
 import commands
-import runner
 from commands import Shell, wait_until
 from runner import expect
 
@@ -238,16 +236,5 @@ TESTS = (
 )
 
 
-def run(test):
-    with contextlib.ExitStack() as stack:
-        test(commands.Bench(stack))
-
-
-def main():
-    wanted = {test.__name__: functools.partial(run, test) for test in TESTS}
-    chosen = runner.select(runner.parser(__doc__).parse_args(), wanted)
-    return runner.conclude([runner.passes(name, wanted[name]) for name in chosen])
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.main(__doc__, TESTS))

@@ -57,7 +57,7 @@ pub use devices::{AttachError, DiskSpec, VifSpec};
 pub use error::{CreateError, RequestError};
 pub use hospes_backends::{frame, net};
 pub use hospes_image::Format as ImageFormat;
-pub use live::{Live, LivePolicy, LiveRound};
+pub use live::{Live, LivePolicy};
 pub use passport::Host;
 pub use placement::Affinity;
 pub use run::EndReason;

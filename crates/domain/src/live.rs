@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use hospes_memory::FrameSet;
-use hospes_migration::PAGE_BYTES;
+use hospes_migration::{LiveRound, PAGE_BYTES};
 use hospes_xen::Xen;
 
 use crate::pages::{PASSES_MAX, Sent, ram_pages};
@@ -31,19 +31,6 @@ impl Default for LivePolicy {
             rounds_max: 30,
         }
     }
-}
-
-/// A round that has ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LiveRound {
-    /// From 1.
-    pub number: u32,
-    /// Pages that were sent in it.
-    pub pages: u64,
-    /// Bytes of pages in a second, in all rounds so far.
-    pub bytes_per_s: u64,
-    /// Pages that were written meanwhile, empty ones among them.
-    pub left: u64,
 }
 
 /// A guest's memory, most of which is on the other side of a stream. The guest runs, and what it writes is logged for as long as this value lives.

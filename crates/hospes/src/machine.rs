@@ -391,16 +391,8 @@ impl Machine for Running {
         progress: &mut dyn FnMut(LiveRound),
         given_up: &dyn Fn() -> bool,
     ) -> Result<(), MachineError> {
-        let mut told = |round: hospes_domain::LiveRound| {
-            progress(LiveRound {
-                number: round.number,
-                pages: round.pages,
-                bytes_per_s: round.bytes_per_s,
-                left: round.left,
-            });
-        };
         let policy = LivePolicy::default();
-        let live = self.0.send_live(to, policy, &mut told, given_up)?;
+        let live = self.0.send_live(to, policy, progress, given_up)?;
         *self.live() = Some(live);
         Ok(())
     }

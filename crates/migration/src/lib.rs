@@ -54,6 +54,19 @@ pub enum StreamError {
     Write(io::Error),
 }
 
+/// A round in which pages were sent while their guest ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LiveRound {
+    /// From 1.
+    pub number: u32,
+    /// Pages that were sent in it.
+    pub pages: u64,
+    /// Bytes of pages in a second, in all rounds so far.
+    pub bytes_per_s: u64,
+    /// Pages that were written meanwhile, empty ones among them.
+    pub left: u64,
+}
+
 /// What a record is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]

@@ -8,14 +8,14 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use hospes_config::DomainConfig;
-use hospes_migration::Writer;
+use hospes_migration::{LiveRound, Writer};
 
 use crate::busy::Saving;
 use crate::ending::Ending;
 use crate::instance::Instance;
 use crate::launch;
 use crate::log::log;
-use crate::machine::{LiveRound, Machine};
+use crate::machine::Machine;
 use crate::protocol::{self, MoveStep, Reply, away_name};
 use crate::saving::{Answer, AnyError, BUFFER, SavedConfig};
 use crate::standing::Standing;

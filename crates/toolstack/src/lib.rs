@@ -48,10 +48,10 @@ pub use client::{Host, Watch};
 pub use each::{Answer, Answers};
 pub use error::{Error, Result};
 pub use handover::{MoveOptions, MoveWatcher};
+pub use hospes_migration::LiveRound;
 pub use launch::{CreateRequest, Created, random_uuid};
 pub use machine::{
-    LiveRound, Machine, MachineError, MachineFactory, MachineInfo, MachineSpec, SaveStream,
-    SavedStream,
+    Machine, MachineError, MachineFactory, MachineInfo, MachineSpec, SaveStream, SavedStream,
 };
 pub use paths::Paths;
 pub use process::domain_process;

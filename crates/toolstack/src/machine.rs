@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
-use hospes_migration::{Reader, Writer};
+use hospes_migration::{LiveRound, Reader, Writer};
 use hospes_store_server::StoreClient;
 use hospes_units::DomId;
 
@@ -50,19 +50,6 @@ pub struct MachineInfo {
     /// All vCPUs wait for something.
     pub blocked: bool,
     pub paused: bool,
-}
-
-/// A round in which memory was sent while its guest ran.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LiveRound {
-    /// From 1.
-    pub number: u32,
-    /// Pages that were sent in it.
-    pub pages: u64,
-    /// Bytes of pages in a second, in all rounds so far.
-    pub bytes_per_s: u64,
-    /// Pages that were written meanwhile.
-    pub left: u64,
 }
 
 /// One machine. It is made paused. All methods may be called from any thread and, but for [`Machine::wait`], return soon.

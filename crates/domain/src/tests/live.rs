@@ -1,5 +1,6 @@
 //! Memory that is sent while its guest writes it.
 
+use hospes_migration::LiveRound;
 use std::io::ErrorKind;
 use std::sync::atomic::AtomicBool;
 
