@@ -370,6 +370,20 @@ def bridge_is_used_as_it_is(run):
     expect_clean(run)
 
 
+def bridge_of_xen_needs_no_script(run):
+    # Where Xen is not installed; no word of a bridge means Xen's.
+    expect(not os.path.exists("/etc/xen/scripts/vif-bridge"), "Xen's scripts are installed here")
+    for bridge, keys in (("br7", "script=/etc/xen/scripts/vif-bridge,bridge=br7"), ("xenbr0", "script=vif-bridge")):
+        missing = run.hospes("create", "/dev/null", 'name="missing"', f'kernel="{vm.GUESTS}/vmlinuz-cloud"', "memory=256", f"vif=['{keys}']")
+        expect(missing.returncode == 1 and f"no bridge {bridge}" in missing.stderr, f"a missing bridge: {missing.stderr}")
+        host(f"ip link add {bridge} type bridge && ip link set {bridge} up")
+        with Shell(run, "bridged", f"'{keys},vifname=wire7'") as guest:
+            expect(bridge in host("ip -o link show wire7"), f"the interface is not on {bridge}")
+            guest.off()
+        host(f"ip link del {bridge}")
+    expect_clean(run)
+
+
 def script_is_called_as_xen_calls_it(run):
     log, script = os.path.join(run.path, "log"), os.path.join(run.path, "vif-test")
     with open(script, "w", encoding="utf-8") as handle:
@@ -452,7 +466,7 @@ def comes_and_goes_while_the_guest_runs(run):
 TESTS = (
     guests_find_host_and_each_other, carries_much_and_unharmed, rate_is_what_one_flow_gets,
     outside_is_reached_but_does_not_reach, guest_speaks_for_itself_only, killed_leave_nothing_for_good, reboot_keeps_the_address, bridge_is_used_as_it_is,
-    script_is_called_as_xen_calls_it, user_mode_needs_no_interface, driver_starts_over,
+    bridge_of_xen_needs_no_script, script_is_called_as_xen_calls_it, user_mode_needs_no_interface, driver_starts_over,
     comes_and_goes_while_the_guest_runs,
 )
 
@@ -463,7 +477,7 @@ def run(test):
             test(directory)
     except runner.ERRORS:
         # What a failed test leaves must not make the next one fail.
-        host("for l in $(ip -o link | grep -oE 'hospes[0-9]+|br7|out0'); do ip link del $l; done; nft flush ruleset",
+        host("for l in $(ip -o link | grep -oE 'hospes[0-9]+|br7|xenbr0|out0'); do ip link del $l; done; nft flush ruleset",
              check=False)
         raise
 

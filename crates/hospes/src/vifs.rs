@@ -1,5 +1,6 @@
 //! Network interfaces of a configuration: plugged into the host's networks, and as the domain takes them.
 
+use std::borrow::Cow;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,6 +13,8 @@ use hospes_hostnet::{self as hostnet, Action, Network, Request, Script};
 use hospes_toolstack::{self as toolstack, MachineError, Paths};
 use hospes_units::DomId;
 
+/// The bridge that xl takes where none is named.
+const XEN_BRIDGE: &str = "xenbr0";
 /// More queues do not carry more, but take a thread each.
 const QUEUES_MAX: u32 = 4;
 
@@ -51,6 +54,7 @@ impl Plug {
 
     /// Plugs an interface in; the error is a sentence for the user.
     pub fn one(&self, vif: &VifConfig) -> Result<(VifSpec, Vec<Script>), MachineError> {
+        let vif = &*without_bridge_script(vif, Script::is_installed);
         let devid = vif.devid.unwrap_or(0);
         if !matches!(vif.backend.as_str(), "" | "0" | "Domain-0") {
             return Err(format!(
@@ -155,7 +159,8 @@ impl Plug {
 
 /// Whether the host has what an interface is to be plugged into.
 pub fn check(vif: &VifConfig) -> Result<(), MachineError> {
-    let Network::Bridge(bridge) = network(vif) else {
+    let vif = without_bridge_script(vif, Script::is_installed);
+    let Network::Bridge(bridge) = network(&vif) else {
         return Ok(());
     };
     let path = Path::new("/sys/class/net").join(&bridge).join("bridge");
@@ -166,6 +171,21 @@ pub fn check(vif: &VifConfig) -> Result<(), MachineError> {
         "there is no bridge {bridge}: make it there, or give another configuration with -C"
     )
     .into())
+}
+
+/// An interface that names Xen's script for bridges where Xen's scripts are not installed is one on the bridge that the script would have put it on.
+fn without_bridge_script(vif: &VifConfig, installed: impl Fn(&str) -> bool) -> Cow<'_, VifConfig> {
+    match &vif.script {
+        Some(script) if Script::is_for_bridges(script) && !installed(script) => {
+            let bridge = vif.bridge.clone();
+            Cow::Owned(VifConfig {
+                script: None,
+                bridge: bridge.or_else(|| Some(XEN_BRIDGE.into())),
+                ..vif.clone()
+            })
+        }
+        _ => Cow::Borrowed(vif),
+    }
 }
 
 /// What an interface is plugged into.
@@ -248,6 +268,28 @@ pub fn bring_online(scripts: &[Script]) -> Result<(), MachineError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn xens_script_for_bridges_is_a_bridge_where_it_is_not_installed() {
+        let bridge = |name: &str| Network::Bridge(name.into());
+        for (spec, installed, expected) in [
+            ("script=vif-bridge", false, bridge("xenbr0")),
+            ("script=vif-bridge,bridge=br7", false, bridge("br7")),
+            (
+                "bridge=br7,script=/etc/xen/scripts/vif-bridge",
+                false,
+                bridge("br7"),
+            ),
+            ("script=vif-bridge,bridge=br7", true, Network::Script),
+            ("script=vif-route", false, Network::Script),
+            ("script=/x/vif-bridge", false, Network::Script),
+            ("script=vif-bridge,type=user", false, Network::User),
+        ] {
+            let vif = VifConfig::parse(spec).unwrap();
+            let found = network(&without_bridge_script(&vif, |_| installed));
+            assert_eq!(found, expected, "{spec} {installed}");
+        }
+    }
 
     #[test]
     fn wanted_is_the_first_address_that_is_no_network() {

@@ -65,7 +65,7 @@ pub enum Error {
     )]
     BadName(String),
     #[error(
-        "there is no bridge {0}: make it, or leave `bridge` out for the network that Hospes makes itself"
+        "there is no bridge {0}: make it, or leave `bridge` and `script` out for the network that Hospes makes itself"
     )]
     NoBridge(String),
     #[error("the interface {0} is not a bridge")]

@@ -8,6 +8,9 @@ use crate::tools::{self, run_with};
 /// Where scripts without a path lie.
 const DIRECTORY: &str = "/etc/xen/scripts";
 
+/// Xen's own script for bridges: it puts the tap on the bridge, as [`open`](crate::open) does without it.
+const BRIDGE_SCRIPT: &str = "vif-bridge";
+
 /// What happens to the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -41,6 +44,16 @@ impl Script {
             bridge: bridge.map(str::to_owned),
             gateway_device: gateway_device.map(str::to_owned),
         }
+    }
+
+    /// Whether this is Xen's own script for bridges, by its name alone or with the directory of Xen's scripts.
+    pub fn is_for_bridges(program: &str) -> bool {
+        Path::new(DIRECTORY).join(program) == Path::new(DIRECTORY).join(BRIDGE_SCRIPT)
+    }
+
+    /// Whether a script of a configuration is there.
+    pub fn is_installed(program: &str) -> bool {
+        Path::new(DIRECTORY).join(program).exists()
     }
 
     /// The script's whole path.
@@ -88,6 +101,22 @@ mod tests {
             Script::new("/x/y", "b", "v", None, None).program(),
             Path::new("/x/y")
         );
+    }
+
+    #[test]
+    fn script_for_bridges_is_known_by_both_of_its_names() {
+        for (program, expected) in [
+            ("vif-bridge", true),
+            ("/etc/xen/scripts/vif-bridge", true),
+            ("/etc/xen/scripts//vif-bridge", true),
+            ("vif-route", false),
+            ("/usr/local/bin/vif-bridge", false),
+            ("vif-bridge2", false),
+        ] {
+            assert_eq!(Script::is_for_bridges(program), expected, "{program}");
+        }
+        assert!(!Script::is_installed("/nonexistent/vif-bridge"));
+        assert!(Script::is_installed("/"));
     }
 
     #[test]
