@@ -5,7 +5,7 @@ use std::io::Read;
 
 use anyhow::{Context, anyhow, bail};
 use hospes_config::{Diagnostic, DomainConfig, MAX_SOURCE_BYTES, Severity, Source, load};
-use hospes_toolstack::{CreateRequest, Host, UNATTENDED, Until};
+use hospes_toolstack::{CreateRequest, Created, Host, UNATTENDED, Until};
 use hospes_units::DomId;
 
 use crate::args::Args;
@@ -14,13 +14,59 @@ use crate::output::{json, print};
 use crate::table::Call;
 use crate::{Failure, Global, Outcome, terminal};
 
+/// How long the command stays with the domain that it has made.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Attend {
+    /// `-c`: at its console.
+    pub console: bool,
+    /// `-F`: until it has ended.
+    pub foreground: bool,
+    /// `-p`: leave it paused.
+    pub paused: bool,
+}
+
+impl Attend {
+    pub(crate) fn read(args: &Args) -> Attend {
+        Attend {
+            console: args.has("c"),
+            foreground: args.has("F"),
+            paused: args.has("p"),
+        }
+    }
+
+    /// Whether the domain is to be made paused. Attached before the first instruction, the console shows everything.
+    pub(crate) fn begins_paused(self) -> bool {
+        self.paused || self.console
+    }
+
+    /// Stays with the domain.
+    pub(crate) fn stay(self, host: &Host, created: Created) -> anyhow::Result<()> {
+        let domid = created.domid;
+        let mut ended = false;
+        if self.console {
+            let stream = host.console(&domid.to_string())?;
+            if !self.paused {
+                host.unpause(&domid.to_string())?;
+            }
+            ended = terminal::attach(&stream)? == terminal::Left::Ended;
+        }
+        if self.foreground {
+            wait_for_death(host, domid)?;
+            ended = true;
+        }
+        // The console and the domain end in good order before their process does.
+        if ended {
+            created.wait_process()?;
+        }
+        Ok(())
+    }
+}
+
 #[derive(Debug, Default)]
 struct Options {
     file: Option<String>,
     assignments: Vec<String>,
-    console: bool,
-    foreground: bool,
-    paused: bool,
+    attend: Attend,
     dry_run: bool,
     quiet: bool,
     debug: bool,
@@ -32,9 +78,7 @@ struct Options {
 fn parse(args: &Args, first: usize) -> Result<Options, Failure> {
     let mut options = Options {
         file: args.value("defconfig").map(String::from),
-        console: args.has("c"),
-        foreground: args.has("F"),
-        paused: args.has("p"),
+        attend: Attend::read(args),
         dry_run: args.has("dryrun"),
         quiet: args.has("quiet"),
         debug: args.has("d"),
@@ -140,29 +184,11 @@ fn create_with(global: Global, options: Options) -> anyhow::Result<()> {
         config.on = UNATTENDED;
     }
     let host = Host::from_environment()?;
-    // Attached before the first instruction, the console shows everything.
     let created = host.create(CreateRequest {
         config,
-        paused: options.paused || options.console,
+        paused: options.attend.begins_paused(),
     })?;
-    let domid = created.domid;
-    let mut ended = false;
-    if options.console {
-        let stream = host.console(&domid.to_string())?;
-        if !options.paused {
-            host.unpause(&domid.to_string())?;
-        }
-        ended = terminal::attach(&stream)? == terminal::Left::Ended;
-    }
-    if options.foreground {
-        wait_for_death(&host, domid)?;
-        ended = true;
-    }
-    // The console and the domain end in good order before their process does.
-    if ended {
-        created.wait_process()?;
-    }
-    Ok(())
+    options.attend.stay(&host, created)
 }
 
 /// Follows a domain through its reboots, each of which gives it another id.

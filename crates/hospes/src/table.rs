@@ -326,6 +326,10 @@ pub(crate) const COMMANDS: &[Command] = &[
         options: &[
             Opt::short('c', "let the domain go on when it is saved"),
             Opt::short('p', "leave the domain paused when it is saved"),
+            Opt::short(
+                'D',
+                "accepted; a restored domain gets a new id all the same",
+            ),
         ],
         details: "The guest suspends itself, as its kernel has to know how to: Linux does. FILE is there when it is complete and on the disk; until then, and when \
                   anything fails, a file of that name stays as it is and the guest goes on. It has the guest's memory, so it can be read by its owner alone, and \
@@ -340,6 +344,8 @@ pub(crate) const COMMANDS: &[Command] = &[
         arguments: "[OPTIONS] [CONFIGFILE] FILE",
         summary: "Let a saved domain go on",
         options: &[
+            Opt::short('c', "attach to the console; Ctrl-] leaves it"),
+            Opt::short('F', "stay in the foreground until the domain has ended"),
             Opt::short('p', "leave the domain paused"),
             Opt::short(
                 'e',
@@ -380,7 +386,12 @@ pub(crate) const COMMANDS: &[Command] = &[
                 "send the configuration in FILE in place of the domain's own",
             )
             .with("FILE"),
+            Opt::short('F', "the same as -e, as in xl"),
             Opt::long("debug", "say what happens, and when"),
+            Opt::long(
+                "live",
+                "accepted; the guest runs on while its memory is sent, always",
+            ),
             Opt::short('p', "leave the domain paused there"),
             Opt::short('D', "refused: the domain gets an id of the other host"),
         ],
@@ -403,7 +414,15 @@ pub(crate) const COMMANDS: &[Command] = &[
                 "do nothing when the guest ends: every on_... action is preserve",
             ),
             Opt::short('p', "leave the domain paused"),
-            Opt::long("debug", "say what happens, and when"),
+            Opt::both('d', "debug", "say what happens, and when"),
+            Opt::short(
+                'F',
+                "accepted; the command returns when the domain runs all the same",
+            ),
+            Opt::short(
+                'r',
+                "refused: domains are not kept in two places at once",
+            ),
         ],
         details: "What `migrate' runs on the other host; it reads from standard input and answers on standard output. It can be the forced command of a key in \
                   authorized_keys of sshd(8): who has the key makes domains here, with all rights of the user over the files that their configurations name.",

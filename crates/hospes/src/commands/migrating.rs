@@ -27,7 +27,9 @@ pub(crate) fn migrate(call: &Call) -> Outcome {
     let config = args.value("C");
     let config = config.map(|file| config_in(file, "the domain goes on here"));
     let config = config.transpose()?;
-    let options = options(call);
+    let mut options = options(call);
+    // There is no foreground on the other host: xl makes -e of it.
+    options.unattended |= args.has("F");
     let transport = transport(args.value("s"), target)?;
     let host = Host::from_environment()?;
     let mut shown = Shown::new("Sent", options.debug);
@@ -38,6 +40,11 @@ pub(crate) fn migrate(call: &Call) -> Outcome {
 }
 
 pub(crate) fn receive(call: &Call) -> Outcome {
+    if call.args.has("r") {
+        return Err(Failure::Usage(
+            "domains are not kept in two places at once: leave -r out".into(),
+        ));
+    }
     let host = Host::from_environment()?;
     let options = options(call);
     let open = |stream: std::io::Result<std::os::fd::OwnedFd>| stream.map(File::from);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use hospes_toolstack::{AfterSave, Host, SavedDomain, UNATTENDED};
 
-use crate::create::config_in;
+use crate::create::{Attend, config_in};
 use crate::table::Call;
 use crate::{Failure, Outcome};
 
@@ -29,6 +29,9 @@ pub(crate) fn save(call: &Call) -> Outcome {
         (false, false) => AfterSave::Destroy,
         (_, paused) => AfterSave::GoOn { paused },
     };
+    if call.args.has("D") {
+        eprintln!("note: a restored domain gets a new id, -D is ignored");
+    }
     let host = Host::from_environment()?;
     let domid = host.find(who)?.domid;
     eprintln!("Saving domain {domid} to {path}");
@@ -65,10 +68,12 @@ pub(crate) fn restore(call: &Call) -> Outcome {
     eprintln!("Loading the domain {} from {path}", saved.config.name);
     let host = Host::from_environment()?;
     let mut line = Line::new("Restored");
-    let created = host.restore(saved, call.args.has("p"), &mut |pages| line.show(pages))?;
+    let attend = Attend::read(&call.args);
+    let paused = attend.begins_paused();
+    let created = host.restore(saved, paused, &mut |pages| line.show(pages))?;
     line.end();
     eprintln!("It is domain {}", created.domid);
-    Ok(())
+    Ok(attend.stay(&host, created)?)
 }
 
 /// How far it has come: on a terminal a line that is written over, elsewhere one at the end.

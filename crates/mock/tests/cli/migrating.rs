@@ -114,6 +114,19 @@ fn migrated_domain_goes_on_with_what_it_had() {
 }
 
 #[test]
+fn options_of_xl_are_taken() {
+    let bench = bench_with("hello");
+    let debug = format!("{} -F -d", receive());
+    bench.ok(&["migrate", "--live", "-s", "", "one", &debug]);
+    bench.ok(&["migrate", "--live", "-F", "-s", "", "one", &receive()]);
+    // As with -e, nothing is done with the guest's end.
+    bench.ok(&["shutdown", "-w", "one"]);
+    assert_eq!(bench.row("one").expect("kept")[4], "---s--");
+    let refused = bench.fails(2, &["migrate-receive", "-r"]);
+    assert!(refused.contains("leave -r out"), "{refused}");
+}
+
+#[test]
 fn other_host_is_reached_by_ssh_or_what_stands_for_it() {
     let bench = bench_with("hello");
     let ssh = bench.path("ssh").display().to_string();

@@ -73,6 +73,32 @@ fn saved_domain_ends_and_goes_on_from_its_file_with_what_it_had() {
 }
 
 #[test]
+fn restored_domain_is_attended_as_a_created_one() {
+    let (bench, path) = bench_with("hello");
+    let saved = bench.run(&["save", "-D", "one", &path]);
+    let note = String::from_utf8_lossy(&saved.stderr).into_owned();
+    assert_eq!(saved.status.code(), Some(0), "{note}");
+    assert!(note.contains("-D is ignored"), "{note}");
+    let mut console = bench.spawn(&["restore", "-c", &path]);
+    console.expect("restored: hello");
+    console.send("again\n");
+    console.expect("echo: again");
+    console.send("poweroff\n");
+    assert_eq!(console.wait(), Some(0));
+    let mut console = bench.spawn(&["restore", "-c", "-p", &path]);
+    console.expect("restored: hello");
+    assert_eq!(bench.row("one").expect("it is there")[4], "--p---");
+    bench.ok(&["destroy", "one"]);
+    assert_eq!(console.wait(), Some(0));
+    let mut foreground = bench.spawn(&["restore", "-F", &path]);
+    until("the domain is there", || bench.row("one").is_some());
+    assert!(foreground.child.try_wait().expect("a child").is_none());
+    bench.ok(&["shutdown", "one"]);
+    assert_eq!(foreground.wait(), Some(0));
+    assert_eq!(bench.row("one"), None);
+}
+
+#[test]
 fn checkpoint_lets_the_domain_go_on() {
     let (bench, path) = bench_with("hello");
     bench.ok(&["save", "-c", "one", &path]);
