@@ -25,7 +25,7 @@ help:
 	@echo 'make debian-test        full Debian guests with disks and networks, a part of make test'
 	@echo 'make cut-test           power cuts and kills under guests that write (CUTS=12)'
 	@echo 'make build              build the program alone'
-	@echo 'make install            what was built into PREFIX=/usr/local, with manual pages, completions and, as root, a unit for systemd; XL=1: as xl, too'
+	@echo 'make install            what was built into PREFIX=/usr/local, with manual pages, completions and, as root, a unit for systemd; XL=1: as xl, too, with /etc/xen'
 	@echo 'make uninstall          remove that again'
 	@echo 'make bench              Hospes against this machine, QEMU TCG and User-Mode Linux (BENCH=quick for the first rows, ROWS=a,b, SYSTEMS=a,b, DIRECT=0|1|both)'
 	@echo 'make bench-page         docs/bench-result.md and its plot from the last results'
@@ -45,6 +45,7 @@ build:
 
 # What was built is installed as it is: root needs no Rust for it. Manual pages and completions are made by the program itself, of the
 # tables that it reads arguments and configurations by. The unit and its directory are the host's, so they take root or a DESTDIR.
+# XL=1 is for programs that call xl: many know it as /usr/sbin/xl, and write configurations into /etc/xen.
 install:
 	@test -x '$(BIN)' || { echo '$(BIN) is not there: run `make build` first, as the user whose checkout it is' >&2; exit 2; }
 	install -D -m 755 '$(BIN)' $(DESTDIR)$(PREFIX)/bin/hospes
@@ -69,12 +70,15 @@ install:
 	fi
 	@if [ -n "$(XL)" ]; then \
 	    ln -sf hospes $(DESTDIR)$(PREFIX)/bin/xl && \
+	    install -d -m 755 $(DESTDIR)$(PREFIX)/sbin && \
+	    ln -sf ../bin/hospes $(DESTDIR)$(PREFIX)/sbin/xl && \
 	    ln -sf hospes.1 $(DESTDIR)$(PREFIX)/share/man/man1/xl.1 && \
 	    ln -sf hospes $(DESTDIR)$(PREFIX)/share/bash-completion/completions/xl && \
-	    ln -sf hospes.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/xl.fish; \
+	    ln -sf hospes.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/xl.fish && \
+	    if [ -n "$(DESTDIR)" ] || [ "$$(id -u)" = 0 ]; then install -d -m 755 $(DESTDIR)/etc/xen/auto; fi; \
 	fi
 
-# What is in /etc/hospes stays, and domains run on; xl goes where it is ours.
+# What is in /etc/hospes and /etc/xen stays, and domains run on; xl goes where it is ours.
 uninstall:
 	@if [ -z "$(DESTDIR)" ] && [ -e $(UNITS)/hospes-domains.service ] && command -v systemctl >/dev/null; then \
 	    systemctl disable hospes-domains.service || :; \
@@ -83,9 +87,15 @@ uninstall:
 	    $(DESTDIR)$(PREFIX)/share/man/man5/hospes.cfg.5 $(DESTDIR)$(PREFIX)/share/bash-completion/completions/hospes \
 	    $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_hospes $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/hospes.fish \
 	    $(DESTDIR)$(UNITS)/hospes-domains.service
-	@for link in bin/xl share/man/man1/xl.1 share/bash-completion/completions/xl share/fish/vendor_completions.d/xl.fish; do \
-	    case $$(readlink $(DESTDIR)$(PREFIX)/$$link) in hospes|hospes.1|hospes.fish) rm -f $(DESTDIR)$(PREFIX)/$$link ;; esac; \
-	done
+	@ours=; \
+	for link in bin/xl sbin/xl share/man/man1/xl.1 share/bash-completion/completions/xl share/fish/vendor_completions.d/xl.fish; do \
+	    case $$(readlink $(DESTDIR)$(PREFIX)/$$link) in \
+	        hospes|../bin/hospes|hospes.1|hospes.fish) rm -f $(DESTDIR)$(PREFIX)/$$link; ours=1 ;; \
+	    esac; \
+	done; \
+	if [ -n "$$ours" ] && { [ -n "$(DESTDIR)" ] || [ "$$(id -u)" = 0 ]; }; then \
+	    rmdir --ignore-fail-on-non-empty $(DESTDIR)/etc/xen/auto $(DESTDIR)/etc/xen 2>/dev/null || :; \
+	fi
 
 guests:
 	guests/install.sh build

@@ -140,7 +140,7 @@ class Install(Scripts):
         "bin/hospes", "share/man/man1/hospes.1", "share/man/man5/hospes.cfg.5", "share/bash-completion/completions/hospes",
         "share/zsh/site-functions/_hospes", "share/fish/vendor_completions.d/hospes.fish",
     }
-    OF_XL = {"bin/xl", "share/man/man1/xl.1", "share/bash-completion/completions/xl", "share/fish/vendor_completions.d/xl.fish"}
+    OF_XL = {"bin/xl", "sbin/xl", "share/man/man1/xl.1", "share/bash-completion/completions/xl", "share/fish/vendor_completions.d/xl.fish"}
     UNIT = "lib/systemd/system/hospes-domains.service"
 
     def setUp(self):
@@ -166,12 +166,30 @@ class Install(Scripts):
     def test_package_has_everything_and_is_removed_again(self):
         self.make("install", f"DESTDIR={self.stage}", "XL=1")
         self.assertEqual(self.tree("usr/local"), self.OF_EVERYONE | self.OF_XL | {self.UNIT})
-        self.assertTrue((self.stage / "etc/hospes/auto").is_dir())
+        for directory in ("etc/hospes/auto", "etc/xen/auto"):
+            self.assertTrue((self.stage / directory).is_dir())
+        self.assertEqual((self.stage / "usr/local/sbin/xl").resolve(), self.stage / "usr/local/bin/hospes")
         page = self.stage / "usr/local/share/man/man5/hospes.cfg.5"
         self.assertEqual((page.read_text(), page.stat().st_mode & 0o777), ("made by manual hospes.cfg.5\n", 0o644))
         (self.stage / "etc/hospes/auto/web.cfg").write_text("memory = 512\n")
         self.make("uninstall", f"DESTDIR={self.stage}")
         self.assertEqual(self.tree(), {"etc/hospes/auto/web.cfg"})
+        self.assertFalse((self.stage / "etc/xen").exists())
+
+    def test_what_others_have_put_beside_it_stays(self):
+        self.make("install", f"DESTDIR={self.stage}", "XL=1")
+        for link in ("bin/xl", "sbin/xl"):
+            (self.stage / "usr/local" / link).unlink()
+            (self.stage / "usr/local" / link).symlink_to("../lib/xen/bin/xl")
+        (self.stage / "etc/xen/auto/web").write_text("memory = 512\n")
+        self.make("uninstall", f"DESTDIR={self.stage}")
+        self.assertEqual(self.tree(), {"etc/xen/auto/web", "usr/local/bin/xl", "usr/local/sbin/xl"})
+
+    def test_directories_of_xen_stay_where_xl_is_not_ours(self):
+        (self.stage / "etc/xen/auto").mkdir(parents=True)
+        self.make("install", f"DESTDIR={self.stage}")
+        self.make("uninstall", f"DESTDIR={self.stage}")
+        self.assertTrue((self.stage / "etc/xen/auto").is_dir())
 
     def test_unit_survives_a_domain_that_is_killed_for_lack_of_memory(self):
         self.make("install", f"DESTDIR={self.stage}", "PREFIX=/usr")
@@ -189,6 +207,8 @@ class Install(Scripts):
     def test_user_needs_no_root(self):
         self.assertIn("not root", self.make("install", f"PREFIX={self.stage}"))
         self.assertEqual(self.tree(), self.OF_EVERYONE)
+        self.make("install", f"PREFIX={self.stage}", "XL=1")
+        self.assertEqual(self.tree(), self.OF_EVERYONE | self.OF_XL)
 
     def test_program_that_fails_ends_the_installation(self):
         self.tool("hospes", "exit 3", self.binary.parent)
