@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::protocol::{DomainInfo, Reply, Request};
 use crate::registry::{Entry, is_locked};
 use crate::scheduling::{Share, VcpuInfo};
+use crate::state::process_stat;
 
 /// What one of several domains said.
 #[derive(Debug)]
@@ -59,10 +60,8 @@ impl Host {
 /// Whether a domain's process can answer at all: one that somebody has stopped is not waited for.
 pub(crate) fn check_goes_on(entry: &Entry) -> Result<()> {
     let pid = entry.record.pid;
-    // The state stands behind the name, which may hold anything.
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    match stat.rsplit_once(") ") {
-        Some((_, rest)) if rest.starts_with('T') && is_locked(&entry.dir) => Err(Error::Stopped {
+    match process_stat(pid) {
+        Some(stat) if stat.starts_with('T') && is_locked(&entry.dir) => Err(Error::Stopped {
             domid: entry.domid,
             pid,
         }),

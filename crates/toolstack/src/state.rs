@@ -1,5 +1,6 @@
 //! The state of domains, by what they say themselves and, where they do not answer, by what is seen from outside.
 
+use std::fs;
 use std::time::Duration;
 
 use hospes_units::DomId;
@@ -22,7 +23,7 @@ impl Entry {
             memory_kib: self.record.config.memory_kib(),
             promised_kib: self.promised_bytes() >> 10,
             vcpus_online: self.record.config.vcpus,
-            cpu_time_ns: 0,
+            cpu_time_ns: cpu_time_ns(self.record.pid).unwrap_or(0),
             running: false,
             blocked: false,
             paused: false,
@@ -33,6 +34,22 @@ impl Entry {
             held: None,
         }
     }
+}
+
+/// What proc(5) says of a process from its state on, in /proc/PID/stat: that stands behind the name, which may hold anything.
+pub(crate) fn process_stat(pid: u32) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    Some(stat.rsplit_once(") ")?.1.to_owned())
+}
+
+/// The time that a process has used by itself and in the kernel.
+fn cpu_time_ns(pid: u32) -> Option<u64> {
+    let stat = process_stat(pid)?;
+    // utime and stime are the 14th and the 15th of all columns, of which the state is the 3rd.
+    let mut ticks = stat.split(' ').skip(11).map(str::parse::<u64>);
+    let (user, system) = (ticks.next()?.ok()?, ticks.next()?.ok()?);
+    let ticks_per_s = rustix::param::clock_ticks_per_second().max(1);
+    Some(user.saturating_add(system).saturating_mul(1_000_000_000 / ticks_per_s))
 }
 
 /// Memory that the domains but `except` have not used yet and still may, in bytes.
@@ -52,6 +69,7 @@ mod tests {
     use std::io::BufReader;
     use std::os::unix::net::UnixListener;
     use std::thread;
+    use std::time::Instant;
 
     use hospes_config::Uuid;
 
@@ -61,9 +79,36 @@ mod tests {
     use crate::registry::testing::record;
 
     #[test]
+    fn recorded_domain_has_used_the_time_of_its_process() {
+        let run = std::env::temp_dir().join(format!("hospes-recorded-{}", std::process::id()));
+        fs::create_dir_all(&run).expect("temporary directory");
+        let log = run.join("log");
+        let registry = Registry::new(&Paths {
+            run: run.clone(),
+            log,
+        });
+        // The domain is of this process.
+        let _slot = registry.allocate(&record("a", 1)).expect("free");
+        let mut entry = registry
+            .entries()
+            .expect("list")
+            .pop()
+            .expect("it is there");
+        let begun = Instant::now();
+        let used = || entry.as_recorded().cpu_time_ns;
+        let before = used();
+        while used() < before + 50_000_000 {
+            assert!(begun.elapsed() < Duration::from_secs(60), "no time passes");
+        }
+        entry.record.pid = u32::MAX;
+        assert_eq!(entry.as_recorded().cpu_time_ns, 0);
+        let _ = fs::remove_dir_all(&run);
+    }
+
+    #[test]
     fn promised_bytes_counts_what_others_have_not_used() {
         let run = std::env::temp_dir().join(format!("hospes-promised-{}", std::process::id()));
-        std::fs::create_dir_all(&run).expect("temporary directory");
+        fs::create_dir_all(&run).expect("temporary directory");
         let log = run.join("log");
         let registry = Registry::new(&Paths {
             run: run.clone(),
@@ -99,6 +144,6 @@ mod tests {
         let told = promised_bytes(&registry, first.domid()).expect("list");
         assert_eq!(told, 1 << 30);
         domain.join().expect("no panic");
-        let _ = std::fs::remove_dir_all(&run);
+        let _ = fs::remove_dir_all(&run);
     }
 }
