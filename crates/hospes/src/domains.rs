@@ -69,10 +69,23 @@ fn files(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut files: Vec<PathBuf> = listing
         .flatten()
         .map(|item| item.path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "cfg"))
+        .filter(|path| is_meant(path))
         .collect();
     files.sort();
     Ok(files)
+}
+
+/// Whether a file of the directory describes a domain: names need no ending, as in /etc/xen/auto, and what editors and packages leave is none. A
+/// link that leads nowhere is meant too, so that the user hears of it.
+fn is_meant(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let ending = name.rsplit_once('.').map_or("", |(_, ending)| ending);
+    let left = name.starts_with('.')
+        || name.ends_with('~')
+        || ending == "bak"
+        || ending.starts_with("dpkg-")
+        || ending.starts_with("rpm");
+    !left && fs::metadata(path).map_or(true, |file| file.is_file())
 }
 
 /// The name where the domain is there already.

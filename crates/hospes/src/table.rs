@@ -746,8 +746,8 @@ pub(crate) const COMMANDS: &[Command] = &[
             )
             .with("SECONDS"),
         ],
-        details: "start creates a domain of each file in the directory whose name ends in .cfg, in the order of the names; a domain that runs already is \
-                  left alone. stop asks all domains of the user to shut down and waits for them; none is started again or kept. \
+        details: "start creates a domain of each file in the directory, in the order of the names; a domain that runs already is left alone. Hidden files, and those \
+                  that end in ~, .bak, .dpkg-... and .rpm..., are left out. stop asks all domains of the user to shut down and waits for them; none is started again or kept. \
                   hospes-domains.service does both with the host.",
         min: 1,
         max: 1,

@@ -1,5 +1,6 @@
 //! What commands say about the host and about all domains; starting and stopping domains with the host.
 
+use std::os::unix::fs::symlink;
 use std::process::Command;
 
 use crate::common::{Bench, until};
@@ -215,7 +216,7 @@ fn domains_start_and_stop_what_the_directory_says() {
         ("b.cfg", config("second", "extra='deaf'")),
         ("a.cfg", config("first", "on_poweroff='preserve'")),
         ("c.cfg", "memory=".to_string()),
-        ("README", "not read".to_string()),
+        ("a.cfg~", "not read".to_string()),
     ] {
         std::fs::write(auto.join(file), text).expect("writable");
     }
@@ -246,6 +247,48 @@ fn domains_start_and_stop_what_the_directory_says() {
     assert_eq!(bench.ok(&["vm-list"]).lines().count(), 1);
     bench.ok(&["domains", "stop"]);
     bench.ok(&["domains", "start", "--dir", "/nonexistent"]);
+}
+
+#[test]
+fn domains_are_those_of_all_files_but_what_editors_and_packages_leave() {
+    let bench = Bench::new();
+    let auto = bench.path("auto");
+    std::fs::create_dir_all(auto.join("directory")).expect("writable");
+    let write = |file: &str, name: &str| {
+        let kernel = bench.path("kernel").display().to_string();
+        let text = format!("name='{name}'; type='pvh'; memory=64; kernel='{kernel}'\n");
+        std::fs::write(auto.join(file), text).expect("writable");
+    };
+    write("20-web", "web");
+    write("10-db.xl", "db");
+    write("../mail.cfg", "mail");
+    symlink("../mail.cfg", auto.join("30-mail")).expect("writable");
+    for left in [
+        ".hidden",
+        "old~",
+        "web.bak",
+        "web.dpkg-old",
+        "web.cfg.dpkg-dist",
+        "web.rpmsave",
+        "web.rpmnew",
+    ] {
+        write(left, left);
+    }
+    let dir = auto.display().to_string();
+    let output = bench.run(&["domains", "start", "--dir", &dir]);
+    let said = String::from_utf8(output.stderr).expect("text");
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let started = |file: &str| format!("{dir}/{file}: started\n");
+    assert_eq!(
+        said,
+        started("10-db.xl") + &started("20-web") + &started("30-mail")
+    );
+    for (name, id) in [("db", "1"), ("web", "2"), ("mail", "3")] {
+        assert_eq!(bench.row(name).expect("listed")[1], id);
+    }
+    symlink("nowhere", auto.join("40-lost")).expect("writable");
+    let said = bench.fails(1, &["domains", "start", "--dir", &dir]);
+    assert!(said.contains("40-lost: cannot read"), "{said}");
 }
 
 #[test]
