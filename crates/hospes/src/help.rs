@@ -61,16 +61,16 @@ fn wrap(text: &str, width: usize) -> String {
     out
 }
 
-/// The list of commands.
+/// The list of commands. As in xl, they alone stand one blank from the edge, behind four lines: completions for xl read them so.
 pub(crate) fn overview(program: &str) -> String {
-    let mut text = format!("Usage: {program} [-vfN] COMMAND [ARGUMENTS]\n\nCommands:\n");
+    let mut text = format!("Usage: {program} [-vfN] COMMAND [ARGUMENTS]\n\nCommands:\n\n");
     for command in COMMANDS {
         // Writing to a string does not fail.
         let _ = writeln!(text, " {:<20} {}.", command.name, command.summary);
     }
     text.push_str("\nOptions:\n");
     for option in GLOBAL_OPTIONS {
-        let _ = writeln!(text, " {:<20} {}", option.usage(), option.help);
+        let _ = writeln!(text, "  {:<19} {}", option.usage(), option.help);
     }
     let _ = writeln!(text, "\n`{program} COMMAND --help' tells more.");
     text
@@ -79,6 +79,19 @@ pub(crate) fn overview(program: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn overview_is_read_by_completions_of_xl() {
+        let text = overview("xl");
+        // sed '1,4d' | awk '/^ [^ ]/ {print $1}'
+        let names = text.lines().skip(4).filter_map(|line| {
+            let rest = line.strip_prefix(' ')?;
+            let name = rest.split_whitespace().next();
+            name.filter(|_| !rest.starts_with(' '))
+        });
+        let commands = COMMANDS.iter().map(|command| command.name);
+        assert!(names.eq(commands), "{text}");
+    }
 
     #[test]
     fn wrap_keeps_words_and_width() {
