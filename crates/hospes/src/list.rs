@@ -51,7 +51,8 @@ fn list_with(options: &Options) -> anyhow::Result<()> {
         .map(|(_, note)| note)
         .collect();
     if options.long {
-        let items: Vec<Value> = rows.iter().map(long).collect();
+        let total_kib = HostMemory::read(&host)?.total_kib;
+        let items: Vec<Value> = rows.iter().map(|row| long(row, total_kib)).collect();
         print(format_args!("{}\n", json(&Value::Array(items))))?;
         eprint!("{silent}");
         return Ok(());
@@ -205,7 +206,8 @@ fn row(info: &DomainInfo, waiting: &[(String, &str)], options: &Options) -> Stri
     line
 }
 
-fn long((info, entry): &Row) -> Value {
+/// A row in libxl's form. Domain-0, which may have all memory, looks as Xen's tools enter it.
+fn long((info, entry): &Row, total_kib: u64) -> Value {
     let config = match entry {
         Some(entry) => {
             let mut config = entry.record.config.to_json();
@@ -214,8 +216,13 @@ fn long((info, entry): &Row) -> Value {
             config
         }
         None => object!({
-            "c_info": { "name": info.name, "uuid": info.uuid },
-            "b_info": { "max_vcpus": info.vcpus_online, "target_memkb": info.memory_kib },
+            "c_info": { "type": "pv", "name": info.name, "uuid": info.uuid },
+            "b_info": {
+                "max_vcpus": info.vcpus_online,
+                "max_memkb": total_kib,
+                "target_memkb": info.memory_kib,
+                "type.pv": {},
+            },
         }),
     };
     let mut item = object!({ "domid": info.domid, "config": config });
@@ -359,8 +366,10 @@ mod tests {
             ..Options::default()
         };
         assert!(row(&held, &waiting, &options).ends_with(" -  held: vbd 51712\n"));
-        let long = long(&(held, None));
+        let long = long(&(held, None), 4 << 20);
         assert_eq!(long["held"][0]["why"], "the host is full");
+        assert_eq!(long["config"]["c_info"]["type"], "pv");
+        assert_eq!(long["config"]["b_info"]["max_memkb"], 4 << 20);
     }
 
     #[test]

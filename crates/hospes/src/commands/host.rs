@@ -5,7 +5,9 @@ use std::fs;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
+use hospes_config::Uuid;
 use hospes_toolstack::{Error, HOST_NAME, Host};
+use hospes_units::DomId;
 
 use crate::Outcome;
 use crate::commands::shares::SCHEDULER;
@@ -22,14 +24,13 @@ const NAME_WIDTH: usize = 22;
 
 pub(crate) fn vm_list(_: &Call) -> Outcome {
     let mut table = String::from("UUID                                  ID    name\n");
-    for entry in Host::from_environment()?.entries()? {
-        let record = &entry.record;
+    let mut row = |uuid: Uuid, domid: DomId, name: &str| {
         // Writing to a string does not fail.
-        let _ = writeln!(
-            table,
-            "{}  {}    {:<30}",
-            record.uuid, entry.domid, record.name
-        );
+        let _ = writeln!(table, "{uuid}  {domid}    {name:<30}");
+    };
+    row(Uuid::NIL, DomId::HOST, HOST_NAME);
+    for entry in Host::from_environment()?.entries()? {
+        row(entry.record.uuid, entry.domid, &entry.record.name);
     }
     Ok(print(format_args!("{table}"))?)
 }

@@ -286,6 +286,15 @@ fn list_long_prints_the_configuration() {
     assert_eq!(list[0]["domid"], 1);
     assert_eq!(list[0]["config"]["c_info"]["name"], "one");
     assert_eq!(list[0]["config"]["b_info"]["cmdline"], "quiet");
+    let list = bench.ok(&["list", "-l", "0"]);
+    let host: serde_json::Value = serde_json::from_str(&list).expect("JSON");
+    let (domid, config) = (&host[0]["domid"], &host[0]["config"]);
+    assert_eq!(
+        (domid.as_u64(), &config["c_info"]["type"]),
+        (Some(0), &"pv".into())
+    );
+    let kib = |key: &str| config["b_info"][key].as_u64().expect("a number");
+    assert!(kib("target_memkb") <= kib("max_memkb"), "{list}");
     let said = bench.fails(1, &["list", "nobody"]);
     assert!(
         said.contains("nobody is an invalid domain identifier"),
