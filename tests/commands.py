@@ -437,7 +437,7 @@ def memory_is_given_and_taken(bench):
     shell.run("rm /big/file")
     bench.refused("memory_dynamic_max must be less than", "mem-set", "memory", "1025")
     bench.refused("memory_static_max must be greater", "mem-max", "memory", "999m")
-    bench.refused("Domain-0 is the host itself", "mem-set", "Domain-0", "1g")
+    bench.refused("Domain-0 is the host itself", "mem-max", "Domain-0", "1g")
     bench.hospes("mem-max", "memory", "1024")
     expect(total_mib(shell) > 770 and int(bench.row("memory").split()[2]) == 1000, "mem-max alone has changed what the guest has")
     # A paused guest follows when it runs again.

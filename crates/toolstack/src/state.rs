@@ -49,7 +49,10 @@ fn cpu_time_ns(pid: u32) -> Option<u64> {
     let mut ticks = stat.split(' ').skip(11).map(str::parse::<u64>);
     let (user, system) = (ticks.next()?.ok()?, ticks.next()?.ok()?);
     let ticks_per_s = rustix::param::clock_ticks_per_second().max(1);
-    Some(user.saturating_add(system).saturating_mul(1_000_000_000 / ticks_per_s))
+    Some(
+        user.saturating_add(system)
+            .saturating_mul(1_000_000_000 / ticks_per_s),
+    )
 }
 
 /// Memory that the domains but `except` have not used yet and still may, in bytes.

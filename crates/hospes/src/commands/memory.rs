@@ -1,31 +1,45 @@
 //! Memory of running domains: `mem-set`, `mem-max`.
 
 use hospes_toolstack::{Error, Host};
+use hospes_units::DomId;
 
-use crate::commands::failed;
+use crate::commands::find_but_host;
 use crate::table::Call;
 use crate::{Failure, Outcome};
 
 pub(crate) fn set(call: &Call) -> Outcome {
-    change(call, "dynamic", Host::set_memory_target)
+    let (host, kib) = (Host::from_environment()?, kib(call)?);
+    match find_but_host(&host, call.args.at(0), "its memory is")? {
+        Some(entry) => {
+            let set = host.set_memory_target(&entry.domid.to_string(), kib);
+            done(call, entry.domid, "dynamic", set)
+        }
+        None => Ok(()),
+    }
 }
 
 pub(crate) fn max(call: &Call) -> Outcome {
-    change(call, "static", Host::set_memory_max)
+    let (host, kib) = (Host::from_environment()?, kib(call)?);
+    let domid = host.find(call.args.at(0))?.domid;
+    let set = host.set_memory_max(&domid.to_string(), kib);
+    done(call, domid, "static", set)
 }
 
-fn change(call: &Call, which: &str, set: fn(&Host, &str, u64) -> Result<(), Error>) -> Outcome {
-    let host = Host::from_environment()?;
-    let domid = host.find(call.args.at(0))?.domid;
+/// The size that was given.
+fn kib(call: &Call) -> Result<u64, Failure> {
     let text = call.args.at(1);
-    let Some(kib) = size_kib(text) else {
-        return failed(&format!(
+    size_kib(text).ok_or_else(|| {
+        Failure::Failed(anyhow::anyhow!(
             "invalid memory size: {text}: write a number of MiB, or one with t, g, m, k or b behind it"
-        ));
-    };
-    set(&host, &domid.to_string(), kib).map_err(|fault| match fault {
+        ))
+    })
+}
+
+fn done(call: &Call, domid: DomId, which: &str, set: Result<(), Error>) -> Outcome {
+    set.map_err(|fault| match fault {
         Error::Refused { message, .. } => Failure::Failed(anyhow::anyhow!(
-            "cannot set domid {domid} {which} max memory to : {text}: {message}"
+            "cannot set domid {domid} {which} max memory to : {}: {message}",
+            call.args.at(1)
         )),
         other => other.into(),
     })

@@ -18,6 +18,7 @@ pub(crate) mod vcpus;
 use std::ffi::OsString;
 
 use anyhow::anyhow;
+use hospes_toolstack::{Entry, Error, Host};
 use lexopt::Parser;
 
 use crate::args::Args;
@@ -54,6 +55,19 @@ fn asks_for_help(parser: &Parser) -> bool {
     rest.map(|argument: OsString| argument.to_string_lossy().into_owned())
         .take_while(|argument| argument != "--")
         .any(|argument| argument == "-h" || argument == "--help")
+}
+
+/// The domain; `None` for the host, of which something is left as it is, says `what`. Scripts that run when a host starts change Domain-0, and stop
+/// where that is an error.
+pub(crate) fn find_but_host(host: &Host, who: &str, what: &str) -> Result<Option<Entry>, Error> {
+    match host.find(who) {
+        Ok(entry) => Ok(Some(entry)),
+        Err(Error::Host) => {
+            eprintln!("note: Domain-0 is this host itself: {what} left as it is");
+            Ok(None)
+        }
+        Err(fault) => Err(fault),
+    }
 }
 
 /// Status 1 with a sentence.

@@ -3,7 +3,7 @@
 use hospes_toolstack::{Answer, Error, HOST_NAME, Host, Share, host_cpus};
 
 use crate::Outcome;
-use crate::commands::failed;
+use crate::commands::{failed, find_but_host};
 use crate::list::note;
 use crate::output::print;
 use crate::table::Call;
@@ -85,7 +85,10 @@ fn shares(call: &Call, parameters: &str) -> Outcome {
     if !changes {
         return Ok(print(format_args!("{}{}", header(), one(&host, who)?))?);
     }
-    Ok(host.set_share(who, weight, cap)?)
+    match find_but_host(&host, who, "its share of the CPUs is")? {
+        Some(entry) => Ok(host.set_share(&entry.domid.to_string(), weight, cap)?),
+        None => Ok(()),
+    }
 }
 
 /// A number from `least` to 65535, the range of Xen's interface.

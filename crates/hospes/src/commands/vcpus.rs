@@ -6,7 +6,7 @@ use std::fs;
 use hospes_config::CpuList;
 use hospes_toolstack::{Answer, Error, HOST_NAME, Host, VcpuInfo, host_cpus, resolve};
 
-use crate::commands::failed;
+use crate::commands::{failed, find_but_host};
 use crate::list::note;
 use crate::output::print;
 use crate::table::Call;
@@ -100,7 +100,6 @@ fn of_host() -> Vec<VcpuInfo> {
 pub(crate) fn pin(call: &Call) -> Outcome {
     let host = Host::from_environment()?;
     let who = call.args.at(0);
-    let entry = host.find(who)?;
     let vcpu = match call.args.at(1) {
         "all" if call.args.has("force") => {
             return failed("Error: --force and 'all' as VCPU not allowed.");
@@ -115,6 +114,9 @@ pub(crate) fn pin(call: &Call) -> Outcome {
     let soft = match call.args.values.get(3) {
         Some(text) => cpus(text)?,
         None => None,
+    };
+    let Some(entry) = find_but_host(&host, who, "the CPUs it runs on are")? else {
+        return Ok(());
     };
     if call.global.dry_run {
         let mut line = format!("cpumap: {}", shown(hard.as_ref())?);
@@ -148,7 +150,9 @@ pub(crate) fn set(call: &Call) -> Outcome {
         return failed("Error: Invalid argument.");
     };
     let host = Host::from_environment()?;
-    let entry = host.find(call.args.at(0))?;
+    let Some(entry) = find_but_host(&host, call.args.at(0), "the number of its CPUs is")? else {
+        return Ok(());
+    };
     let physical = host_cpus().cpus.iter().count() as u32;
     let online = host.info(&entry).map(|info| info.vcpus_online);
     let Some(online) = online else {

@@ -206,6 +206,41 @@ fn commands_may_be_shortened() {
 }
 
 #[test]
+fn changes_of_the_host_are_noted_and_left() {
+    let bench = Bench::new();
+    let before = bench.ok(&["sched-credit2"]);
+    for arguments in [
+        &["sched-credit", "-d", "0", "-w", "512"][..],
+        &["sched-credit2", "-d", "Domain-0", "-w", "512", "-c", "0"],
+        &["vcpu-pin", "Domain-0", "all", "0"],
+        &["vcpu-set", "0", "1"],
+        &["mem-set", "0", "1024"],
+        &["mem-set", "Domain-0", "1g"],
+    ] {
+        let output = bench.run(arguments);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {said}");
+        assert!(
+            said.starts_with("note: Domain-0 is this host itself: "),
+            "{said}"
+        );
+        assert!(said.ends_with(" as it is\n"), "{said}");
+        assert!(output.stdout.is_empty());
+    }
+    assert_eq!(bench.ok(&["sched-credit2"]), before);
+    for (arguments, fault) in [
+        (&["mem-max", "0", "1024"][..], "Domain-0 is the host itself"),
+        (&["mem-set", "0", "much"], "invalid memory size"),
+        (&["vcpu-pin", "0", "first", "0"], "Invalid argument"),
+        (&["vcpu-set", "0", "one"], "Invalid argument"),
+        (&["sched-credit2", "-d", "0", "-w", "70000"], "out of range"),
+    ] {
+        let said = bench.fails(1, arguments);
+        assert!(said.contains(fault), "{arguments:?}: {said}");
+    }
+}
+
+#[test]
 fn domains_start_and_stop_what_the_directory_says() {
     let bench = Bench::new();
     let auto = bench.path("auto");
