@@ -25,7 +25,7 @@ help:
 	@echo 'make debian-test        full Debian guests with disks and networks, a part of make test'
 	@echo 'make cut-test           power cuts and kills under guests that write (CUTS=12)'
 	@echo 'make build              build the program alone'
-	@echo 'make install            what was built into PREFIX=/usr/local, with manual pages, completions and, as root, a unit for systemd; XL=1: as xl, too, with /etc/xen'
+	@echo 'make install            what was built into PREFIX=/usr/local, with manual pages, completions and, as root, a unit for systemd; XL=1: as xl and xentop, too, with /etc/xen'
 	@echo 'make uninstall          remove that again'
 	@echo 'make bench              Hospes against this machine, QEMU TCG and User-Mode Linux (BENCH=quick for the first rows, ROWS=a,b, SYSTEMS=a,b, DIRECT=0|1|both)'
 	@echo 'make bench-page         docs/bench-result.md and its plot from the last results'
@@ -72,6 +72,7 @@ install:
 	    ln -sf hospes $(DESTDIR)$(PREFIX)/bin/xl && \
 	    install -d -m 755 $(DESTDIR)$(PREFIX)/sbin && \
 	    ln -sf ../bin/hospes $(DESTDIR)$(PREFIX)/sbin/xl && \
+	    ln -sf ../bin/hospes $(DESTDIR)$(PREFIX)/sbin/xentop && \
 	    ln -sf hospes.1 $(DESTDIR)$(PREFIX)/share/man/man1/xl.1 && \
 	    ln -sf hospes $(DESTDIR)$(PREFIX)/share/bash-completion/completions/xl && \
 	    ln -sf hospes.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/xl.fish && \
@@ -88,7 +89,7 @@ uninstall:
 	    $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_hospes $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/hospes.fish \
 	    $(DESTDIR)$(UNITS)/hospes-domains.service
 	@ours=; \
-	for link in bin/xl sbin/xl share/man/man1/xl.1 share/bash-completion/completions/xl share/fish/vendor_completions.d/xl.fish; do \
+	for link in bin/xl sbin/xl sbin/xentop share/man/man1/xl.1 share/bash-completion/completions/xl share/fish/vendor_completions.d/xl.fish; do \
 	    case $$(readlink $(DESTDIR)$(PREFIX)/$$link) in \
 	        hospes|../bin/hospes|hospes.1|hospes.fish) rm -f $(DESTDIR)$(PREFIX)/$$link; ours=1 ;; \
 	    esac; \

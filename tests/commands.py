@@ -152,6 +152,10 @@ def disks_change_their_size(bench):
         expect(os.path.getsize(image) == megabytes << 20, f"the image has {os.path.getsize(image)} bytes")
         shell.run(f"dd if=/dev/zero of=/dev/xvdb bs=1M seek={megabytes - 1} count=1 conv=fsync")
     shell.run("! dd if=/dev/zero of=/dev/xvdb bs=1M seek=24 count=1 conv=fsync")
+    heading, _, row = bench.hospes("top", "-b", "-i", "1").splitlines()
+    counted = dict(zip(heading.split(), row.split()))
+    expect((counted["NETS"], counted["VBDS"]) == ("0", "1"), f"`top` shows other devices: {counted}")
+    expect(int(counted["VBD_WSECT"]) == 2 * 2048 and 0 < int(counted["VBD_WR"]) <= 512, f"`top` counts other writes: {counted}")
     bench.refused("not connected", "block-resize", "size", "xvdc", "1G")
     shell.off()
 

@@ -212,6 +212,36 @@ def carries_much_and_unharmed(run):
     expect_clean(run)
 
 
+def top_shows_what_guests_send_and_receive(run):
+    def row():
+        heading, *rows = run.hospes("top", "-b", "-i", "1").stdout.splitlines()
+        columns = [row.split() for row in rows if row.split()[0] == "busy"]
+        return dict(zip(heading.split(), columns[0]))
+
+    with Shell(run, "busy", vcpus=2) as guest:
+        guest.dhcp()
+        for sends, size in ((True, 8 << 20), (False, 4 << 20)):
+            before = row()
+            with socket.create_server((gateway(), 9000)) as server:
+                guest.send(f"head -c {size} /dev/zero | nc {gateway()} 9000\n" if sends else f"nc {gateway()} 9000 </dev/null >/dev/null\n")
+                connection, _ = server.accept()
+            with connection:
+                if sends:
+                    while connection.recv(1 << 20):
+                        pass
+                else:
+                    connection.sendall(bytes(size))
+            guest.run("true")
+            after = row()
+            grown = {column: int(after[column]) - int(before[column]) for column in ("NETTX(k)", "NETRX(k)")}
+            much, little = ("NETTX(k)", "NETRX(k)")[::1 if sends else -1]
+            # Headers count, and what acknowledges it goes the other way.
+            expect(size >> 10 <= grown[much] < size >> 9 and grown[little] < size >> 13, f"`top` counts {grown} of {size >> 10} KiB, {sends=}")
+        expect((after["NETS"], after["VBDS"]) == ("1", "0"), f"`top` shows other devices: {after}")
+        guest.off()
+    expect_clean(run)
+
+
 def rate_is_what_one_flow_gets(run):
     """A flow keeps to one queue, so it must get the whole rate; more queues must not get more."""
     megabits, size = 20, 8 << 20
@@ -464,7 +494,7 @@ def comes_and_goes_while_the_guest_runs(run):
 
 
 TESTS = (
-    guests_find_host_and_each_other, carries_much_and_unharmed, rate_is_what_one_flow_gets,
+    guests_find_host_and_each_other, carries_much_and_unharmed, top_shows_what_guests_send_and_receive, rate_is_what_one_flow_gets,
     outside_is_reached_but_does_not_reach, guest_speaks_for_itself_only, killed_leave_nothing_for_good, reboot_keeps_the_address, bridge_is_used_as_it_is,
     bridge_of_xen_needs_no_script, script_is_called_as_xen_calls_it, user_mode_needs_no_interface, driver_starts_over,
     comes_and_goes_while_the_guest_runs,

@@ -140,7 +140,9 @@ class Install(Scripts):
         "bin/hospes", "share/man/man1/hospes.1", "share/man/man5/hospes.cfg.5", "share/bash-completion/completions/hospes",
         "share/zsh/site-functions/_hospes", "share/fish/vendor_completions.d/hospes.fish",
     }
-    OF_XL = {"bin/xl", "sbin/xl", "share/man/man1/xl.1", "share/bash-completion/completions/xl", "share/fish/vendor_completions.d/xl.fish"}
+    OF_XL = {
+        "bin/xl", "sbin/xl", "sbin/xentop", "share/man/man1/xl.1", "share/bash-completion/completions/xl", "share/fish/vendor_completions.d/xl.fish",
+    }
     UNIT = "lib/systemd/system/hospes-domains.service"
 
     def setUp(self):
@@ -168,7 +170,8 @@ class Install(Scripts):
         self.assertEqual(self.tree("usr/local"), self.OF_EVERYONE | self.OF_XL | {self.UNIT})
         for directory in ("etc/hospes/auto", "etc/xen/auto"):
             self.assertTrue((self.stage / directory).is_dir())
-        self.assertEqual((self.stage / "usr/local/sbin/xl").resolve(), self.stage / "usr/local/bin/hospes")
+        for link in ("xl", "xentop"):
+            self.assertEqual((self.stage / "usr/local/sbin" / link).resolve(), self.stage / "usr/local/bin/hospes")
         page = self.stage / "usr/local/share/man/man5/hospes.cfg.5"
         self.assertEqual((page.read_text(), page.stat().st_mode & 0o777), ("made by manual hospes.cfg.5\n", 0o644))
         (self.stage / "etc/hospes/auto/web.cfg").write_text("memory = 512\n")

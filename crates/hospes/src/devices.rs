@@ -3,7 +3,7 @@
 use hospes_config::{DiskConfig, DiskFormat};
 use hospes_domain::frame::{DeviceInfo, Kind};
 use hospes_domain::{DiskSpec, ImageFormat};
-use hospes_toolstack::{DeviceKind, MachineError, MachineInfo};
+use hospes_toolstack::{DeviceKind, MachineError, MachineInfo, Traffic};
 
 /// A disk; `None` for an empty drive, of which a PVH guest sees nothing. The error is a sentence for the user.
 pub fn disk_spec(disk: &DiskConfig) -> Result<Option<DiskSpec>, MachineError> {
@@ -50,6 +50,30 @@ pub fn kind(kind: DeviceKind) -> Kind {
     }
 }
 
+/// What devices have carried, all of a kind together, by their counters.
+pub fn traffic<'a>(devices: impl Iterator<Item = (Kind, &'a [(&'static str, u64)])>) -> Traffic {
+    let mut traffic = Traffic::default();
+    for (kind, counters) in devices {
+        match kind {
+            Kind::Vbd => traffic.disks += 1,
+            Kind::Vif => traffic.vifs += 1,
+        }
+        for (name, value) in counters {
+            let sum = match (kind, *name) {
+                (Kind::Vif, "tx_bytes") => &mut traffic.sent_bytes,
+                (Kind::Vif, "rx_bytes") => &mut traffic.received_bytes,
+                (Kind::Vbd, "reads") => &mut traffic.reads,
+                (Kind::Vbd, "writes") => &mut traffic.writes,
+                (Kind::Vbd, "read_bytes") => &mut traffic.read_bytes,
+                (Kind::Vbd, "written_bytes") => &mut traffic.written_bytes,
+                _ => continue,
+            };
+            *sum = sum.saturating_add(*value);
+        }
+    }
+    traffic
+}
+
 /// The machine and its devices, one a line, for somebody who looks for a fault.
 pub fn describe(info: &MachineInfo, devices: &[DeviceInfo]) -> String {
     let mut text = format!("{info:?}\n");
@@ -64,4 +88,33 @@ pub fn describe(info: &MachineInfo, devices: &[DeviceInfo]) -> String {
         text.push('\n');
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn traffic_adds_up_what_all_devices_carry() {
+        let vif = [("tx_bytes", 3), ("rx_bytes", 5), ("reads", 7)];
+        let disk = [
+            ("reads", 1),
+            ("writes", 2),
+            ("read_bytes", 512),
+            ("written_bytes", 1024),
+            ("tx_bytes", 9),
+        ];
+        let devices = [(Kind::Vif, &vif[..]), (Kind::Vbd, &disk), (Kind::Vif, &vif)];
+        let expected = Traffic {
+            vifs: 2,
+            sent_bytes: 6,
+            received_bytes: 10,
+            disks: 1,
+            reads: 1,
+            writes: 2,
+            read_bytes: 512,
+            written_bytes: 1024,
+        };
+        assert_eq!(traffic(devices.into_iter()), expected);
+    }
 }

@@ -2,13 +2,25 @@
 
 use std::fmt::Write;
 
+use crate::XENTOP;
 use crate::args::Opt;
 use crate::table::{COMMANDS, Command, GLOBAL_OPTIONS};
 
 /// Columns of a help page.
 const WIDTH: usize = 100;
 
+/// How the command is called.
+pub(crate) fn called(program: &str, command: &Command) -> String {
+    match program {
+        XENTOP => program.to_string(),
+        _ => format!("{program} {}", command.name),
+    }
+}
+
 pub(crate) fn usage(program: &str, command: &Command) -> String {
+    if program == XENTOP {
+        return format!("Usage: {program} {}", command.arguments);
+    }
     let dry_run = if command.dry_run { "N" } else { "" };
     format!(
         "Usage: {program} [-vf{dry_run}] {} {}",

@@ -30,6 +30,9 @@ use lexopt::Arg;
 
 use crate::table::Command;
 
+/// Called by this name the program is `top`.
+pub(crate) const XENTOP: &str = "xentop";
+
 /// Options in front of the subcommand.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Global {
@@ -73,6 +76,9 @@ pub fn run(
     let mut parser = lexopt::Parser::from_args(arguments);
     let mut global = Global::default();
     let command = loop {
+        if program == XENTOP {
+            break "top".to_string();
+        }
         match parser.next() {
             Ok(Some(Arg::Short('v'))) => global.verbose = true,
             Ok(Some(Arg::Short('N'))) => global.dry_run = true,
@@ -123,9 +129,10 @@ pub fn run(
 fn report(program: &str, command: &Command, failure: Failure) -> ExitCode {
     match failure {
         Failure::Usage(fault) => {
-            eprintln!("{program} {}: {fault}", command.name);
+            let called = help::called(program, command);
+            eprintln!("{called}: {fault}");
             eprintln!("{}", help::usage(program, command));
-            eprintln!("`{program} {} --help' tells more.", command.name);
+            eprintln!("`{called} --help' tells more.");
             ExitCode::from(2)
         }
         Failure::TooFew => {

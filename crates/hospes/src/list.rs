@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::Context;
 use hospes_config::Uuid;
 use hospes_toolstack::{
-    Answer, DeviceKind, DomainInfo, EndReason, Entry, Error, HOST_NAME, Host, host_cpus,
+    Answer, DeviceKind, DomainInfo, EndReason, Entry, Error, HOST_NAME, Host, Traffic, host_cpus,
 };
 use serde_json::{Value, json as object};
 
@@ -261,6 +261,7 @@ pub(crate) fn host_info<'a>(
         paused: false,
         shutdown: None,
         dying: false,
+        traffic: Traffic::default(),
         waiting: Vec::new(),
         moving: false,
         held: None,
@@ -331,6 +332,7 @@ mod tests {
             paused: false,
             shutdown: None,
             dying: false,
+            traffic: Traffic::default(),
             waiting: Vec::new(),
             moving: false,
             held: None,

@@ -12,7 +12,7 @@ use hospes_domain::{
 };
 use hospes_toolstack::{
     self as toolstack, Affinity, DeviceKind, LiveRound, Machine, MachineError, MachineInfo,
-    MachineSpec, SaveStream, SavedStream, VcpuInfo, Waiting,
+    MachineSpec, SaveStream, SavedStream, Traffic, VcpuInfo, Waiting,
 };
 use hospes_units::VcpuId;
 
@@ -240,6 +240,14 @@ impl Machine for Running {
             blocked: info.state.blocked,
             paused: info.state.paused,
         }
+    }
+
+    fn traffic(&self) -> Traffic {
+        let devices = self.0.devices();
+        let counters = devices
+            .iter()
+            .map(|device| (device.id.kind, &device.counters[..]));
+        devices::traffic(counters)
     }
 
     fn waiting(&self) -> Vec<Waiting> {

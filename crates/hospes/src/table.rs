@@ -611,8 +611,26 @@ pub(crate) const COMMANDS: &[Command] = &[
                 "end after so many tables; without a terminal 1",
             )
             .with("NUM"),
+            Opt::both(
+                'f',
+                "full-name",
+                "names are not cut after ten characters",
+            ),
+            Opt::both('r', "repeat-header", "the heading above each domain"),
+            Opt::both(
+                'n',
+                "networks",
+                "accepted; the table has what all network interfaces carry together",
+            ),
+            Opt::both(
+                'x',
+                "vbds",
+                "accepted; the table has what all disks carry together",
+            ),
+            Opt::both('v', "vcpus", "accepted; vcpu-list has the virtual CPUs"),
         ],
-        details: "q ends it.",
+        details: "q ends it. The columns are those of xentop(1), as which the program can be called, too. NETTX is what guests have sent and NETRX what they \
+                  have received, in KiB; VBD_RSECT and VBD_WSECT are sectors of 512 bytes.",
         run: top::top,
         ..PLAIN
     },

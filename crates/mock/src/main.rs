@@ -20,7 +20,7 @@ use hospes_migration::Record;
 use hospes_store::{DomainEntry, DomainStore, GuestLink, Membership, StoreAccess};
 use hospes_toolstack::{
     Affinity, DeviceKind, EndReason, Machine, MachineError, MachineFactory, MachineInfo,
-    MachineSpec, SaveStream, SavedStream, Share, ShutdownKind, Trigger, VcpuInfo,
+    MachineSpec, SaveStream, SavedStream, Share, ShutdownKind, Traffic, Trigger, VcpuInfo,
 };
 
 /// What the host of these domains has.
@@ -154,6 +154,19 @@ impl Machine for Mock {
             running: false,
             blocked: !state.paused,
             paused: state.paused,
+        }
+    }
+
+    fn traffic(&self) -> Traffic {
+        Traffic {
+            vifs: 1,
+            sent_bytes: 2048,
+            received_bytes: 4096,
+            disks: 2,
+            reads: 3,
+            writes: 5,
+            read_bytes: 512 * 7,
+            written_bytes: 512 * 11,
         }
     }
 

@@ -72,7 +72,7 @@ pub(crate) fn check_goes_on(entry: &Entry) -> Result<()> {
 /// The states of domains, of which those that have not answered after `patience` are silent.
 pub(crate) fn infos(entries: Vec<Entry>, patience: Duration) -> Answers<DomainInfo> {
     ask_each(entries, &Request::Info, patience, |reply| match reply {
-        Reply::Info(info) => Ok(info),
+        Reply::Info(info) => Ok(*info),
         reply => Err(unexpected(&reply)),
     })
 }

@@ -137,6 +137,7 @@ impl Instance {
             paused: machine.paused,
             shutdown,
             dying,
+            traffic: self.machine.traffic(),
             waiting: self.machine.waiting(),
             moving: self.is_moving(),
             held: self.held(),

@@ -43,6 +43,7 @@ mod standing;
 mod state;
 mod store;
 mod supervisor;
+mod traffic;
 
 pub use client::{Host, Watch};
 pub use each::{Answer, Answers};
@@ -64,6 +65,7 @@ pub use registry::{Entry, HOST_NAME, Record};
 pub use saving::SavedDomain;
 pub use scheduling::{Affinity, Share, VcpuInfo, host_cpus, resolve};
 pub use store::store_process;
+pub use traffic::Traffic;
 
 /// The hidden subcommand with which the program starts itself as a domain process.
 pub const DOMAIN_SUBCOMMAND: &str = "__domain";

@@ -14,6 +14,7 @@ use hospes_units::DomId;
 
 use crate::protocol::{DeviceKind, EndReason, ShutdownKind, Trigger, Waiting};
 use crate::scheduling::{Affinity, Share, VcpuInfo};
+use crate::traffic::Traffic;
 
 pub type MachineError = Box<dyn Error + Send + Sync>;
 
@@ -76,6 +77,11 @@ pub trait Machine: Send + Sync {
     fn wait(&self) -> EndReason;
 
     fn info(&self) -> MachineInfo;
+
+    /// What its devices have carried.
+    fn traffic(&self) -> Traffic {
+        Traffic::default()
+    }
 
     /// Devices whose requests wait for something that the host lacks.
     fn waiting(&self) -> Vec<Waiting> {

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::scheduling::{Share, VcpuInfo};
+use crate::traffic::Traffic;
 
 /// Version of all messages here.
 pub const VERSION: u32 = 1;
@@ -292,6 +293,8 @@ pub struct DomainInfo {
     /// Why the guest has ended, where it has.
     pub shutdown: Option<EndReason>,
     pub dying: bool,
+    #[serde(default)]
+    pub traffic: Traffic,
     /// Devices whose requests wait.
     #[serde(default)]
     pub waiting: Vec<Waiting>,
@@ -317,7 +320,7 @@ pub struct Waiting {
 #[serde(tag = "reply", rename_all = "kebab-case")]
 pub enum Reply {
     Done,
-    Info(DomainInfo),
+    Info(Box<DomainInfo>),
     Ended(Ended),
     Vcpus {
         vcpus: Vec<VcpuInfo>,

@@ -291,7 +291,7 @@ fn answer(
         return Some(Reply::Error { message });
     }
     Some(match request {
-        Request::Info => Reply::Info(instance.info()),
+        Request::Info => Reply::Info(Box::new(instance.info())),
         Request::Pause => done(instance.pause()),
         Request::Unpause => done(instance.unpause()),
         Request::Shutdown { kind, last: true } => done(ending.ask(kind)),

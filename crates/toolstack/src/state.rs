@@ -9,6 +9,7 @@ use crate::each::{Answer, infos};
 use crate::error::Result;
 use crate::protocol::DomainInfo;
 use crate::registry::{Entry, Registry};
+use crate::traffic::Traffic;
 
 /// How long all answers together may take where somebody waits for their sum.
 const SUM_PATIENCE: Duration = Duration::from_millis(500);
@@ -29,6 +30,11 @@ impl Entry {
             paused: false,
             shutdown: None,
             dying: false,
+            traffic: Traffic {
+                vifs: self.record.config.vifs.len() as u32,
+                disks: self.record.config.disks.len() as u32,
+                ..Traffic::default()
+            },
             waiting: Vec::new(),
             moving: false,
             held: None,
@@ -140,7 +146,7 @@ mod tests {
                 promised_kib: 1 << 20,
                 ..entry.as_recorded()
             };
-            protocol::send(&stream, &Reply::Info(info))
+            protocol::send(&stream, &Reply::Info(Box::new(info)))
                 .expect("short")
                 .expect("open");
         });

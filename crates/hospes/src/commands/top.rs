@@ -1,4 +1,4 @@
-//! `top`: the domains and what they use, again and again. The columns are those of xentop(1) that mean something here.
+//! `top`: the domains and what they use, again and again, with the columns of xentop(1).
 
 use std::fmt::Write;
 use std::io::IsTerminal;
@@ -16,6 +16,22 @@ use crate::{Failure, Outcome};
 const DELAY_S: f64 = 3.0;
 /// Clears the screen and puts the cursor at its beginning.
 const CLEAR: &str = "\x1b[H\x1b[J";
+/// Where names are cut, and the least width of their column.
+const NAME_WIDTH: usize = 10;
+/// xentop counts in sectors.
+const SECTOR: u64 = 512;
+
+/// How the table is to look.
+#[derive(Clone, Copy, Debug, Default)]
+struct Style {
+    /// Names are not cut.
+    full_names: bool,
+    /// Each row has the heading above it.
+    repeat_heading: bool,
+}
+
+/// A domain and the most memory that it may have, in KiB.
+type Row = (DomainInfo, u64);
 
 pub(crate) fn top(call: &Call) -> Outcome {
     let delay = match call.args.value("delay").map(str::parse::<f64>) {
@@ -35,14 +51,23 @@ pub(crate) fn top(call: &Call) -> Outcome {
         Some(Ok(number)) if number > 0 => number,
         Some(_) => return Err(Failure::Usage("-i wants a number above 0".into())),
     };
-    Ok(show(Duration::from_secs_f64(delay), screen, iterations)?)
+    let style = Style {
+        full_names: call.args.has("full-name"),
+        repeat_heading: call.args.has("repeat-header"),
+    };
+    Ok(show(
+        Duration::from_secs_f64(delay),
+        screen,
+        iterations,
+        style,
+    )?)
 }
 
-fn show(delay: Duration, screen: bool, iterations: u64) -> anyhow::Result<()> {
+fn show(delay: Duration, screen: bool, iterations: u64, style: Style) -> anyhow::Result<()> {
     let host = Host::from_environment()?;
     let total_kib = HostMemory::read(&host)?.total_kib;
     let _raw = if screen { Some(Raw::enter()?) } else { None };
-    let mut before = look(&host)?;
+    let mut before = look(&host, total_kib)?;
     let mut since = Instant::now();
     for number in 0..iterations {
         // Use is use between two looks: the first comes soon, so that there is something to see.
@@ -54,10 +79,10 @@ fn show(delay: Duration, screen: bool, iterations: u64) -> anyhow::Result<()> {
         if wait(pause, screen)? {
             break;
         }
-        let now = look(&host)?;
+        let now = look(&host, total_kib)?;
         let elapsed_ns = since.elapsed().as_nanos().max(1);
         since = Instant::now();
-        let table = table(&before, &now, elapsed_ns, total_kib);
+        let table = table(&before, &now, elapsed_ns, total_kib, style);
         before = now;
         if screen {
             print(format_args!("{CLEAR}{}", table.replace('\n', "\r\n")))?;
@@ -104,23 +129,40 @@ fn wait(time: Duration, keys: bool) -> anyhow::Result<bool> {
     }
 }
 
-fn look(host: &Host) -> anyhow::Result<Vec<DomainInfo>> {
+/// All domains; the host may have all of its memory.
+fn look(host: &Host, total_kib: u64) -> anyhow::Result<Vec<Row>> {
     let answers = host.infos(host.entries()?).into_iter();
-    let mut infos: Vec<DomainInfo> = answers
-        .map(|(entry, answer)| match answer {
-            Answer::Told(info) => info,
-            Answer::NotYet | Answer::Silent(_) => entry.as_recorded(),
+    let mut rows: Vec<Row> = answers
+        .map(|(entry, answer)| {
+            let info = match answer {
+                Answer::Told(info) => info,
+                Answer::NotYet | Answer::Silent(_) => entry.as_recorded(),
+            };
+            (info, entry.record.config.memory_max_kib())
         })
         .collect();
-    infos.insert(0, host_info(host, infos.iter())?);
-    Ok(infos)
+    let itself = host_info(host, rows.iter().map(|(info, _)| info))?;
+    rows.insert(0, (itself, total_kib));
+    Ok(rows)
 }
 
-fn table(before: &[DomainInfo], now: &[DomainInfo], elapsed_ns: u128, total_kib: u64) -> String {
-    let mut text = String::from("      NAME  STATE   CPU(sec) CPU(%)     MEM(k) MEM(%) VCPUS\n");
-    for info in now {
-        let past = before.iter().find(|past| past.domid == info.domid);
-        let past_ns = past.map_or(info.cpu_time_ns, |past| past.cpu_time_ns);
+fn table(before: &[Row], now: &[Row], elapsed_ns: u128, total_kib: u64, style: Style) -> String {
+    let longest = now.iter().map(|(info, _)| info.name.chars().count()).max();
+    let width = match longest {
+        Some(longest) if style.full_names => longest.max(NAME_WIDTH),
+        _ => NAME_WIDTH,
+    };
+    let heading = format!(
+        "{:>width$}  STATE   CPU(sec) CPU(%)     MEM(k) MEM(%)  MAXMEM(k) MAXMEM(%) VCPUS NETS NETTX(k) NETRX(k) VBDS   VBD_OO   VBD_RD   VBD_WR  VBD_RSECT  VBD_WSECT SSID\n",
+        "NAME"
+    );
+    let mut text = String::new();
+    for (number, (info, max_kib)) in now.iter().enumerate() {
+        if number == 0 || style.repeat_heading {
+            text.push_str(&heading);
+        }
+        let past = before.iter().find(|(past, _)| past.domid == info.domid);
+        let past_ns = past.map_or(info.cpu_time_ns, |(past, _)| past.cpu_time_ns);
         let used_ns = info.cpu_time_ns.saturating_sub(past_ns);
         let flag = |set: bool, letter: char| if set { letter } else { '-' };
         let state: String = [
@@ -133,16 +175,30 @@ fn table(before: &[DomainInfo], now: &[DomainInfo], elapsed_ns: u128, total_kib:
         ]
         .iter()
         .collect();
-        // Writing to a string does not fail.
+        let share = |kib: u64| kib as f64 * 100.0 / total_kib.max(1) as f64;
+        let traffic = &info.traffic;
+        // Writing to a string does not fail. No request waits for want of resources (VBD_OO), and there are no security labels (SSID).
         let _ = writeln!(
             text,
-            "{:>10} {state} {:>10} {:>6.1} {:>10} {:>6.1} {:>5}",
+            "{:>width$.width$} {state} {:>10} {:>6.1} {:>10} {:>6.1} {:>10} {:>9.1} {:>5} {:>4} {:>8} {:>8} {:>4} {:>8} {:>8} {:>8} {:>10} {:>10} {:>4}",
             info.name,
             info.cpu_time_ns / 1_000_000_000,
             used_ns as f64 * 100.0 / elapsed_ns as f64,
             info.memory_kib,
-            info.memory_kib as f64 * 100.0 / total_kib.max(1) as f64,
+            share(info.memory_kib),
+            max_kib,
+            share(*max_kib),
             info.vcpus_online,
+            traffic.vifs,
+            traffic.sent_bytes / 1024,
+            traffic.received_bytes / 1024,
+            traffic.disks,
+            0,
+            traffic.reads,
+            traffic.writes,
+            traffic.read_bytes / SECTOR,
+            traffic.written_bytes / SECTOR,
+            0,
         );
     }
     text
@@ -152,12 +208,12 @@ fn table(before: &[DomainInfo], now: &[DomainInfo], elapsed_ns: u128, total_kib:
 mod tests {
     use super::*;
     use hospes_config::Uuid;
+    use hospes_toolstack::Traffic;
 
-    #[test]
-    fn table_shows_what_was_used_between_two_looks() {
-        let info = |cpu_time_ns| DomainInfo {
+    fn info(name: &str, cpu_time_ns: u64) -> Row {
+        let info = DomainInfo {
             domid: 3,
-            name: "web".into(),
+            name: name.into(),
             uuid: Uuid::NIL,
             memory_kib: 512,
             promised_kib: 0,
@@ -168,22 +224,58 @@ mod tests {
             paused: false,
             shutdown: None,
             dying: false,
+            traffic: Traffic {
+                vifs: 1,
+                sent_bytes: 3000,
+                received_bytes: 5000,
+                disks: 2,
+                reads: 7,
+                writes: 8,
+                read_bytes: 9 * 512,
+                written_bytes: 10 * 512,
+            },
             waiting: Vec::new(),
             moving: false,
             held: None,
         };
+        (info, 768)
+    }
+
+    #[test]
+    fn table_shows_what_was_used_between_two_looks() {
         let text = table(
-            &[info(4_000_000_000)],
-            &[info(5_000_000_000)],
+            &[info("web", 4_000_000_000)],
+            &[info("web", 5_000_000_000)],
             2_000_000_000,
             1024,
+            Style::default(),
         );
-        let row: Vec<&str> = text
-            .lines()
-            .nth(1)
-            .expect("a row")
-            .split_whitespace()
-            .collect();
-        assert_eq!(row, ["web", "--b---", "5", "50.0", "512", "50.0", "2"]);
+        assert_eq!(
+            text,
+            "      NAME  STATE   CPU(sec) CPU(%)     MEM(k) MEM(%)  MAXMEM(k) MAXMEM(%) VCPUS NETS NETTX(k) NETRX(k) VBDS   VBD_OO   VBD_RD   VBD_WR  VBD_RSECT  VBD_WSECT SSID\n\
+             \x20      web --b---          5   50.0        512   50.0        768      75.0     2    1        2        4    2        0        7        8          9         10    0\n"
+        );
+    }
+
+    #[test]
+    fn names_are_cut_but_where_all_of_them_is_wanted() {
+        let rows = [info("a-long-name", 0), info("a", 0)];
+        let first = |style| {
+            let text = table(&[], &rows, 1, 1024, style);
+            let columns = text
+                .lines()
+                .filter_map(|line| line.split_whitespace().next());
+            columns.map(String::from).collect::<Vec<_>>()
+        };
+        assert_eq!(first(Style::default()), ["NAME", "a-long-nam", "a"]);
+        let full = Style {
+            full_names: true,
+            repeat_heading: true,
+        };
+        assert_eq!(first(full), ["NAME", "a-long-name", "NAME", "a"]);
+        let text = table(&[], &rows, 1, 1024, full);
+        let mut widths = text.lines().map(str::len);
+        let width = widths.next();
+        assert!(widths.all(|other| Some(other) == width), "{text}");
     }
 }

@@ -1,6 +1,7 @@
 //! What commands say about the host and about all domains; starting and stopping domains with the host.
 
 use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use crate::common::{Bench, until};
@@ -130,6 +131,46 @@ fn top_without_a_terminal_prints_one_table() {
     assert_eq!(names, [Some("NAME"), Some("Domain-0"), Some("one")]);
     let twice = bench.ok(&["top", "-b", "-d", "0.01", "-i", "2"]);
     assert_eq!(twice.lines().count(), 6);
+}
+
+#[test]
+fn program_called_xentop_prints_the_table_of_xentop() {
+    let bench = Bench::new();
+    bench.create("a-longer-name", &["maxmem=128"]);
+    let xentop = |arguments: &[&str], status: i32| {
+        let mut command = bench.command();
+        let output = command.arg0("/usr/sbin/xentop").args(arguments).output();
+        let output = output.expect("the program can be started");
+        let said = String::from_utf8(output.stderr).expect("text");
+        assert_eq!(output.status.code(), Some(status), "{said}");
+        (String::from_utf8(output.stdout).expect("text"), said)
+    };
+    let (table, _) = xentop(&["-b", "-d", "0.01", "-i2", "-n", "-x", "-v"], 0);
+    let rows: Vec<Vec<&str>> = table
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    let heading = "NAME STATE CPU(sec) CPU(%) MEM(k) MEM(%) MAXMEM(k) MAXMEM(%) VCPUS NETS NETTX(k) NETRX(k) VBDS VBD_OO VBD_RD VBD_WR VBD_RSECT VBD_WSECT SSID";
+    assert_eq!(rows[0].join(" "), heading);
+    assert_eq!(rows.len(), 6);
+    assert!(rows.iter().all(|row| row.len() == 19), "{table}");
+    assert_eq!(rows[1][..2], ["Domain-0", "-----r"]);
+    let expected = ["a-longer-n", "--b---", "1", "0.0", "65536"];
+    assert_eq!(rows[5][..5], expected);
+    assert_eq!(rows[5][6], "131072");
+    let carried = ["1", "1", "2", "4", "2", "0", "3", "5", "7", "11", "0"];
+    assert_eq!(rows[5][8..], carried);
+
+    let (full, _) = xentop(&["-bfri1"], 0);
+    assert!(full.contains("\na-longer-name --b---"), "{full}");
+    assert_eq!(full.matches("NAME").count(), 2);
+    let (help, _) = xentop(&["--help"], 0);
+    assert!(help.starts_with("Usage: xentop [OPTIONS]\n"), "{help}");
+    let (_, said) = xentop(&["-z"], 2);
+    assert!(
+        said.starts_with("xentop: option `z' not supported."),
+        "{said}"
+    );
 }
 
 #[test]
