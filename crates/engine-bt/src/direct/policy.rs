@@ -11,6 +11,17 @@ use hospes_units::Gfn;
 
 /// Translated, user code takes up to so many times as long: interpreters, and code that is executed seldom. Compute loops take 2 to 3 times, but stop too seldom for that to matter.
 const TRANSLATED: i64 = 8;
+/// The same of a short burst among others: much of what it takes beyond [`STOP`] is caches that the switch has left cold, which the translator would have found warm.
+const TRANSLATED_SHORT: i64 = 2;
+/// Up to so much user code for each stop a burst is short.
+const SHORT: Duration = Duration::from_micros(26);
+/// A mean below that says that bursts are short.
+const MEAN_OF_SHORT: Duration = Duration::from_micros(12);
+/// What one burst counts at most in that mean, and what the mean begins with.
+const MOST_IN_MEAN: Duration = Duration::from_micros(100);
+const FIRST_MEAN: Duration = Duration::from_micros(30);
+/// The mean is of about so many bursts.
+const MEAN_OF: i64 = 64;
 /// Of the time of native execution, what each stop takes, with all that makes one slow now and then. What a run took beyond that is user code for sure; with less, stops would be taken
 /// for user code, eight times.
 pub const STOP: Duration = Duration::from_micros(14);
@@ -53,12 +64,30 @@ pub struct Burst {
     pub stops: u32,
 }
 
+fn ns(d: Duration) -> i64 {
+    i64::try_from(d.as_nanos()).unwrap_or(i64::MAX / 16)
+}
+
 impl Burst {
-    /// The time it has saved, ns.
-    fn value(&self) -> i64 {
-        let ns = |d: Duration| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX / 16);
-        let user = (ns(self.native) - ns(STOP) * i64::from(self.stops)).max(0);
-        TRANSLATED * user - ns(self.whole)
+    /// User code, ns.
+    fn user(&self) -> i64 {
+        (ns(self.native) - ns(STOP) * i64::from(self.stops)).max(0)
+    }
+
+    /// The same for each stop.
+    fn user_of_stop(&self) -> i64 {
+        self.user() / i64::from(self.stops.max(1))
+    }
+
+    /// The time it has saved, ns. `mean`: of user code for each stop, ns, in bursts like this one.
+    fn value(&self, mean: i64) -> i64 {
+        let is_short = mean < ns(MEAN_OF_SHORT) && self.user_of_stop() < ns(SHORT);
+        let times = if is_short {
+            TRANSLATED_SHORT
+        } else {
+            TRANSLATED
+        };
+        times * self.user() - ns(self.whole)
     }
 }
 
@@ -76,6 +105,8 @@ struct Heat {
     total: i64,
     /// Of all attempts before, ns.
     before: i64,
+    /// User code for each stop of late, ns.
+    mean: i64,
 }
 
 impl Heat {
@@ -196,6 +227,7 @@ impl Policy {
                 credit: HOPE,
                 total: 0,
                 before: 0,
+                mean: ns(FIRST_MEAN),
             }
         });
         heat.ticks += quiet;
@@ -205,13 +237,18 @@ impl Policy {
             heat.ticks = 0;
             heat.credit = HOPE;
             heat.total = 0;
+            heat.mean = ns(FIRST_MEAN);
         }
         becomes
     }
 
     /// A burst has ended.
     pub fn burst(&mut self, root: u64, burst: Burst) {
-        let value = burst.value();
+        let Some(heat) = self.heats.get_mut(&root) else {
+            return;
+        };
+        heat.mean += (burst.user_of_stop().min(ns(MOST_IN_MEAN)) - heat.mean) / MEAN_OF;
+        let value = burst.value(heat.mean);
         self.count(root, value, value.max(LEAST));
     }
 
@@ -336,6 +373,38 @@ mod tests {
             guest.cool(1, SHORT);
         }
         assert_eq!(attempts, [2, 8, 32, 128, 128]);
+    }
+
+    #[test]
+    fn bursts_that_are_short_all_the_time_cool() {
+        // What a server's system calls looked like: nearly all of it is the switches, and one in four found cold caches.
+        let quick = Burst {
+            native: Duration::from_micros(13),
+            whole: Duration::from_micros(16),
+            stops: 1,
+        };
+        let cold = Burst {
+            native: Duration::from_micros(26),
+            whole: Duration::from_micros(29),
+            stops: 1,
+        };
+        let mut guest = Guest::new();
+        guest.heat(1);
+        let all = [quick, cold, quick, quick];
+        assert!(
+            all.iter().cycle().take(3000).any(|burst| {
+                guest.policy.burst(1, *burst);
+                !guest.policy.is_hot(1)
+            }),
+            "it stays hot"
+        );
+        // Among longer ones the same are worth something: a compiler's page faults.
+        guest.heat(2);
+        let mixed = [quick, cold, LONG, cold];
+        for burst in mixed.iter().cycle().take(3000) {
+            guest.policy.burst(2, *burst);
+            assert!(guest.policy.is_hot(2));
+        }
     }
 
     #[test]
