@@ -22,6 +22,8 @@ pub(crate) struct Compaction {
     used: usize,
     /// What was in use when the translator was quiet again after the cache had been emptied; `None` until then.
     settled: Option<usize>,
+    /// Bytes that were in use when the cache was last emptied.
+    thrown: usize,
 }
 
 impl Compaction {
@@ -30,6 +32,7 @@ impl Compaction {
             since: now,
             used: 0,
             settled: Some(0),
+            thrown: 0,
         }
     }
 
@@ -44,11 +47,14 @@ impl Compaction {
             return false;
         }
         let settled = *self.settled.get_or_insert(used);
-        used >= (2 * settled).max(LEAST)
+        // Where half of it has come back, what runs now and then needs it: only much more than that is worth another time.
+        let in_vain = (self.thrown / 2..2 * self.thrown).contains(&used);
+        used >= (2 * settled).max(LEAST) && !in_vain
     }
 
     /// The cache has been emptied.
     pub fn emptied(&mut self, now: Instant) {
+        self.thrown = self.used;
         (self.since, self.used, self.settled) = (now, 0, None);
     }
 }
@@ -83,10 +89,34 @@ mod tests {
         for n in 4..100 {
             assert!(!compaction.is_due(at(n), 20 * MB), "that is all needed");
         }
-        assert!(!compaction.is_due(at(100), 39 * MB));
-        assert!(!compaction.is_due(at(101), 39 * MB), "not twice as much");
-        assert!(!compaction.is_due(at(102), 41 * MB));
-        assert!(compaction.is_due(at(103), 41 * MB));
+        assert!(!compaction.is_due(at(100), 79 * MB));
+        assert!(!compaction.is_due(at(101), 79 * MB), "not twice as much");
+        assert!(!compaction.is_due(at(102), 81 * MB));
+        assert!(compaction.is_due(at(103), 81 * MB));
+    }
+
+    #[test]
+    fn what_comes_back_each_time_stays() {
+        let start = Instant::now();
+        let mut compaction = Compaction::new(start);
+        let (mut used, mut emptied, mut windows) = (0, 0, 0);
+        for _ in 0..20 {
+            // The same program every few seconds: nothing of it has to be translated again as long as it is there.
+            let wanted = 40 * MB;
+            while used < wanted {
+                used += 8 * MB;
+                windows += 1;
+                assert!(!compaction.is_due(start + WINDOW * windows, used));
+            }
+            for _ in 0..4 {
+                windows += 1;
+                if compaction.is_due(start + WINDOW * windows, used) {
+                    compaction.emptied(start + WINDOW * windows);
+                    (used, emptied) = (0, emptied + 1);
+                }
+            }
+        }
+        assert_eq!(emptied, 1);
     }
 
     #[test]
