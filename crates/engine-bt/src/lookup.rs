@@ -39,7 +39,10 @@ impl BtVcpu {
         let entered = Mode(mode.0 & !Mode::SINGLE);
         self.host.jumps.enter_mode(&mut self.host.frame, entered);
         self.host.update_syscall_segments();
-        if let Some(direct) = self.host.jumps.get(table, mode, rip) {
+        // For a jump that is to be connected another block may be better than the one that other jumps find.
+        if by == By::Lookup
+            && let Some(direct) = self.host.jumps.get(table, mode, rip)
+        {
             return Found::Code(direct);
         }
         let user = mode.has(Mode::USER);
