@@ -298,8 +298,8 @@ impl BtVcpu {
         if bits & request::JUMPS != 0 {
             // Whoever posted it has the tables until they are empty.
             let shared = self.host.shared.clone();
-            let guard = shared.translations.lock().expect("translations");
-            self.host.follow_blocks(guard.blocks.generation());
+            let mut guard = shared.translations.lock().expect("translations");
+            self.host.keep_needed(&mut guard.blocks);
         }
         if bits & request::TLB != 0 {
             self.host.flush_all();
