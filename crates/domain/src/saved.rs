@@ -263,9 +263,9 @@ impl Domain {
         write(self, states, to, live)
     }
 
-    /// Whether the vCPUs are held because the guest is suspended.
+    /// Whether the vCPUs are held because the guest is suspended; a domain that has ended is not.
     pub fn is_suspended(&self) -> bool {
-        self.run.suspension().is_held()
+        self.run.suspension().is_held() && !self.run.has_ended()
     }
 
     /// Ends a suspended domain, which is somewhere else now; false where it has gone on.

@@ -393,6 +393,10 @@ impl Machine for Running {
         self.0.is_suspended()
     }
 
+    fn has_ended(&self) -> bool {
+        self.0.end_reason().is_some()
+    }
+
     fn send_live(
         &self,
         to: &mut SaveStream<'_>,

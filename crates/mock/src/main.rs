@@ -7,13 +7,14 @@
 //! for which a process that is asked to end gives it two seconds. A kernel that is no file is an error. It suspends itself when it is to be saved, unless it
 //! is paused, and what is saved of it is what it was told last; `broken` cannot be saved, and what is no text cannot be restored. To another host `foreign` is not
 //! admitted, `unwelcome` fails there, and `clings` fails when its devices are let go of, after which `restless` does not stay suspended; they cannot be had again while beside its kernel there is a file `.taken`.
+//! While there is a file `.lingering` its end is known to nobody who waits for it.
 #![forbid(unsafe_code)]
 
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hospes_config::{DiskConfig, VifConfig};
 use hospes_migration::Record;
@@ -25,6 +26,8 @@ use hospes_toolstack::{
 
 /// What the host of these domains has.
 const HOST_BYTES: u64 = 1 << 40;
+/// How long it takes at most until the end of one that lingers is known.
+const LINGER: Duration = Duration::from_secs(20);
 
 struct State {
     console: Box<dyn Write + Send>,
@@ -53,6 +56,8 @@ struct Mock {
     deaf: bool,
     /// While there is such a file others have its devices.
     taken: PathBuf,
+    /// While there is such a file nobody is told of its end.
+    lingering: PathBuf,
 }
 
 impl Mock {
@@ -62,7 +67,14 @@ impl Mock {
 
     fn end(&self, state: &mut State, reason: EndReason) {
         state.end.get_or_insert(reason);
+        if self.lingers() {
+            say(state, "lingers");
+        }
         self.changed.notify_all();
+    }
+
+    fn lingers(&self) -> bool {
+        self.lingering.exists()
     }
 
     fn obey(&self, state: &mut State) {
@@ -132,15 +144,25 @@ impl Machine for Mock {
 
     fn wait(&self) -> EndReason {
         let mut state = self.lock();
-        loop {
+        let reason = loop {
             if let Some(reason) = &state.end {
-                return reason.clone();
+                break reason.clone();
             }
             state = self
                 .changed
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
+        };
+        drop(state);
+        let deadline = Instant::now() + LINGER;
+        while self.lingers() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
         }
+        reason
+    }
+
+    fn has_ended(&self) -> bool {
+        self.lock().end.is_some()
     }
 
     fn info(&self) -> MachineInfo {
@@ -303,7 +325,8 @@ impl Machine for Mock {
     }
 
     fn is_suspended(&self) -> bool {
-        self.lock().suspended
+        let state = self.lock();
+        state.suspended && state.end.is_none()
     }
 
     fn save(&self, to: &mut SaveStream<'_>) -> Result<(), MachineError> {
@@ -459,6 +482,7 @@ fn make(
         memory_max_kib: spec.config.memory_max_kib(),
         deaf: spec.config.cmdline.contains("deaf"),
         taken: spec.config.kernel.with_extension("taken"),
+        lingering: spec.config.kernel.with_extension("lingering"),
     }))
 }
 

@@ -117,6 +117,8 @@ impl Instance {
                 progress.destroy || progress.gone.is_some(),
             )
         };
+        // Whoever has the standing may want the record next.
+        let (moving, held) = (self.is_moving(), self.held());
         let record = lock(&self.record);
         let alive = shutdown.is_none();
         DomainInfo {
@@ -139,8 +141,8 @@ impl Instance {
             dying,
             traffic: self.machine.traffic(),
             waiting: self.machine.waiting(),
-            moving: self.is_moving(),
-            held: self.held(),
+            moving,
+            held,
         }
     }
 

@@ -12,7 +12,7 @@ use hospes_migration::{LiveRound, Writer};
 
 use crate::busy::Saving;
 use crate::ending::Ending;
-use crate::instance::Instance;
+use crate::instance::{Instance, lock};
 use crate::launch;
 use crate::log::log;
 use crate::machine::Machine;
@@ -133,14 +133,15 @@ impl Move<'_> {
                 }),
                 step => Err(format!("it was not given away, but {step:?}").into()),
             });
-        if let Err(fault) = given {
-            log!("The domain is not migrated: {fault}");
-            self.come_back();
-            return None;
-        }
+        let told = match given {
+            Ok(told) => told,
+            Err(fault) => {
+                log!("The domain is not migrated: {fault}");
+                self.come_back();
+                return None;
+            }
+        };
         // From here on it is another host's.
-        let told = protocol::send(self.stream, &Reply::Done);
-        let told = told.map_err(AnyError::from).and_then(|told| Ok(told?));
         let verdict = told.and_then(|()| self.receive(reader));
         // With it the client hears of the end.
         drop(changes);
@@ -206,17 +207,36 @@ impl Move<'_> {
         Ok(protocol::decode(&line)?)
     }
 
-    /// Name and UUID are the other domain's, also where that is on this host.
-    fn give_away(&self) -> StdResult<()> {
-        if !self.instance.machine().is_suspended() {
-            return Err("its guest has gone on meanwhile".into());
-        }
-        let (name, uuid) = self.instance.identity();
+    /// Name and UUID are the other domain's, also where that is on this host. Returns whether the command has been told; after an error it is not given away.
+    fn give_away(&self) -> StdResult<StdResult<()>> {
+        let instance = self.instance;
+        // Who learns that the machine has ended looks at this: it has ended before, and is not given away, or it is, and nothing comes behind it here.
+        let mut standing = lock(&instance.standing);
+        self.check_suspended()?;
+        let (name, uuid) = instance.identity();
         let away = (away_name(&name), launch::random_uuid()?);
-        self.instance
-            .set_standing(Standing::Leaving(Some((name, uuid))));
-        let given = self.instance.be_another(&away.0, away.1);
-        given.map_err(|fault| fault.to_string().into())
+        let given = instance.be_another(&away.0, away.1);
+        let given = given.map_err(|fault| AnyError::from(fault.to_string()));
+        // Writing it down took its time.
+        let given = given.and_then(|()| self.check_suspended());
+        if given.is_err() && instance.be_another(&name, uuid).is_ok() {
+            return given.map(Ok);
+        }
+        *standing = Standing::Leaving(Some((name, uuid)));
+        given?;
+        let told = protocol::send(self.stream, &Reply::Done);
+        Ok(told.map_err(AnyError::from).and_then(|told| Ok(told?)))
+    }
+
+    fn check_suspended(&self) -> StdResult<()> {
+        let instance = self.instance;
+        if instance.is_destroyed() || instance.machine().has_ended() {
+            return Err("it has ended meanwhile".into());
+        }
+        match instance.machine().is_suspended() {
+            true => Ok(()),
+            false => Err("its guest has gone on meanwhile".into()),
+        }
     }
 
     /// The guest of a domain that was not given away goes on, as soon as all is there that it needs.
@@ -224,6 +244,9 @@ impl Move<'_> {
         let deadline = Instant::now() + RETURN_PATIENCE;
         let instance = self.instance;
         loop {
+            if instance.machine().has_ended() {
+                return instance.stay_ended();
+            }
             match self.take_again() {
                 Ok(()) => {
                     log!("The domain goes on");
@@ -242,7 +265,7 @@ impl Move<'_> {
     fn take_again(&self) -> StdResult<()> {
         self.instance.machine().take_again()?;
         // A name that could not be given away everywhere.
-        let mut standing = crate::instance::lock(&self.instance.standing);
+        let mut standing = lock(&self.instance.standing);
         if let Standing::Leaving(identity) = &mut *standing
             && let Some((name, uuid)) = identity
         {
@@ -254,6 +277,10 @@ impl Move<'_> {
     }
 
     fn hold(&self, why: &str) -> Option<Answer> {
+        // There is nothing left that could go on.
+        if self.instance.machine().has_ended() {
+            return None;
+        }
         self.instance.hold(format!(
             "it is not known whether it runs on the other host ({why}): look there; where it does, `hospes destroy` it here, and where it does not, `hospes unpause` it here"
         ));

@@ -76,6 +76,9 @@ pub trait Machine: Send + Sync {
     /// Blocks until the machine has ended; from then on returns the same reason at once.
     fn wait(&self) -> EndReason;
 
+    /// Whether the machine has ended, or is just about to: [`Machine::wait`] may take a moment to return yet.
+    fn has_ended(&self) -> bool;
+
     fn info(&self) -> MachineInfo;
 
     /// What its devices have carried.
@@ -185,7 +188,7 @@ pub trait Machine: Send + Sync {
         Err(cannot("be saved"))
     }
 
-    /// Whether the guest is suspended and stays so before [`Machine::resume`].
+    /// Whether the guest is suspended and stays so before [`Machine::resume`]. That of a machine that has ended is not.
     fn is_suspended(&self) -> bool {
         false
     }

@@ -82,6 +82,8 @@ impl Host {
         peer.end();
         match ended {
             Ok(()) | Err(Error::Gone { .. }) => Ok(()),
+            // By itself, when it was given away.
+            Err(_) if self.ends(domid) => Ok(()),
             Err(fault) => Err(Error::Migration(format!(
                 "the domain runs on the other host, and what is left of it here has not ended ({fault}): `hospes destroy {}`",
                 self.name_of(domid)
@@ -106,6 +108,18 @@ impl Host {
                 None => return "the domain has ended here as well".into(),
             }
         }
+    }
+
+    /// Whether a domain ends soon.
+    fn ends(&self, domid: DomId) -> bool {
+        let deadline = Instant::now() + END_PATIENCE;
+        while self.find(&domid.to_string()).is_ok() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            thread::sleep(LOOK);
+        }
+        true
     }
 
     fn name_of(&self, domid: DomId) -> String {

@@ -38,6 +38,14 @@ impl Instance {
         )
     }
 
+    /// Whether it was given away, so that only another host or the user may have its guest run.
+    pub(crate) fn is_given_away(&self) -> bool {
+        matches!(
+            *lock(&self.standing),
+            Standing::Leaving(Some(_)) | Standing::Held(_, Some(_))
+        )
+    }
+
     /// Why the user has to decide what becomes of it.
     pub(crate) fn held(&self) -> Option<String> {
         match &*lock(&self.standing) {
@@ -109,6 +117,15 @@ impl Instance {
             && let Err(fault) = ending.ask(ShutdownKind::Poweroff)
         {
             log!("The guest cannot be asked to shut down: {fault}");
+        }
+    }
+
+    /// The same of a domain that has ended meanwhile: what comes behind it is not decided here.
+    pub(crate) fn stay_ended(&self) {
+        log!("The domain has ended");
+        let mut standing = lock(&self.standing);
+        if matches!(*standing, Standing::Leaving(None)) {
+            *standing = Standing::Here;
         }
     }
 

@@ -273,7 +273,12 @@ impl<'a> Supervisor<'a> {
             let reason = current.instance.machine().wait();
             current.instance.hang_up();
             self.report(domid, &reason);
-            let (action, mut next) = choose(&reason, &current.instance.config().on);
+            let (mut action, mut next) = choose(&reason, &current.instance.config().on);
+            // What comes behind it would be a second copy.
+            if current.instance.is_given_away() {
+                log!("The domain was given away to another host: nothing comes behind it here");
+                (action, next) = (None, Next::End);
+            }
             if let Some(action) = action {
                 log!(
                     "Action for shutdown reason code {} is {}",

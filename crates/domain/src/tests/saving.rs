@@ -149,6 +149,7 @@ fn watchdog_waits_for_a_guest_that_is_suspended() {
 fn saved_domain_ends_only_while_it_is_suspended() {
     let d = suspended();
     assert!(d.end_saved());
+    assert!(!d.is_suspended());
     assert_eq!(d.wait(), EndReason::Destroyed);
     let d = suspended();
     d.resume();

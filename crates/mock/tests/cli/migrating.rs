@@ -11,25 +11,25 @@ use crate::common::{Bench, until};
 const PROGRAM: &str = env!("CARGO_BIN_EXE_hospes-mock");
 
 /// A running domain that has heard a line.
-fn bench_with(line: &str) -> Bench {
+pub fn bench_with(line: &str) -> Bench {
     let bench = Bench::new();
     bench.create("one", &[]);
     tell(&bench, line);
     bench
 }
 
-fn tell(bench: &Bench, line: &str) {
+pub fn tell(bench: &Bench, line: &str) {
     let mut console = bench.spawn(&["console", "one"]);
     console.send(&format!("{line}\n"));
     console.expect(&format!("echo: {line}"));
     console.stdin = None;
 }
 
-fn said(bench: &Bench, text: &str) -> usize {
+pub fn said(bench: &Bench, text: &str) -> usize {
     bench.log("one.console.log").matches(text).count()
 }
 
-fn receive() -> String {
+pub fn receive() -> String {
     format!("{PROGRAM} migrate-receive")
 }
 
@@ -48,7 +48,7 @@ fn long(bench: &Bench) -> serde_json::Value {
 }
 
 /// Names of all domains.
-fn names(bench: &Bench) -> Vec<String> {
+pub fn names(bench: &Bench) -> Vec<String> {
     let table = bench.ok(&["list"]);
     let names = table.lines().skip(2);
     names
@@ -361,10 +361,10 @@ fn kill(pid: i32) -> bool {
 }
 
 /// A command that moves a domain, as far as it comes.
-struct Mover(BufReader<UnixStream>);
+pub struct Mover(BufReader<UnixStream>);
 
 impl Mover {
-    fn new(bench: &Bench, id: u32) -> Mover {
+    pub fn new(bench: &Bench, id: u32) -> Mover {
         let socket = bench.domain_dir(id).join("control.sock");
         let mut mover = Mover(BufReader::new(
             UnixStream::connect(socket).expect("it listens"),
@@ -374,7 +374,7 @@ impl Mover {
         mover
     }
 
-    fn say(&mut self, body: &str) {
+    pub fn say(&mut self, body: &str) {
         let line = format!("{{\"version\":1,\"body\":{body}}}\n");
         self.0
             .get_mut()
@@ -382,7 +382,7 @@ impl Mover {
             .expect("it reads");
     }
 
-    fn hear(&mut self) -> String {
+    pub fn hear(&mut self) -> String {
         let mut line = String::new();
         self.0.read_line(&mut line).expect("text");
         line
@@ -392,11 +392,11 @@ impl Mover {
         self.0.read_exact(&mut vec![0; bytes]).expect("it writes");
     }
 
-    fn configuration(&mut self) {
+    pub fn configuration(&mut self) {
         Reader::new(&mut self.0).expect("it begins");
     }
 
-    fn rest(&mut self) {
+    pub fn rest(&mut self) {
         self.say("\"send\"");
         let mut reader = Reader::continued(&mut self.0);
         while !matches!(reader.next().expect("it goes on"), Record::End) {}

@@ -1,0 +1,81 @@
+//! Domains that move, at the moment when they change hands.
+
+use std::fs;
+use std::path::PathBuf;
+
+use crate::common::{Bench, until};
+use crate::migrating::{Mover, names, said, tell};
+
+/// A running domain that starts again after a crash, whose end nobody is told of yet.
+fn lingering() -> (Bench, PathBuf) {
+    let bench = Bench::new();
+    bench.create("one", &["on_crash='restart'"]);
+    tell(&bench, "hello");
+    let lingering = bench.path("kernel.lingering");
+    fs::write(&lingering, "").expect("writable");
+    (bench, lingering)
+}
+
+fn crash(bench: &Bench, name: &str) {
+    let mut console = bench.spawn(&["console", name]);
+    console.send("crash\n");
+    until("it has crashed", || said(bench, "lingers") > 0);
+}
+
+#[test]
+fn domain_that_has_ended_is_not_given_away() {
+    let (bench, lingering) = lingering();
+    let mut mover = Mover::new(&bench, 1);
+    mover.configuration();
+    mover.rest();
+    crash(&bench, "one");
+    mover.say("\"give-away\"");
+    let answer = mover.hear();
+    assert!(answer.contains("it has ended meanwhile"), "{answer}");
+    fs::remove_file(&lingering).expect("it was there");
+    until("it starts again here", || {
+        bench.row("one").is_some_and(|row| row[1] == "2")
+    });
+    assert_eq!(names(&bench), ["one"]);
+    assert_eq!(said(&bench, "taken again"), 0, "the next start has it");
+    drop(mover);
+    // One that is destroyed as well.
+    let mut mover = Mover::new(&bench, 2);
+    mover.configuration();
+    mover.rest();
+    fs::write(&lingering, "").expect("writable");
+    let mut destroying = bench.spawn(&["destroy", "one"]);
+    until("it is destroyed", || said(&bench, "lingers") > 1);
+    mover.say("\"give-away\"");
+    let answer = mover.hear();
+    assert!(answer.contains("it has ended meanwhile"), "{answer}");
+    fs::remove_file(&lingering).expect("it was there");
+    assert_eq!(destroying.wait(), Some(0));
+    assert!(names(&bench).is_empty());
+}
+
+#[test]
+fn domain_that_ends_when_it_was_given_away_does_not_start_again() {
+    for held in [false, true] {
+        let (bench, lingering) = lingering();
+        let mut mover = Mover::new(&bench, 1);
+        mover.configuration();
+        mover.rest();
+        mover.say("\"give-away\"");
+        assert!(mover.hear().contains("done"));
+        if held {
+            drop(mover);
+            until("it is held", || {
+                bench
+                    .row("one--migratedaway")
+                    .is_some_and(|row| row[4] == "--p---")
+            });
+        }
+        crash(&bench, "one--migratedaway");
+        fs::remove_file(&lingering).expect("it was there");
+        until("it has ended", || {
+            bench.log("one.log").contains("Exiting now")
+        });
+        assert!(names(&bench).is_empty());
+    }
+}
