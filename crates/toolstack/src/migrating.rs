@@ -50,8 +50,10 @@ impl Host {
             Ok(peer) => peer,
             Err(fault) => return Err(Error::Spawn(fault)),
         };
-        let sent = send(&mut own, &mut peer, &text, options, watcher)
-            .and_then(|()| own.step(&MoveStep::GiveAway));
+        let sent = send(&mut own, &mut peer, &text, options, watcher).and_then(|()| {
+            watcher.step("migration sender: Giving target permission to start.");
+            own.step(&MoveStep::GiveAway)
+        });
         if let Err(fault) = sent {
             // First the other side, which may have what the domain needs to go on.
             peer.end();
@@ -61,7 +63,7 @@ impl Host {
             let why = why.trim_end_matches('.');
             return Err(Error::Migration(format!("{why}; {}", self.fate(domid))));
         }
-        watcher.step("migration sender: Giving target permission to start.");
+        // Until it has started nothing is shown: who reads that slowly would hold the guest up.
         let running = peer.start_guest();
         let note = match running {
             Ok(note) => note,

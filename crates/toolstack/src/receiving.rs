@@ -96,11 +96,12 @@ impl Host {
         watcher.step("migration target: Transfer complete, requesting permission to start domain.");
         send(to, &Answer::Ready)?;
         let Order::Start = next(&mut from)?;
-        watcher.step("migration target: Got permission, starting domain.");
         let paused = own.paused || told.paused;
         let note = newcomer.arrive(Arrival { paused })?;
         // It is here, whether the other side hears of it or not.
-        send(to, &Answer::Running { note })?;
+        let heard = send(to, &Answer::Running { note });
+        watcher.step("migration target: Got permission, starting domain.");
+        heard?;
         watcher.step("migration target: Domain started successfully.");
         Ok(())
     }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::Context;
 use hospes_toolstack::{Host, MoveOptions, MoveWatcher};
 
-use super::saving::Line;
+use super::saving::{Line, say};
 use crate::create::config_in;
 use crate::table::Call;
 use crate::{Failure, Outcome};
@@ -35,7 +35,7 @@ pub(crate) fn migrate(call: &Call) -> Outcome {
     let mut shown = Shown::new("Sent", options.debug);
     host.migrate(who, config, transport, options, &mut shown)
         .context("Migration failed")?;
-    eprintln!("Migration successful.");
+    say(format_args!("Migration successful.\n"));
     Ok(())
 }
 
@@ -122,8 +122,8 @@ impl MoveWatcher for Shown {
         }
         let time = self.begun.elapsed().as_secs_f64();
         match self.debug {
-            true => eprintln!("{time:8.3} {text}"),
-            false => eprintln!("{text}"),
+            true => say(format_args!("{time:8.3} {text}\n")),
+            false => say(format_args!("{text}\n")),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Saving domains in files, and making domains of them.
 
-use std::io::IsTerminal;
+use std::fmt::Arguments;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -98,12 +99,18 @@ impl Line {
         self.pages = pages;
         if self.terminal && self.shown.is_none_or(|shown| shown.elapsed() >= INTERVAL) {
             self.shown = Some(Instant::now());
-            eprint!("\r{} MiB", pages / PAGES_IN_MIB);
+            say(format_args!("\r{} MiB", pages / PAGES_IN_MIB));
         }
     }
 
     pub(crate) fn end(&self) {
         let start = if self.terminal { "\r" } else { "" };
-        eprintln!("{start}{} {} MiB", self.done, self.pages / PAGES_IN_MIB);
+        let mib = self.pages / PAGES_IN_MIB;
+        say(format_args!("{start}{} {mib} MiB\n", self.done));
     }
+}
+
+/// Shows something on standard error, where that can be written to: a guest whose state is on its way does not depend on it.
+pub(crate) fn say(text: Arguments<'_>) {
+    let _ = std::io::stderr().write_fmt(text);
 }

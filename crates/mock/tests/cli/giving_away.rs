@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Stdio;
 
 use crate::common::{Bench, until};
-use crate::migrating::{Mover, names, said, tell};
+use crate::migrating::{Mover, bench_with, names, receive, said, tell};
 
 /// A running domain that starts again after a crash, whose end nobody is told of yet.
 fn lingering() -> (Bench, PathBuf) {
@@ -78,4 +79,22 @@ fn domain_that_ends_when_it_was_given_away_does_not_start_again() {
         });
         assert!(names(&bench).is_empty());
     }
+}
+
+#[test]
+fn what_cannot_be_shown_stops_no_guest() {
+    let bench = bench_with("hello");
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let full = fs::OpenOptions::new().write(true).open("/dev/full");
+    for (id, nowhere) in [(2, Stdio::from(writer)), (3, full.expect("there").into())] {
+        let mut command = bench.command();
+        command.args(["migrate", "--debug", "-s", "", "one", &receive()]);
+        let status = command.stderr(nowhere).status();
+        assert_eq!(status.expect("it runs").code(), Some(0));
+        assert_eq!(names(&bench), ["one"]);
+        let row = bench.row("one").expect("it runs");
+        assert_eq!((&row[1][..], &row[4][..]), (&id.to_string()[..], "-b----"));
+    }
+    bench.ok(&["destroy", "one"]);
 }
