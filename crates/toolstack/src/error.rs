@@ -84,9 +84,14 @@ pub enum Error {
     #[error("the domain cannot be taken: {0}")]
     Passed(hospes_migration::StreamError),
     #[error(
-        "it is not known whether the domain runs on the other host ({why}). Look there: where it runs, `hospes destroy {name}` ends what is left of it here; where it does not, `hospes unpause {name}` lets it go on here. Two that run at once destroy their disks"
+        "it is not known whether the domain runs on the other host ({why}). Look there: where it runs, `hospes destroy {name}` ends what is left of it here; where it does not, `hospes unpause {name}` lets it go on here, and where {incoming} is still listed, `hospes destroy {incoming}` it there first. Two that run at once destroy their disks"
     )]
-    MigrationUnsure { name: String, why: String },
+    MigrationUnsure {
+        name: String,
+        /// What it is called there before it has arrived.
+        incoming: String,
+        why: String,
+    },
     #[error("{message}")]
     Create { message: String },
     #[error("the domain process ended ({status}) before the domain was there; its log is {log}", log = .log.display())]

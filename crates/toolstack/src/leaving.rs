@@ -16,7 +16,7 @@ use crate::instance::{Instance, lock};
 use crate::launch;
 use crate::log::log;
 use crate::machine::Machine;
-use crate::protocol::{self, MoveStep, Reply, away_name};
+use crate::protocol::{self, MoveStep, Reply, away_name, incoming_name};
 use crate::saving::{Answer, AnyError, BUFFER, SavedConfig};
 use crate::standing::Standing;
 
@@ -150,9 +150,9 @@ impl Move<'_> {
                 log!("The domain has been migrated");
                 Some(Answer::Destroy)
             }
-            Ok(MoveStep::Unsure(why)) => self.hold(&why),
-            Ok(step) => self.hold(&format!("the command said {step:?}")),
-            Err(fault) => self.hold(&fault.to_string()),
+            Ok(MoveStep::Unsure(why)) => self.hold(saved, &why),
+            Ok(step) => self.hold(saved, &format!("the command said {step:?}")),
+            Err(fault) => self.hold(saved, &fault.to_string()),
         }
     }
 
@@ -276,13 +276,14 @@ impl Move<'_> {
         Ok(())
     }
 
-    fn hold(&self, why: &str) -> Option<Answer> {
+    fn hold(&self, saved: &SavedConfig, why: &str) -> Option<Answer> {
         // There is nothing left that could go on.
         if self.instance.machine().has_ended() {
             return None;
         }
+        let incoming = incoming_name(&saved.config.name);
         self.instance.hold(format!(
-            "it is not known whether it runs on the other host ({why}): look there; where it does, `hospes destroy` it here, and where it does not, `hospes unpause` it here"
+            "it is not known whether it runs on the other host ({why}): look there; where it does, `hospes destroy` it here, and where it does not, `hospes unpause` it here; where {incoming} is still listed, `hospes destroy` that there first"
         ));
         Some(Answer::Reply(Reply::Done))
     }

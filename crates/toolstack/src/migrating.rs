@@ -16,12 +16,12 @@ use crate::error::{Error, Result};
 use crate::handover::{Answer, MoveOptions, MoveWatcher, Order, Patient, Side, clean};
 use crate::launch;
 use crate::protocol::{self, MoveStep, Reply, Request};
-use crate::saving::BUFFER;
+use crate::saving::{BUFFER, SavedConfig};
 
 /// How long an answer of the domain may take.
-const DOMAIN_PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const DOMAIN_PATIENCE: Duration = Duration::from_secs(30);
 /// How long the other side may take for an answer, and to read what it is sent: the guest may stand still meanwhile.
-const PEER_PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PEER_PATIENCE: Duration = Duration::from_secs(60);
 /// How long it may take to end when it is told no more.
 const END_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a domain may take that was not migrated to go on.
@@ -45,6 +45,8 @@ impl Host {
         let (domid, stream) = self.ask_to_save(who, &Request::Migrate { config })?;
         let mut own = Own::new(domid, &stream)?;
         let text = own.begin()?;
+        let saved = SavedConfig::read(&text).map_err(Error::Protocol)?;
+        let incoming = protocol::incoming_name(&saved.config.name);
         watcher.detail("the domain can be moved");
         let mut peer = match Peer::start(transport) {
             Ok(peer) => peer,
@@ -73,7 +75,11 @@ impl Host {
                 let _ = own.step(&MoveStep::Unsure(why.clone()));
                 peer.end();
                 let name = self.name_of(domid);
-                return Err(Error::MigrationUnsure { name, why });
+                return Err(Error::MigrationUnsure {
+                    name,
+                    incoming,
+                    why,
+                });
             }
         };
         watcher.step("migration sender: Target reports successful startup.");

@@ -1,8 +1,9 @@
 //! Moving a domain to another host: the side of the command there where it comes to.
 
 use std::fs::File;
-use std::io::{self, BufReader, Write};
-use std::time::Duration;
+use std::io::{self, BufReader, ErrorKind, Write};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use hospes_config::{EventAction, EventActions};
 use hospes_migration::Reader;
@@ -11,11 +12,19 @@ use crate::client::Host;
 use crate::error::{Error, Result};
 use crate::handover::{Answer, MoveOptions, MoveWatcher, Order, Patient, Side};
 use crate::launch::{self, Starting, unknown};
+use crate::migrating::{DOMAIN_PATIENCE, PEER_PATIENCE};
 use crate::protocol::{self, Arrival, Launched};
 use crate::saving::{BUFFER, SavedConfig};
 
 /// How long the other side may say nothing: longer than a guest may take to suspend itself.
 const PATIENCE: Duration = Duration::from_secs(300);
+/// How long it may take, when the domain is here, to give it away. A command that gives it away and then hears nothing finds this over when it says that nobody
+/// knows where the domain runs: it starts no more behind that.
+const ORDER_PATIENCE: Duration = Duration::from_secs(45);
+const _: () = assert!(
+    ORDER_PATIENCE.as_secs() > DOMAIN_PATIENCE.as_secs()
+        && ORDER_PATIENCE.as_secs() < PEER_PATIENCE.as_secs()
+);
 
 /// What -e of the commands makes of the actions for an end: nobody waits for it.
 pub const UNATTENDED: EventActions = EventActions {
@@ -94,8 +103,9 @@ impl Host {
             other => return Err(unknown(&other)),
         }
         watcher.step("migration target: Transfer complete, requesting permission to start domain.");
+        let ready = Instant::now();
         send(to, &Answer::Ready)?;
-        let Order::Start = next(&mut from)?;
+        let Order::Start = order(&mut from, ready, ORDER_PATIENCE)?;
         let paused = own.paused || told.paused;
         let note = newcomer.arrive(Arrival { paused })?;
         // It is here, whether the other side hears of it or not.
@@ -116,13 +126,35 @@ fn send(to: &mut File, answer: &Answer) -> Result<()> {
 }
 
 fn next<T: serde::de::DeserializeOwned>(from: &mut impl io::BufRead) -> Result<T> {
-    let line = protocol::read_line(from)?.map_err(gone)?;
+    understood(protocol::read_line(from)?.map_err(gone)?)
+}
+
+fn understood<T: serde::de::DeserializeOwned>(line: Option<Vec<u8>>) -> Result<T> {
     let line = line.ok_or_else(|| {
         Error::Migration(
             "the other side has gone before the domain was here: it does not run here".into(),
         )
     })?;
     protocol::decode(&line)
+}
+
+/// Waits for the order, so long at most since the other side could know that it is awaited. One that was said in time and is seen too late, by a process that was
+/// stopped for one, counts as little.
+fn order<T: io::Read + AsFd>(
+    from: &mut BufReader<Patient<T>>,
+    since: Instant,
+    patience: Duration,
+) -> Result<Order> {
+    from.get_mut().patience = Some(patience);
+    let line = protocol::read_line(from)?;
+    let is_timeout = |fault: &io::Error| fault.kind() == ErrorKind::TimedOut;
+    if since.elapsed() > patience || line.as_ref().is_err_and(is_timeout) {
+        return Err(Error::Migration(format!(
+            "the other side has not given the domain away within {} seconds: it does not run here",
+            patience.as_secs()
+        )));
+    }
+    understood(line.map_err(gone)?)
 }
 
 /// The process of the domain that comes. It has ended when this is dropped before the domain has arrived: nothing here is in the way of the other side then.
@@ -168,5 +200,39 @@ impl Drop for Newcomer {
         if let Some(starting) = self.0.take() {
             starting.abandon();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn patient(from: io::PipeReader) -> BufReader<Patient<io::PipeReader>> {
+        BufReader::new(Patient {
+            inner: from,
+            patience: Some(PATIENCE),
+        })
+    }
+
+    #[test]
+    fn order_that_does_not_come_in_time_does_not_count() {
+        let (now, moment) = (Instant::now(), Duration::from_millis(20));
+        let (reader, mut writer) = io::pipe().expect("a pipe");
+        let mut from = patient(reader);
+        let mut refused = |since, patience| {
+            let fault = order(&mut from, since, patience).expect_err("it is too late");
+            fault.to_string()
+        };
+        let late = refused(now, moment);
+        assert!(late.contains("not given the domain away within"), "{late}");
+        let mut say = || protocol::send(&mut writer, &Order::Start).expect("it is short");
+        say().expect("it is read");
+        let late = refused(now, moment);
+        assert!(late.contains("not given the domain away within"), "{late}");
+        say().expect("it is read");
+        let Order::Start = order(&mut from, Instant::now(), ORDER_PATIENCE).expect("it was said");
+        drop(writer);
+        let gone = order(&mut from, now, ORDER_PATIENCE).expect_err("nothing more was said");
+        assert!(gone.to_string().contains("has gone"), "{gone}");
     }
 }
