@@ -3,7 +3,7 @@
 //! Once unpaused it prints `mock guest ready` and obeys the lines it gets on its console: `poweroff`, `reboot`, `crash`,
 //! `watchdog` and `suspend` end it, `flood` prints 4 MiB, anything else is answered with `echo: ` and the line. With
 //! Devices and keys are said on the console: `attached disk xvdb`, `sysrq h`. Its balloon driver follows at once, and it may have what a host of 1 TiB has left. A disk whose target is called `bad` cannot be
-//! attached, one called `stuck` is not given back but by force. With `deaf` in its kernel command line it does not follow requests to shut down,
+//! attached, one called `stuck` is not given back but by force, and `slow` is attached when the file `.taken` beside its kernel is gone. With `deaf` in its kernel command line it does not follow requests to shut down,
 //! for which a process that is asked to end gives it two seconds. A kernel that is no file is an error. It suspends itself when it is to be saved, unless it
 //! is paused, and what is saved of it is what it was told last; `broken` cannot be saved, and what is no text cannot be restored. To another host `foreign` is not
 //! admitted, `unwelcome` fails there, and `clings` fails when its devices are let go of, after which `restless` does not stay suspended; they cannot be had again while beside its kernel there is a file `.taken`.
@@ -196,6 +196,12 @@ impl Machine for Mock {
         let name = disk.target.as_ref().and_then(|target| target.file_name());
         if name == Some("bad".as_ref()) {
             return Err("the image is bad".into());
+        }
+        if name == Some("slow".as_ref()) {
+            let deadline = Instant::now() + LINGER;
+            while self.taken.exists() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(10));
+            }
         }
         let mut state = self.lock();
         if name == Some("stuck".as_ref()) {

@@ -70,6 +70,8 @@ pub(crate) enum ChangeError {
     Drive(&'static str),
     #[error("{0}")]
     Moving(&'static str),
+    #[error("{0}")]
+    Fixed(String),
     #[error(
         "{0}; the device is attached and could not be taken away again ({1}): restart or destroy the domain to be rid of it"
     )]
@@ -206,9 +208,18 @@ impl Instance {
         self.set_record(record)
     }
 
+    /// Begins a change that a command wants, and refuses it where the domain was saved or given away while it had to wait.
+    fn begin_change(&self) -> std::result::Result<MutexGuard<'_, ()>, ChangeError> {
+        let changes = lock(&self.changes);
+        match self.is_fixed() {
+            Some(why) => Err(ChangeError::Fixed(why)),
+            None => Ok(changes),
+        }
+    }
+
     /// Gives the domain another name, which its logs get too.
     pub(crate) fn rename(&self, name: &str) -> std::result::Result<(), ChangeError> {
-        let _changes = lock(&self.changes);
+        let _changes = self.begin_change()?;
         let mut record = lock(&self.record).clone();
         let old = std::mem::replace(&mut record.name, name.to_string());
         if old == name {
@@ -295,7 +306,7 @@ impl Instance {
         &self,
         config: DomainConfig,
     ) -> std::result::Result<(), ChangeError> {
-        let _changes = lock(&self.changes);
+        let _changes = self.begin_change()?;
         let mut record = lock(&self.record).clone();
         record.next = Some(config);
         Ok(self.set_record(record)?)
@@ -307,7 +318,7 @@ impl Instance {
         weight: Option<u16>,
         cap: Option<u16>,
     ) -> std::result::Result<(), ChangeError> {
-        let _changes = lock(&self.changes);
+        let _changes = self.begin_change()?;
         let now = self.machine.share();
         let share = Share {
             weight: weight.unwrap_or(now.weight),
@@ -324,7 +335,7 @@ impl Instance {
 
     /// Changes how many vCPUs the guest uses, for this domain and what it is restarted as; the next start may have fewer at most.
     pub(crate) fn set_vcpus(&self, online: u32) -> std::result::Result<(), ChangeError> {
-        let _changes = lock(&self.changes);
+        let _changes = self.begin_change()?;
         self.machine
             .set_vcpus(online)
             .map_err(ChangeError::Machine)?;
@@ -333,7 +344,7 @@ impl Instance {
 
     /// Changes how much memory the guest is to have, for this domain and what it is restarted as; the next start may have less at most.
     pub(crate) fn set_memory_target(&self, kib: u64) -> std::result::Result<(), ChangeError> {
-        let _changes = lock(&self.changes);
+        let _changes = self.begin_change()?;
         self.machine
             .set_memory_target(kib, &|| self.promised_to_others())
             .map_err(ChangeError::Machine)?;
@@ -344,7 +355,7 @@ impl Instance {
 
     /// Changes how much memory the guest may have. As in xl, the next start does not know of it.
     pub(crate) fn set_memory_max(&self, kib: u64) -> std::result::Result<(), ChangeError> {
-        let _changes = lock(&self.changes);
+        let _changes = self.begin_change()?;
         self.machine
             .set_memory_max(kib, &|| self.promised_to_others())
             .map_err(ChangeError::Machine)
@@ -356,7 +367,7 @@ impl Instance {
     }
 
     pub(crate) fn attach_disk(&self, disk: DiskConfig) -> std::result::Result<(), ChangeError> {
-        let _changes = lock(&self.changes);
+        let _changes = self.begin_change()?;
         let number = disk.vdev.number;
         let has = |config: &DomainConfig| config.disks.iter().any(|d| d.vdev.number == number);
         if has(&self.config()) {
@@ -374,7 +385,7 @@ impl Instance {
     }
 
     pub(crate) fn attach_vif(&self, mut vif: VifConfig) -> std::result::Result<(), ChangeError> {
-        let _changes = lock(&self.changes);
+        let _changes = self.begin_change()?;
         let config = self.config();
         let has = |config: &DomainConfig, devid: u32| {
             config.vifs.iter().any(|other| other.devid == Some(devid))
@@ -423,7 +434,7 @@ impl Instance {
         devid: u32,
         force: bool,
     ) -> std::result::Result<(), ChangeError> {
-        let _changes = lock(&self.changes);
+        let _changes = self.begin_change()?;
         let config = self.config();
         let there = match kind {
             DeviceKind::Disk => config.disks.iter().any(|disk| disk.vdev.number == devid),
@@ -444,9 +455,21 @@ impl Instance {
         })?)
     }
 
+    /// Makes a disk larger or smaller, in bytes.
+    pub(crate) fn resize_disk(
+        &self,
+        devid: u32,
+        bytes: u64,
+    ) -> std::result::Result<(), ChangeError> {
+        let _changes = self.begin_change()?;
+        self.machine
+            .resize_disk(devid, bytes)
+            .map_err(ChangeError::Machine)
+    }
+
     /// Puts another medium into a CD-ROM drive, or none.
     pub(crate) fn change_medium(&self, medium: DiskConfig) -> std::result::Result<(), ChangeError> {
-        let _changes = lock(&self.changes);
+        let _changes = self.begin_change()?;
         let config = self.config();
         let number = medium.vdev.number;
         let drive = config.disks.iter().find(|d| d.vdev.number == number);

@@ -308,7 +308,7 @@ fn answer(
         Request::AttachDisk { disk } => done(instance.attach_disk(disk)),
         Request::AttachVif { vif } => done(instance.attach_vif(vif)),
         Request::DetachDevice { kind, devid, force } => done(instance.detach(kind, devid, force)),
-        Request::ResizeDisk { devid, bytes } => done(machine.resize_disk(devid, bytes)),
+        Request::ResizeDisk { devid, bytes } => done(instance.resize_disk(devid, bytes)),
         Request::ChangeMedium { disk } => done(instance.change_medium(disk)),
         Request::Sysrq { key } => done(machine.send_sysrq(key)),
         Request::Trigger { trigger, vcpu } => done(machine.trigger(trigger, vcpu)),

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::time::Duration;
 
 use crate::common::{Bench, until};
 use crate::migrating::{Mover, bench_with, names, receive, said, tell};
@@ -97,4 +98,41 @@ fn what_cannot_be_shown_stops_no_guest() {
         assert_eq!((&row[1][..], &row[4][..]), (&id.to_string()[..], "-b----"));
     }
     bench.ok(&["destroy", "one"]);
+}
+
+#[test]
+fn change_that_had_to_wait_is_not_made_to_a_domain_that_leaves() {
+    let bench = bench_with("hello");
+    let taken = bench.path("kernel.taken");
+    fs::write(&taken, "").expect("writable");
+    let moment = || std::thread::sleep(Duration::from_millis(200));
+    let mut attaching = bench.spawn(&["block-attach", "one", "/img/slow,raw,xvdb,w"]);
+    moment();
+    let changes = [
+        &["rename", "one", "two"][..],
+        &["mem-set", "one", "32"],
+        &["vcpu-set", "one", "1"],
+        &["network-attach", "one"],
+        &["config-update", "one", "/dev/null"],
+    ];
+    let mut waiting: Vec<_> = changes.iter().map(|change| bench.spawn(change)).collect();
+    moment();
+    let before = std::thread::scope(|scope| {
+        // It is answered when it has the domain for itself.
+        let moving = scope.spawn(|| {
+            let mut mover = Mover::new(&bench, 1);
+            mover.configuration();
+            mover
+        });
+        moment();
+        fs::remove_file(&taken).expect("it was there");
+        moving.join().expect("no panic")
+    });
+    assert_eq!(attaching.wait(), Some(0));
+    for (change, command) in changes.iter().zip(&mut waiting) {
+        assert_eq!(command.wait(), Some(1), "{change:?}");
+    }
+    assert_eq!(names(&bench), ["one"]);
+    assert_eq!(said(&bench, "memory 32"), 0);
+    drop(before);
 }
