@@ -79,7 +79,9 @@ impl Instance {
         let mut standing = lock(&self.standing);
         match &mut *standing {
             Standing::Arriving => return Err(ChangeError::Moving(ARRIVING)),
-            Standing::Here | Standing::Leaving(_) => self.machine().unpause(),
+            Standing::Leaving(None) => return Err(ChangeError::Moving(LEAVING)),
+            // Nothing waits for it here.
+            Standing::Here | Standing::Leaving(Some(_)) => self.machine().unpause(),
             Standing::Held(_, identity) => {
                 // Where it runs on this host after all, this is what is refused.
                 if let Some((name, uuid)) = identity {

@@ -426,6 +426,8 @@ fn command_that_is_killed_leaves_one_guest() {
     let mut late = Mover::new(&bench, 1);
     late.configuration();
     late.rest();
+    let refused = bench.fails(1, &["unpause", "one"]);
+    assert!(refused.contains("it is being migrated"), "{refused}");
     drop(late);
     until("the guest goes on", || said(&bench, "resumed") == 1);
     assert_eq!(said(&bench, "taken again"), 1);
