@@ -120,7 +120,8 @@ impl Instance {
             )
         };
         // Whoever has the standing may want the record next.
-        let (moving, held) = (self.is_moving(), self.held());
+        let moving = self.is_moving() || self.is_being_saved();
+        let held = self.held();
         let record = lock(&self.record);
         let alive = shutdown.is_none();
         DomainInfo {

@@ -6,7 +6,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hospes_config::DomainConfig;
+use hospes_config::{DomainConfig, Uuid};
 use hospes_migration::{Reader, StreamError, Writer};
 use hospes_units::DomId;
 
@@ -26,6 +26,8 @@ pub(crate) const PEER_PATIENCE: Duration = Duration::from_secs(60);
 const END_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a domain may take that was not migrated to go on.
 const RETURN_PATIENCE: Duration = Duration::from_secs(40);
+/// How long one that has shut down may take to end, or to start again.
+const NEXT_PATIENCE: Duration = Duration::from_secs(4);
 const LOOK: Duration = Duration::from_millis(20);
 
 impl Host {
@@ -43,6 +45,7 @@ impl Host {
             .map(|mut config| launch::resolve(&mut config).map(|()| Box::new(config)))
             .transpose()?;
         let (domid, stream) = self.ask_to_save(who, &Request::Migrate { config })?;
+        let uuid = self.find(&domid.to_string())?.record.uuid;
         let mut own = Own::new(domid, &stream)?;
         let text = own.begin()?;
         let saved = SavedConfig::read(&text).map_err(Error::Protocol)?;
@@ -63,7 +66,10 @@ impl Host {
             drop(stream);
             let why = fault.to_string();
             let why = why.trim_end_matches('.');
-            return Err(Error::Migration(format!("{why}; {}", self.fate(domid))));
+            return Err(Error::Migration(format!(
+                "{why}; {}",
+                self.fate(domid, uuid)
+            )));
         }
         // Until it has started nothing is shown: who reads that slowly would hold the guest up.
         let running = peer.start_guest();
@@ -100,20 +106,32 @@ impl Host {
     }
 
     /// What became of a domain that was not given away.
-    fn fate(&self, domid: DomId) -> String {
-        let deadline = Instant::now() + RETURN_PATIENCE;
+    fn fate(&self, domid: DomId, uuid: Uuid) -> String {
+        let begun = Instant::now();
+        let deadline = begun + RETURN_PATIENCE;
         loop {
             let Ok(entry) = self.find(&domid.to_string()) else {
-                return "the domain has ended here as well".into();
+                let mut entries = self.entries().unwrap_or_default().into_iter();
+                return match entries.find(|entry| entry.record.uuid == uuid) {
+                    Some(entry) => format!("it has started again as domain {}", entry.domid),
+                    None => "the domain has ended here as well".into(),
+                };
             };
             match self.infos(vec![entry]).pop() {
+                // Perhaps it is about to end, or to start again.
+                Some((_, each::Answer::Told(info))) if info.shutdown.is_some() || info.dying => {
+                    if begun.elapsed() >= NEXT_PATIENCE {
+                        return "the domain has shut down here".into();
+                    }
+                    thread::sleep(LOOK);
+                }
                 Some((_, each::Answer::Told(info))) if !info.moving => {
                     let goes_on = || "the domain goes on here".into();
                     return info.held.unwrap_or_else(goes_on);
                 }
-                Some(_) if Instant::now() < deadline => thread::sleep(LOOK),
-                Some(_) => return "the domain does not go on yet: see its log".into(),
-                None => return "the domain has ended here as well".into(),
+                // `None` is one that ends just now.
+                _ if Instant::now() < deadline => thread::sleep(LOOK),
+                _ => return "the domain does not go on yet: see its log".into(),
             }
         }
     }

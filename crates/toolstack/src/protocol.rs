@@ -298,7 +298,7 @@ pub struct DomainInfo {
     /// Devices whose requests wait.
     #[serde(default)]
     pub waiting: Vec<Waiting>,
-    /// Whether it is on its way to another host, or from one.
+    /// It is on its way to another host or from one, or is being saved: what becomes of it is decided soon.
     #[serde(default)]
     pub moving: bool,
     /// Why the guest is held until somebody decides what becomes of it: a sentence for the user.

@@ -111,9 +111,7 @@ fn change_that_had_to_wait_is_not_made_to_a_domain_that_leaves() {
     let changes = [
         &["rename", "one", "two"][..],
         &["mem-set", "one", "32"],
-        &["vcpu-set", "one", "1"],
         &["network-attach", "one"],
-        &["config-update", "one", "/dev/null"],
     ];
     let mut waiting: Vec<_> = changes.iter().map(|change| bench.spawn(change)).collect();
     moment();
@@ -135,4 +133,37 @@ fn change_that_had_to_wait_is_not_made_to_a_domain_that_leaves() {
     assert_eq!(names(&bench), ["one"]);
     assert_eq!(said(&bench, "memory 32"), 0);
     drop(before);
+}
+
+#[test]
+fn guest_that_ends_by_itself_is_said_to_have_done_so() {
+    for (line, on, sentence) in [
+        ("reboot", "restart", "it has started again as domain"),
+        ("poweroff", "destroy", "the domain has ended here as well"),
+        ("poweroff", "preserve", "the domain has shut down here"),
+    ] {
+        let bench = Bench::new();
+        bench.create("one", &[&format!("on_{line}='{on}'")]);
+        tell(&bench, "hello");
+        let (begun, gate) = (bench.path("begun"), bench.path("gate"));
+        // Before the other side says that it would take it.
+        let command = format!(
+            "touch {}; until test -e {}; do sleep 0.05; done; {}",
+            begun.display(),
+            gate.display(),
+            receive()
+        );
+        let fault = std::thread::scope(|scope| {
+            let moving = scope.spawn(|| bench.fails(1, &["migrate", "-s", "", "one", &command]));
+            until("it is to move", || begun.exists());
+            let mut console = bench.spawn(&["console", "one"]);
+            console.send(&format!("{line}\n"));
+            until("it has ended", || {
+                bench.log("one.log").contains("has shut down")
+            });
+            fs::write(&gate, "").expect("writable");
+            moving.join().expect("no panic")
+        });
+        assert!(fault.contains(sentence), "{line}, {on}: {fault}");
+    }
 }

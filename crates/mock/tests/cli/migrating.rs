@@ -368,6 +368,7 @@ pub struct Mover(BufReader<UnixStream>);
 impl Mover {
     pub fn new(bench: &Bench, id: u32) -> Mover {
         let socket = bench.domain_dir(id).join("control.sock");
+        until("it listens", || socket.exists());
         let mut mover = Mover(BufReader::new(
             UnixStream::connect(socket).expect("it listens"),
         ));
