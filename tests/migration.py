@@ -138,13 +138,15 @@ def hosts_without_what_it_needs_refuse(bench):
     config = bench.path("other.cfg")
     original = json.loads(bench.hospes("list", "-l", "moved"))[0]["config"]
     cases = (
-        ("/nowhere/disk.img", "", "the disk /nowhere/disk.img cannot be opened there"),
-        (moved.disk.path, "bridge=none7", "there is no bridge none7"),
+        ("/nowhere/disk.img", "", "", "the disk /nowhere/disk.img cannot be opened there"),
+        (moved.disk.path, "bridge=none7", "", "there is no bridge none7"),
+        (moved.disk.path, "script=/nowhere/vif-own", "", "there is no script /nowhere/vif-own"),
+        (moved.disk.path, "", 'cpus="4000"', "4000"),
     )
-    for disk, vif, why in cases:
+    for disk, vif, cpus, why in cases:
         lines = [
             'name="moved"', 'type="pvh"', "memory=256", "vcpus=4", f'kernel="{original["b_info"]["kernel"]}"', f'disk=["{disk},raw,xvda,w"]',
-            f'vif=["{vif}"]',
+            f'vif=["{vif}"]', cpus,
         ]
         pathlib.Path(config).write_text("\n".join(lines) + "\n", encoding="utf-8")
         bench.refused(why, "migrate", "-C", config, "-s", "", "moved", receiver)

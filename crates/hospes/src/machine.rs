@@ -56,6 +56,9 @@ impl toolstack::MachineFactory for Domains {
         for vif in &config.vifs {
             vifs::check(vif)?;
         }
+        placements(config).map_err(|fault| {
+            format!("{fault}; give another configuration with -C, which has CPUs of that host")
+        })?;
         let wishes: Vec<_> = config.cpuid.iter().map(wish).collect();
         let host = hospes_domain::Host {
             name: &config.name,
@@ -158,21 +161,31 @@ fn wish((name, wish): &(String, FeatureWish)) -> (String, Wish) {
     (name.clone(), wish)
 }
 
-/// Gives the vCPUs the host CPUs of the configuration.
-fn place(domain: &Domain, config: &DomainConfig) -> Result<(), MachineError> {
+/// The host CPUs that a vCPU has to run on, and those that it prefers, where the configuration has any.
+type Placement = (VcpuId, Option<Affinity>, Option<Affinity>);
+
+/// The host CPUs of the configuration, for each vCPU that has some.
+fn placements(config: &DomainConfig) -> Result<Vec<Placement>, MachineError> {
     let pinning = &config.scheduling;
     if pinning.cpus == Pinning::None && pinning.cpus_soft == Pinning::None {
-        return Ok(());
+        return Ok(Vec::new());
     }
     let host = toolstack::host_cpus();
-    for vcpu in 0..config.maxvcpus {
+    let placement = |vcpu| {
         let meaning = |pinning: &Pinning| {
             let list = pinning.of(vcpu);
             list.map(|list| toolstack::resolve(list, &host)).transpose()
         };
-        let hard = meaning(&pinning.cpus)?;
-        let soft = meaning(&pinning.cpus_soft)?;
-        domain.pin(Some(VcpuId(vcpu)), hard.as_ref(), soft.as_ref())?;
+        let (hard, soft) = (meaning(&pinning.cpus)?, meaning(&pinning.cpus_soft)?);
+        Ok((VcpuId(vcpu), hard, soft))
+    };
+    (0..config.maxvcpus).map(placement).collect()
+}
+
+/// Gives the vCPUs the host CPUs of the configuration.
+fn place(domain: &Domain, config: &DomainConfig) -> Result<(), MachineError> {
+    for (vcpu, hard, soft) in placements(config)? {
+        domain.pin(Some(vcpu), hard.as_ref(), soft.as_ref())?;
     }
     Ok(())
 }

@@ -160,6 +160,14 @@ impl Plug {
 /// Whether the host has what an interface is to be plugged into.
 pub fn check(vif: &VifConfig) -> Result<(), MachineError> {
     let vif = without_bridge_script(vif, Script::is_installed);
+    if let Some(script) = &vif.script
+        && !Script::is_installed(script)
+    {
+        return Err(format!(
+            "there is no script {script}: install it there, or give another configuration with -C"
+        )
+        .into());
+    }
     let Network::Bridge(bridge) = network(&vif) else {
         return Ok(());
     };
