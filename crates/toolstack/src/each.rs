@@ -99,7 +99,8 @@ fn ask_each<T>(
     answered
         .filter_map(|(entry, answer)| match answer {
             Ok(told) => Some((entry, Answer::Told(told))),
-            Err(Error::Gone { .. }) => None,
+            // A connection that was lost alone is no end.
+            Err(Error::Gone { .. }) if !is_locked(&entry.dir) => None,
             Err(Error::Unreachable { source, .. })
                 if matches!(
                     source.kind(),
@@ -151,6 +152,40 @@ mod tests {
                 seen[..],
                 [Answer::Silent(_), Answer::Silent(_), Answer::NotYet]
             ),
+            "{seen:?}"
+        );
+        let _ = std::fs::remove_dir_all(&run);
+    }
+
+    #[test]
+    fn domains_end_with_their_lock_and_not_with_a_connection() {
+        let run = std::env::temp_dir().join(format!("hospes-each-lost-{}", std::process::id()));
+        std::fs::create_dir_all(&run).expect("temporary directory");
+        let paths = Paths {
+            log: run.join("log"),
+            run: run.clone(),
+        };
+        let registry = Registry::new(&paths);
+        let mut slots: Vec<_> = (1..3)
+            .map(|number| {
+                let record = record(&format!("d{number}"), number);
+                registry.allocate(&record).expect("free")
+            })
+            .collect();
+        for slot in &slots {
+            let listener = UnixListener::bind(slot.dir().join("control.sock")).expect("new");
+            std::thread::spawn(move || drop(listener.accept()));
+        }
+        let host = Host::new(paths);
+        let entries = host.entries().expect("a list");
+        slots.pop();
+        let answers = host.infos(entries);
+        let seen: Vec<_> = answers
+            .iter()
+            .map(|(entry, answer)| (entry.domid.0, answer))
+            .collect();
+        assert!(
+            matches!(seen[..], [(1, Answer::Silent(Error::Gone { .. }))]),
             "{seen:?}"
         );
         let _ = std::fs::remove_dir_all(&run);

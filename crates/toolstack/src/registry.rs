@@ -335,10 +335,11 @@ fn open_lock(path: &Path) -> io::Result<File> {
 
 /// Whether a living process holds the lock of a domain's directory.
 pub(crate) fn is_locked(dir: &Path) -> bool {
-    let Ok(file) = OpenOptions::new().write(true).open(dir.join("lock")) else {
-        return false;
-    };
-    flock(&file, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
+    match OpenOptions::new().write(true).open(dir.join("lock")) {
+        // Whatever else keeps it from being looked at, such as too many open files, says nothing about the domain.
+        Err(fault) => fault.kind() != ErrorKind::NotFound,
+        Ok(file) => flock(&file, FlockOperation::NonBlockingLockShared).is_err(),
+    }
 }
 
 fn write_record(dir: &Path, record: &Record) -> Result<()> {
@@ -414,6 +415,18 @@ mod tests {
             log: run.join("log"),
         };
         (Registry::new(&paths), Directory(run))
+    }
+
+    #[test]
+    fn domain_whose_lock_cannot_be_looked_at_is_left_alone() {
+        let (registry, _directory) = registry("unseen");
+        let slot = registry.allocate(&record("a", 1)).expect("free");
+        // As with too many open files: the open fails, and not because there is none.
+        let lock = slot.dir().join("lock");
+        fs::remove_file(&lock).expect("there");
+        std::os::unix::fs::symlink("lock", &lock).expect("free");
+        assert_eq!(registry.entries().expect("a list").len(), 1);
+        assert!(slot.dir().join("domain.json").exists());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 use std::fs::{self, Permissions};
-use std::io::{BufReader, Read, Write};
+use std::io::{BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -29,6 +29,8 @@ use crate::{leaving, saving};
 const CONNECTIONS_MAX: usize = 32;
 /// A control connection without a request for so long is closed.
 const IDLE: Duration = Duration::from_secs(30);
+/// How long to wait before another connection is accepted where one could not be.
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 /// How often a waiting connection looks whether its client is still there.
 const MOMENT: Duration = Duration::from_millis(500);
 /// How long input waits for room in the guest before it tries again.
@@ -91,8 +93,17 @@ impl Server {
         let serve = Arc::new(serve);
         let connections = Arc::new(AtomicUsize::new(0));
         thread::spawn(move || {
-            // Accepting ends with an error when the socket is shut down.
-            while let Ok((stream, _)) = accepting.accept() {
+            loop {
+                let stream = match accepting.accept() {
+                    Ok((stream, _)) => stream,
+                    // The socket is shut down.
+                    Err(fault) if fault.kind() == ErrorKind::InvalidInput => return,
+                    // The client has left, or the host lacks files or memory for a while.
+                    Err(_) => {
+                        thread::sleep(ACCEPT_RETRY);
+                        continue;
+                    }
+                };
                 if !is_allowed(&stream) {
                     continue;
                 }
@@ -100,13 +111,15 @@ impl Server {
                     turn_away(&stream);
                     continue;
                 }
-                connections.fetch_add(1, Ordering::Relaxed);
-                let (serve, connections) = (serve.clone(), connections.clone());
-                let accepted = accepted();
-                thread::spawn(move || {
+                let place = Place::take(&connections);
+                let (serve, accepted) = (serve.clone(), accepted());
+                let served = thread::Builder::new().spawn(move || {
                     serve(stream, accepted);
-                    connections.fetch_sub(1, Ordering::Relaxed);
+                    drop(place);
                 });
+                if let Err(fault) = served {
+                    log!("a command cannot be served, the host has no thread for it: {fault}");
+                }
             }
         });
         self.listeners.push(listener);
@@ -126,6 +139,22 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+/// The place of a connection among those that there may be at a time.
+struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    fn take(places: &Arc<AtomicUsize>) -> Place {
+        places.fetch_add(1, Ordering::Relaxed);
+        Place(places.clone())
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
