@@ -47,6 +47,8 @@ pub struct Control {
     waker: OnceLock<Waker>,
     /// Set while the vCPU may execute translated code.
     in_code: AtomicBool,
+    /// Set while a signal that makes it leave is on its way or not taken note of: another one would say nothing new, and all that are sent are taken, one after the other.
+    kicked: AtomicBool,
     direct_ns: AtomicU64,
     direct_wait_ns: AtomicU64,
     place_changed: AtomicBool,
@@ -171,8 +173,8 @@ impl Control {
             }
             return;
         }
-        membarrier();
-        if self.in_code.load(Ordering::SeqCst) {
+        // A vCPU that is not seen inside, or has not yet forgotten that it was kicked, looks at its requests behind the barrier in `enter_code`, and so sees this one.
+        if self.in_code.load(Ordering::SeqCst) && !self.kicked.swap(true, Ordering::SeqCst) {
             self.stop_code();
         }
     }
@@ -237,8 +239,14 @@ impl Control {
         self.requests.load(Ordering::Relaxed) != 0
     }
 
-    /// Declares that the vCPU is about to execute translated code. The barrier is on the other side, in `post`.
+    /// Declares that the vCPU is about to execute guest code, and is a barrier: it has to look at the requests behind it.
     pub fn enter_code(&self) {
+        self.kicked.store(false, Ordering::Relaxed);
+        self.in_code.swap(true, Ordering::SeqCst);
+    }
+
+    /// The same for code after which it looks at the requests before any of the guest's, or where it has just looked at them.
+    pub fn enter_more_code(&self) {
         self.in_code.store(true, Ordering::Relaxed);
         std::sync::atomic::compiler_fence(Ordering::SeqCst);
     }

@@ -121,7 +121,7 @@ impl BtHost {
 
     fn run_code(&mut self, pos: usize) -> ExitKind {
         self.sync_flags_out();
-        self.control.enter_code();
+        self.control.enter_more_code();
         let kind = call(&self.shared, pos);
         self.control.leave_code();
         self.sync_flags_in();
