@@ -165,7 +165,7 @@ impl Control {
     pub fn post(&self, bits: u32) {
         self.requests.fetch_or(bits, Ordering::SeqCst);
         if !self.running.load(Ordering::SeqCst) {
-            // The barrier and the signal cost more than waking a thread does, and most targets of interrupts sleep.
+            // The signal costs more than waking a thread does, and most targets of interrupts sleep.
             if bits & request::WAKES != 0
                 && let Some(wake) = self.waker.get()
             {
