@@ -75,25 +75,6 @@ pub struct Point {
     pub flags_saved: bool,
 }
 
-/// A jump that may be connected, and where it goes.
-#[derive(Clone, Copy, Debug)]
-pub struct Chain {
-    pub target: u64,
-    pub mode: Mode,
-    /// Frame of the block that has the jump.
-    pub gfn: Gfn,
-    /// Where it leaves by if it leads to another page.
-    pub exit: Option<Leaving>,
-}
-
-/// The jump by which one to another page leaves while it is not connected.
-#[derive(Clone, Copy, Debug)]
-pub struct Leaving {
-    /// Position of its displacement.
-    pub at: u32,
-    pub flags_saved: bool,
-}
-
 impl Block {
     /// Position for transfers that verify their target.
     pub fn indirect(&self) -> u32 {
@@ -243,6 +224,11 @@ impl Page {
         }
     }
 
+    /// Numbers of the blocks at all addresses.
+    pub fn blocks(&self) -> impl Iterator<Item = u32> {
+        self.variants.iter().flat_map(|v| &v.blocks).copied()
+    }
+
     /// Drops the blocks of variants with these numbers.
     fn retain(&mut self, mut keep: impl FnMut(u32) -> bool) {
         for variant in &mut self.variants {
@@ -364,24 +350,6 @@ impl Blocks {
             .map(|e| block.position(e.host))
     }
 
-    /// The connectable jump whose displacement is at `site`. `None` where its block has been dropped.
-    pub fn chain(&self, site: u32) -> Option<Chain> {
-        let block = self.at(site).filter(|b| b.alive)?;
-        self.tables
-            .chains_of(block)
-            .iter()
-            .find(|c| block.position(c.at) == site)
-            .map(|c| Chain {
-                target: c.target_from(block.key.pc),
-                mode: c.mode,
-                gfn: block.key.gpa.gfn(),
-                exit: c.leaves_page().then(|| Leaving {
-                    at: block.position(c.exit),
-                    flags_saved: c.flags_saved,
-                }),
-            })
-    }
-
     /// Where the next block will be placed; `None` when less than `room` bytes are left for one of its parts.
     pub fn place(&self, room: usize) -> Option<Placement> {
         self.space.place(room)
@@ -497,6 +465,7 @@ impl Blocks {
         let (list, copies) = (&mut self.tables.list, &mut self.copies);
         let by_key = &mut self.by_key;
         let mut unlinked = Vec::new();
+        let mut dead = Vec::new();
         // True if there was one.
         let mut drop_if = |all: bool, page: &mut Page| {
             let mut any = false;
@@ -512,6 +481,7 @@ impl Blocks {
                         by_key.remove(&b.key);
                     }
                     b.divert(code);
+                    dead.push(b.direct());
                     if b.key.pc >= KERNEL_CODE {
                         unlinked.push(page_of(b.key.pc));
                     }
@@ -533,6 +503,8 @@ impl Blocks {
         if page.variants.is_empty() && page.reaching.is_empty() {
             self.pages.remove(&gfn.0);
             pages.unmark(gfn);
+        } else {
+            self.disconnect_from(code, gfn, &dead);
         }
         for page in unlinked {
             self.unlink_page(code, page);

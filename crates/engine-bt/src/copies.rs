@@ -85,6 +85,11 @@ impl Copies {
         (self.list.len() - 1) as u32 | COPY
     }
 
+    /// Notes that a jump of another block is connected with a copy.
+    pub fn note_link(&mut self, site: u32) {
+        self.links.push(site);
+    }
+
     pub fn take_links(&mut self) -> Vec<u32> {
         mem::take(&mut self.links)
     }
@@ -102,14 +107,6 @@ impl Blocks {
     /// Whether there is a block to copy for this key, but less than `room` bytes to put a copy in.
     pub fn lacks_room_to_copy(&self, key: &Key, room: usize) -> bool {
         self.copies.place(room).is_none() && self.original(key).is_some()
-    }
-
-    /// Connects a jump with a block.
-    pub fn connect(&mut self, code: &CodeMemory, site: u32, target: u32) {
-        code.patch_jump(site as usize, target as usize);
-        if self.copies.contains(target) && !self.copies.contains(site) {
-            self.copies.links.push(site);
-        }
     }
 
     /// Copies the block for this key from another virtual address, if it is there and can be copied.
@@ -327,6 +324,27 @@ mod tests {
         for page in [HERE, THERE] {
             let chain = rig.blocks.chain(rig.site(page) as u32).unwrap();
             assert_eq!(chain.target, page + TARGET);
+        }
+    }
+
+    #[test]
+    fn jump_to_a_dropped_block_leads_out() {
+        let mut rig = Rig::with_page(HERE);
+        rig.blocks
+            .copy_from_other_address(&rig.code, &key(THERE, BRANCH));
+        let (offset, len) = (TARGET + 1, 1);
+        rig.blocks
+            .invalidate(&rig.code, &rig.pages, Gpa(FRAME + offset), len);
+        for page in [HERE, THERE] {
+            let block = rig.blocks.find(&key(page, BRANCH)).unwrap();
+            let site = rig.site(page);
+            let chains = rig.blocks.tables.chains_of(block);
+            let chain = chains
+                .iter()
+                .find(|c| block.position(c.at) as usize == site)
+                .unwrap();
+            let out = block.position(chain.unconnected) as usize;
+            assert_eq!(rig.code.jump_target(site), out);
         }
     }
 

@@ -16,6 +16,7 @@
 
 mod blocks;
 mod cache;
+mod chains;
 mod compaction;
 mod control;
 mod copies;

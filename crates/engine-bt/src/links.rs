@@ -18,8 +18,9 @@ use hospes_engine::{CpuState, cr};
 use hospes_memory::GuestMemory;
 use hospes_units::{Gfn, Gpa, Gva};
 
-use crate::blocks::{Block, Blocks, Leaving, page_of};
+use crate::blocks::{Block, Blocks, page_of};
 use crate::cache::CodeMemory;
+use crate::chains::Leaving;
 use crate::exec::walk::{A, ADDR, P};
 use crate::exec::{Access, walk};
 use crate::host::BtHost;

@@ -7,7 +7,7 @@ use hospes_translate::layout::{
 };
 use hospes_units::{Gva, PAGE_SIZE};
 
-use crate::blocks::Chain;
+use crate::chains::Chain;
 use crate::exec::{Access, Exception, Step, debug_active};
 use crate::frame::LastMiss;
 use crate::lookup::By;
