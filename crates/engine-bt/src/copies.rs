@@ -113,19 +113,34 @@ impl Blocks {
     pub fn copy_from_other_address(&mut self, code: &CodeMemory, key: &Key) -> Option<&Block> {
         let original = self.original(key)?;
         let by = key.pc.wrapping_sub(self.block(original).key.pc);
-        let mut copied = Vec::new();
+        let mut copied: Vec<(u32, u32)> = Vec::new();
+        let mut connections = Vec::new();
         let mut wanted = vec![original];
         while let Some(n) = wanted.pop() {
             let Some(copy) = self.copy_block(code, n, by) else {
                 continue;
             };
             copied.push((n, copy));
-            let from = self.block(n);
-            let chains = self.tables.chains_of(from);
-            wanted.extend(chains.iter().filter_map(|c| self.connected(code, from, c)));
+            let (from, to) = (self.block(n), self.block(copy));
+            for chain in self.tables.chains_of(from) {
+                let site = to.position(chain.at);
+                if let Some(target) = self.connected(code, from, chain) {
+                    wanted.push(target);
+                    connections.push((site, target, to.position(chain.unconnected)));
+                } else {
+                    code.patch_jump(site as usize, to.position(chain.unconnected) as usize);
+                }
+            }
         }
-        for &(n, copy) in &copied {
-            self.connect_copy(code, n, copy, by);
+        // As far as there are copies of what the originals' jumps lead to.
+        for (site, target, unconnected) in connections {
+            let just_made = copied.iter().find(|(n, _)| *n == target);
+            let copy = just_made.map(|&(_, copy)| copy).or_else(|| {
+                let key = moved(&self.block(target).key, by);
+                self.by_key.get(&key).copied()
+            });
+            let to = copy.map_or(unconnected, |n| self.block(n).direct());
+            code.patch_jump(site as usize, to as usize);
         }
         let &(_, wanted) = copied.first()?;
         Some(self.block(wanted))
@@ -170,6 +185,9 @@ impl Blocks {
     /// The block that a jump of a living block is connected with.
     fn connected(&self, code: &CodeMemory, from: &Block, chain: &ChainSite) -> Option<u32> {
         let target = code.jump_target(from.position(chain.at) as usize);
+        if target == from.position(chain.unconnected) as usize {
+            return None;
+        }
         let pc = chain.target_from(from.key.pc);
         let n = *self.by_key.get(&Key {
             gpa: Gpa(page_of(from.key.gpa.0) | pc & (PAGE_SIZE - 1)),
@@ -177,24 +195,6 @@ impl Blocks {
             mode: chain.mode,
         })?;
         (self.block(n).direct() as usize == target).then_some(n)
-    }
-
-    /// Connects a copy's jumps as those of its original are, as far as there are copies of what they lead to.
-    fn connect_copy(&self, code: &CodeMemory, n: u32, copy: u32, by: u64) {
-        let (from, copy) = (self.block(n), self.block(copy));
-        for chain in self.tables.chains_of(from) {
-            let target = self
-                .connected(code, from, chain)
-                .and_then(|n| {
-                    let key = moved(&self.block(n).key, by);
-                    self.by_key.get(&key)
-                })
-                .map_or(copy.position(chain.unconnected), |&n| {
-                    self.block(n).direct()
-                });
-            let site = copy.position(chain.at);
-            code.patch_jump(site as usize, target as usize);
-        }
     }
 }
 

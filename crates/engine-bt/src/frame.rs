@@ -32,9 +32,10 @@ impl SecondEntry {
     pub const EMPTY: SecondEntry = SecondEntry { pc: 0, address: 0 };
 }
 
-/// Index in a second jump cache. The targets of one page have indices that differ in the lowest ten bits only.
+/// Index in a second jump cache. The targets of one page have indices that differ in the lowest ten bits only. Those that share an entry of the first cache have
+/// different ones: a call that returns to the last instruction of a page but one has two, in turn.
 pub const fn second_index(pc: u64) -> usize {
-    ((pc ^ pc >> SECOND_SPREAD) >> 2) as usize & (SECOND_ENTRIES - 1)
+    ((pc ^ pc >> SECOND_SPREAD) >> 2 ^ pc & 3) as usize & (SECOND_ENTRIES - 1)
 }
 
 /// The last data access that missed the TLB.

@@ -252,6 +252,10 @@ fn second_look_up(a: &mut Asm, table: usize, failed: usize) -> i64 {
         RDX,
         ((SECOND_ENTRIES - 1) * size_of::<SecondEntry>()) as i32,
     );
+    a.and_imm32(RCX, 3);
+    a.shl32(RCX, 4);
+    a.xor(RDX, RCX);
+    a.load(RCX, LAYOUT.rip);
     a.cmp_mem_base(RCX, RDX, table as i32 + PC);
     let other = a.jcc(cc::NE);
     a.load_mem_base(RDX, RDX, table as i32 + ADDRESS);
