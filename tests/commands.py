@@ -579,6 +579,45 @@ def guests_that_cannot_be_saved_go_on(bench):
     guest.off()
 
 
+def domains_outlive_the_host(bench):
+    """What `domains stop --save` has saved goes on behind `domains start --restore`, and nothing is started beside it."""
+    auto, save = bench.path("auto"), bench.path("save")
+    os.mkdir(auto)
+    disk = vm.Disk(blank(bench.path("disk.img"), 8, b"before"))
+    guest = bench.boot("kept", disks=(disk,))
+    guest.run("mkdir -p /dev/shm; echo of-the-first-boot >/dev/shm/mark")
+    # One that is started anew would be there as well.
+    for name in ("kept", "other"):
+        line = vm.Spec(name=name, memory_mb=128, ramdisk="initramfs-devices.cpio", command_line="quiet").argv("hospes")
+        pathlib.Path(auto, name).write_text("\n".join(line[4:]) + "\n")
+    start = ("domains", "start", "--dir", auto, "--restore", save)
+    stop = ("domains", "stop", "--timeout", "30", "--save", save)
+
+    def goes_on():
+        guest = Shell.again(bench, "kept")
+        guest.run("grep -q of-the-first-boot /dev/shm/mark && dd if=/dev/xvda bs=6 count=1 iflag=direct 2>/dev/null | grep -q before")
+
+    bench.hospes(*stop)
+    expect(os.listdir(save) == ["kept"] and bench.row("kept") is None, f"{os.listdir(save)} is saved, `list` shows {bench.row('kept')}")
+    bench.hospes(*start)
+    expect(os.listdir(save) == [] and bench.row("other") is not None, f"{os.listdir(save)} is left, `list` shows {bench.row('other')}")
+    goes_on()
+    # A paused guest cannot suspend itself; it is shut down.
+    bench.hospes("pause", "other")
+    bench.refused("it is paused", *stop)
+    expect(os.listdir(save) == ["kept"] and bench.row("other") is None, f"{os.listdir(save)} is saved, `list` shows {bench.row('other')}")
+    # Without its disk it cannot be restored.
+    os.rename(disk.path, bench.path("away.img"))
+    bench.refused("domain kept is not started", *start)
+    expect(os.listdir(save) == ["kept"] and bench.row("kept") is None, f"{os.listdir(save)} is left, `list` shows {bench.row('kept')}")
+    expect(bench.row("other") is not None, "the other domain is not started")
+    os.rename(bench.path("away.img"), disk.path)
+    bench.hospes(*start)
+    expect(os.listdir(save) == [], f"{os.listdir(save)} is left")
+    goes_on()
+    bench.hospes("domains", "stop", "--timeout", "30")
+
+
 def crashed_domains_are_kept_beside_their_successors(bench):
     disk = blank(bench.path("disk.img"), 16)
     settings = ('on_crash="rename-restart"', f'disk=["{disk},raw,xvda,w"]')
@@ -670,7 +709,7 @@ TESTS = (
     disks_come_and_go, disks_change_their_size, disks_that_the_host_cuts_fail, disks_in_use_are_taken_by_force, media_are_changed, interfaces_come_and_go,
     writes_wait_for_a_full_host, full_directories_of_state_are_named, disks_of_paused_guests_stay, images_on_loop_devices_are_in_use, names_and_shares_change, configuration_is_that_of_the_next_start, processors_are_taken_and_given,
     memory_is_given_and_taken, memory_that_the_host_has_not_is_refused, guests_without_a_balloon_keep_to_their_memory,
-    saved_guests_go_on, guests_that_cannot_be_saved_go_on, keys_and_triggers_arrive, crashed_domains_are_kept_beside_their_successors, processes_asked_to_end_shut_their_guests_down,
+    saved_guests_go_on, guests_that_cannot_be_saved_go_on, domains_outlive_the_host, keys_and_triggers_arrive, crashed_domains_are_kept_beside_their_successors, processes_asked_to_end_shut_their_guests_down,
     domains_are_seen_from_outside, tools_find_the_store,
 )
 

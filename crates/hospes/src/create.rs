@@ -127,15 +127,15 @@ pub(crate) fn config_update(call: &Call) -> Outcome {
     Ok(host.update_config(&entry.domid.to_string(), config)?)
 }
 
-/// The name of the domain that a file describes.
-pub(crate) fn name_in(file: &str) -> anyhow::Result<String> {
+/// The configuration in a file; the error is all that is wrong with it.
+pub(crate) fn checked(file: &str) -> anyhow::Result<DomainConfig> {
     let text = read(file)?;
     let (config, diagnostics) = load(&[Source {
         name: file,
         text: &text,
     }]);
     match config {
-        Some(config) => Ok(config.name),
+        Some(config) => Ok(config),
         None => {
             let errors: Vec<String> = diagnostics
                 .iter()

@@ -9,6 +9,7 @@ use anyhow::{Context, bail};
 use hospes_toolstack::{Entry, Host, Until, Watch};
 
 use crate::commands::life::describe_end;
+use crate::keeping::{Unrestored, restore_all, save_all};
 use crate::table::Call;
 use crate::{Failure, Outcome, create};
 
@@ -24,10 +25,17 @@ pub(crate) fn domains(call: &Call) -> Outcome {
         Some(Ok(seconds)) => seconds,
         Some(Err(_)) => return Err(Failure::Usage("--timeout wants a number of seconds".into())),
     };
-    match call.args.at(0) {
-        "start" => start(Path::new(directory))?,
-        "stop" => stop(Duration::from_secs(timeout))?,
-        other => {
+    let [saved, restored] =
+        ["save", "restore"].map(|option| call.args.value(option).map(Path::new));
+    match (call.args.at(0), saved, restored) {
+        ("start", None, _) => start(Path::new(directory), restored)?,
+        ("stop", _, None) => stop(Duration::from_secs(timeout), saved)?,
+        ("start" | "stop", ..) => {
+            return Err(Failure::Usage(
+                "--restore belongs to start and --save to stop".into(),
+            ));
+        }
+        (other, ..) => {
             return Err(Failure::Usage(format!(
                 "`{other}' is neither start nor stop"
             )));
@@ -36,25 +44,27 @@ pub(crate) fn domains(call: &Call) -> Outcome {
     Ok(())
 }
 
-/// Every file is tried, whatever becomes of the others.
-fn start(directory: &Path) -> anyhow::Result<()> {
-    let files = files(directory)?;
-    let mut failed = 0;
-    for file in &files {
+/// Every file is tried, whatever becomes of the others. A saved domain that cannot be restored is not started in another way.
+fn start(directory: &Path, saved: Option<&Path>) -> anyhow::Result<()> {
+    let host = Host::from_environment()?;
+    let unrestored = saved.map(|saved| restore_all(&host, saved)).transpose()?;
+    let unrestored = unrestored.unwrap_or_default();
+    let mut failed = unrestored.len();
+    for file in files(directory)? {
         let shown = file.display();
-        match start_one(&file.to_string_lossy()) {
-            Ok(Some(name)) => eprintln!("{shown}: domain {name} runs already"),
-            Ok(None) => eprintln!("{shown}: started"),
+        match start_one(&host, &file.to_string_lossy(), &unrestored) {
+            Ok(done) => eprintln!("{shown}: {done}"),
             Err(fault) => {
                 failed += 1;
                 eprintln!("{shown}: {fault:#}");
             }
         }
     }
-    if failed > 0 {
-        bail!("{failed} of {} domains could not be started", files.len());
+    match failed {
+        0 => Ok(()),
+        1 => bail!("a domain could not be started"),
+        _ => bail!("{failed} domains could not be started"),
     }
-    Ok(())
 }
 
 fn files(directory: &Path) -> anyhow::Result<Vec<PathBuf>> {
@@ -88,23 +98,35 @@ fn is_meant(path: &Path) -> bool {
     !left && fs::metadata(path).map_or(true, |file| file.is_file())
 }
 
-/// The name where the domain is there already.
-fn start_one(file: &str) -> anyhow::Result<Option<String>> {
-    let name = create::name_in(file)?;
-    let there = Host::from_environment()?
+/// What was done.
+fn start_one(host: &Host, file: &str, unrestored: &[Unrestored]) -> anyhow::Result<String> {
+    let config = create::checked(file)?;
+    let name = &config.name;
+    if host
         .entries()?
         .iter()
-        .any(|entry| entry.record.name == name);
-    if there {
-        return Ok(Some(name));
+        .any(|entry| entry.record.name == *name)
+    {
+        return Ok(format!("domain {name} runs already"));
+    }
+    if unrestored.iter().any(|saved| saved.is(&config)) {
+        return Ok(format!(
+            "domain {name} is not started, for it was saved and could not be restored"
+        ));
     }
     create::create_from(file)?;
-    Ok(None)
+    Ok("started".into())
 }
 
-/// Asks all at once to end for good, waits for them together, and destroys those that are left.
-fn stop(timeout: Duration) -> anyhow::Result<()> {
+/// Saves what is to be saved and can be. Asks all others at once to end for good, waits for them together, and destroys those that are left.
+fn stop(timeout: Duration, save: Option<&Path>) -> anyhow::Result<()> {
     let host = Host::from_environment()?;
+    let unsaved = save.map_or(0, |directory| {
+        save_all(&host, directory).unwrap_or_else(|fault| {
+            eprintln!("The domains are not saved and have to be shut down: {fault:#}");
+            1
+        })
+    });
     let deadline = Instant::now() + timeout;
     let mut asked = Vec::new();
     for entry in host.entries()? {
@@ -138,6 +160,9 @@ fn stop(timeout: Duration) -> anyhow::Result<()> {
     }
     if failed > 0 {
         bail!("{failed} domains could not be ended");
+    }
+    if unsaved > 0 {
+        bail!("not all domains could be saved");
     }
     Ok(())
 }

@@ -13,6 +13,7 @@ mod create;
 mod domains;
 mod help;
 mod image;
+mod keeping;
 mod list;
 mod manual;
 mod output;

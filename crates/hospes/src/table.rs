@@ -763,10 +763,15 @@ pub(crate) const COMMANDS: &[Command] = &[
                 "destroy what has not shut down after so long; 120",
             )
             .with("SECONDS"),
+            Opt::long("save", "stop: save each domain in a file of its name in this directory")
+                .with("DIR"),
+            Opt::long("restore", "start: first restore the domains that were saved in this directory")
+                .with("DIR"),
         ],
         details: "start creates a domain of each file in the directory, in the order of the names; a domain that runs already is left alone. Hidden files, and those \
                   that end in ~, .bak, .dpkg-... and .rpm..., are left out. stop asks all domains of the user to shut down and waits for them; none is started again or kept. \
-                  hospes-domains.service does both with the host.",
+                  hospes-domains.service does both with the host.\n\nA domain that cannot be saved is shut down. The file of one that has been restored is removed when it runs; one that \
+                  cannot be restored keeps its file and is not started in another way. In both cases the others go on, and the status is 1.",
         min: 1,
         max: 1,
         run: domains::domains,

@@ -147,6 +147,12 @@ fn run_wrong_arguments_gives_the_status_of_xl() {
         (2, &["domains", "restart"], "neither start nor stop"),
         (
             2,
+            &["domains", "start", "--save", "d"],
+            "--restore belongs to start",
+        ),
+        (2, &["domains", "stop", "--restore", "d"], "--save to stop"),
+        (
+            2,
             &["domains", "stop", "--timeout", "long"],
             "--timeout wants a number",
         ),

@@ -93,6 +93,14 @@ impl Bench {
         self.ok(&arguments);
     }
 
+    /// Has a domain's guest hear a line.
+    pub fn tell(&self, name: &str, line: &str) {
+        let mut console = self.spawn(&["console", name]);
+        console.send(&format!("{line}\n"));
+        console.expect(&format!("echo: {line}"));
+        console.stdin = None;
+    }
+
     /// The columns of a domain's row in the list: name, id, memory, vCPUs, state, time.
     pub fn row(&self, name: &str) -> Option<Vec<String>> {
         let table = self.ok(&["list"]);

@@ -6,13 +6,13 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use crate::common::{Bench, until};
-use crate::migrating::{Mover, bench_with, names, receive, said, tell};
+use crate::migrating::{Mover, bench_with, names, receive, said};
 
 /// A running domain that starts again after a crash, whose end nobody is told of yet.
 fn lingering() -> (Bench, PathBuf) {
     let bench = Bench::new();
     bench.create("one", &["on_crash='restart'"]);
-    tell(&bench, "hello");
+    bench.tell("one", "hello");
     let lingering = bench.path("kernel.lingering");
     fs::write(&lingering, "").expect("writable");
     (bench, lingering)
@@ -144,7 +144,7 @@ fn guest_that_ends_by_itself_is_said_to_have_done_so() {
     ] {
         let bench = Bench::new();
         bench.create("one", &[&format!("on_{line}='{on}'")]);
-        tell(&bench, "hello");
+        bench.tell("one", "hello");
         let (begun, gate) = (bench.path("begun"), bench.path("gate"));
         // Before the other side says that it would take it.
         let command = format!(

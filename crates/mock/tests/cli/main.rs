@@ -8,6 +8,7 @@ mod devices;
 mod giving_away;
 mod host;
 mod image;
+mod keeping;
 mod life_cycle;
 mod memory;
 mod migrating;

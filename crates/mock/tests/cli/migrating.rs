@@ -14,15 +14,8 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_hospes-mock");
 pub fn bench_with(line: &str) -> Bench {
     let bench = Bench::new();
     bench.create("one", &[]);
-    tell(&bench, line);
+    bench.tell("one", line);
     bench
-}
-
-pub fn tell(bench: &Bench, line: &str) {
-    let mut console = bench.spawn(&["console", "one"]);
-    console.send(&format!("{line}\n"));
-    console.expect(&format!("echo: {line}"));
-    console.stdin = None;
 }
 
 pub fn said(bench: &Bench, text: &str) -> usize {
@@ -196,7 +189,7 @@ fn what_is_no_receiver_does_not_stop_the_guest() {
         let fault = stays(&bench, command, 0);
         assert!(fault.contains(sentence), "{command}: {fault}");
     }
-    tell(&bench, "foreign");
+    bench.tell("one", "foreign");
     let fault = stays(&bench, &receive(), 0);
     assert!(
         fault.contains("the other side says: the processor lacks it"),
@@ -210,16 +203,16 @@ fn migration_that_fails_lets_the_guest_go_on() {
     let bench = bench_with("broken");
     let fault = stays(&bench, &receive(), 1);
     assert!(fault.contains("it is broken"), "{fault}");
-    tell(&bench, "clings");
+    bench.tell("one", "clings");
     let fault = stays(&bench, &receive(), 2);
     assert!(fault.contains("the disk fails"), "{fault}");
-    tell(&bench, "unwelcome");
+    bench.tell("one", "unwelcome");
     let fault = stays(&bench, &receive(), 3);
     assert!(fault.contains("there is no place for it"), "{fault}");
-    tell(&bench, "restless");
+    bench.tell("one", "restless");
     let fault = stays(&bench, &receive(), 4);
     assert!(fault.contains("its guest has gone on"), "{fault}");
-    tell(&bench, "hello");
+    bench.tell("one", "hello");
     // Of what is sent the target gets so many bytes, and of what it answers the source.
     let first = |bytes| {
         format!(

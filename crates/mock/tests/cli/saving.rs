@@ -11,17 +11,9 @@ use crate::common::{Bench, until};
 fn bench_with(line: &str) -> (Bench, String) {
     let bench = Bench::new();
     bench.create("one", &[]);
-    tell(&bench, line);
+    bench.tell("one", line);
     let path = bench.path("saved").display().to_string();
     (bench, path)
-}
-
-fn tell(bench: &Bench, line: &str) {
-    let mut console = bench.spawn(&["console", "one"]);
-    console.expect("mock guest ready");
-    console.send(&format!("{line}\n"));
-    console.expect(&format!("echo: {line}"));
-    console.stdin = None;
 }
 
 fn said(bench: &Bench, text: &str) -> usize {
@@ -121,7 +113,7 @@ fn save_that_fails_leaves_domain_and_file_as_they_were() {
     let (bench, path) = bench_with("hello");
     bench.ok(&["save", "-c", "one", &path]);
     let before = fs::read(&path).expect("it is there");
-    tell(&bench, "broken");
+    bench.tell("one", "broken");
     let fault = bench.fails(1, &["save", "one", &path]);
     assert!(fault.contains("its log says why"), "{fault}");
     assert_eq!(fs::read(&path).expect("it is there"), before);
