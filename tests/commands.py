@@ -627,6 +627,8 @@ def crashed_domains_are_kept_beside_their_successors(bench):
     wait_until(lambda: (bench.row("twin") or "").split()[1:2] == ["2"], "no new domain has come behind the one that crashed")
     kept = next(line.split() for line in bench.hospes("list").splitlines() if line.startswith("twin-2"))
     expect((kept[1], kept[4]) == ("1", "---sc-"), f"the old domain is listed as {kept}")
+    states = {row[0]: row[1] for row in map(str.split, bench.hospes("top", "-b", "-i", "1").splitlines()[1:])}
+    expect(states[kept[0][:10]] == "---c--", f"`top` shows {states}")
     wait_until(lambda: bench.states("block-list", "twin") == {"51712": "4"}, "the new domain does not get the disk")
     for name in ("twin", kept[0]):
         bench.hospes("destroy", name)

@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use hospes_sys::terminal::Raw;
-use hospes_toolstack::{Answer, DomainInfo, Host};
+use hospes_toolstack::{Answer, DomainInfo, EndReason, Host};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::list::{HostMemory, host_info};
@@ -164,17 +164,7 @@ fn table(before: &[Row], now: &[Row], elapsed_ns: u128, total_kib: u64, style: S
         let past = before.iter().find(|(past, _)| past.domid == info.domid);
         let past_ns = past.map_or(info.cpu_time_ns, |(past, _)| past.cpu_time_ns);
         let used_ns = info.cpu_time_ns.saturating_sub(past_ns);
-        let flag = |set: bool, letter: char| if set { letter } else { '-' };
-        let state: String = [
-            flag(info.dying, 'd'),
-            flag(info.shutdown.is_some(), 's'),
-            flag(info.blocked, 'b'),
-            flag(false, 'c'),
-            flag(info.paused, 'p'),
-            flag(info.running, 'r'),
-        ]
-        .iter()
-        .collect();
+        let state = state(info);
         let share = |kib: u64| kib as f64 * 100.0 / total_kib.max(1) as f64;
         let traffic = &info.traffic;
         // Writing to a string does not fail. No request waits for want of resources (VBD_OO), and there are no security labels (SSID).
@@ -202,6 +192,21 @@ fn table(before: &[Row], now: &[Row], elapsed_ns: u128, total_kib: u64, style: S
         );
     }
     text
+}
+
+/// The letters of xentop, where a domain that has crashed has not shut down.
+fn state(info: &DomainInfo) -> String {
+    let flag = |set: bool, letter: char| if set { letter } else { '-' };
+    let has_crashed = matches!(info.shutdown, Some(EndReason::Crash(_)));
+    let letters = [
+        flag(info.dying, 'd'),
+        flag(info.shutdown.is_some() && !has_crashed, 's'),
+        flag(info.blocked, 'b'),
+        flag(has_crashed, 'c'),
+        flag(info.paused, 'p'),
+        flag(info.running, 'r'),
+    ];
+    letters.iter().collect()
 }
 
 #[cfg(test)]

@@ -174,6 +174,36 @@ fn program_called_xentop_prints_the_table_of_xentop() {
 }
 
 #[test]
+fn states_in_list_and_top_are_the_same() {
+    let bench = Bench::new();
+    for (name, line, list, top) in [
+        ("off", "poweroff", "---s--", "-s----"),
+        ("mad", "crash", "---sc-", "---c--"),
+        ("dog", "watchdog", "---sw-", "-s----"),
+        ("calm", "hello", "-b----", "--b---"),
+        ("still", "pause", "--p---", "----p-"),
+    ] {
+        bench.create(
+            name,
+            &["on_poweroff='preserve'; on_crash='preserve'; on_watchdog='preserve'"],
+        );
+        let mut console = bench.spawn(&["console", name]);
+        if line == "pause" {
+            bench.ok(&["pause", name]);
+        } else {
+            console.send(&format!("{line}\n"));
+        }
+        until("list shows the state", || {
+            bench.row(name).is_some_and(|row| row[4] == list)
+        });
+        let table = bench.ok(&["top", "-b", "-d", "0.01", "-i1"]);
+        let mut rows = table.lines().map(str::split_whitespace);
+        let state = rows.find_map(|mut row| (row.next() == Some(name)).then(|| row.next()));
+        assert_eq!(state, Some(Some(top)), "{table}");
+    }
+}
+
+#[test]
 fn dmesg_merges_the_logs_and_forgets_what_was_cleared() {
     let bench = Bench::new();
     bench.create("one", &[]);
