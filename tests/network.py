@@ -218,6 +218,12 @@ def top_shows_what_guests_send_and_receive(run):
         columns = [row.split() for row in rows if row.split()[0] == "busy"]
         return dict(zip(heading.split(), columns[0]))
 
+    def host_kib():
+        """What the host's interface has sent and received."""
+        lines = dict(line.split(":") for line in pathlib.Path("/proc/net/dev").read_text().splitlines()[2:])
+        counters = next(counters.split() for name, counters in lines.items() if name.strip().startswith("vif"))
+        return {"NETTX(k)": int(counters[8]) >> 10, "NETRX(k)": int(counters[0]) >> 10}
+
     with Shell(run, "busy", vcpus=2) as guest:
         guest.dhcp()
         for sends, size in ((True, 8 << 20), (False, 4 << 20)):
@@ -234,9 +240,12 @@ def top_shows_what_guests_send_and_receive(run):
             guest.run("true")
             after = row()
             grown = {column: int(after[column]) - int(before[column]) for column in ("NETTX(k)", "NETRX(k)")}
-            much, little = ("NETTX(k)", "NETRX(k)")[::1 if sends else -1]
+            # What the guest sends the host's interface receives.
+            much, little = ("NETRX(k)", "NETTX(k)")[::1 if sends else -1]
             # Headers count, and what acknowledges it goes the other way.
             expect(size >> 10 <= grown[much] < size >> 9 and grown[little] < size >> 13, f"`top` counts {grown} of {size >> 10} KiB, {sends=}")
+            counted = host_kib()
+            expect(abs(counted[much] - int(after[much])) < counted[much] >> 4, f"`top` shows {after}, and the host has counted {counted}")
         expect((after["NETS"], after["VBDS"]) == ("1", "0"), f"`top` shows other devices: {after}")
         guest.off()
     expect_clean(run)

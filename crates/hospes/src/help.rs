@@ -17,6 +17,15 @@ pub(crate) fn called(program: &str, command: &Command) -> String {
     }
 }
 
+/// Called as xentop the program says so; as xl it has the version of another program.
+pub(crate) fn version(program: &str) -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    match program {
+        XENTOP => format!("{program} (hospes {version})"),
+        _ => format!("hospes {version}"),
+    }
+}
+
 pub(crate) fn usage(program: &str, command: &Command) -> String {
     if program == XENTOP {
         return format!("Usage: {program} {}", command.arguments);

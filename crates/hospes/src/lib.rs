@@ -87,10 +87,7 @@ pub fn run(
             Ok(Some(Arg::Short('f' | 't' | 'T'))) => {}
             Ok(Some(Arg::Short('h') | Arg::Long("help"))) => break "help".to_string(),
             Ok(Some(Arg::Short('V') | Arg::Long("version"))) => {
-                return status(output::print(format_args!(
-                    "hospes {}\n",
-                    env!("CARGO_PKG_VERSION")
-                )));
+                return status(output::print(format_args!("{}\n", help::version(&program))));
             }
             Ok(Some(Arg::Value(name))) => break name.to_string_lossy().into_owned(),
             Ok(Some(argument)) => {

@@ -628,9 +628,10 @@ pub(crate) const COMMANDS: &[Command] = &[
                 "accepted; the table has what all disks carry together",
             ),
             Opt::both('v', "vcpus", "accepted; vcpu-list has the virtual CPUs"),
+            Opt::both('V', "version", "print the version of the program"),
         ],
-        details: "q ends it. The columns are those of xentop(1), as which the program can be called, too. NETTX is what guests have sent and NETRX what they \
-                  have received, in KiB; VBD_RSECT and VBD_WSECT are sectors of 512 bytes.",
+        details: "q ends it. The columns are those of xentop(1), as which the program can be called, too. NETTX and NETRX are what the host's interfaces of the \
+                  guests have sent and received, in KiB: what a guest receives and sends; VBD_RSECT and VBD_WSECT are sectors of 512 bytes.",
         run: top::top,
         ..PLAIN
     },

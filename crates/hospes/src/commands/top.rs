@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::list::{HostMemory, host_info};
 use crate::output::print;
 use crate::table::Call;
-use crate::{Failure, Outcome};
+use crate::{Failure, Outcome, help};
 
 const DELAY_S: f64 = 3.0;
 /// Clears the screen and puts the cursor at its beginning.
@@ -34,6 +34,9 @@ struct Style {
 type Row = (DomainInfo, u64);
 
 pub(crate) fn top(call: &Call) -> Outcome {
+    if call.args.has("version") {
+        return Ok(print(format_args!("{}\n", help::version(&call.program)))?);
+    }
     let delay = match call.args.value("delay").map(str::parse::<f64>) {
         None => DELAY_S,
         Some(Ok(seconds)) if seconds > 0.0 && seconds < 1e6 => seconds,
@@ -167,7 +170,7 @@ fn table(before: &[Row], now: &[Row], elapsed_ns: u128, total_kib: u64, style: S
         let state = state(info);
         let share = |kib: u64| kib as f64 * 100.0 / total_kib.max(1) as f64;
         let traffic = &info.traffic;
-        // Writing to a string does not fail. No request waits for want of resources (VBD_OO), and there are no security labels (SSID).
+        // Writing to a string does not fail. What the host's interface sends (NETTX) the guest receives. No request waits for want of resources (VBD_OO), and there are no security labels (SSID).
         let _ = writeln!(
             text,
             "{:>width$.width$} {state} {:>10} {:>6.1} {:>10} {:>6.1} {:>10} {:>9.1} {:>5} {:>4} {:>8} {:>8} {:>4} {:>8} {:>8} {:>8} {:>10} {:>10} {:>4}",
@@ -180,8 +183,8 @@ fn table(before: &[Row], now: &[Row], elapsed_ns: u128, total_kib: u64, style: S
             share(*max_kib),
             info.vcpus_online,
             traffic.vifs,
-            traffic.sent_bytes / 1024,
             traffic.received_bytes / 1024,
+            traffic.sent_bytes / 1024,
             traffic.disks,
             0,
             traffic.reads,
@@ -258,7 +261,7 @@ mod tests {
         assert_eq!(
             text,
             "      NAME  STATE   CPU(sec) CPU(%)     MEM(k) MEM(%)  MAXMEM(k) MAXMEM(%) VCPUS NETS NETTX(k) NETRX(k) VBDS   VBD_OO   VBD_RD   VBD_WR  VBD_RSECT  VBD_WSECT SSID\n\
-             \x20      web --b---          5   50.0        512   50.0        768      75.0     2    1        2        4    2        0        7        8          9         10    0\n"
+             \x20      web --b---          5   50.0        512   50.0        768      75.0     2    1        4        2    2        0        7        8          9         10    0\n"
         );
     }
 

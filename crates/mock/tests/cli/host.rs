@@ -158,7 +158,7 @@ fn program_called_xentop_prints_the_table_of_xentop() {
     let expected = ["a-longer-n", "--b---", "1", "0.0", "65536"];
     assert_eq!(rows[5][..5], expected);
     assert_eq!(rows[5][6], "131072");
-    let carried = ["1", "1", "2", "4", "2", "0", "3", "5", "7", "11", "0"];
+    let carried = ["1", "1", "4", "2", "2", "0", "3", "5", "7", "11", "0"];
     assert_eq!(rows[5][8..], carried);
 
     let (full, _) = xentop(&["-bfri1"], 0);
@@ -166,6 +166,11 @@ fn program_called_xentop_prints_the_table_of_xentop() {
     assert_eq!(full.matches("NAME").count(), 2);
     let (help, _) = xentop(&["--help"], 0);
     assert!(help.starts_with("Usage: xentop [OPTIONS]\n"), "{help}");
+    for option in ["-V", "--version", "-bV"] {
+        let (version, _) = xentop(&[option], 0);
+        let first = concat!("xentop (hospes ", env!("CARGO_PKG_VERSION"), ")\n");
+        assert_eq!(version, first);
+    }
     let (_, said) = xentop(&["-z"], 2);
     assert!(
         said.starts_with("xentop: option `z' not supported."),
