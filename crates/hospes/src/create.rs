@@ -1,10 +1,13 @@
 //! `create`.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
+use std::path::Path;
 
 use anyhow::{Context, anyhow, bail};
-use hospes_config::{Diagnostic, DomainConfig, MAX_SOURCE_BYTES, Severity, Source, load};
+use hospes_config::{
+    Diagnostic, DiskConfig, DomainConfig, MAX_SOURCE_BYTES, Severity, Source, load,
+};
 use hospes_toolstack::{CreateRequest, Created, Host, UNATTENDED, Until};
 use hospes_units::DomId;
 
@@ -62,6 +65,11 @@ impl Attend {
     }
 }
 
+/// What `xl create` ends with where a domain cannot be made or the configuration cannot be read (ERROR_FAIL of libxl).
+const FAILED: u8 = 3;
+/// What it ends with where a disk is not there, or no configuration was given (ERROR_INVAL).
+const INVALID: u8 = 6;
+
 #[derive(Debug, Default)]
 struct Options {
     file: Option<String>,
@@ -102,7 +110,11 @@ fn parse(args: &Args, first: usize) -> Result<Options, Failure> {
 
 pub(crate) fn create(call: &Call) -> Outcome {
     let options = parse(&call.args, 0)?;
-    Ok(create_with(call.global, options)?)
+    if options.file.is_none() && options.assignments.is_empty() {
+        let fault = anyhow!("Config file not specified");
+        return Err(Failure::FailedWith(INVALID, fault));
+    }
+    create_with(call.global, options)
 }
 
 pub(crate) fn config_update(call: &Call) -> Outcome {
@@ -159,16 +171,21 @@ pub(crate) fn config_in(file: &str, otherwise: &str) -> anyhow::Result<DomainCon
 
 /// Creates the domain of a file and leaves it running.
 pub(crate) fn create_from(file: &str) -> anyhow::Result<()> {
-    let options = Options {
-        file: Some(file.into()),
-        quiet: true,
-        ..Options::default()
-    };
-    create_with(Global::default(), options)
+    let config = config_in(file, "no domain was created")?;
+    Host::from_environment()?.create(CreateRequest {
+        config,
+        paused: false,
+    })?;
+    Ok(())
 }
 
-fn create_with(global: Global, options: Options) -> anyhow::Result<()> {
-    let mut config = configure(global, &options, "no domain was created")?;
+fn create_with(global: Global, options: Options) -> Outcome {
+    let mut config = configure(global, &options, "no domain was created").map_err(|fault| {
+        match fault.downcast_ref::<io::Error>() {
+            Some(_) => Failure::FailedWith(FAILED, fault),
+            None => Failure::Failed(fault),
+        }
+    })?;
     if options.debug || global.verbose {
         eprintln!("{}", json(&config.to_json()));
     }
@@ -184,11 +201,28 @@ fn create_with(global: Global, options: Options) -> anyhow::Result<()> {
         config.on = UNATTENDED;
     }
     let host = Host::from_environment()?;
-    let created = host.create(CreateRequest {
-        config,
-        paused: options.attend.begins_paused(),
-    })?;
-    options.attend.stay(&host, created)
+    let disks = config.disks.clone();
+    let created = host
+        .create(CreateRequest {
+            config,
+            paused: options.attend.begins_paused(),
+        })
+        .map_err(|fault| {
+            let status = match disks.iter().all(is_there) {
+                true => FAILED,
+                false => INVALID,
+            };
+            Failure::FailedWith(status, fault.into())
+        })?;
+    Ok(options.attend.stay(&host, created)?)
+}
+
+/// Whether a disk has what it is made of, as xl looks for it before all else.
+fn is_there(disk: &DiskConfig) -> bool {
+    match (&disk.target, &disk.script) {
+        (Some(target), None) => target.exists() || Path::new("/dev").join(target).exists(),
+        _ => true,
+    }
 }
 
 /// Follows a domain through its reboots, each of which gives it another id.

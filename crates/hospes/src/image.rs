@@ -200,7 +200,7 @@ mod tests {
         match failure {
             Failure::Usage(sentence) => sentence,
             Failure::TooFew => "too few arguments".into(),
-            Failure::Failed(fault) => format!("failed: {fault}"),
+            Failure::Failed(fault) | Failure::FailedWith(_, fault) => format!("failed: {fault}"),
         }
     }
 

@@ -3,7 +3,7 @@
 //! It reads arguments, prints and asks; what is done is in the tool stack. [`run`] is the whole program but for the
 //! machine that domain processes run, which the binary brings along.
 //!
-//! Exit statuses are those of docs/commands.md: 0 done, 1 failed, 2 not understood.
+//! Exit statuses are those of docs/commands.md: 0 done, 1 failed, 2 not understood, and what `create` has beside them.
 #![forbid(unsafe_code)]
 
 mod args;
@@ -51,6 +51,8 @@ pub(crate) enum Failure {
     TooFew,
     /// Status 1.
     Failed(anyhow::Error),
+    /// Another status.
+    FailedWith(u8, anyhow::Error),
 }
 
 impl<E: Into<anyhow::Error>> From<E> for Failure {
@@ -143,17 +145,20 @@ fn report(program: &str, command: &Command, failure: Failure) -> ExitCode {
             );
             ExitCode::from(2)
         }
-        Failure::Failed(error) => {
-            // The reader of a pipe has left: it knows.
-            let broken_pipe = error
-                .downcast_ref::<std::io::Error>()
-                .is_some_and(|fault| fault.kind() == std::io::ErrorKind::BrokenPipe);
-            if !broken_pipe {
-                eprintln!("{program}: {error:#}");
-            }
-            ExitCode::FAILURE
-        }
+        Failure::Failed(error) => fail(program, 1, &error),
+        Failure::FailedWith(status, error) => fail(program, status, &error),
     }
+}
+
+fn fail(program: &str, status: u8, error: &anyhow::Error) -> ExitCode {
+    // The reader of a pipe has left: it knows.
+    let broken_pipe = error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|fault| fault.kind() == std::io::ErrorKind::BrokenPipe);
+    if !broken_pipe {
+        eprintln!("{program}: {error:#}");
+    }
+    ExitCode::from(status)
 }
 
 fn status(result: std::io::Result<()>) -> ExitCode {

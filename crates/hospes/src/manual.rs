@@ -77,6 +77,14 @@ pub(crate) fn hospes_1() -> String {
             "2",
             "The arguments were not understood; the usage is printed to standard error.",
         ),
+        (
+            "3",
+            "create: the configuration file cannot be read, or the domain cannot be made.",
+        ),
+        (
+            "6",
+            "create: there is no file for a disk, or no configuration was given.",
+        ),
     ] {
         item(&mut page, status, meaning);
     }

@@ -181,10 +181,13 @@ fn run_wrong_arguments_gives_the_status_of_xl() {
         ),
         (1, &["domname", "x"], "Invalid domain id: x"),
         (
-            1,
+            3,
             &["create", "/nonexistent.cfg"],
             "cannot read the configuration file /nonexistent.cfg",
         ),
+        (3, &["create", "/"], "cannot read the configuration file /"),
+        (6, &["create"], "Config file not specified"),
+        (2, &["create", "a.cfg", "b.cfg"], "is a second file"),
         (1, &["create", "/dev/null"], "the domain has no name"),
         (
             1,
@@ -278,6 +281,6 @@ fn run_directory_open_to_others_is_refused() {
     let run = bench.path("run");
     std::fs::create_dir(&run).expect("writable");
     std::fs::set_permissions(&run, std::fs::Permissions::from_mode(0o777)).expect("ours");
-    let said = bench.fails(1, &bench.creation("one", &[]));
+    let said = bench.fails(3, &bench.creation("one", &[]));
     assert!(said.contains("HOSPES_RUN_DIR"), "{said}");
 }

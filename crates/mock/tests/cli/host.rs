@@ -553,7 +553,7 @@ fn cap_of_more_than_all_vcpus_is_refused_at_creation() {
     let bench = Bench::new();
     let mut arguments = bench.creation("web", &["-q"]);
     arguments.extend(["vcpus=2", "cap=201"].map(String::from));
-    let said = bench.fails(1, &arguments);
+    let said = bench.fails(3, &arguments);
     assert!(said.contains("0 to 200"), "{said}");
     assert!(bench.row("web").is_none());
 }

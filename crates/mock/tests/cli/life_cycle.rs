@@ -48,11 +48,11 @@ fn create_used_name_or_uuid_is_refused() {
     let bench = Bench::new();
     let uuid = "uuid='59e1cf6c-6ab9-4879-90e7-adc8d1c63bf5'";
     bench.create("one", &[uuid]);
-    let said = bench.fails(1, &bench.creation("one", &[]));
+    let said = bench.fails(3, &bench.creation("one", &[]));
     assert!(said.contains("\"one\" exists already with id 1"), "{said}");
     let mut arguments = bench.creation("two", &[]);
     arguments.push(uuid.into());
-    let said = bench.fails(1, &arguments);
+    let said = bench.fails(3, &arguments);
     assert!(said.contains("UUID"), "{said}");
     assert_eq!(bench.row("two"), None);
 }
@@ -62,7 +62,7 @@ fn create_that_fails_says_why_and_leaves_nothing() {
     let bench = Bench::new();
     let mut arguments = bench.creation("bad", &[]);
     arguments.push("kernel='/nonexistent'".into());
-    let said = bench.fails(1, &arguments);
+    let said = bench.fails(3, &arguments);
     assert!(said.contains("Parsing config from /dev/null"), "{said}");
     assert!(
         said.contains("the kernel /nonexistent is no file"),
@@ -70,6 +70,17 @@ fn create_that_fails_says_why_and_leaves_nothing() {
     );
     assert_eq!(bench.row("bad"), None);
     assert!(!bench.domain_dir(1).exists());
+    // With a disk that is not there xl does not come to the kernel; an empty drive is no such disk.
+    for (disk, status) in [
+        ("/nonexistent.img,raw,xvda,w", 6),
+        ("null,raw,xvda,r", 3),
+        (",,xvdc,cdrom", 3),
+    ] {
+        bench.fails(
+            status,
+            &[&arguments[..], &[format!("disk=['{disk}']")]].concat(),
+        );
+    }
 }
 
 #[test]
