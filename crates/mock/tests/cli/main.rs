@@ -13,6 +13,7 @@ mod life_cycle;
 mod memory;
 mod migrating;
 mod saving;
+mod scarcity;
 mod signals;
 mod stopped;
 mod unprivileged;
