@@ -370,3 +370,66 @@ fn membarrier() -> bool {
         done
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A vCPU of the calling thread, which holds kicks back and counts them.
+    struct Held(Control);
+
+    impl Held {
+        fn new() -> Held {
+            let control = Control::default();
+            signal::name_process();
+            // SAFETY: plain system calls; a set of this function alone.
+            unsafe {
+                let set = Held::signals();
+                libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+                control.attach(libc::gettid(), std::ptr::null_mut());
+            }
+            Held(control)
+        }
+
+        fn signals() -> libc::sigset_t {
+            // SAFETY: an all-zero set is an empty one.
+            unsafe {
+                let mut set: libc::sigset_t = std::mem::zeroed();
+                libc::sigaddset(&mut set, signal::kick_signal());
+                set
+            }
+        }
+
+        /// Kicks since the last call.
+        fn kicks(&self) -> u32 {
+            let set = Held::signals();
+            let none = libc::timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
+            // SAFETY: the set and the time live for the call, and nothing is written.
+            let take = || unsafe { libc::sigtimedwait(&set, std::ptr::null_mut(), &none) };
+            std::iter::from_fn(|| (take() > 0).then_some(())).count() as u32
+        }
+    }
+
+    #[test]
+    fn post_kicks_a_vcpu_in_code_once_until_it_has_seen_that() {
+        let held = Held::new();
+        let control = &held.0;
+        control.enter_run();
+        control.post(request::INTERRUPT);
+        assert_eq!(held.kicks(), 0, "it is not in code");
+        control.take();
+        for round in 0..2 {
+            control.enter_code();
+            for _ in 0..3 {
+                control.post(request::INTERRUPT);
+            }
+            assert_eq!(held.kicks(), 1, "round {round}");
+            control.leave_code();
+            assert_eq!(control.take(), request::INTERRUPT);
+        }
+        control.leave_run();
+    }
+}

@@ -37,6 +37,10 @@ thread_local! {
 /// This process, as kicks name it: noted by each thread that attaches, so that a kick takes one system call.
 static PROCESS: AtomicI32 = AtomicI32::new(0);
 
+pub fn name_process() {
+    PROCESS.store(std::process::id() as i32, Ordering::Relaxed);
+}
+
 /// The signal that makes a vCPU leave translated code.
 pub fn kick_signal() -> i32 {
     libc::SIGRTMIN() + 5
@@ -233,7 +237,7 @@ pub struct Attachment {
 impl Attachment {
     pub fn new(info: ThreadInfo) -> std::io::Result<Attachment> {
         install();
-        PROCESS.store(std::process::id() as i32, Ordering::Relaxed);
+        name_process();
         let stack = AltStack::new()?;
         let info = Box::new(info);
         const ARCH_SET_GS: i32 = 0x1001;
