@@ -50,7 +50,7 @@ pub fn create(
     }
     let layout = memory_layout(spec.memory_max_bytes)?;
     let room = |bytes| {
-        host_memory::room(bytes, spec.promised_bytes).map_err(|shortage| CreateError::HostMemory {
+        host_memory::room(bytes, (spec.promised)()).map_err(|shortage| CreateError::HostMemory {
             name: spec.name.clone(),
             shortage,
         })

@@ -87,8 +87,8 @@ pub struct DomainSpec {
     pub memory_bytes: u64,
     /// RAM in its memory map, the most that it can ever have: a multiple of 4096, the same or more.
     pub memory_max_bytes: u64,
-    /// Memory of the host that is free and yet spoken for, in bytes.
-    pub promised_bytes: u64,
+    /// Memory of the host that is free and yet spoken for, in bytes: asked whenever it counts, for to restore a domain may take long.
+    pub promised: Box<dyn Fn() -> u64 + Send + Sync>,
     pub vcpus: u32,
     /// Instruction set of the vCPUs.
     pub level: Level,

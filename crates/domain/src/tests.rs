@@ -73,7 +73,7 @@ fn spec(
         cmdline: "console=hvc0".to_owned(),
         memory_bytes,
         memory_max_bytes,
-        promised_bytes: 0,
+        promised: Box::new(|| 0),
         vcpus,
         level: Level::default(),
         wishes: Vec::new(),

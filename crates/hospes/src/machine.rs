@@ -66,7 +66,7 @@ impl toolstack::MachineFactory for Domains {
             level: level(config),
             wishes: &wishes,
             memory_bytes: config.memory_kib() << 10,
-            promised_bytes: spec.promised_bytes,
+            promised_bytes: spec.promised.bytes(),
         };
         Ok(host.admits(passport)?)
     }
@@ -94,6 +94,7 @@ fn make(
         Some(_) => Default::default(),
     };
     let direct = config.engine_direct;
+    let promised = spec.promised.clone();
     let spec = DomainSpec {
         domid: spec.domid,
         uuid: *spec.uuid.as_bytes(),
@@ -103,7 +104,7 @@ fn make(
         cmdline: config.cmdline.clone(),
         memory_bytes: config.memory_kib() << 10,
         memory_max_bytes: config.memory_max_kib() << 10,
-        promised_bytes: spec.promised_bytes,
+        promised: Box::new(move || promised.bytes()),
         vcpus: config.maxvcpus,
         level: level(config),
         wishes: config.cpuid.iter().map(wish).collect(),

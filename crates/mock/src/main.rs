@@ -439,6 +439,10 @@ impl MachineFactory for Factory {
         if heard == "unwelcome" {
             return Err("there is no place for it".into());
         }
+        let others = spec.promised.bytes();
+        if others.saturating_add(spec.config.memory_kib() << 10) > HOST_BYTES {
+            return Err(format!("others may take {others} bytes of the host").into());
+        }
         writeln!(console, "restored: {heard}")?;
         make(spec, heard, console)
     }

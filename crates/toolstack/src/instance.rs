@@ -18,7 +18,7 @@ use crate::protocol::{DeviceKind, DomainInfo, EndReason, Ended, Until};
 use crate::registry::{Record, Registry};
 use crate::scheduling::Share;
 use crate::standing::Standing;
-use crate::state::promised_bytes;
+use crate::state::Promised;
 
 /// How long commands that wait for the end, and readers of the console, get to hear of it.
 pub(crate) const FAREWELL: Duration = Duration::from_secs(2);
@@ -362,9 +362,9 @@ impl Instance {
             .map_err(ChangeError::Machine)
     }
 
-    /// What other domains may still take of the host's memory, in bytes. Where that cannot be found out, all is taken.
+    /// What other domains may still take of the host's memory, in bytes.
     fn promised_to_others(&self) -> u64 {
-        promised_bytes(&self.registry, self.domid).unwrap_or(u64::MAX)
+        Promised::to_others_than(self.domid, &self.registry).bytes()
     }
 
     pub(crate) fn attach_disk(&self, disk: DiskConfig) -> std::result::Result<(), ChangeError> {

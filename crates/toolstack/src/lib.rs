@@ -64,6 +64,7 @@ pub use receiving::UNATTENDED;
 pub use registry::{Entry, HOST_NAME, Record};
 pub use saving::SavedDomain;
 pub use scheduling::{Affinity, Share, VcpuInfo, host_cpus, resolve};
+pub use state::Promised;
 pub use store::store_process;
 pub use traffic::Traffic;
 

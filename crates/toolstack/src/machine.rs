@@ -14,6 +14,7 @@ use hospes_units::DomId;
 
 use crate::protocol::{DeviceKind, EndReason, ShutdownKind, Trigger, Waiting};
 use crate::scheduling::{Affinity, Share, VcpuInfo};
+use crate::state::Promised;
 use crate::traffic::Traffic;
 
 pub type MachineError = Box<dyn Error + Send + Sync>;
@@ -25,13 +26,13 @@ pub type SavedStream = Reader<Box<dyn Read + Send>>;
 pub type SaveStream<'a> = Writer<&'a mut dyn Write>;
 
 /// What to build.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct MachineSpec<'a> {
     pub domid: DomId,
     pub uuid: Uuid,
     pub config: &'a DomainConfig,
-    /// Memory that other domains have not used yet and still may, in bytes: what the host has free is theirs first.
-    pub promised_bytes: u64,
+    /// Memory that other domains have not used yet and still may: what the host has free is theirs first.
+    pub promised: Promised,
     /// Where the domain is entered.
     pub store: &'a StoreClient,
 }

@@ -73,6 +73,27 @@ pub(crate) fn promised_bytes(registry: &Registry, except: DomId) -> Result<u64> 
     Ok(promised.sum())
 }
 
+/// What other domains may still take of the host's memory. It is asked anew whenever it counts, for they come, grow and go.
+#[derive(Clone, Debug)]
+pub struct Promised {
+    registry: Registry,
+    except: DomId,
+}
+
+impl Promised {
+    pub(crate) fn to_others_than(domid: DomId, registry: &Registry) -> Promised {
+        Promised {
+            registry: registry.clone(),
+            except: domid,
+        }
+    }
+
+    /// In bytes. Where that cannot be found out, all is taken.
+    pub fn bytes(&self) -> u64 {
+        promised_bytes(&self.registry, self.except).unwrap_or(u64::MAX)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::BufReader;

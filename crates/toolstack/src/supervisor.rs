@@ -21,7 +21,7 @@ use crate::protocol::{EndReason, Launch, incoming_name};
 use crate::registry::{Entry, Record, Registry, Slot};
 use crate::server::Server;
 use crate::standing::Standing;
-use crate::state::promised_bytes;
+use crate::state::Promised;
 
 /// A domain that ended sooner than this after its start is restarted only then, so that one that cannot start does not
 /// take the whole host's time. xl waits as long before every restart.
@@ -169,7 +169,7 @@ impl<'a> Supervisor<'a> {
     }
 
     fn admit(&self, slot: &Slot, passport: &str) -> std::result::Result<(), StartError> {
-        let spec = self.spec(slot, &self.config)?;
+        let spec = self.spec(slot, &self.config);
         let admitted = self.factory.admit(&spec, passport);
         admitted.map_err(StartError::Machine)
     }
@@ -219,7 +219,7 @@ impl<'a> Supervisor<'a> {
         saved: Option<SavedStream>,
         standing: Standing,
     ) -> std::result::Result<(Server, Arc<Instance>), StartError> {
-        let spec = self.spec(slot, &record.config)?;
+        let spec = self.spec(slot, &record.config);
         let console = self.hub.writer();
         let machine = match saved {
             Some(saved) => self.factory.restore(&spec, saved, console),
@@ -240,14 +240,14 @@ impl<'a> Supervisor<'a> {
         Ok((server, instance))
     }
 
-    fn spec<'b>(&'b self, slot: &Slot, config: &'b DomainConfig) -> Result<MachineSpec<'b>> {
-        Ok(MachineSpec {
+    fn spec<'b>(&'b self, slot: &Slot, config: &'b DomainConfig) -> MachineSpec<'b> {
+        MachineSpec {
             domid: slot.domid(),
             uuid: self.uuid,
             config,
-            promised_bytes: promised_bytes(&self.registry, slot.domid())?,
+            promised: Promised::to_others_than(slot.domid(), &self.registry),
             store: &self.store,
-        })
+        }
     }
 
     fn release(&self, slot: Slot) {

@@ -76,12 +76,23 @@ pub(super) fn restored(
     memory_bytes: u64,
     bytes: Vec<u8>,
 ) -> Result<Domain, CreateError> {
+    restored_beside(Box::new(|| 0), vcpus, memory_bytes, bytes)
+}
+
+/// On a host that has promised so much to others.
+fn restored_beside(
+    promised: Box<dyn Fn() -> u64 + Send + Sync>,
+    vcpus: u32,
+    memory_bytes: u64,
+    bytes: Vec<u8>,
+) -> Result<Domain, CreateError> {
     let from: Box<dyn Read + Send> = Box::new(std::io::Cursor::new(bytes));
     let (stream, config) = Reader::new(from).unwrap();
     assert_eq!(config, b"configuration");
     let kernel = KernelFile::new();
+    let spec = spec(vcpus, [memory_bytes; 2], Sink::default(), &kernel);
     Domain::restore(
-        spec(vcpus, [memory_bytes; 2], Sink::default(), &kernel),
+        DomainSpec { promised, ..spec },
         stream,
         engine(|c| {
             Ok(match c.id {
@@ -225,6 +236,19 @@ fn save_of_a_guest_that_runs_is_refused() {
     let to: &mut dyn Write = &mut bytes;
     let mut stream = Writer::new(to, b"").unwrap();
     assert!(matches!(d.save(&mut stream, None), Err(SaveError::Running)));
+}
+
+#[test]
+fn restore_asks_what_others_were_promised_when_it_counts() {
+    let bytes = saved(&suspended());
+    let asked = AtomicBool::new(false);
+    // Others come while the stream is read.
+    let promised = move || match asked.swap(true, SeqCst) {
+        false => 0,
+        true => u64::MAX,
+    };
+    let fault = restored_beside(Box::new(promised), 2, MEMORY, bytes).unwrap_err();
+    assert!(matches!(fault, CreateError::HostMemory { .. }), "{fault}");
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! Domains in files: what becomes of the domain, the file and the configuration.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::thread;
 
 use crate::common::{Bench, until};
 
@@ -157,6 +159,45 @@ fn command_that_dies_before_it_has_the_file_lets_the_domain_go_on() {
     until("the guest goes on", || said(&bench, "resumed") == 1);
     assert!(bench.row("one").is_some());
     bench.ok(&["destroy", "one"]);
+}
+
+#[test]
+fn restored_domain_has_what_others_leave_when_all_of_it_is_there() {
+    // Two thirds of the host each.
+    const LARGE: &str = "memory=700000";
+    let bench = Bench::new();
+    bench.create("one", &[LARGE]);
+    tell(&bench, "hello");
+    let path = bench.path("saved").display().to_string();
+    bench.ok(&["save", "one", &path]);
+    let whole = fs::read(&path).expect("it is there");
+    let pipe = bench.path("pipe").display().to_string();
+    let made = Command::new("mkfifo").arg(&pipe).status().expect("it runs");
+    assert!(made.success());
+    for comes_meanwhile in [false, true] {
+        if !comes_meanwhile {
+            bench.create("other", &[LARGE]);
+        }
+        let done = thread::scope(|scope| {
+            let command = scope.spawn(|| bench.run(&["restore", &pipe]));
+            let mut feed = File::create(&pipe).expect("it reads");
+            let (first, last) = whole.split_at(whole.len() - 2000);
+            feed.write_all(first).expect("it reads");
+            until("it begins", || bench.row("one").is_some());
+            match comes_meanwhile {
+                true => bench.create("other", &[LARGE]),
+                false => drop(bench.ok(&["destroy", "other"])),
+            }
+            feed.write_all(last).expect("it reads");
+            drop(feed);
+            command.join().expect("no panic")
+        });
+        let fault = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.success(), !comes_meanwhile, "{fault}");
+        assert_eq!(fault.contains("others may take"), comes_meanwhile);
+        let name = if comes_meanwhile { "other" } else { "one" };
+        bench.ok(&["destroy", name]);
+    }
 }
 
 #[test]
