@@ -117,20 +117,12 @@ fn ask_each<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::paths::Paths;
-    use crate::registry::Registry;
-    use crate::registry::testing::record;
+    use crate::registry::testing::{record, registry};
     use std::os::unix::net::UnixListener;
 
     #[test]
     fn domains_that_do_not_answer_are_waited_for_together() {
-        let run = std::env::temp_dir().join(format!("hospes-each-{}", std::process::id()));
-        std::fs::create_dir_all(&run).expect("temporary directory");
-        let paths = Paths {
-            log: run.join("log"),
-            run: run.clone(),
-        };
-        let registry = Registry::new(&paths);
+        let (registry, directory) = registry("each");
         let slots: Vec<_> = (1..4)
             .map(|number| {
                 let record = record(&format!("d{number}"), number);
@@ -142,7 +134,7 @@ mod tests {
             .iter()
             .map(|slot| UnixListener::bind(slot.dir().join("control.sock")).expect("new"))
             .collect();
-        let host = Host::new(paths);
+        let host = Host::new(directory.paths.clone());
         let begun = Instant::now();
         let answers = host.infos(host.entries().expect("a list"));
         assert!(begun.elapsed() < LIST_PATIENCE * 3 / 2);
@@ -154,18 +146,11 @@ mod tests {
             ),
             "{seen:?}"
         );
-        let _ = std::fs::remove_dir_all(&run);
     }
 
     #[test]
     fn domains_end_with_their_lock_and_not_with_a_connection() {
-        let run = std::env::temp_dir().join(format!("hospes-each-lost-{}", std::process::id()));
-        std::fs::create_dir_all(&run).expect("temporary directory");
-        let paths = Paths {
-            log: run.join("log"),
-            run: run.clone(),
-        };
-        let registry = Registry::new(&paths);
+        let (registry, directory) = registry("each-lost");
         let mut slots: Vec<_> = (1..3)
             .map(|number| {
                 let record = record(&format!("d{number}"), number);
@@ -176,7 +161,7 @@ mod tests {
             let listener = UnixListener::bind(slot.dir().join("control.sock")).expect("new");
             std::thread::spawn(move || drop(listener.accept()));
         }
-        let host = Host::new(paths);
+        let host = Host::new(directory.paths.clone());
         let entries = host.entries().expect("a list");
         slots.pop();
         let answers = host.infos(entries);
@@ -188,6 +173,5 @@ mod tests {
             matches!(seen[..], [(1, Answer::Silent(Error::Gone { .. }))]),
             "{seen:?}"
         );
-        let _ = std::fs::remove_dir_all(&run);
     }
 }

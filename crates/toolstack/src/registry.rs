@@ -377,9 +377,32 @@ fn read_record(dir: &Path) -> Result<Record> {
 
 #[cfg(test)]
 pub(crate) mod testing {
+    use std::fs;
+
     use hospes_config::{Source, Uuid, load};
 
-    use super::Record;
+    use super::{Record, Registry};
+    use crate::paths::Paths;
+
+    /// A run-time directory, which goes with the value.
+    pub(crate) struct Directory {
+        pub(crate) paths: Paths,
+    }
+
+    impl Drop for Directory {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.paths.run);
+        }
+    }
+
+    /// An empty registry; `test` is a word that no other test has.
+    pub(crate) fn registry(test: &str) -> (Registry, Directory) {
+        let run = std::env::temp_dir().join(format!("hospes-{test}-{}", std::process::id()));
+        fs::create_dir_all(&run).expect("temporary directory");
+        let log = run.join("log");
+        let paths = Paths { run, log };
+        (Registry::new(&paths), Directory { paths })
+    }
 
     /// The record of a small domain, whose UUID is this byte throughout.
     pub(crate) fn record(name: &str, uuid: u8) -> Record {
@@ -395,27 +418,8 @@ pub(crate) mod testing {
 
 #[cfg(test)]
 mod tests {
-    use super::testing::record;
+    use super::testing::{record, registry};
     use super::*;
-
-    struct Directory(PathBuf);
-
-    impl Drop for Directory {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
-    }
-
-    fn registry(test: &str) -> (Registry, Directory) {
-        let run =
-            std::env::temp_dir().join(format!("hospes-registry-{test}-{}", std::process::id()));
-        fs::create_dir_all(&run).expect("temporary directory");
-        let paths = Paths {
-            run: run.clone(),
-            log: run.join("log"),
-        };
-        (Registry::new(&paths), Directory(run))
-    }
 
     #[test]
     fn domain_whose_lock_cannot_be_looked_at_is_left_alone() {
@@ -451,7 +455,7 @@ mod tests {
     fn allocate_behind_the_last_id_begins_again() {
         let (registry, directory) = registry("wrap");
         let _first = registry.allocate(&record("a", 1)).expect("free");
-        fs::write(directory.0.join("next-domid"), "32751").expect("writable");
+        fs::write(directory.paths.run.join("next-domid"), "32751").expect("writable");
         assert_eq!(
             registry.allocate(&record("b", 2)).expect("free").domid(),
             DomId(32751)
@@ -460,7 +464,7 @@ mod tests {
             registry.allocate(&record("c", 3)).expect("free").domid(),
             DomId(2)
         );
-        fs::write(directory.0.join("next-domid"), "garbage").expect("writable");
+        fs::write(directory.paths.run.join("next-domid"), "garbage").expect("writable");
         assert_eq!(
             registry.allocate(&record("d", 4)).expect("free").domid(),
             DomId(2)
@@ -517,12 +521,12 @@ mod tests {
         let slot = registry.allocate(&record("a", 1)).expect("free");
         // As after SIGKILL: the lock is gone, the files are not.
         drop(slot);
-        let half_made = directory.0.join("domains/7");
+        let half_made = directory.paths.run.join("domains/7");
         fs::create_dir(&half_made).expect("writable");
-        fs::create_dir(directory.0.join("log")).expect("writable");
+        fs::create_dir(directory.paths.run.join("log")).expect("writable");
         assert_eq!(registry.entries().expect("list"), []);
         assert_eq!(
-            fs::read_dir(directory.0.join("domains"))
+            fs::read_dir(directory.paths.run.join("domains"))
                 .expect("there")
                 .count(),
             0
@@ -530,7 +534,7 @@ mod tests {
         registry
             .allocate(&record("a", 1))
             .expect("the name is free again");
-        let log = fs::read_to_string(directory.0.join("log/a.log")).expect("a log");
+        let log = fs::read_to_string(directory.paths.run.join("log/a.log")).expect("a log");
         assert!(log.lines().count() == 1 && log.contains("killed"), "{log}");
     }
 
@@ -544,7 +548,7 @@ mod tests {
         assert_eq!(listed.len(), 1);
         assert_eq!(listed[0].domid, second.domid());
         // Nor is its id given away.
-        fs::write(directory.0.join("next-domid"), "1").expect("writable");
+        fs::write(directory.paths.run.join("next-domid"), "1").expect("writable");
         let third = registry.allocate(&record("c", 3)).expect("free");
         assert_eq!(third.domid(), DomId(3));
         registry

@@ -104,19 +104,12 @@ mod tests {
     use hospes_config::Uuid;
 
     use super::*;
-    use crate::paths::Paths;
     use crate::protocol::{self, Reply, Request};
-    use crate::registry::testing::record;
+    use crate::registry::testing::{record, registry};
 
     #[test]
     fn recorded_domain_has_used_the_time_of_its_process() {
-        let run = std::env::temp_dir().join(format!("hospes-recorded-{}", std::process::id()));
-        fs::create_dir_all(&run).expect("temporary directory");
-        let log = run.join("log");
-        let registry = Registry::new(&Paths {
-            run: run.clone(),
-            log,
-        });
+        let (registry, _directory) = registry("recorded");
         // The domain is of this process.
         let _slot = registry.allocate(&record("a", 1)).expect("free");
         let mut entry = registry
@@ -132,18 +125,11 @@ mod tests {
         }
         entry.record.pid = u32::MAX;
         assert_eq!(entry.as_recorded().cpu_time_ns, 0);
-        let _ = fs::remove_dir_all(&run);
     }
 
     #[test]
     fn promised_bytes_counts_what_others_have_not_used() {
-        let run = std::env::temp_dir().join(format!("hospes-promised-{}", std::process::id()));
-        fs::create_dir_all(&run).expect("temporary directory");
-        let log = run.join("log");
-        let registry = Registry::new(&Paths {
-            run: run.clone(),
-            log,
-        });
+        let (registry, _directory) = registry("promised");
         let first = registry.allocate(&record("a", 1)).expect("free");
         let mut second = record("b", 1);
         second.uuid = Uuid::from_bytes([2; 16]);
@@ -174,6 +160,5 @@ mod tests {
         let told = promised_bytes(&registry, first.domid()).expect("list");
         assert_eq!(told, 1 << 30);
         domain.join().expect("no panic");
-        let _ = fs::remove_dir_all(&run);
     }
 }
