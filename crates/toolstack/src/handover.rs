@@ -88,7 +88,7 @@ fn no_banner(last: &str, endless: bool) -> String {
         last => format!(", and the last that it said was: {last}"),
     };
     format!(
-        "the other side is no `hospes migrate-receive`: {how}{said}. Look at what stands above, and whether hospes is installed there"
+        "the other side is no `hospes migrate-receive`: {how}{said}. Look at what stands above, and whether it is installed there as hospes; where it has another name, -s '' takes the whole command"
     )
 }
 

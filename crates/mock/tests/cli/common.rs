@@ -45,7 +45,12 @@ impl Bench {
     }
 
     pub fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_hospes-mock"));
+        self.command_of(Path::new(env!("CARGO_BIN_EXE_hospes-mock")))
+    }
+
+    /// The same of a program by another name.
+    pub fn command_of(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
         command
             .env("HOSPES_RUN_DIR", self.path("run"))
             .env("HOSPES_LOG_DIR", self.path("log"));

@@ -16,4 +16,5 @@ mod saving;
 mod scarcity;
 mod signals;
 mod stopped;
+mod transport;
 mod unprivileged;

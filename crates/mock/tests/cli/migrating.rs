@@ -8,7 +8,7 @@ use hospes_migration::{Reader, Record};
 
 use crate::common::{Bench, until};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_hospes-mock");
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_hospes-mock");
 
 /// A running domain that has heard a line.
 pub fn bench_with(line: &str) -> Bench {
@@ -117,25 +117,6 @@ fn options_of_xl_are_taken() {
     assert_eq!(bench.row("one").expect("kept")[4], "---s--");
     let refused = bench.fails(2, &["migrate-receive", "-r"]);
     assert!(refused.contains("leave -r out"), "{refused}");
-}
-
-#[test]
-fn other_host_is_reached_by_ssh_or_what_stands_for_it() {
-    let bench = bench_with("hello");
-    let ssh = bench.path("ssh").display().to_string();
-    // Prints what a login prints, and runs what it is told on the host.
-    let script = format!(
-        "#!/bin/sh\necho Welcome; printf 'last login: never'; echo \"$@\" >{ssh}.log; shift 3; exec {PROGRAM} \"$@\"\n"
-    );
-    fs::write(&ssh, script).expect("writable");
-    bench.ok(&["migrate", "-s", &format!("sh {ssh} -v"), "one", "there"]);
-    let log = fs::read_to_string(bench.path("ssh.log")).expect("it ran");
-    assert_eq!(log, "-v there hospes migrate-receive\n");
-    bench.fails(2, &["migrate", "-D", "one", "there"]);
-    bench.fails(2, &["migrate", "one"]);
-    let fault = bench.fails(2, &["migrate", "--", "one", "-oProxyCommand=x"]);
-    assert!(fault.contains("no name of a host"), "{fault}");
-    bench.ok(&["destroy", "one"]);
 }
 
 #[test]
