@@ -156,6 +156,55 @@ def hosts_without_what_it_needs_refuse(bench):
     moved.off()
 
 
+# Some five megabytes a second, so that there is time for commands while the guest runs.
+SLOWLY = "perl -e 'while (sysread(STDIN, $b, 65536)) { syswrite(STDOUT, $b); select(undef, undef, undef, 0.0125) }'"
+
+
+def guests_hear_commands_while_they_are_sent(bench):
+    """What needs no more than a guest that runs, up to when it is suspended; a guest that shuts down ends the migration."""
+    moved = Moved(bench, "asked")
+    slow = f"{SLOWLY} | {moved.receiver()}"
+
+    def order():
+        bench.hospes("sysrq", "asked", "h")
+        bench.hospes("trigger", "asked", "nmi", "1")
+        bench.hospes("vcpu-pin", "asked", "0", "0")
+        bench.refused("try again when that has ended", "mem-set", "asked", "200")
+
+    def pinned():
+        return bench.hospes("vcpu-list", "asked").splitlines()[1].split()[6]
+
+    def arrived():
+        moved.guest.until("dmesg | grep -q 'sysrq: HELP'")
+        moved.guest.until("dmesg | grep -qi 'nmi.*reason'")
+        moved.guest.run("dmesg -c >/dev/null")
+
+    moving = begun(moved, "Ready to receive", slow)
+    order()
+    for pid in descendants(moving.pid):
+        os.kill(pid, signal.SIGKILL)
+    expect(moving.wait(commands.ANSWER_S) == 1, "a migration without its connection has succeeded")
+    moving.stderr.close()
+    wait_until(lambda: moved.names() == ["asked"], "the guest does not stay")
+    expect(pinned() == "0", f"vCPU 0 is pinned to {pinned()}")
+    arrived()
+    moving = begun(moved, "Ready to receive", slow)
+    order()
+    said = moving.stderr.read()
+    expect(moving.wait(commands.ANSWER_S) == 0, f"the migration failed: {said}")
+    moving.stderr.close()
+    moved.guest = Shell.again(bench, "asked")
+    expect(pinned() == "all", f"the pinning of vCPU 0, {pinned()}, has moved")
+    arrived()
+    moved.goes_on()
+    moving = begun(moved, "Ready to receive", slow)
+    bench.hospes("shutdown", "asked")
+    said = moving.stderr.read()
+    expect(moving.wait(commands.ANSWER_S) == 1 and "the domain has ended here as well" in said, f"a guest that shuts down is migrated: {said}")
+    moving.stderr.close()
+    expect(not moved.names(), f"there are {moved.names()}")
+
+
 def descendants(pid):
     """All processes that came of one, the oldest first."""
     try:
@@ -192,11 +241,11 @@ def settled(moved, what):
     moved.goes_on()
 
 
-def begun(moved, moment):
+def begun(moved, moment, receiver=None):
     """A migration that has got so far; the one before may still have to see that it was killed."""
     for _ in range(50):
         command = subprocess.Popen(
-            moved.bench.command(vm.hospes_binary(), "migrate", "-s", "", moved.name, f"{moved.receiver()}; exit $?"),
+            moved.bench.command(vm.hospes_binary(), "migrate", "-s", "", moved.name, f"{receiver or moved.receiver()}; exit $?"),
             env=moved.bench.run.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         said = []
@@ -235,6 +284,7 @@ def killed_processes_leave_one_guest(bench):
 
 TESTS = (
     migrated_guests_go_on, hosts_without_what_it_needs_refuse, migrations_that_fail_leave_the_guest_where_it_is, killed_processes_leave_one_guest,
+    guests_hear_commands_while_they_are_sent,
 )
 
 

@@ -1,7 +1,7 @@
 //! What a domain is when it is saved, and how it comes back.
 
 use std::io::{self, Read, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hospes_cpuid::{CpuidTable, SavedFeatures};
 use hospes_engine::{CpuState, XsaveImage};
@@ -217,6 +217,12 @@ fn is_loadable(image: &XsaveImage, components: u64) -> bool {
 /// How long a guest may take to suspend itself, as in xl.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How often it is looked whether a guest has heard what it was asked.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// What it is asked.
+const SUSPEND: &str = "suspend";
+
 impl Domain {
     /// Has the guest suspend itself and returns when its vCPUs are held: it can be saved then, until [`Domain::resume`] or the end of the domain. Asks
     /// `given_up` now and then whether to go on waiting. After an error the guest goes on, whenever it suspends itself.
@@ -232,17 +238,22 @@ impl Domain {
             return Err(RequestError::Suspending);
         }
         let path = hospes_store::domain_path(self.spec.domid) + "/control/shutdown";
-        let asked = self.store.write(&path, b"suspend");
-        let given_up =
-            || asked.is_err() || given_up() || self.run.has_ended() || self.run.is_paused();
-        if suspension.wait(PATIENCE, given_up) {
+        let deadline = Instant::now() + PATIENCE;
+        let given_up = || given_up() || self.run.has_ended() || self.run.is_paused();
+        let is_free = self.wait_heard(&path, deadline, &given_up);
+        let asked = match is_free {
+            true => self.store.write(&path, SUSPEND.as_bytes()),
+            false => Ok(()),
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        if suspension.wait(left, || !is_free || asked.is_err() || given_up()) {
             return Ok(());
         }
         // Where it is suspended by now, that is over.
         self.resume();
         asked?;
         // A guest that has not taken the request does not have to see it.
-        if self.store.read_text(&path).as_deref() == Some("suspend") {
+        if self.store.read_text(&path).as_deref() == Some(SUSPEND) {
             let _ = self.store.write(&path, b"");
         }
         match self.run.end_reason() {
@@ -252,6 +263,17 @@ impl Domain {
             None => Err(RequestError::NoSuspend {
                 seconds: PATIENCE.as_secs(),
             }),
+        }
+    }
+
+    /// Waits until a guest that was asked to shut down has heard that, for it would not where it finds another word in the same node; false where it has not.
+    fn wait_heard(&self, path: &str, deadline: Instant, given_up: &dyn Fn() -> bool) -> bool {
+        loop {
+            match self.store.read_text(path).as_deref() {
+                None | Some("" | SUSPEND) => return true,
+                Some(_) if Instant::now() >= deadline || given_up() => return false,
+                Some(_) => std::thread::sleep(LOOK),
+            }
         }
     }
 

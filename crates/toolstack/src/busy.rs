@@ -5,8 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering::SeqCst;
 
-use crate::instance::{Instance, lock};
+use crate::instance::{ChangeError, Instance, lock};
 use crate::log::log;
+use crate::machine::{Machine, MachineError};
 
 /// While there is one the domain is being saved.
 pub(crate) struct Saving<'a> {
@@ -17,7 +18,15 @@ pub(crate) struct Saving<'a> {
 impl Drop for Saving<'_> {
     fn drop(&mut self) {
         self.instance.let_client_be();
+        *lock(&self.instance.deaf) = false;
         self.instance.saving.store(false, SeqCst);
+    }
+}
+
+impl Saving<'_> {
+    /// From here on the guest is asked for nothing else than to suspend itself; what it was asked before is with it.
+    pub(crate) fn is_to_suspend(&self) {
+        *lock(&self.instance.deaf) = true;
     }
 }
 
@@ -37,7 +46,7 @@ fn cut(client: &UnixStream) {
 
 impl Instance {
     /// What is said to those who want something of a domain that is being saved.
-    pub(crate) const SAVING: &str = "it is being saved: try again when that has ended";
+    pub(crate) const SAVING: &str = "it is being saved or migrated: try again when that has ended";
 
     /// Keeps the domain's devices and settings as they are; `None` where it is being saved already.
     pub(crate) fn begin_save(&self) -> Option<Saving<'_>> {
@@ -51,6 +60,20 @@ impl Instance {
 
     pub(crate) fn is_being_saved(&self) -> bool {
         self.saving.load(SeqCst)
+    }
+
+    /// Does at once what a command wants of the guest, or of the threads that run it: also while the domain is sent to another host and the guest runs. One that is to
+    /// suspend itself might not see it any more, and nobody carries it to where the guest goes on.
+    pub(crate) fn order(
+        &self,
+        order: impl FnOnce(&dyn Machine) -> Result<(), MachineError>,
+    ) -> Result<(), ChangeError> {
+        let deaf = lock(&self.deaf);
+        let saving = || deaf.then(|| Instance::SAVING.into());
+        match self.is_elsewhere().or_else(saving) {
+            Some(why) => Err(ChangeError::Fixed(why)),
+            None => order(self.machine()).map_err(ChangeError::Machine),
+        }
     }
 
     /// From here on what is read from the client, and written to it, ends with the machine.

@@ -43,6 +43,8 @@ pub(crate) struct Instance {
     /// Held while the record and the machine are changed together.
     pub(crate) changes: Mutex<()>,
     pub(crate) saving: AtomicBool,
+    /// The guest is to suspend itself, or is suspended, and nothing else is asked of it. Held while something is.
+    pub(crate) deaf: Mutex<bool>,
     pub(crate) line: Mutex<Line>,
     pub(crate) standing: Mutex<Standing>,
     machine: Arc<dyn Machine>,
@@ -96,6 +98,7 @@ impl Instance {
             record: Mutex::new(record),
             changes: Mutex::default(),
             saving: AtomicBool::new(false),
+            deaf: Mutex::default(),
             line: Mutex::default(),
             standing: Mutex::default(),
             machine,

@@ -105,6 +105,7 @@ impl Move<'_> {
             let _ = writer.fail(&fault.to_string());
             return None;
         }
+        changes.is_to_suspend();
         instance.set_standing(Standing::Leaving(None));
         log!("Migrating: the guest is asked to suspend itself");
         if let Err(fault) = instance.machine().suspend(has_left) {

@@ -244,6 +244,17 @@ impl Request {
         )
     }
 
+    /// Whether it is done at once and changes nothing that would have to go along to another host ([`crate::instance::Instance::order`]).
+    pub(crate) fn is_order(&self) -> bool {
+        matches!(
+            self,
+            Request::Shutdown { last: false, .. }
+                | Request::Sysrq { .. }
+                | Request::Trigger { .. }
+                | Request::Pin { .. }
+        )
+    }
+
     /// Whether it changes what stands in the registry or in the store.
     pub(crate) fn is_written_down(&self) -> bool {
         self.is_change() && !matches!(self, Request::Trigger { .. } | Request::Pin { .. })

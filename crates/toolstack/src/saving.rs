@@ -327,12 +327,13 @@ pub(crate) fn answer(
     config: Option<DomainConfig>,
     has_left: &dyn Fn() -> bool,
 ) -> Option<Answer> {
-    let Some(_changes) = instance.begin_save() else {
+    let Some(saving) = instance.begin_save() else {
         let message = instance.is_fixed();
         let message = message.unwrap_or_else(|| Instance::SAVING.into());
         return Some(Answer::Reply(Reply::Error { message }));
     };
     let machine = instance.machine();
+    saving.is_to_suspend();
     log!("Saving: the guest is asked to suspend itself");
     if let Err(fault) = machine.suspend(has_left) {
         log!("The domain is not saved: {fault}");

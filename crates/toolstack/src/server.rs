@@ -315,6 +315,7 @@ fn answer(
         });
     }
     if request.is_change()
+        && !request.is_order()
         && let Some(message) = instance.is_fixed()
     {
         return Some(Reply::Error { message });
@@ -324,7 +325,9 @@ fn answer(
         Request::Pause => done(instance.pause()),
         Request::Unpause => done(instance.unpause()),
         Request::Shutdown { kind, last: true } => done(ending.ask(kind)),
-        Request::Shutdown { kind, .. } => done(machine.request_shutdown(kind)),
+        Request::Shutdown { kind, .. } => {
+            done(instance.order(|machine| machine.request_shutdown(kind)))
+        }
         Request::Destroy => {
             instance.destroy();
             match wait(stream, instance, Until::Death)? {
@@ -339,8 +342,10 @@ fn answer(
         Request::DetachDevice { kind, devid, force } => done(instance.detach(kind, devid, force)),
         Request::ResizeDisk { devid, bytes } => done(instance.resize_disk(devid, bytes)),
         Request::ChangeMedium { disk } => done(instance.change_medium(disk)),
-        Request::Sysrq { key } => done(machine.send_sysrq(key)),
-        Request::Trigger { trigger, vcpu } => done(machine.trigger(trigger, vcpu)),
+        Request::Sysrq { key } => done(instance.order(|machine| machine.send_sysrq(key))),
+        Request::Trigger { trigger, vcpu } => {
+            done(instance.order(|machine| machine.trigger(trigger, vcpu)))
+        }
         Request::Rename { name } => done(instance.rename(&name)),
         Request::UpdateConfig { config } => done(instance.update_config(*config)),
         Request::Describe => {
@@ -352,7 +357,9 @@ fn answer(
         Request::Vcpus => Reply::Vcpus {
             vcpus: machine.vcpus(),
         },
-        Request::Pin { vcpu, hard, soft } => done(pin(machine, vcpu, hard.as_ref(), soft.as_ref())),
+        Request::Pin { vcpu, hard, soft } => {
+            done(instance.order(|machine| pin(machine, vcpu, hard.as_ref(), soft.as_ref())))
+        }
         Request::Share => Reply::Share(machine.share()),
         Request::SetShare { weight, cap } => done(instance.set_share(weight, cap)),
         Request::SetVcpus { online } => done(instance.set_vcpus(online)),

@@ -54,14 +54,20 @@ impl Instance {
         }
     }
 
-    /// Why nothing can be changed now.
-    pub(crate) fn is_fixed(&self) -> Option<String> {
+    /// Why its guest cannot be asked for anything, as it runs nowhere or not for sure here.
+    pub(crate) fn is_elsewhere(&self) -> Option<String> {
         match &*lock(&self.standing) {
             Standing::Held(why, _) => Some(why.clone()),
             Standing::Arriving => Some(ARRIVING.into()),
-            Standing::Leaving(_) => Some(Instance::SAVING.into()),
-            Standing::Here => self.is_being_saved().then(|| Instance::SAVING.into()),
+            Standing::Leaving(_) => Some(LEAVING.into()),
+            Standing::Here => None,
         }
+    }
+
+    /// Why nothing can be changed now.
+    pub(crate) fn is_fixed(&self) -> Option<String> {
+        let saving = || self.is_being_saved().then(|| Instance::SAVING.into());
+        self.is_elsewhere().or_else(saving)
     }
 
     /// Pauses the domain. One that is on its way would not stay so.

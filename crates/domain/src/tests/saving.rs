@@ -1,7 +1,7 @@
 //! Guests that suspend themselves, and domains that come out of a stream.
 
 use std::io::Read;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 
 use hospes_migration::{Reader, Record, Writer};
 use serde_json::{Value, json};
@@ -218,6 +218,29 @@ fn suspend_is_refused_where_no_guest_can_follow() {
     assert_eq!(d.store().read_text(node).as_deref(), Some(""));
     d.destroy();
     assert!(matches!(d.suspend(&|| false), Err(RequestError::Ended(_))));
+}
+
+#[test]
+fn suspend_waits_until_a_request_to_shut_down_is_heard() {
+    let asked = Arc::new(AtomicBool::new(false));
+    let d = suspending(Arc::clone(&asked));
+    let node = "/local/domain/3/control/shutdown";
+    d.request_shutdown(ShutdownKind::PowerOff).unwrap();
+    assert!(matches!(d.suspend(&|| true), Err(RequestError::TakenBack)));
+    assert_eq!(d.store().read_text(node).as_deref(), Some("poweroff"));
+    let looks = AtomicU32::new(0);
+    let hear = || {
+        match d.store().read_text(node).as_deref() {
+            Some("poweroff") if looks.fetch_add(1, SeqCst) == 5 => {
+                d.store().write(node, b"").unwrap();
+            }
+            Some("suspend") => asked.store(true, SeqCst),
+            _ => {}
+        }
+        false
+    };
+    d.suspend(&hear).unwrap();
+    assert!(looks.load(SeqCst) > 5, "it was asked at once");
 }
 
 #[test]

@@ -431,6 +431,48 @@ fn command_that_is_killed_leaves_one_guest() {
 }
 
 #[test]
+fn guest_hears_what_it_is_asked_as_long_as_it_runs() {
+    let bench = bench_with("hello");
+    let mut mover = Mover::new(&bench, 1);
+    mover.configuration();
+    let orders = [
+        &["sysrq", "one", "h"][..],
+        &["trigger", "one", "nmi"],
+        &["vcpu-pin", "one", "0", "0"],
+    ];
+    for order in orders {
+        bench.ok(order);
+    }
+    let heard = || (said(&bench, "sysrq h"), said(&bench, "nmi at vCPU 0"));
+    assert_eq!(heard(), (1, 1));
+    // The configuration is with the other side.
+    for change in [
+        &["sched-credit", "-d", "one", "-w", "512"][..],
+        &["vcpu-set", "one", "1"],
+        &["rename", "one", "two"],
+    ] {
+        let refused = bench.fails(1, change);
+        assert!(refused.contains("saved or migrated"), "{refused}");
+    }
+    mover.rest();
+    for order in orders.into_iter().chain([&["reboot", "one"][..]]) {
+        let refused = bench.fails(1, order);
+        assert!(refused.contains("it is being migrated"), "{refused}");
+    }
+    drop(mover);
+    until("the guest goes on", || said(&bench, "resumed") == 1);
+    let list = bench.ok(&["vcpu-list", "one"]);
+    let vcpu = list.lines().nth(1).expect("it has one");
+    assert!(vcpu.ends_with("0 / all"), "{vcpu}");
+    until("it is free", || bench.run(orders[0]).status.success());
+    assert_eq!(heard(), (2, 1));
+    let mut mover = Mover::new(&bench, 1);
+    mover.configuration();
+    bench.ok(&["shutdown", "one"]);
+    until("it ends", || bench.row("one").is_none());
+}
+
+#[test]
 fn guest_that_ends_waits_for_no_command() {
     let bench = bench_with("hello");
     for id in 1..4 {
@@ -448,7 +490,7 @@ fn guest_that_ends_waits_for_no_command() {
         until("the next start", || {
             bench
                 .row("one")
-                .is_some_and(|row| row[1] == (id + 1).to_string())
+                .is_some_and(|row| row[1] == (id + 1).to_string() && row[4] == "-b----")
         });
     }
     bench.ok(&["destroy", "one"]);
