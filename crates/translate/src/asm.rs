@@ -321,6 +321,12 @@ impl Asm {
         self.rr(true, 0x39, a, b);
     }
 
+    /// `cmova dst, src`
+    pub fn cmova(&mut self, dst: u8, src: u8) {
+        let rex = 0x48 | dst >> 3 << 2 | src >> 3;
+        self.bytes(&[rex, 0x0f, 0x47, 0xc0 | (dst & 7) << 3 | src & 7]);
+    }
+
     /// `test a, b`
     pub fn test(&mut self, a: u8, b: u8) {
         self.rr(true, 0x85, a, b);

@@ -1,9 +1,9 @@
-//! MOVS and STOS inside one page on each side: the processor's own string instruction on host addresses.
+//! MOVS and STOS, as far as each side lies in one page: the processor's own string instruction on host addresses. Repeated ones go on page by page.
 
 use iced_x86::Mnemonic;
 
 use super::memory::Address;
-use super::{ColdKind, Resume, Work, bit};
+use super::{ColdKind, Resume, Work, bit, ones};
 use crate::asm::{RCX, RDI, RSI, cc};
 use crate::insn::Insn;
 
@@ -39,36 +39,31 @@ impl Work<'_> {
             dst
         };
         let t = self.scratch(i, avoid | bit(dst) | bit(src));
-        for r in [RDI, RSI] {
-            if (r == RDI || moves) && self.spilled & bit(r) == 0 {
-                // The slot holds the guest's value from here on; so does the register until the very move.
-                self.asm.store(self.slot(r), r);
-            }
+        let moved = bit(RDI) | if moves { bit(RSI) } else { 0 };
+        let again = self.asm.pos() as i64;
+        for r in ones(moved & !self.spilled) {
+            // The slot holds the guest's value from here on; so does the register until the very move.
+            self.asm.store(self.slot(r), r);
         }
         if repeated {
             self.asm.test(RCX, RCX);
             empty = Some(self.asm.jcc(cc::Z));
-            self.asm.cmp_imm(RCX, PAGE / size);
-            self.cold_jump(cc::A, ColdKind::Step { offset });
-            for r in [RDI, RSI] {
-                if r == RDI || moves {
-                    self.asm.lea(true, t, Some(r), Some((RCX, size as u8)), -1);
-                    self.asm.xor(t, r);
-                    self.asm.cmp_imm(t, PAGE - 1);
-                    self.cold_jump(cc::A, ColdKind::Step { offset });
-                }
-            }
         }
-        let checked = if repeated { 1 } else { size as u32 };
+        let checked = if repeated { 1 } else { size };
         if moves {
             self.asm.mov(src, RSI);
             self.check_with(i, src, t, checked, false);
         }
         self.asm.mov(dst, RDI);
         self.check_with(i, dst, t, checked, true);
+        if repeated {
+            self.asm.store(self.slot(RCX), RCX);
+            self.spilled |= bit(RCX);
+            self.note();
+            self.up_to_page_end(t, moves, size, offset);
+        }
         self.asm.store_imm8(self.layout.busy, 1);
         // A false TLB hit faults at the very move: then the registers hold host addresses.
-        let moved = bit(RDI) | if moves { bit(RSI) } else { 0 };
         self.spilled |= moved;
         self.note();
         self.asm.mov(RDI, dst);
@@ -91,17 +86,60 @@ impl Work<'_> {
             self.asm.sub(RSI, src);
             self.asm.add_mem(RSI, self.slot(RSI));
         }
+        if repeated {
+            self.asm.load(RCX, self.slot(RCX));
+            self.asm.sub(RCX, t);
+            self.spilled &= !bit(RCX);
+        }
         self.spilled &= !moved;
         self.asm.store_imm8(self.layout.busy, 0);
+        let next = self.next_pc(insn);
         if let Some(empty) = empty {
+            self.note();
+            self.asm.test(RCX, RCX);
+            let done = self.asm.jcc(cc::Z);
+            self.asm.cmp_mem8(self.layout.turn_back, 0);
+            let here = next.wrapping_sub(u64::from(insn.len));
+            self.cold_jump(cc::NE, ColdKind::Leave { next: here });
+            let back = self.asm.jmp();
+            self.asm.patch_rel32(back, again);
             let here = self.asm.pos() as i64;
             self.asm.patch_rel32(empty, here);
+            self.asm.patch_rel32(done, here);
         }
         self.resume = Resume::Offset(offset + u16::from(insn.len));
         self.note();
         self.asm.cmp_mem8(self.layout.turn_back, 0);
-        let next = self.next_pc(insn);
         self.cold_jump(cc::NE, ColdKind::Leave { next });
+    }
+
+    /// Makes RCX, whose slot has what is left, the number of elements up to the end of a page on either side; `t` as well. The engine does one that lies in two.
+    fn up_to_page_end(&mut self, t: u8, moves: bool, size: u32, offset: u16) {
+        let shift = size.trailing_zeros() as u8;
+        self.elements_in_page(t, RDI, shift);
+        self.asm.cmp(t, RCX);
+        self.asm.cmova(t, RCX);
+        if moves {
+            self.elements_in_page(RCX, RSI, shift);
+            self.asm.cmp(t, RCX);
+            self.asm.cmova(t, RCX);
+        }
+        if shift != 0 {
+            self.asm.test(t, t);
+            self.cold_jump(cc::Z, ColdKind::Step { offset });
+        }
+        self.asm.mov(RCX, t);
+    }
+
+    /// Elements from an address on that lie wholly in its page.
+    fn elements_in_page(&mut self, into: u8, address: u8, shift: u8) {
+        self.asm.mov(into, address);
+        self.asm.not(into);
+        self.asm.and_imm32(into, PAGE - 1);
+        self.asm.lea(true, into, Some(into), None, 1);
+        if shift != 0 {
+            self.asm.shr(into, shift);
+        }
     }
 
     /// Turns the guest address in `s` into a host address, with `t` as the other scratch register.
