@@ -13,7 +13,7 @@ use hospes_units::DomId;
 
 use crate::args::Args;
 use crate::commands::failed;
-use crate::output::{json, print};
+use crate::output::{json, print, tell};
 use crate::table::Call;
 use crate::{Failure, Global, Outcome, terminal};
 
@@ -122,7 +122,7 @@ pub(crate) fn config_update(call: &Call) -> Outcome {
     if options.file.is_none() {
         return failed("Config file not specified");
     }
-    eprintln!(
+    tell!(
         "WARNING: what is attached to a running domain stays through its reboots by itself: this command is for the rest"
     );
     let host = Host::from_environment()?;
@@ -135,7 +135,7 @@ pub(crate) fn config_update(call: &Call) -> Outcome {
     if call.global.dry_run {
         return Ok(());
     }
-    eprintln!("setting dom{} configuration", entry.domid);
+    tell!("setting dom{} configuration", entry.domid);
     Ok(host.update_config(&entry.domid.to_string(), config)?)
 }
 
@@ -187,7 +187,7 @@ fn create_with(global: Global, options: Options) -> Outcome {
         }
     })?;
     if options.debug || global.verbose {
-        eprintln!("{}", json(&config.to_json()));
+        tell!("{}", json(&config.to_json()));
     }
     if options.dry_run || global.dry_run {
         // As in xl, which draws the UUID that the domain would have.
@@ -195,7 +195,7 @@ fn create_with(global: Global, options: Options) -> Outcome {
         return Ok(print(format_args!("{}\n", json(&config.to_json())))?);
     }
     if options.vnc {
-        eprintln!("note: there is no VNC server yet, -V and -A are ignored");
+        tell!("note: there is no VNC server yet, -V and -A are ignored");
     }
     if options.unattended {
         config.on = UNATTENDED;
@@ -239,7 +239,7 @@ fn configure(global: Global, options: &Options, otherwise: &str) -> anyhow::Resu
     let name = options.file.as_deref().unwrap_or("/dev/null");
     let file = read(name)?;
     if !options.quiet {
-        eprintln!("Parsing config from {name}");
+        tell!("Parsing config from {name}");
     }
     let mut sources = vec![Source { name, text: &file }];
     sources.extend(options.assignments.iter().map(|assignment| Source {
@@ -251,7 +251,7 @@ fn configure(global: Global, options: &Options, otherwise: &str) -> anyhow::Resu
         .iter()
         .filter(|diagnostic| is_wanted(diagnostic, global, options))
     {
-        eprintln!("{diagnostic}");
+        tell!("{diagnostic}");
     }
     match config {
         Some(config) => Ok(config),

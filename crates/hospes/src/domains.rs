@@ -10,6 +10,7 @@ use hospes_toolstack::{Entry, Host, Until, Watch};
 
 use crate::commands::life::describe_end;
 use crate::keeping::{Unrestored, restore_all, save_all};
+use crate::output::tell;
 use crate::table::Call;
 use crate::{Failure, Outcome, create};
 
@@ -53,10 +54,10 @@ fn start(directory: &Path, saved: Option<&Path>) -> anyhow::Result<()> {
     for file in files(directory)? {
         let shown = file.display();
         match start_one(&host, &file.to_string_lossy(), &unrestored) {
-            Ok(done) => eprintln!("{shown}: {done}"),
+            Ok(done) => tell!("{shown}: {done}"),
             Err(fault) => {
                 failed += 1;
-                eprintln!("{shown}: {fault:#}");
+                tell!("{shown}: {fault:#}");
             }
         }
     }
@@ -123,21 +124,20 @@ fn stop(timeout: Duration, save: Option<&Path>) -> anyhow::Result<()> {
     let host = Host::from_environment()?;
     let unsaved = save.map_or(0, |directory| {
         save_all(&host, directory).unwrap_or_else(|fault| {
-            eprintln!("The domains are not saved and have to be shut down: {fault:#}");
+            tell!("The domains are not saved and have to be shut down: {fault:#}");
             1
         })
     });
     let deadline = Instant::now() + timeout;
     let mut asked = Vec::new();
     for entry in host.entries()? {
-        eprintln!(
+        tell!(
             "Shutting down domain {} ({})",
-            entry.domid, entry.record.name
+            entry.domid,
+            entry.record.name
         );
         // One that cannot be asked is destroyed, and does not keep the others from being asked.
-        let watch = ask(&host, &entry)
-            .map_err(|fault| eprintln!("{fault}"))
-            .ok();
+        let watch = ask(&host, &entry).map_err(|fault| tell!("{fault}")).ok();
         asked.push((entry, watch));
     }
     let mut failed = 0;
@@ -145,13 +145,13 @@ fn stop(timeout: Duration, save: Option<&Path>) -> anyhow::Result<()> {
         let ended = watch.and_then(|watch| {
             let ended = watch.wait_until(deadline);
             ended.unwrap_or_else(|fault| {
-                eprintln!("{fault}");
+                tell!("{fault}");
                 None
             })
         });
         match ended {
-            Some(ended) => eprintln!("{}", describe_end(entry.domid, &ended)),
-            None => eprintln!("Domain {} has not shut down: it is destroyed", entry.domid),
+            Some(ended) => tell!("{}", describe_end(entry.domid, &ended)),
+            None => tell!("Domain {} has not shut down: it is destroyed", entry.domid),
         }
         // One that has ended is waited for until it is gone.
         if !destroy(&host, &entry) {
@@ -181,7 +181,7 @@ fn ask(host: &Host, entry: &Entry) -> hospes_toolstack::Result<Watch> {
 fn destroy(host: &Host, entry: &Entry) -> bool {
     let ended = host.destroy_uuid(entry.record.uuid);
     if let Err(fault) = &ended {
-        eprintln!("{fault}");
+        tell!("{fault}");
     }
     ended.is_ok()
 }

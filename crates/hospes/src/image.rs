@@ -10,7 +10,7 @@ use hospes_image::{Format, Image, ImageError, OpenSpec, open};
 use hospes_sys::Termination;
 
 use crate::args::Args;
-use crate::output::print;
+use crate::output::{print, say, tell};
 use crate::table::Call;
 use crate::{Failure, Outcome};
 
@@ -41,7 +41,7 @@ fn debian(call: &Call) -> Outcome {
     screen.clear();
     drop(held);
     if let Err(fault @ BuildError::Interrupted) = &made {
-        eprintln!("{}: {fault}", call.program);
+        tell!("{}: {fault}", call.program);
         termination.obey();
     }
     let made = made?;
@@ -159,7 +159,7 @@ impl Screen {
 
     fn clear(&mut self) {
         if self.terminal {
-            eprint!("\r\x1b[K");
+            say(format_args!("\r\x1b[K"));
         }
     }
 
@@ -167,7 +167,7 @@ impl Screen {
         match progress {
             Progress::Step(step) => {
                 self.clear();
-                eprintln!("[{:>3} s] {step}", self.began.elapsed().as_secs());
+                tell!("[{:>3} s] {step}", self.began.elapsed().as_secs());
             }
             Progress::Detail(line) if self.terminal => {
                 let line: String = line
@@ -175,7 +175,7 @@ impl Screen {
                     .filter(|c| !c.is_control())
                     .take(DETAIL_COLUMNS)
                     .collect();
-                eprint!("\r\x1b[K{line}");
+                say(format_args!("\r\x1b[K{line}"));
                 // Only what people see while they wait.
                 let _ = std::io::stderr().flush();
             }

@@ -14,6 +14,7 @@ use hospes_config::{DomainConfig, Uuid};
 use hospes_toolstack::{AfterSave, Entry, Error, Host, SavedDomain};
 
 use crate::commands::saving::Line;
+use crate::output::tell;
 
 /// Saves all domains that run, each in a file of its name. Those that cannot be saved go on; how many they are.
 pub(crate) fn save_all(host: &Host, directory: &Path) -> anyhow::Result<usize> {
@@ -34,7 +35,7 @@ pub(crate) fn save_all(host: &Host, directory: &Path) -> anyhow::Result<usize> {
         let saved = save(host, &entry, &file);
         if let Err(fault) = &saved {
             failed += 1;
-            eprintln!(
+            tell!(
                 "Domain {domid} ({}) is not saved and has to be shut down: {fault:#}",
                 record.name
             );
@@ -53,7 +54,7 @@ pub(crate) fn save_all(host: &Host, directory: &Path) -> anyhow::Result<usize> {
             && let Err(fault) = supersede(&file)
         {
             failed += 1;
-            eprintln!("{fault:#}");
+            tell!("{fault:#}");
         }
     }
     Ok(failed)
@@ -71,7 +72,7 @@ fn save(host: &Host, entry: &Entry, file: &Path) -> anyhow::Result<bool> {
     if name.starts_with('.') {
         bail!("its name begins with a dot, and hidden files are not restored");
     }
-    eprintln!(
+    tell!(
         "Saving domain {} ({name}) to {}",
         entry.domid,
         file.display()
@@ -126,10 +127,10 @@ pub(crate) fn restore_all(host: &Host, directory: &Path) -> anyhow::Result<Vec<U
         let shown = file.display();
         let mut config = None;
         match restore(host, &file, &mut config) {
-            Ok(true) => eprintln!("{shown}: restored"),
+            Ok(true) => tell!("{shown}: restored"),
             Ok(false) => {}
             Err(fault) => {
-                eprintln!("{shown}: not restored: {fault:#}");
+                tell!("{shown}: not restored: {fault:#}");
                 unrestored.push(Unrestored {
                     name: file.file_name().unwrap_or_default().into(),
                     config,
@@ -194,7 +195,7 @@ fn restore(
         )
     })?;
     if let Err(fault) = fs::remove_file(&aside) {
-        eprintln!("{} is of no use any more: {fault}", aside.display());
+        tell!("{} is of no use any more: {fault}", aside.display());
     }
     Ok(true)
 }
@@ -202,7 +203,7 @@ fn restore(
 /// Sets the file of a domain that runs aside, and says so.
 fn supersede(file: &Path) -> anyhow::Result<()> {
     let aside = set_aside(file)?;
-    eprintln!(
+    tell!(
         "{}: its domain has run since it was saved: it is not restored, and kept as {}",
         file.display(),
         aside.display()

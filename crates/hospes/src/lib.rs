@@ -5,6 +5,8 @@
 //!
 //! Exit statuses are those of docs/commands.md: 0 done, 1 failed, 2 not understood, and what `create` has beside them.
 #![forbid(unsafe_code)]
+// They panic where nothing can be written.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod args;
 mod commands;
@@ -29,6 +31,7 @@ use hospes_toolstack::{
 };
 use lexopt::Arg;
 
+use crate::output::{say, tell};
 use crate::table::Command;
 
 /// Called by this name the program is `top`.
@@ -94,15 +97,15 @@ pub fn run(
             Ok(Some(Arg::Value(name))) => break name.to_string_lossy().into_owned(),
             Ok(Some(argument)) => {
                 let fault = argument.unexpected();
-                eprintln!("{program}: {fault}; `{program} help' lists the options");
+                tell!("{program}: {fault}; `{program} help' lists the options");
                 return ExitCode::FAILURE;
             }
             Ok(None) => {
-                eprint!("{}", help::overview(&program));
+                say(format_args!("{}", help::overview(&program)));
                 return ExitCode::FAILURE;
             }
             Err(fault) => {
-                eprintln!("{program}: {fault}; `{program} help' lists the options");
+                tell!("{program}: {fault}; `{program} help' lists the options");
                 return ExitCode::FAILURE;
             }
         }
@@ -117,7 +120,7 @@ pub fn run(
             Some(reason) => reason.to_string(),
             None => format!("`{program} help' lists the commands"),
         };
-        eprintln!("{program}: command not implemented: {command}: {reason}");
+        tell!("{program}: command not implemented: {command}: {reason}");
         return ExitCode::FAILURE;
     };
     match commands::execute(command, &program, global, parser) {
@@ -130,14 +133,14 @@ fn report(program: &str, command: &Command, failure: Failure) -> ExitCode {
     match failure {
         Failure::Usage(fault) => {
             let called = help::called(program, command);
-            eprintln!("{called}: {fault}");
-            eprintln!("{}", help::usage(program, command));
-            eprintln!("`{called} --help' tells more.");
+            tell!("{called}: {fault}");
+            tell!("{}", help::usage(program, command));
+            tell!("`{called} --help' tells more.");
             ExitCode::from(2)
         }
         Failure::TooFew => {
             let plural = if command.min == 1 { "" } else { "s" };
-            eprintln!(
+            tell!(
                 "'{program} {}' requires at least {} argument{plural}.\n\n{}",
                 command.name,
                 command.min,
@@ -156,7 +159,7 @@ fn fail(program: &str, status: u8, error: &anyhow::Error) -> ExitCode {
         .downcast_ref::<std::io::Error>()
         .is_some_and(|fault| fault.kind() == std::io::ErrorKind::BrokenPipe);
     if !broken_pipe {
-        eprintln!("{program}: {error:#}");
+        tell!("{program}: {error:#}");
     }
     ExitCode::from(status)
 }

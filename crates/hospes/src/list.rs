@@ -10,7 +10,7 @@ use hospes_toolstack::{
 use serde_json::{Value, json as object};
 
 use crate::Outcome;
-use crate::output::{json, print};
+use crate::output::{json, print, say};
 use crate::table::Call;
 
 #[derive(Debug, Default)]
@@ -54,7 +54,7 @@ fn list_with(options: &Options) -> anyhow::Result<()> {
         let total_kib = HostMemory::read(&host)?.total_kib;
         let items: Vec<Value> = rows.iter().map(|row| long(row, total_kib)).collect();
         print(format_args!("{}\n", json(&Value::Array(items))))?;
-        eprint!("{silent}");
+        say(format_args!("{silent}"));
         return Ok(());
     }
     let mut table = header(options);
@@ -70,7 +70,7 @@ fn list_with(options: &Options) -> anyhow::Result<()> {
         }
     }
     print(format_args!("{table}"))?;
-    eprint!("{notes}");
+    say(format_args!("{notes}"));
     Ok(())
 }
 

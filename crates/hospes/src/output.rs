@@ -1,7 +1,7 @@
-//! Standard output.
+//! Standard output and standard error.
 
 use std::fmt;
-use std::io::{self, Write, stdout};
+use std::io::{self, Write, stderr, stdout};
 
 use serde::Serialize;
 use serde_json::Value;
@@ -13,6 +13,20 @@ pub(crate) fn print(text: fmt::Arguments<'_>) -> io::Result<()> {
     out.write_fmt(text)?;
     out.flush()
 }
+
+/// Writes to standard error. Where that fails, on a full disk for one, the command goes on all the same: what it does matters more than what it says.
+pub(crate) fn say(text: fmt::Arguments<'_>) {
+    // At once, so that lines of several commands with one log do not mix.
+    let _ = stderr().write_all(text.to_string().as_bytes());
+}
+
+/// A line on standard error, with the arguments of [`format!`].
+macro_rules! tell {
+    ($($text:tt)*) => {
+        $crate::output::say(format_args!("{}\n", format_args!($($text)*)))
+    };
+}
+pub(crate) use tell;
 
 /// JSON in the lines of xl's: scripts look for them.
 pub(crate) fn json(value: &Value) -> String {

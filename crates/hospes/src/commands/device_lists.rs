@@ -8,7 +8,7 @@ use hospes_toolstack::{Answer, DeviceKind, Error, Host};
 use hospes_units::DomId;
 
 use crate::Outcome;
-use crate::output::print;
+use crate::output::{print, say, tell};
 use crate::table::Call;
 
 /// What xl prints for a number that is not there.
@@ -25,7 +25,7 @@ pub(crate) fn block_list(call: &Call) -> Outcome {
         // As xl does: the others are still to be listed.
         match domid(&host, who) {
             Ok(domid) => table.push_str(&disks(&store, domid)?),
-            Err(fault) => eprintln!("{fault}"),
+            Err(fault) => tell!("{fault}"),
         }
     }
     Ok(print(format_args!("{table}"))?)
@@ -45,7 +45,7 @@ pub(crate) fn network_list(call: &Call) -> Outcome {
         notes.push_str(&troubles(&host, domid)?);
     }
     print(format_args!("{table}"))?;
-    eprint!("{notes}");
+    say(format_args!("{notes}"));
     Ok(())
 }
 

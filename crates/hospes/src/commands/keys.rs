@@ -4,6 +4,7 @@ use hospes_toolstack::{Host, Request, Trigger};
 
 use crate::Outcome;
 use crate::commands::failed;
+use crate::output::tell;
 use crate::table::Call;
 
 pub(crate) fn sysrq(call: &Call) -> Outcome {
@@ -28,7 +29,7 @@ pub(crate) fn trigger(call: &Call) -> Outcome {
         Some(Ok(vcpu)) => vcpu,
         // As xl does.
         Some(Err(_)) => {
-            eprintln!("Invalid vcpuid, using default vcpuid=0.");
+            tell!("Invalid vcpuid, using default vcpuid=0.");
             0
         }
     };
@@ -36,7 +37,7 @@ pub(crate) fn trigger(call: &Call) -> Outcome {
 }
 
 pub(crate) fn button_press(call: &Call) -> Outcome {
-    eprintln!("WARNING: \"button-press\" is deprecated. Please use \"trigger\"");
+    tell!("WARNING: \"button-press\" is deprecated. Please use \"trigger\"");
     match call.args.at(1) {
         "power" => send(call, Trigger::Power, 0),
         "sleep" => send(call, Trigger::Sleep, 0),
@@ -60,7 +61,7 @@ pub(crate) fn debug_keys(call: &Call) -> Outcome {
     for entry in host.entries()? {
         // One that ended just now has nothing more to say.
         if let Err(fault) = host.ask(&entry.domid.to_string(), &Request::Describe) {
-            eprintln!("{fault}");
+            tell!("{fault}");
         }
     }
     Ok(())

@@ -4,6 +4,7 @@ use hospes_toolstack::{Ended, Host, ShutdownKind, Until};
 use hospes_units::DomId;
 
 use crate::commands::failed;
+use crate::output::tell;
 use crate::table::Call;
 use crate::{Failure, Outcome, terminal};
 
@@ -73,7 +74,7 @@ fn shut_down(kind: ShutdownKind, call: &Call) -> Outcome {
             ShutdownKind::Poweroff => "Shutting down",
             ShutdownKind::Reboot => "Rebooting",
         };
-        eprintln!("{doing} domain {}", entry.domid);
+        tell!("{doing} domain {}", entry.domid);
         // The watch comes before the request: an end that comes at once is not missed.
         let watch = (waits > 0).then(|| host.watch(entry.domid, until));
         let asked = watch.transpose().and_then(|watch| {
@@ -84,21 +85,21 @@ fn shut_down(kind: ShutdownKind, call: &Call) -> Outcome {
             Ok(watch) => watches.extend(watch),
             // With -a the others are still to be asked.
             Err(fault) if all => {
-                eprintln!("{fault}");
+                tell!("{fault}");
                 failure = Some(fault);
             }
             Err(fault) => return Err(fault.into()),
         }
     }
     if waits > 0 {
-        eprintln!("Waiting for {} domains", watches.len());
+        tell!("Waiting for {} domains", watches.len());
         for watch in watches {
             let domid = watch.domid();
             match watch.wait() {
-                Ok(ended) => eprintln!("{}", describe_end(domid, &ended)),
+                Ok(ended) => tell!("{}", describe_end(domid, &ended)),
                 // The others are still to be waited for.
                 Err(fault) => {
-                    eprintln!("{fault}");
+                    tell!("{fault}");
                     failure = Some(fault);
                 }
             }

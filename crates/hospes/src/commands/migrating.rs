@@ -8,8 +8,9 @@ use std::time::Instant;
 use anyhow::Context;
 use hospes_toolstack::{Host, MoveOptions, MoveWatcher};
 
-use super::saving::{Line, say};
+use super::saving::Line;
 use crate::create::config_in;
+use crate::output::say;
 use crate::table::Call;
 use crate::{Failure, Outcome};
 

@@ -22,7 +22,7 @@ use hospes_toolstack::{Entry, Error, Host};
 use lexopt::Parser;
 
 use crate::args::Args;
-use crate::output::print;
+use crate::output::{print, tell};
 use crate::table::{Call, Command};
 use crate::{Failure, Global, Outcome, help};
 
@@ -63,7 +63,7 @@ pub(crate) fn find_but_host(host: &Host, who: &str, what: &str) -> Result<Option
     match host.find(who) {
         Ok(entry) => Ok(Some(entry)),
         Err(Error::Host) => {
-            eprintln!("note: Domain-0 is this host itself: {what} left as it is");
+            tell!("note: Domain-0 is this host itself: {what} left as it is");
             Ok(None)
         }
         Err(fault) => Err(fault),

@@ -1,7 +1,6 @@
 //! Saving domains in files, and making domains of them.
 
-use std::fmt::Arguments;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -9,6 +8,7 @@ use anyhow::Context;
 use hospes_toolstack::{AfterSave, Host, SavedDomain, UNATTENDED};
 
 use crate::create::{Attend, config_in};
+use crate::output::{say, tell};
 use crate::table::Call;
 use crate::{Failure, Outcome};
 
@@ -31,11 +31,11 @@ pub(crate) fn save(call: &Call) -> Outcome {
         (_, paused) => AfterSave::GoOn { paused },
     };
     if call.args.has("D") {
-        eprintln!("note: a restored domain gets a new id, -D is ignored");
+        tell!("note: a restored domain gets a new id, -D is ignored");
     }
     let host = Host::from_environment()?;
     let domid = host.find(who)?.domid;
-    eprintln!("Saving domain {domid} to {path}");
+    tell!("Saving domain {domid} to {path}");
     let mut line = Line::new("Saved");
     host.save(who, Path::new(path), config, after, &mut |pages| {
         line.show(pages)
@@ -56,24 +56,24 @@ pub(crate) fn restore(call: &Call) -> Outcome {
         saved.set_config(config_in(file, "no domain was restored")?);
     }
     if call.args.has("d") {
-        eprintln!("{}", crate::output::json(&saved.config.to_json()));
+        tell!("{}", crate::output::json(&saved.config.to_json()));
     }
     for option in ["vncviewer", "vncviewer-autopass"] {
         if call.args.has(option) {
-            eprintln!("note: there is no VNC server yet, --{option} is ignored");
+            tell!("note: there is no VNC server yet, --{option} is ignored");
         }
     }
     if call.args.has("e") {
         saved.config.on = UNATTENDED;
     }
-    eprintln!("Loading the domain {} from {path}", saved.config.name);
+    tell!("Loading the domain {} from {path}", saved.config.name);
     let host = Host::from_environment()?;
     let mut line = Line::new("Restored");
     let attend = Attend::read(&call.args);
     let paused = attend.begins_paused();
     let created = host.restore(saved, paused, &mut |pages| line.show(pages))?;
     line.end();
-    eprintln!("It is domain {}", created.domid);
+    tell!("It is domain {}", created.domid);
     Ok(attend.stay(&host, created)?)
 }
 
@@ -108,9 +108,4 @@ impl Line {
         let mib = self.pages / PAGES_IN_MIB;
         say(format_args!("{start}{} {mib} MiB\n", self.done));
     }
-}
-
-/// Shows something on standard error, where that can be written to: a guest whose state is on its way does not depend on it.
-pub(crate) fn say(text: Arguments<'_>) {
-    let _ = std::io::stderr().write_fmt(text);
 }

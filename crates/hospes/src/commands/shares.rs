@@ -5,7 +5,7 @@ use hospes_toolstack::{Answer, Error, HOST_NAME, Host, Share, host_cpus};
 use crate::Outcome;
 use crate::commands::{failed, find_but_host};
 use crate::list::note;
-use crate::output::print;
+use crate::output::{print, say};
 use crate::table::Call;
 
 /// The one pool there is, as in `list -c`.
@@ -79,7 +79,7 @@ fn shares(call: &Call, parameters: &str) -> Outcome {
         }
         let (table, notes) = all(&host)?;
         print(format_args!("{of_pool}{table}"))?;
-        eprint!("{notes}");
+        say(format_args!("{notes}"));
         return Ok(());
     };
     if !changes {

@@ -8,7 +8,7 @@ use hospes_toolstack::{Answer, Error, HOST_NAME, Host, VcpuInfo, host_cpus, reso
 
 use crate::commands::{failed, find_but_host};
 use crate::list::note;
-use crate::output::print;
+use crate::output::{print, say};
 use crate::table::Call;
 use crate::{Failure, Outcome};
 
@@ -45,7 +45,7 @@ fn list_of(wanted: &[String]) -> anyhow::Result<()> {
         table.push_str(&rows(&entry.record.name, entry.domid.0, &vcpus));
     }
     print(format_args!("{table}"))?;
-    eprint!("{notes}");
+    say(format_args!("{notes}"));
     Ok(())
 }
 

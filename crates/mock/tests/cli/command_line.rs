@@ -4,8 +4,9 @@ use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::process::Stdio;
 
-use crate::common::Bench;
+use crate::common::{Bench, until};
 
 const COMMANDS: &[&str] = &[
     "create",
@@ -283,4 +284,33 @@ fn run_directory_open_to_others_is_refused() {
     std::fs::set_permissions(&run, std::fs::Permissions::from_mode(0o777)).expect("ours");
     let said = bench.fails(3, &bench.creation("one", &[]));
     assert!(said.contains("HOSPES_RUN_DIR"), "{said}");
+}
+
+#[test]
+fn commands_do_their_work_where_standard_error_cannot_be_written() {
+    let bench = Bench::new();
+    let unheard = |arguments: &[String]| {
+        // Every write to it fails, as on a full disk.
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+        let status = bench
+            .command()
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(full.expect("there"))
+            .status();
+        status.expect("the program can be started").code()
+    };
+    let words = |line: &str| line.split(' ').map(String::from).collect::<Vec<_>>();
+    // Without `-q` it says what it reads.
+    for name in ["one", "two"] {
+        assert_eq!(unheard(&bench.creation(name, &[])), Some(0));
+    }
+    assert_eq!(unheard(&words("shutdown nobody")), Some(1));
+    assert_eq!(unheard(&words("shutdown --what")), Some(2));
+    // It says whom it asks.
+    assert_eq!(unheard(&words("shutdown -a")), Some(0));
+    until("both have shut down", || {
+        bench.row("one").is_none() && bench.row("two").is_none()
+    });
 }
