@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Context;
 use hospes_toolstack::{Host, utc_now};
@@ -15,6 +16,8 @@ use crate::table::Call;
 const TAIL_BYTES: u64 = 256 << 10;
 /// In the run-time directory: the time up to which messages are not shown.
 const CLEARED: &str = "dmesg-cleared";
+/// How often the clock is looked at for the end of a second.
+const TICK: Duration = Duration::from_millis(10);
 
 pub(crate) fn dmesg(call: &Call) -> Outcome {
     Ok(show(call.args.has("clear"))?)
@@ -25,8 +28,11 @@ fn show(clear: bool) -> anyhow::Result<()> {
     let paths = host.paths();
     let marker = paths.run.join(CLEARED);
     let cleared = fs::read_to_string(&marker).unwrap_or_default();
-    // Before the logs are read: nothing that comes now is cleared unseen.
     let now = utc_now();
+    // Times are of a second, which has to be over before the logs are read: nothing that comes in the rest of it is cleared unseen.
+    while clear && utc_now() == now {
+        std::thread::sleep(TICK);
+    }
     let mut lines = Vec::new();
     for (name, text) in logs(&paths.log)? {
         lines.extend(messages(&name, &text, cleared.trim()));
