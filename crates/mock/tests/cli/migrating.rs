@@ -347,7 +347,8 @@ impl Mover {
             UnixStream::connect(socket).expect("it listens"),
         ));
         mover.say(r#"{"op":"migrate","config":null}"#);
-        assert!(mover.hear().contains("saving"));
+        let heard = mover.hear();
+        assert!(heard.contains("saving"), "{heard}");
         mover
     }
 
