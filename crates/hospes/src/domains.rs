@@ -10,7 +10,7 @@ use hospes_toolstack::{Entry, Host, Until, Watch};
 
 use crate::commands::life::describe_end;
 use crate::keeping::{Unrestored, restore_all, save_all};
-use crate::output::tell;
+use crate::output::{causes, tell};
 use crate::table::Call;
 use crate::{Failure, Outcome, create};
 
@@ -57,7 +57,7 @@ fn start(directory: &Path, saved: Option<&Path>) -> anyhow::Result<()> {
             Ok(done) => tell!("{shown}: {done}"),
             Err(fault) => {
                 failed += 1;
-                tell!("{shown}: {fault:#}");
+                tell!("{shown}: {}", causes(&fault));
             }
         }
     }

@@ -14,7 +14,7 @@ use hospes_config::{DomainConfig, Uuid};
 use hospes_toolstack::{AfterSave, Entry, Error, Host, SavedDomain};
 
 use crate::commands::saving::Line;
-use crate::output::tell;
+use crate::output::{causes, tell};
 
 /// Saves all domains that run, each in a file of its name. Those that cannot be saved go on; how many they are.
 pub(crate) fn save_all(host: &Host, directory: &Path) -> anyhow::Result<usize> {
@@ -36,8 +36,9 @@ pub(crate) fn save_all(host: &Host, directory: &Path) -> anyhow::Result<usize> {
         if let Err(fault) = &saved {
             failed += 1;
             tell!(
-                "Domain {domid} ({}) is not saved and has to be shut down: {fault:#}",
-                record.name
+                "Domain {domid} ({}) is not saved and has to be shut down: {}",
+                record.name,
+                causes(fault)
             );
         }
         // What has been saved for sure or perhaps stays; any other file is of another time.
@@ -54,7 +55,7 @@ pub(crate) fn save_all(host: &Host, directory: &Path) -> anyhow::Result<usize> {
             && let Err(fault) = supersede(&file)
         {
             failed += 1;
-            tell!("{fault:#}");
+            tell!("{}", causes(&fault));
         }
     }
     Ok(failed)
@@ -130,7 +131,7 @@ pub(crate) fn restore_all(host: &Host, directory: &Path) -> anyhow::Result<Vec<U
             Ok(true) => tell!("{shown}: restored"),
             Ok(false) => {}
             Err(fault) => {
-                tell!("{shown}: not restored: {fault:#}");
+                tell!("{shown}: not restored: {}", causes(&fault));
                 unrestored.push(Unrestored {
                     name: file.file_name().unwrap_or_default().into(),
                     config,

@@ -31,7 +31,7 @@ use hospes_toolstack::{
 };
 use lexopt::Arg;
 
-use crate::output::{say, tell};
+use crate::output::{causes, say, tell};
 use crate::table::Command;
 
 /// Called by this name the program is `top`.
@@ -159,7 +159,7 @@ fn fail(program: &str, status: u8, error: &anyhow::Error) -> ExitCode {
         .downcast_ref::<std::io::Error>()
         .is_some_and(|fault| fault.kind() == std::io::ErrorKind::BrokenPipe);
     if !broken_pipe {
-        tell!("{program}: {error:#}");
+        tell!("{program}: {}", causes(error));
     }
     ExitCode::from(status)
 }

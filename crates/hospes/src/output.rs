@@ -28,6 +28,17 @@ macro_rules! tell {
 }
 pub(crate) use tell;
 
+/// An error and its causes, but for those that the one before has told already.
+pub(crate) fn causes(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 /// JSON in the lines of xl's: scripts look for them.
 pub(crate) fn json(value: &Value) -> String {
     let mut text = Vec::new();
@@ -35,4 +46,29 @@ pub(crate) fn json(value: &Value) -> String {
     // Into memory nothing fails, and a value has no keys but texts.
     let _ = value.serialize(&mut form);
     String::from_utf8_lossy(&text).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+    use hospes_toolstack::Error;
+
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once() {
+        let source = || io::Error::from_raw_os_error(2);
+        let told = Error::File {
+            what: "cannot open",
+            path: "x".into(),
+            source: source(),
+        };
+        let fault = "No such file or directory (os error 2)";
+        assert_eq!(causes(&told.into()), format!("cannot open x: {fault}"));
+        let untold = Err::<(), _>(source()).context("cannot read y");
+        assert_eq!(
+            causes(&untold.expect_err("an error")),
+            format!("cannot read y: {fault}")
+        );
+    }
 }
