@@ -386,14 +386,14 @@ mod tests {
                 kernel: missing,
                 ..good
             })
-            .contains("cannot read kernel")
+            .contains("cannot read kernel /nonexistent/vmlinuz: No such file")
         );
         assert!(
             fails(BuildSpec {
                 ramdisk: Some(missing),
                 ..good
             })
-            .contains("cannot read ramdisk")
+            .contains("cannot read ramdisk /nonexistent/vmlinuz: No such file")
         );
         let empty = TempFile::new(b"");
         assert!(

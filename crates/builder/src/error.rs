@@ -57,7 +57,7 @@ impl From<MemoryError> for ImageError {
 /// Why a domain could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    #[error("cannot read {what} {}", path.display())]
+    #[error("cannot read {what} {}: {source}", path.display())]
     Read {
         what: &'static str,
         path: PathBuf,

@@ -124,7 +124,10 @@ fn stop(timeout: Duration, save: Option<&Path>) -> anyhow::Result<()> {
     let host = Host::from_environment()?;
     let unsaved = save.map_or(0, |directory| {
         save_all(&host, directory).unwrap_or_else(|fault| {
-            tell!("The domains are not saved and have to be shut down: {fault:#}");
+            tell!(
+                "The domains are not saved and have to be shut down: {}",
+                causes(&fault)
+            );
             1
         })
     });

@@ -28,11 +28,11 @@ macro_rules! tell {
 }
 pub(crate) use tell;
 
-/// An error and its causes, but for those that the one before has told already.
+/// An error and its causes, but for those that it has told already.
 pub(crate) fn causes(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {
-        if !text.ends_with(&cause) {
+        if !text.contains(&cause) {
             text = format!("{text}: {cause}");
         }
     }
@@ -69,6 +69,12 @@ mod tests {
         assert_eq!(
             causes(&untold.expect_err("an error")),
             format!("cannot read y: {fault}")
+        );
+        let advised =
+            anyhow::Error::from(source()).context(format!("cannot write: {fault}: see there"));
+        assert_eq!(
+            causes(&advised),
+            format!("cannot write: {fault}: see there")
         );
     }
 }

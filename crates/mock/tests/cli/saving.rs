@@ -229,10 +229,14 @@ fn restore_of_what_is_no_saved_domain_is_refused_and_leaves_nothing() {
         fs::write(&path, bytes).expect("writable");
         let fault = bench.fails(1, &["restore", &path]);
         assert!(fault.contains(why) && fault.contains(&path), "{fault}");
+        assert_eq!(fault.matches(why).count(), 1, "{fault}");
         assert_eq!(bench.row("one"), None);
     }
     let fault = bench.fails(1, &["restore", "/nowhere"]);
-    assert!(fault.contains("cannot open /nowhere"), "{fault}");
+    assert!(
+        fault.contains("cannot open /nowhere: No such file or directory (os error 2)\n"),
+        "{fault}"
+    );
     bench.ok(&["restore", &path]);
     bench.ok(&["destroy", "one"]);
 }
