@@ -255,6 +255,10 @@ def writes_wait_for_a_full_host(bench):
     expect("held: xvdb\n" in bench.hospes("list", "-v"), "`list -v` does not show it")
     expect("Disk requests wait" in bench.hospes("dmesg"), "the log does not tell")
     bench.refused("use --force", "block-detach", "full", "xvdb")
+    # Nor is the guest stopped for what cannot come to an end: its programs wait for the disk.
+    began = time.monotonic()
+    bench.refused("see to that first", "save", "full", bench.path("saved"))
+    expect(time.monotonic() - began < 10, f"save took {time.monotonic() - began:.0f} seconds")
     subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
     shell.until("grep -q 'written 0' /tmp/done")
     wait_until(lambda: held() == [], f"there is room and `list -l` shows {held()}")

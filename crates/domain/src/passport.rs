@@ -35,16 +35,22 @@ impl Domain {
         if self.run.is_paused() {
             return Err(RequestError::Paused);
         }
-        let troubled = self.devices.list().into_iter();
-        let mut troubled = troubled.filter_map(|device| Some((device.id, device.trouble?)));
-        if let Some((id, why)) = troubled.find(|(id, _)| id.kind == crate::frame::Kind::Vbd) {
-            return Err(RequestError::Held(id.to_string(), why));
-        }
+        self.check_disks()?;
         let passport = Passport {
             features: self.processor.features(),
             current_bytes: self.info().memory_kib << 10,
         };
         serde_json::to_string(&passport).map_err(RequestError::Text)
+    }
+
+    /// Refuses where requests of a disk wait: the guest's programs wait for them, and cannot be frozen.
+    pub(crate) fn check_disks(&self) -> Result<(), RequestError> {
+        let troubled = self.devices.list().into_iter();
+        let mut troubled = troubled.filter_map(|device| Some((device.id, device.trouble?)));
+        match troubled.find(|(id, _)| id.kind == crate::frame::Kind::Vbd) {
+            Some((id, why)) => Err(RequestError::Held(id.to_string(), why)),
+            None => Ok(()),
+        }
     }
 }
 

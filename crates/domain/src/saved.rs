@@ -233,6 +233,7 @@ impl Domain {
         if self.run.is_paused() {
             return Err(RequestError::Paused);
         }
+        self.check_disks()?;
         let suspension = self.run.suspension();
         if !suspension.begin() {
             return Err(RequestError::Suspending);
@@ -260,9 +261,9 @@ impl Domain {
             Some(reason) => Err(RequestError::Ended(reason)),
             None if self.run.is_paused() => Err(RequestError::Paused),
             None if given_up() => Err(RequestError::TakenBack),
-            None => Err(RequestError::NoSuspend {
+            None => self.check_disks().and(Err(RequestError::NoSuspend {
                 seconds: PATIENCE.as_secs(),
-            }),
+            })),
         }
     }
 
