@@ -77,7 +77,7 @@ impl Target<'_> {
     /// Locks for reading or for writing.
     pub(crate) fn lock(&self, write: bool, owner: &str) -> Result<Lock, ImageError> {
         let sys = Path::new("/sys");
-        let mut lock = self.lock_own(write)?;
+        let mut lock = self.lock_own(write, owner)?;
         match self.identity {
             (0, device) => {
                 if let Some(path) = loops::backing_of(sys, device)
@@ -90,7 +90,8 @@ impl Target<'_> {
                         data: None,
                         identity: identity_of(&metadata),
                     };
-                    lock.files.append(&mut backing.lock_own(write)?.files);
+                    lock.files
+                        .append(&mut backing.lock_own(write, owner)?.files);
                     lock.records.extend(backing.record(owner));
                 }
             }
@@ -111,7 +112,7 @@ impl Target<'_> {
     }
 
     /// Locks the bytes of this file alone.
-    fn lock_own(&self, write: bool) -> Result<Lock, ImageError> {
+    fn lock_own(&self, write: bool, owner: &str) -> Result<Lock, ImageError> {
         let used: &[i64] = if write {
             &[READ, WRITE, RESIZE]
         } else {
@@ -124,24 +125,24 @@ impl Target<'_> {
             files: Vec::new(),
             records: Vec::new(),
         };
-        self.add(&mut lock, self.fd, &bytes, write)?;
+        self.add(&mut lock, self.fd, &bytes, write, owner)?;
         let taken = |byte| {
             call(self.fd, libc::F_OFD_GETLK, libc::F_WRLCK, byte, 1)
                 .map_err(ImageError::host(self.path, "look at its locks"))
         };
         for permission in kept {
             if taken(USES + permission)? {
-                return Err(self.conflict(write, true));
+                return Err(self.conflict(owner, write, true));
             }
         }
         for permission in used {
             if taken(KEEPS + permission)? {
-                return Err(self.conflict(write, false));
+                return Err(self.conflict(owner, write, false));
             }
         }
         // Only now: the second description's own locks would look like somebody else's to the first.
         if let Some(data) = self.data {
-            self.add(&mut lock, data, &bytes, write)?;
+            self.add(&mut lock, data, &bytes, write, owner)?;
         }
         Ok(lock)
     }
@@ -153,6 +154,7 @@ impl Target<'_> {
         fd: BorrowedFd<'_>,
         bytes: &[i64],
         write: bool,
+        owner: &str,
     ) -> Result<(), ImageError> {
         // The same description, which the locks belong to.
         let file = fd
@@ -163,7 +165,7 @@ impl Target<'_> {
             match call(fd, libc::F_OFD_SETLK, libc::F_RDLCK, *byte, 1) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(self.conflict(write, true));
+                    return Err(self.conflict(owner, write, true));
                 }
                 Err(error) => return Err(ImageError::host(self.path, "lock it")(error)),
             }
@@ -184,14 +186,18 @@ impl Target<'_> {
         Some(path)
     }
 
-    fn conflict(&self, write: bool, by_writer: bool) -> ImageError {
+    fn conflict(&self, owner: &str, write: bool, by_writer: bool) -> ImageError {
         let holder = recorded_holder(self.identity)
             .or_else(|| self.process_with_file())
             .unwrap_or_else(|| "another process".to_owned());
+        let own = !owner.is_empty() && holder == owner;
         ImageError::Locked {
             path: self.path.to_owned(),
             holder,
             advice: match (write, by_writer) {
+                _ if own => {
+                    "it has the image already, as another disk or below one; only disks that are all read-only can share it"
+                }
                 (true, false) => "shut it down or attach it read-only",
                 (true, true) => "shut it down or attach it read-only to both",
                 (false, _) => "it writes to the disk, so shut it down first",
@@ -312,6 +318,20 @@ mod tests {
         assert!(reader.contains("domain 3 (web)"), "{reader}");
         drop(first);
         open(&wanted(&path, false, "domain 4 (db)")).unwrap();
+    }
+
+    #[test]
+    fn open_a_second_time_by_its_owner_says_so() {
+        let directory = Directory::new();
+        let path = directory.file("a.img", 8192);
+        for (first, second) in [(false, false), (false, true), (true, false)] {
+            let _first = open(&wanted(&path, first, "domain 3 (web)")).unwrap();
+            let refused = sentence(open(&wanted(&path, second, "domain 3 (web)")));
+            assert!(
+                refused.contains("a.img is locked by domain 3 (web): it has the image already"),
+                "{refused}"
+            );
+        }
     }
 
     #[test]
