@@ -172,6 +172,19 @@ def disks_that_the_host_cuts_fail(bench):
     shell.run("! dd if=/dev/zero of=/dev/xvdb bs=1M seek=10 count=1 conv=fsync")
     expect(os.path.getsize(image) == 8 << 20, f"the image has grown to {os.path.getsize(image)} bytes")
     expect(f"the image ends after {8 << 20} bytes" in bench.hospes("dmesg"), "the log does not tell")
+    told = bench.hospes("dmesg").count("the image ends")
+    # Where the format has tables, and the file has grown while it was in use.
+    image = bench.path("cut.qcow2")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "16M"], check=True)
+    bench.hospes("block-attach", "cut", f"{image},qcow2,xvdc,w")
+    shell.until("[ -b /dev/xvdc ]")
+    shell.run("dd if=/dev/zero bs=1M count=16 | tr '\\0' x | dd of=/dev/xvdc bs=1M conv=fsync")
+    os.truncate(image, 8 << 20)
+    shell.run("echo 3 >/proc/sys/vm/drop_caches; ! dd if=/dev/xvdc of=/dev/null bs=4k skip=4000 count=1")
+    shell.run("! dd if=/dev/zero of=/dev/xvdc bs=1M seek=15 count=1 conv=fsync")
+    bench.hospes("block-detach", "cut", "xvdc")
+    expect(os.path.getsize(image) == 8 << 20, f"the image has grown to {os.path.getsize(image)} bytes")
+    expect(bench.hospes("dmesg").count("the image ends") > told, "the log does not tell of the second")
     shell.off()
 
 

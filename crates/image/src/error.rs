@@ -104,7 +104,7 @@ pub enum IoError {
     OutOfRange,
     /// The host has made the image shorter than the disk.
     #[error(
-        "the image ends after {bytes} bytes and the request does not: the host has cut it off, and what lay behind is lost"
+        "the image ends after {bytes} bytes: the host has cut it off, and what lay behind is lost"
     )]
     Cut {
         /// Where the image ends now, or ended when it was read.

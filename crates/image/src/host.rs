@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::retry_on_intr;
@@ -43,6 +43,7 @@ pub(crate) struct HostFile {
     cached: File,
     direct: Option<(File, Alignment)>,
     block: bool,
+    had: AtomicU64,
     _lock: Option<Lock>,
     /// After a failed `fdatasync` the host has forgotten which pages it could not write: no later one can be believed.
     sync_failed: AtomicBool,
@@ -111,13 +112,23 @@ impl HostFile {
         let lock = lock_owner
             .map(|owner| target.lock(!read_only, owner))
             .transpose()?;
-        Ok(HostFile {
+        let file = HostFile {
             cached,
             direct,
             block,
+            had: AtomicU64::new(0),
             _lock: lock,
             sync_failed: AtomicBool::new(false),
-        })
+        };
+        file.reached(file.len().map_err(ImageError::host(path, "get its size"))?);
+        Ok(file)
+    }
+
+    /// A write up to here is done.
+    pub(crate) fn reached(&self, end: u64) {
+        if self.had.load(Ordering::Acquire) < end {
+            self.had.fetch_max(end, Ordering::AcqRel);
+        }
     }
 
     /// Whether it is a block device.
@@ -300,7 +311,9 @@ impl Storage for HostFile {
     }
 
     fn write(&self, buffers: &[Buffer], offset: u64) -> io::Result<()> {
-        self.transfer(buffers, offset, Direction::Write).map(drop)
+        let bytes = self.transfer(buffers, offset, Direction::Write)?;
+        self.reached(offset + bytes);
+        Ok(())
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -331,8 +344,15 @@ impl Storage for HostFile {
         }
     }
 
+    fn had(&self) -> u64 {
+        self.had.load(Ordering::Acquire)
+    }
+
     fn set_len(&self, bytes: u64) -> io::Result<()> {
-        self.cached.set_len(bytes)
+        self.had.fetch_min(bytes, Ordering::AcqRel);
+        self.cached.set_len(bytes)?;
+        self.reached(bytes);
+        Ok(())
     }
 
     fn host_file(self: Arc<Self>) -> Option<Arc<HostFile>> {

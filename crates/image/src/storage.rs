@@ -21,6 +21,10 @@ pub(crate) trait Storage: Send + Sync {
     fn discard(&self, offset: u64, bytes: u64) -> io::Result<()>;
     /// Size in bytes.
     fn len(&self) -> io::Result<u64>;
+    /// A length that it is known to have had, by its opening or by writes that are done; 0 where that is not known.
+    fn had(&self) -> u64 {
+        0
+    }
     /// Changes the size; what is added reads as zeros.
     fn set_len(&self, bytes: u64) -> io::Result<()>;
     /// The file, where requests may go to it without this trait.
@@ -35,10 +39,40 @@ pub(crate) trait Storage: Send + Sync {
     fn read_whole(&self, buffers: &[Buffer], offset: u64) -> Result<(), IoError> {
         let wanted: u64 = buffers.iter().map(|b| b.len as u64).sum();
         match self.read(buffers, offset)? {
-            there if there < wanted => Err(IoError::Cut {
-                bytes: offset + there,
-            }),
+            there if there < wanted => Err(self.cut(offset + there)),
             _ => Ok(()),
+        }
+    }
+
+    /// [`Storage::read`] of a file that may still grow: zeros past the end, but not where the host has cut something off.
+    fn read_uncut(&self, buffers: &[Buffer], offset: u64) -> Result<(), IoError> {
+        let wanted: u64 = buffers.iter().map(|b| b.len as u64).sum();
+        // Before the read: it may grow meanwhile.
+        let had = self.had();
+        match self.read(buffers, offset)? {
+            there if there < wanted && offset + there < had => Err(self.cut(offset + there)),
+            _ => Ok(()),
+        }
+    }
+
+    /// [`Storage::read_uncut`] into a slice.
+    fn load(&self, bytes: &mut [u8], offset: u64) -> Result<(), IoError> {
+        self.read_uncut(&[Buffer::of(bytes)], offset)
+    }
+
+    /// Refuses where the host has cut something off, which a write must not replace by a hole.
+    fn check_uncut(&self) -> Result<(), IoError> {
+        let had = self.had();
+        match self.len()? {
+            bytes if bytes < had => Err(IoError::Cut { bytes }),
+            _ => Ok(()),
+        }
+    }
+
+    /// There is nothing at byte `missing`.
+    fn cut(&self, missing: u64) -> IoError {
+        IoError::Cut {
+            bytes: self.len().unwrap_or(missing).min(missing),
         }
     }
 

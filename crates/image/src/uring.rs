@@ -27,7 +27,7 @@ pub(crate) const ENGINE_VARIABLE: &str = "HOSPES_IO";
 /// What lies past the end of a file.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
-    /// Zeros; a write makes the file grow.
+    /// Zeros, where there never was anything; a write makes the file grow.
     Zeros,
     /// What the host has cut off: requests for it fail.
     Cut,
@@ -238,6 +238,10 @@ impl Ring {
                 if flight.held {
                     self.hold.leave();
                 }
+                if let (Ok(()), Op::Write) = (&result, flight.request.op) {
+                    self.file
+                        .reached(flight.request.offset + flight.request.bytes);
+                }
                 if let (Ok(()), Op::Read, Some(copy)) = (&result, flight.request.op, &flight.copy) {
                     copy_to(&flight.request.buffers, copy);
                 }
@@ -259,7 +263,7 @@ impl Ring {
         let offset = flight.request.offset + done;
         match (op, self.end) {
             (Op::Read, End::Cut) => self.file.read_whole(&rest, offset)?,
-            (Op::Read, End::Zeros) => drop(self.file.read(&rest, offset)?),
+            (Op::Read, End::Zeros) => self.file.read_uncut(&rest, offset)?,
             _ => self.file.write(&rest, offset)?,
         }
         Ok(())

@@ -179,7 +179,7 @@ impl Meta {
             return Err(damaged(format!("an L2 table is said to be at {offset:#x}")));
         }
         let mut bytes = vec![0; cluster_bytes as usize].into_boxed_slice();
-        self.storage.read_bytes(&mut bytes, offset)?;
+        self.storage.load(&mut bytes, offset)?;
         Ok(bytes)
     }
 

@@ -139,7 +139,7 @@ impl Qcow2 {
                     bytes
                 }
                 ReadPlan::Data { host, bytes, token } => {
-                    let result = self.storage.read(&part(buffers, done, bytes), host);
+                    let result = self.storage.read_uncut(&part(buffers, done, bytes), host);
                     self.meta().end_io(token);
                     result?;
                     bytes
@@ -165,7 +165,7 @@ impl Qcow2 {
 
     fn decompress(&self, host: u64, stored: u64) -> Result<Vec<u8>, IoError> {
         let mut raw = vec![0; stored as usize];
-        self.storage.read_bytes(&mut raw, host)?;
+        self.storage.load(&mut raw, host)?;
         compress::decompress(self.compression, &raw, self.cluster_bytes() as usize)
     }
 
@@ -286,6 +286,7 @@ impl Qcow2 {
 
     /// [`Qcow2::flush`] by who holds `flushing`.
     fn flush_alone(&self) -> Result<(), IoError> {
+        self.storage.check_uncut()?;
         let batch = self.meta().batch();
         let result = batch.carry_out(&*self.storage);
         self.meta().settle(batch, result.is_ok());
@@ -351,8 +352,11 @@ impl Source for Qcow2 {
 impl Work for Qcow2 {
     fn work(&self, request: &Request) -> Result<(), IoError> {
         request.check(&self.geometry())?;
-        if matches!(request.op, Op::Write | Op::Discard) && self.meta().is_strained() {
-            self.flush()?;
+        if matches!(request.op, Op::Write | Op::Discard) {
+            self.storage.check_uncut()?;
+            if self.meta().is_strained() {
+                self.flush()?;
+            }
         }
         match request.op {
             Op::Read => self.read(&request.buffers, request.offset, request.bytes),

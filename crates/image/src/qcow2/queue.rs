@@ -36,6 +36,10 @@ impl Qcow2Queue {
     /// The request for the ring, if all of it has its place in the file.
     fn direct(&mut self, request: &Request) -> Option<(u64, Option<Token>)> {
         self.ring.as_ref()?;
+        // Threads say why.
+        if request.op == Op::Write && self.image.storage.check_uncut().is_err() {
+            return None;
+        }
         let mut meta = match self.image.meta.try_lock() {
             Ok(meta) => meta,
             Err(TryLockError::WouldBlock | TryLockError::Poisoned(_)) => return None,

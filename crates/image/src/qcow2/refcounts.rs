@@ -148,7 +148,7 @@ impl Refcounts {
                 )));
             }
             let mut bytes = vec![0; cluster_bytes as usize].into_boxed_slice();
-            self.storage.read_bytes(&mut bytes, offset)?;
+            self.storage.load(&mut bytes, offset)?;
             self.blocks.insert(index, Table::loaded(offset, bytes));
         }
         Ok(self.blocks.get(index))

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use crate::testing::{Directory, discard, flush, pattern, read, spec, write};
-use crate::{Format, Image, OpenSpec, Queue, create_overlay, create_qcow2, info, open};
+use crate::{Format, Image, IoError, OpenSpec, Queue, create_overlay, create_qcow2, info, open};
 
 fn qemu(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program)
@@ -369,6 +369,52 @@ fn write_through_an_entry_that_names_metadata_is_refused() {
     }
     drop((queue, image));
     assert_eq!(std::fs::read(&path).unwrap(), bytes);
+}
+
+/// What was there does not read as zeros, and nothing makes the file grow again: not as the image itself, and not below another.
+#[test]
+fn requests_to_a_file_that_was_cut_fail_and_the_file_stays_as_it_is() {
+    let directory = Directory::new();
+    let path = directory.join("a.qcow2");
+    create_qcow2(&path, 4 << 20).unwrap();
+    let image = qcow2(&path);
+    let mut queue = image.queue().unwrap();
+    let content = pattern(6, 2 << 20);
+    write(&mut *queue, 0, &content).unwrap();
+    flush(&mut *queue).unwrap();
+    let cut = 1 << 20;
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(cut).unwrap();
+    let is_cut = |result: &Result<(), IoError>| matches!(result, Err(IoError::Cut { bytes }) if *bytes == cut);
+    assert_eq!(read(&mut *queue, 0, 65536).unwrap(), content[..65536]);
+    let lost = read(&mut *queue, (2 << 20) - 65536, 65536).map(drop);
+    assert!(is_cut(&lost), "{lost:?}");
+    for offset in [0, 2 << 20] {
+        let written = write(&mut *queue, offset, &[8; 65536]);
+        assert!(is_cut(&written), "{written:?}");
+    }
+    drop((queue, image));
+    assert_eq!(file.metadata().unwrap().len(), cut);
+
+    let top = directory.join("top.qcow2");
+    let (below, above) = (directory.join("b.qcow2"), text(&top));
+    create_qcow2(&below, 4 << 20).unwrap();
+    write(&mut *qcow2(&below).queue().unwrap(), 0, &content).unwrap();
+    let create = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
+    qemu("qemu-img", &[&create[..], &[text(&below), above]].concat());
+    let image = qcow2(&top);
+    let mut queue = image.queue().unwrap();
+    write(&mut *queue, 3 << 20, &content[..65536]).unwrap();
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(&below)
+        .unwrap()
+        .set_len(cut)
+        .unwrap();
+    let lost = read(&mut *queue, (2 << 20) - 65536, 65536).map(drop);
+    assert!(is_cut(&lost), "{lost:?}");
+    write(&mut *queue, 3 << 20, &content[..65536]).unwrap();
+    flush(&mut *queue).unwrap();
 }
 
 #[test]
