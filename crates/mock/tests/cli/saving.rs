@@ -167,7 +167,7 @@ fn restored_domain_has_what_others_leave_when_all_of_it_is_there() {
     const LARGE: &str = "memory=700000";
     let bench = Bench::new();
     bench.create("one", &[LARGE]);
-    tell(&bench, "hello");
+    bench.tell("one", "hello");
     let path = bench.path("saved").display().to_string();
     bench.ok(&["save", "one", &path]);
     let whole = fs::read(&path).expect("it is there");
