@@ -438,29 +438,21 @@ mod tests {
 
     #[test]
     fn add_of_a_rival_keeps_both_in_the_second_cache() {
-        let (mut jumps, mut frame) = tables();
-        let mode = Mode(Mode::LONG);
-        let (a, b) = (0xffff_ffff_8100_0040, 0xffff_ffff_8101_0040);
-        assert_eq!(jump_index(1, a), jump_index(1, b));
-        jumps.add(&mut frame, entry(mode, a, 1), 100, LOCAL);
-        jumps.add(&mut frame, entry(mode, b, 2), 200, LOCAL);
-        assert_eq!(found(&mut frame, 1, a), (200, Some(100)));
-        assert_eq!(found(&mut frame, 1, b), (200, Some(200)));
-        jumps.forget(&mut frame, a);
-        assert_eq!(found(&mut frame, 1, a), (200, None));
-    }
-
-    #[test]
-    fn add_of_a_neighbour_keeps_both_in_the_second_cache() {
-        let (mut jumps, mut frame) = tables();
-        let mode = Mode(Mode::LONG);
-        // Both lie in the last four bytes of a page; the second goes on in the next.
-        let (a, b) = (0xffff_ffff_8100_0ffc, 0xffff_ffff_8100_0fff);
-        assert_eq!(jump_index(1, a), jump_index(1, b));
-        jumps.add(&mut frame, entry(mode, a, 1), 100, LOCAL);
-        jumps.add(&mut frame, entry(mode, b, 2), 200, LOCAL);
-        assert_eq!(found(&mut frame, 1, a), (200, Some(100)));
-        assert_eq!(found(&mut frame, 1, b), (200, Some(200)));
+        for (a, b) in [
+            (0xffff_ffff_8100_0040, 0xffff_ffff_8101_0040),
+            // In the last four bytes of a page; the second goes on in the next.
+            (0xffff_ffff_8100_0ffc, 0xffff_ffff_8100_0fff),
+        ] {
+            let (mut jumps, mut frame) = tables();
+            let mode = Mode(Mode::LONG);
+            assert_eq!(jump_index(1, a), jump_index(1, b));
+            jumps.add(&mut frame, entry(mode, a, 1), 100, LOCAL);
+            jumps.add(&mut frame, entry(mode, b, 2), 200, LOCAL);
+            assert_eq!(found(&mut frame, 1, a), (200, Some(100)));
+            assert_eq!(found(&mut frame, 1, b), (200, Some(200)));
+            jumps.forget(&mut frame, a);
+            assert_eq!(found(&mut frame, 1, a), (200, None));
+        }
     }
 
     #[test]

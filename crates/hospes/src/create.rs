@@ -139,15 +139,18 @@ pub(crate) fn config_update(call: &Call) -> Outcome {
     Ok(host.update_config(&entry.domid.to_string(), config)?)
 }
 
-/// The configuration in a file; the error is all that is wrong with it.
-pub(crate) fn checked(file: &str) -> anyhow::Result<DomainConfig> {
+/// The configuration in a file, and warnings about it; the error is all that is wrong with it.
+pub(crate) fn checked(file: &str) -> anyhow::Result<(DomainConfig, Vec<Diagnostic>)> {
     let text = read(file)?;
-    let (config, diagnostics) = load(&[Source {
+    let (config, mut diagnostics) = load(&[Source {
         name: file,
         text: &text,
     }]);
     match config {
-        Some(config) => Ok(config),
+        Some(config) => {
+            diagnostics.retain(|diagnostic| diagnostic.severity > Severity::Note);
+            Ok((config, diagnostics))
+        }
         None => {
             let errors: Vec<String> = diagnostics
                 .iter()
@@ -167,16 +170,6 @@ pub(crate) fn config_in(file: &str, otherwise: &str) -> anyhow::Result<DomainCon
         ..Options::default()
     };
     configure(Global::default(), &options, otherwise)
-}
-
-/// Creates the domain of a file and leaves it running.
-pub(crate) fn create_from(file: &str) -> anyhow::Result<()> {
-    let config = config_in(file, "no domain was created")?;
-    Host::from_environment()?.create(CreateRequest {
-        config,
-        paused: false,
-    })?;
-    Ok(())
 }
 
 fn create_with(global: Global, options: Options) -> Outcome {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use hospes_toolstack::{Entry, Host, Until, Watch};
+use hospes_toolstack::{CreateRequest, Entry, Host, Until, Watch};
 
 use crate::commands::life::describe_end;
 use crate::keeping::{Unrestored, restore_all, save_all};
@@ -101,7 +101,7 @@ fn is_meant(path: &Path) -> bool {
 
 /// What was done.
 fn start_one(host: &Host, file: &str, unrestored: &[Unrestored]) -> anyhow::Result<String> {
-    let config = create::checked(file)?;
+    let (config, warnings) = create::checked(file)?;
     let name = &config.name;
     if host
         .entries()?
@@ -115,7 +115,13 @@ fn start_one(host: &Host, file: &str, unrestored: &[Unrestored]) -> anyhow::Resu
             "domain {name} is not started, for it was saved and could not be restored"
         ));
     }
-    create::create_from(file)?;
+    for warning in warnings {
+        tell!("{warning}");
+    }
+    host.create(CreateRequest {
+        config,
+        paused: false,
+    })?;
     Ok("started".into())
 }
 

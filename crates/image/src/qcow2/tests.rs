@@ -37,6 +37,12 @@ fn qcow2(path: &Path) -> Arc<dyn Image> {
     open(&spec(path, Format::Qcow2)).expect("the image opens")
 }
 
+/// A new image.
+fn fresh(path: &Path, bytes: u64) -> Arc<dyn Image> {
+    create_qcow2(path, bytes).expect("there is room");
+    qcow2(path)
+}
+
 fn refusal(path: &Path) -> String {
     let refused = open(&spec(path, Format::Qcow2));
     refused.err().expect("it is refused").to_string()
@@ -344,8 +350,7 @@ fn open_of_what_is_not_supported_names_it() {
 fn write_through_an_entry_that_names_metadata_is_refused() {
     let directory = Directory::new();
     let path = directory.join("a.qcow2");
-    create_qcow2(&path, 1 << 20).unwrap();
-    let image = qcow2(&path);
+    let image = fresh(&path, 1 << 20);
     write(&mut *image.queue().unwrap(), 0, &[1; 512]).unwrap();
     drop(image);
     let mut bytes = std::fs::read(&path).unwrap();
@@ -376,8 +381,7 @@ fn write_through_an_entry_that_names_metadata_is_refused() {
 fn requests_to_a_file_that_was_cut_fail_and_the_file_stays_as_it_is() {
     let directory = Directory::new();
     let path = directory.join("a.qcow2");
-    create_qcow2(&path, 4 << 20).unwrap();
-    let image = qcow2(&path);
+    let image = fresh(&path, 4 << 20);
     let mut queue = image.queue().unwrap();
     let content = pattern(6, 2 << 20);
     write(&mut *queue, 0, &content).unwrap();
@@ -398,8 +402,7 @@ fn requests_to_a_file_that_was_cut_fail_and_the_file_stays_as_it_is() {
 
     let top = directory.join("top.qcow2");
     let (below, above) = (directory.join("b.qcow2"), text(&top));
-    create_qcow2(&below, 4 << 20).unwrap();
-    write(&mut *qcow2(&below).queue().unwrap(), 0, &content).unwrap();
+    write(&mut *fresh(&below, 4 << 20).queue().unwrap(), 0, &content).unwrap();
     let create = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
     qemu("qemu-img", &[&create[..], &[text(&below), above]].concat());
     let image = qcow2(&top);
@@ -448,8 +451,7 @@ fn resize_grows_the_disk_and_its_tables() {
 fn discard_gives_space_back_to_the_host_and_to_later_writes() {
     let directory = Directory::new();
     let path = directory.join("a.qcow2");
-    create_qcow2(&path, 64 << 20).unwrap();
-    let image = qcow2(&path);
+    let image = fresh(&path, 64 << 20);
     let mut queue = image.queue().unwrap();
     for round in 0..4 {
         for at in 0..8u64 {
@@ -470,8 +472,7 @@ fn discard_gives_space_back_to_the_host_and_to_later_writes() {
 fn requests_in_parallel_to_the_same_clusters_keep_the_tables_right() {
     let directory = Directory::new();
     let path = directory.join("a.qcow2");
-    create_qcow2(&path, 16 << 20).unwrap();
-    let image = qcow2(&path);
+    let image = fresh(&path, 16 << 20);
     std::thread::scope(|scope| {
         for thread in 0..4u64 {
             let image = &image;
