@@ -13,6 +13,7 @@
 
 mod cgroup;
 mod console;
+mod core_dump;
 mod create;
 mod devices;
 mod error;
@@ -23,6 +24,7 @@ mod memory;
 mod pages;
 mod passport;
 mod placement;
+mod portrait;
 mod run;
 mod saved;
 mod services;
@@ -53,6 +55,7 @@ use hospes_units::{DomId, VcpuId};
 use hospes_xen::{ClockThread, Xen};
 
 pub use console::{Console, Subscription};
+pub use core_dump::{DumpError, Piece};
 pub use devices::{AttachError, DiskSpec, VifSpec};
 pub use error::{CreateError, RequestError};
 pub use hospes_backends::{frame, net};

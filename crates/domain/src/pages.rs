@@ -149,7 +149,8 @@ fn range_pages(range: Range) -> usize {
     ((range.end - range.start) / PAGE_SIZE) as usize
 }
 
-fn is_zero(page: &[u8]) -> bool {
+/// Whether a page has nothing in it.
+pub fn is_zero(page: &[u8]) -> bool {
     page.iter().all(|byte| *byte == 0)
 }
 

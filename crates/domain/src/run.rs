@@ -10,6 +10,7 @@ use hospes_xen::Host;
 
 use crate::console::Console;
 use crate::lock;
+use crate::portrait::Portrait;
 use crate::signal::Signal;
 use crate::suspend::{Gate, Suspension};
 
@@ -89,6 +90,7 @@ pub struct Run {
     life: Mutex<Life>,
     changed: Condvar,
     suspension: Suspension,
+    portrait: Portrait,
     /// Closed by the threads of the guest's rings while they write into them.
     rings: Gate,
     console: Arc<Console>,
@@ -122,6 +124,7 @@ impl Run {
             life: Mutex::new(Life::default()),
             changed: Condvar::new(),
             suspension: Suspension::default(),
+            portrait: Portrait::new(vcpus),
             rings: Gate::default(),
             console,
             on_end: Mutex::default(),
@@ -173,6 +176,10 @@ impl Run {
         &self.suspension
     }
 
+    pub fn portrait(&self) -> &Portrait {
+        &self.portrait
+    }
+
     pub fn rings(&self) -> &Gate {
         &self.rings
     }
@@ -184,8 +191,8 @@ impl Run {
         slot.taken_down.store(!up, SeqCst);
     }
 
-    /// Has all vCPUs see that they are held.
-    pub fn hold(&self) {
+    /// Has all vCPUs look at what they are to do: that they are held, or their states wanted.
+    pub fn look(&self) {
         self.stop_running();
     }
 

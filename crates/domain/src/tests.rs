@@ -1,5 +1,6 @@
 //! Domains whose engine runs a script in place of a guest's kernel.
 
+mod core_dump;
 mod live;
 mod memory;
 mod moving;

@@ -58,6 +58,7 @@ impl VcpuThread {
             )));
         }
         run.set_activity(id, Activity::Held);
+        run.portrait().thread_ends(id);
         run.thread_ends();
     }
 }
@@ -83,6 +84,7 @@ impl Loop {
             }
         }
         self.note(Runstate::Offline);
+        self.leave_portrait();
     }
 
     /// Waits until guest code may run; false at the end of the domain.
@@ -90,6 +92,9 @@ impl Loop {
         loop {
             if self.run.has_ended() {
                 return false;
+            }
+            if self.run.portrait().wants(self.id) {
+                self.leave_portrait();
             }
             if self.run.is_held() {
                 if self.run.suspension().wants(self.id) {
@@ -104,18 +109,29 @@ impl Loop {
                 // To the guest as if others had the host's CPUs.
                 self.note(Runstate::Runnable);
                 self.run.set_activity(self.id, Activity::Limited);
-                while self.run.is_limited() && !self.run.is_held() && !self.run.has_ended() {
+                while self.run.is_limited() && !self.is_called() {
                     self.run.signal(self.id).wait();
                 }
             } else {
                 self.run.set_activity(self.id, Activity::Running);
                 // Who pauses or ends the domain sees this activity, or is seen here; so does who limits it.
-                if !self.run.is_held() && !self.run.has_ended() && !self.run.is_limited() {
+                if !self.is_called() && !self.run.is_limited() {
                     self.note(Runstate::Running);
                     return true;
                 }
             }
         }
+    }
+
+    /// Whether something else is to be done than to execute guest code, or to wait for what the guest waits for.
+    fn is_called(&self) -> bool {
+        self.is_called_from(false)
+    }
+
+    /// The same of a vCPU that may be held.
+    fn is_called_from(&self, held: bool) -> bool {
+        let run = &self.run;
+        run.has_ended() || !held && run.is_held() || run.portrait().wants(self.id)
     }
 
     fn note(&mut self, runstate: Runstate) {
@@ -135,6 +151,13 @@ impl Loop {
         self.run.suspension().leave(self.id, up, state);
     }
 
+    /// Leaves a copy of what this vCPU is.
+    fn leave_portrait(&mut self) {
+        self.vcpu.fetch_fpu();
+        let state = self.vcpu.state();
+        self.run.portrait().leave(self.id, state);
+    }
+
     /// The guest has suspended itself.
     fn suspended(&mut self) {
         let vcpus = self.run.activities().len() as u32;
@@ -144,7 +167,7 @@ impl Loop {
             Verdict::Hold => {
                 // In case that it goes on here.
                 Suspension::set_cancelled(self.vcpu.state());
-                self.run.hold();
+                self.run.look();
             }
         }
     }
@@ -159,7 +182,7 @@ impl Loop {
             Activity::Held if self.runstate == Runstate::Blocked => Runstate::Blocked,
             _ => Runstate::Offline,
         });
-        while !done(self) && !self.run.has_ended() && (held || !self.run.is_held()) {
+        while !done(self) && !self.is_called_from(held) {
             self.run.signal(self.id).wait();
         }
     }
