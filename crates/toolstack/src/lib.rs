@@ -43,6 +43,7 @@ mod standing;
 mod state;
 mod store;
 mod supervisor;
+mod target;
 mod traffic;
 
 pub use client::{Host, Watch};

@@ -4,11 +4,8 @@
 //! over the control connection. When the command has it safely it says what becomes of the domain, an [`AfterSave`]; where it cannot say that, the guest
 //! goes on as if nothing had been.
 
-use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, ErrorKind, Read, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::File;
+use std::io::{self, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,8 +13,6 @@ use std::time::Duration;
 use hospes_config::{DomainConfig, check_name};
 use hospes_migration::{Reader, StreamError, Writer};
 use hospes_units::DomId;
-use rustix::fs::{AtFlags, Mode, OFlags};
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use crate::client::{CONNECT_PATIENCE, Host, done, read_reply, send, unexpected};
@@ -27,6 +22,7 @@ use crate::instance::Instance;
 use crate::launch::{self, Created};
 use crate::log::log;
 use crate::protocol::{self, AfterSave, Reply, Request};
+use crate::target::Target;
 
 /// How long a guest may take to suspend itself: longer than the domain process waits for it.
 pub(crate) const SUSPEND_PATIENCE: Duration = Duration::from_secs(90);
@@ -157,12 +153,14 @@ impl Host {
         })?;
         target.finish()?;
         // From here on the file is there, whatever comes.
-        let told = protocol::send(&stream, &after)?.map_err(fault);
-        let ended = told.and_then(|()| done(read_reply(domid, &mut from)?));
-        ended.map_err(|why| Error::SavedUnsure {
+        let unsure = |why| Error::SavedUnsure {
             path: path.to_path_buf(),
             why: Box::new(why),
-        })
+        };
+        target.settle().map_err(unsure)?;
+        let told = protocol::send(&stream, &after)?.map_err(fault);
+        let ended = told.and_then(|()| done(read_reply(domid, &mut from)?));
+        ended.map_err(unsure)
     }
 
     /// Asks for the stream of a domain.
@@ -211,112 +209,6 @@ fn copy(from: impl Read, to: &mut File, path: &Path, progress: &mut dyn FnMut(u6
     // The beginning is written anew; what is read is what was written there.
     Writer::new(&mut to, &config).map_err(|source| fault(StreamError::Write(source)))?;
     reader.pass_on(&mut to, progress).map_err(fault)
-}
-
-/// A file that appears under its name when it is complete, and a device or pipe as it is.
-struct Target {
-    file: File,
-    path: PathBuf,
-    /// Whether it has still to appear there.
-    is_new: bool,
-    /// Its name until then, where the file system knows no files without one.
-    draft: Option<PathBuf>,
-}
-
-impl Target {
-    fn open(path: &Path) -> Result<Target> {
-        let fault = |source| at("cannot write", path)(source);
-        if path.file_name().is_none() || path.as_os_str().as_encoded_bytes().ends_with(b"/") {
-            return Err(fault(ErrorKind::IsADirectory.into()));
-        }
-        let is_special = |data: fs::Metadata| !data.is_file();
-        let beneath = |root| path.starts_with(root);
-        if fs::metadata(path).is_ok_and(is_special) || beneath("/dev") || beneath("/proc") {
-            let file = OpenOptions::new().write(true).open(path).map_err(fault)?;
-            return Ok(Target {
-                file,
-                path: path.to_path_buf(),
-                is_new: false,
-                draft: None,
-            });
-        }
-        // A link stays one.
-        let place = fs::canonicalize(path).or_else(|_| std::path::absolute(path));
-        let place = place.map_err(fault)?;
-        let directory = place.parent().unwrap_or(Path::new("/"));
-        let nameless = rustix::fs::openat(
-            rustix::fs::CWD,
-            directory,
-            OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC,
-            // A guest's memory has its secrets.
-            Mode::RUSR | Mode::WUSR,
-        );
-        let (file, draft) = match nameless {
-            Ok(file) => (File::from(file), None),
-            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
-                let draft = draft_of(&place)?;
-                let mut options = OpenOptions::new();
-                options.write(true).create_new(true).mode(0o600);
-                (options.open(&draft).map_err(fault)?, Some(draft))
-            }
-            Err(errno) => return Err(fault(errno.into())),
-        };
-        Ok(Target {
-            file,
-            path: place,
-            is_new: true,
-            draft,
-        })
-    }
-
-    /// Makes sure that the file outlives a failure of the host.
-    fn finish(mut self) -> Result<()> {
-        let path = self.path.clone();
-        let fault = at("cannot write", &path);
-        match self.file.sync_all() {
-            // Pipes and terminals keep nothing.
-            Err(why) if !self.is_new && why.kind() == ErrorKind::InvalidInput => {}
-            synced => synced.map_err(&fault)?,
-        }
-        if !self.is_new {
-            return Ok(());
-        }
-        if self.draft.is_none() {
-            let draft = draft_of(&path)?;
-            let own = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-            let here = rustix::fs::CWD;
-            rustix::fs::linkat(here, own, here, &draft, AtFlags::SYMLINK_FOLLOW)
-                .map_err(|errno| fault(errno.into()))?;
-            self.draft = Some(draft);
-        }
-        if let Some(draft) = &self.draft {
-            fs::rename(draft, &path).map_err(&fault)?;
-            self.draft = None;
-        }
-        let directory = path.parent().unwrap_or(Path::new("/"));
-        File::open(directory)
-            .and_then(|directory| directory.sync_all())
-            .map_err(|why| Error::SavedUnsure {
-                path: path.clone(),
-                why: Box::new(fault(why)),
-            })
-    }
-}
-
-impl Drop for Target {
-    fn drop(&mut self) {
-        if let Some(draft) = &self.draft {
-            let _ = fs::remove_file(draft);
-        }
-    }
-}
-
-/// A name beside a file's that nobody else has.
-fn draft_of(place: &Path) -> Result<PathBuf> {
-    let mut name = OsString::from(".");
-    name.push(place.file_name().unwrap_or_default());
-    name.push(format!(".{}", launch::random_uuid()?));
-    Ok(place.with_file_name(name))
 }
 
 /// Answers [`Request::Save`] on a connection: the domain's side. `None` where the client has left.
