@@ -129,7 +129,7 @@ class RunDirectory:
 
     def environment(self):
         state = os.path.join(self.path, "state")
-        return dict(os.environ, HOSPES_RUN_DIR=os.path.join(self.path, "run"), HOSPES_LOG_DIR=state, XDG_STATE_HOME=state)
+        return dict(os.environ, HOSPES_RUN_DIR=os.path.join(self.path, "run"), HOSPES_LOG_DIR=state, XDG_STATE_HOME=state, HOSPES_DUMP_DIR=os.path.join(self.path, "dump"))
 
     def hospes(self, *arguments, timeout=60):
         """Runs one command of the monitor to its end."""

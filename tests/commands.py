@@ -652,6 +652,42 @@ def crashed_domains_are_kept_beside_their_successors(bench):
     wait_until(lambda: bench.hospes("list").count("twin") == 0, "a domain outlives its end")
 
 
+def notes_of(core):
+    """Names and descriptions of a core file's notes, by readelf(1)."""
+    text = subprocess.run(["readelf", "--wide", "--notes", core], check=True, capture_output=True, text=True).stdout
+    return [(line.split()[0], int(line.split()[1], 16)) for line in text.splitlines() if re.match(r"  (CORE|QEMU|VMCOREINFO) ", line)]
+
+
+def cores_show_what_a_guest_had(bench):
+    """A core file has the guest's memory and registers, of one that runs as of one that has crashed."""
+    guest = bench.boot("studied", vcpus=2, settings=('on_crash="coredump-restart"',))
+    # In memory it stands once in one piece: the shell's words have the two parts.
+    guest.run("mark=found-in; mkdir -p /dev/shm; echo $mark-the-core >/dev/shm/mark")
+    release = guest.run("uname -r").split()[-1]
+    core = bench.path("core")
+    bench.hospes("dump-core", "studied", core)
+    guest.run("true")
+
+    def check(path):
+        sizes = dict(notes_of(path))
+        expect([name for name, _ in notes_of(path)].count("CORE") == 2, f"it has the notes {notes_of(path)}")
+        expect((sizes["CORE"], sizes["QEMU"]) == (336, 440) and sizes["VMCOREINFO"] > 1000, f"the notes are {notes_of(path)}")
+        content = pathlib.Path(path).read_bytes()
+        expect(b"found-in-the-core\n" in content, "what the guest has in memory is not in it")
+        expect(f"OSRELEASE={release}\n".encode() in content[:65536], f"it does not say that it is of {release}")
+        expect(len(content) >= 256 << 20 and os.stat(path).st_blocks * 512 < 128 << 20, f"it takes {os.stat(path).st_blocks * 512} of {len(content)} bytes")
+
+    check(core)
+    os.unlink(core)
+    guest.send("echo c >/proc/sysrq-trigger\n")
+    wait_until(lambda: (bench.row("studied") or "").split()[1:2] == ["2"], "no new domain has come behind the one that crashed")
+    crashed = os.path.join(bench.run.environment()["HOSPES_DUMP_DIR"], "studied")
+    check(crashed)
+    # It says why itself, in the ring of messages that its memory holds.
+    expect(b"sysrq: Trigger a crash" in pathlib.Path(crashed).read_bytes(), "the last message of the kernel is not in the core")
+    bench.hospes("destroy", "studied")
+
+
 def processes_asked_to_end_shut_their_guests_down(bench):
     shell = bench.boot("asked", settings=('on_poweroff="restart"',))
     domid = bench.hospes("domid", "asked").strip()
@@ -728,7 +764,7 @@ TESTS = (
     disks_come_and_go, disks_change_their_size, disks_that_the_host_cuts_fail, disks_in_use_are_taken_by_force, media_are_changed, interfaces_come_and_go,
     writes_wait_for_a_full_host, full_directories_of_state_are_named, disks_of_paused_guests_stay, images_on_loop_devices_are_in_use, names_and_shares_change, configuration_is_that_of_the_next_start, processors_are_taken_and_given,
     memory_is_given_and_taken, memory_that_the_host_has_not_is_refused, guests_without_a_balloon_keep_to_their_memory,
-    saved_guests_go_on, guests_that_cannot_be_saved_go_on, domains_outlive_the_host, keys_and_triggers_arrive, crashed_domains_are_kept_beside_their_successors, processes_asked_to_end_shut_their_guests_down,
+    saved_guests_go_on, guests_that_cannot_be_saved_go_on, domains_outlive_the_host, keys_and_triggers_arrive, crashed_domains_are_kept_beside_their_successors, cores_show_what_a_guest_had, processes_asked_to_end_shut_their_guests_down,
     domains_are_seen_from_outside, tools_find_the_store,
 )
 

@@ -12,7 +12,7 @@ use hospes_domain::{
 };
 use hospes_toolstack::{
     self as toolstack, Affinity, DeviceKind, LiveRound, Machine, MachineError, MachineInfo,
-    MachineSpec, SaveStream, SavedStream, Traffic, VcpuInfo, Waiting,
+    MachineSpec, Piece, SaveStream, SavedStream, Traffic, VcpuInfo, Waiting,
 };
 use hospes_units::VcpuId;
 
@@ -393,6 +393,10 @@ impl Machine for Running {
         // To a PVH guest a drive is its medium: another medium is another disk in the same place.
         let medium = devices::disk_spec(disk)?;
         Ok(self.0.replace_disk(disk.vdev.number, medium.as_ref())?)
+    }
+
+    fn dump_core(&self, piece: Piece<'_>) -> Result<u64, MachineError> {
+        Ok(self.0.dump_core(piece)?)
     }
 
     fn describe(&self) -> String {

@@ -98,6 +98,10 @@ pub(crate) fn hospes_1() -> String {
             "HOSPES_LOG_DIR",
             "Directory of logs; by default /var/log/hospes for root and $XDG_STATE_HOME/hospes or ~/.local/state/hospes for others.",
         ),
+        (
+            "HOSPES_DUMP_DIR",
+            "Directory of the core files of guests that have crashed; by default /var/lib/hospes/dump for root and $XDG_STATE_HOME/hospes/dump or ~/.local/state/hospes/dump for others.",
+        ),
     ] {
         item(&mut page, name, meaning);
     }

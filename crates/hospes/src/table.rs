@@ -3,8 +3,8 @@
 
 use crate::args::{Args, Opt};
 use crate::commands::{
-    device_lists, devices, host, keys, life, logs, memory, meta, migrating, names, saving, shares,
-    top, vcpus,
+    device_lists, devices, dumping, host, keys, life, logs, memory, meta, migrating, names, saving,
+    shares, top, vcpus,
 };
 use crate::{Global, Outcome, create, domains, image, list};
 
@@ -337,6 +337,19 @@ pub(crate) const COMMANDS: &[Command] = &[
         min: 2,
         max: 3,
         run: saving::save,
+        ..PLAIN
+    },
+    Command {
+        name: "dump-core",
+        arguments: "DOMAIN FILE",
+        summary: "Write the memory and registers of a domain into a core file",
+        details: "The domain is not stopped for it; pause it where the memory is to be that of one moment. FILE is there when it is complete; until then, and when anything fails, a \
+                  file of that name stays as it is. It has the guest's memory, so it can be read by its owner alone; memory that is zero takes no room. It is ELF, as \
+                  QEMU's dump-guest-memory makes it, for crash(8), drgn and gdb with the debugging symbols of the guest's kernel. With on_crash=\"coredump-restart\" and the like, \
+                  the core of a guest that has crashed is written to /var/lib/hospes/dump/NAME.",
+        min: 2,
+        max: 2,
+        run: dumping::dump_core,
         ..PLAIN
     },
     Command {
@@ -829,7 +842,6 @@ const NOT_HERE: &[(&str, &[&str])] = &[
         "domains are not kept in two places at once: migrate moves one",
         &["remus"],
     ),
-    ("core dumps cannot be written yet", &["dump-core"]),
     (
         "domains neither claim memory by themselves nor share any",
         &["claims", "sharing"],

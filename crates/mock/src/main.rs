@@ -5,7 +5,7 @@
 //! Devices and keys are said on the console: `attached disk xvdb`, `sysrq h`. Its balloon driver follows at once, and it may have what a host of 1 TiB has left. A disk whose target is called `bad` cannot be
 //! attached, one called `stuck` is not given back but by force, and `slow` is attached when the file `.taken` beside its kernel is gone. With `deaf` in its kernel command line it does not follow requests to shut down,
 //! for which a process that is asked to end gives it two seconds. A kernel that is no file is an error. It suspends itself when it is to be saved, unless it
-//! is paused, and what is saved of it is what it was told last; `broken` cannot be saved, and what is no text cannot be restored. To another host `foreign` is not
+//! is paused, and what is saved of it is what it was told last; `broken` cannot be saved, and what is no text cannot be restored; its core is the same, and 4096 sevens behind a hole. To another host `foreign` is not
 //! admitted, `unwelcome` fails there, and `clings` fails when its devices are let go of, after which `restless` does not stay suspended; they cannot be had again while beside its kernel there is a file `.taken`.
 //! While there is a file `.lingering` its end is known to nobody who waits for it.
 #![forbid(unsafe_code)]
@@ -21,7 +21,7 @@ use hospes_migration::Record;
 use hospes_store::{DomainEntry, DomainStore, GuestLink, Membership, StoreAccess};
 use hospes_toolstack::{
     Affinity, DeviceKind, EndReason, Machine, MachineError, MachineFactory, MachineInfo,
-    MachineSpec, SaveStream, SavedStream, Share, ShutdownKind, Traffic, Trigger, VcpuInfo,
+    MachineSpec, Piece, SaveStream, SavedStream, Share, ShutdownKind, Traffic, Trigger, VcpuInfo,
 };
 
 /// What the host of these domains has.
@@ -342,6 +342,16 @@ impl Machine for Mock {
         }
         to.pages(7, &[7; 4096])?;
         Ok(to.machine(heard.as_bytes())?)
+    }
+
+    fn dump_core(&self, piece: Piece<'_>) -> Result<u64, MachineError> {
+        let heard = self.lock().heard.clone();
+        piece(0, heard.as_bytes())?;
+        if heard == "broken" {
+            return Err("it is broken".into());
+        }
+        piece(1 << 20, &[7; 4096])?;
+        Ok(2 << 20)
     }
 
     fn resume(&self) {

@@ -490,8 +490,8 @@ mod tests {
     fn host(test: &str) -> TestHost {
         let run = std::env::temp_dir().join(format!("hospes-client-{test}-{}", std::process::id()));
         std::fs::create_dir_all(&run).expect("temporary directory");
-        let log = run.join("log");
-        TestHost(Host::new(Paths { run, log }))
+        let [log, dump] = ["log", "dump"].map(|name| run.join(name));
+        TestHost(Host::new(Paths { run, log, dump }))
     }
 
     fn listen(dir: &std::path::Path) -> UnixListener {

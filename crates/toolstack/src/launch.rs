@@ -115,8 +115,7 @@ pub(crate) fn create(paths: &Paths, request: CreateRequest) -> Result<Created> {
         restore: false,
         next: None,
         passport: None,
-        run: paths.run.clone(),
-        log: paths.log.clone(),
+        paths: paths.clone(),
     })
 }
 
@@ -142,8 +141,7 @@ pub(crate) fn restore(
         restore: true,
         next: next.map(Box::new),
         passport: None,
-        run: paths.run.clone(),
-        log: paths.log.clone(),
+        paths: paths.clone(),
     };
     start(&launch, Some(feed))
 }
@@ -166,8 +164,7 @@ pub(crate) fn receive(
         restore: true,
         next: next.map(Box::new),
         passport: Some(passport),
-        run: paths.run.clone(),
-        log: paths.log.clone(),
+        paths: paths.clone(),
     })
 }
 
@@ -197,12 +194,8 @@ pub(crate) struct Starting {
 impl Starting {
     /// Starts the process and tells it what to make.
     pub(crate) fn new(launch: &Launch) -> Result<Starting> {
-        let paths = Paths {
-            run: launch.run.clone(),
-            log: launch.log.clone(),
-        };
         let name = launch.first_name();
-        let log_path = paths.domain_log(&name);
+        let log_path = launch.paths.domain_log(&name);
         // Moves a log that has become too long out of the way.
         LogFile::open(&log_path, LOG_MAX_BYTES)
             .and_then(|mut log| log.append(b""))

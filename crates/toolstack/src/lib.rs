@@ -19,6 +19,7 @@
 mod busy;
 mod client;
 mod clock;
+mod dumping;
 mod each;
 mod ending;
 mod error;
@@ -53,7 +54,7 @@ pub use handover::{MoveOptions, MoveWatcher};
 pub use hospes_migration::LiveRound;
 pub use launch::{CreateRequest, Created, random_uuid};
 pub use machine::{
-    Machine, MachineError, MachineFactory, MachineInfo, MachineSpec, SaveStream, SavedStream,
+    Machine, MachineError, MachineFactory, MachineInfo, MachineSpec, Piece, SaveStream, SavedStream,
 };
 pub use paths::Paths;
 pub use process::domain_process;

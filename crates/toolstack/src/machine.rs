@@ -2,7 +2,7 @@
 //! without a guest.
 
 use std::error::Error;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +24,9 @@ pub type SavedStream = Reader<Box<dyn Read + Send>>;
 
 /// A stream that a machine is saved to.
 pub type SaveStream<'a> = Writer<&'a mut dyn Write>;
+
+/// Takes bytes of a file at a position, each behind the ones before; what is left out is zero.
+pub type Piece<'a> = &'a mut dyn FnMut(u64, &[u8]) -> io::Result<()>;
 
 /// What to build.
 #[derive(Clone, Debug)]
@@ -144,6 +147,12 @@ pub trait Machine: Send + Sync {
     fn become_another(&self, name: &str, uuid: Uuid) -> Result<(), MachineError> {
         let _ = (name, uuid);
         Ok(())
+    }
+
+    /// Gives a core file of the guest, which may run on meanwhile or have ended, in pieces; returns its size in bytes.
+    fn dump_core(&self, piece: Piece<'_>) -> Result<u64, MachineError> {
+        let _ = piece;
+        Err(cannot("have its core dumped"))
     }
 
     /// What is known of the inside, for somebody who looks for a fault; lines of text.

@@ -5,6 +5,8 @@ use std::fs::{self, DirBuilder};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result, at};
 
 /// Chooses the directory of run-time state.
@@ -14,19 +16,25 @@ pub const DEFAULT_RUN: &str = "/run/hospes";
 /// Chooses the directory of logs.
 pub const LOG_VARIABLE: &str = "HOSPES_LOG_DIR";
 
+/// Chooses the directory of core files.
+pub const DUMP_VARIABLE: &str = "HOSPES_DUMP_DIR";
+
 /// The directories of one user's domains.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Paths {
     /// Sockets, locks, records: gone after a reboot of the host.
     pub run: PathBuf,
     /// `<name>.log` with the messages of the domain process, `<name>.console.log` with what the guest printed.
     pub log: PathBuf,
+    /// `<name>` with the core of the guest that has last crashed, where that is wanted.
+    pub dump: PathBuf,
 }
 
 impl Paths {
     /// The directories of the calling user: `$HOSPES_RUN_DIR`, else `/run/hospes` for root and
     /// `$XDG_RUNTIME_DIR/hospes` for others; `$HOSPES_LOG_DIR`, else `/var/log/hospes` for root and
-    /// `$XDG_STATE_HOME/hospes` (by default `~/.local/state/hospes`) for others.
+    /// `$XDG_STATE_HOME/hospes` (by default `~/.local/state/hospes`) for others; `$HOSPES_DUMP_DIR`, else `/var/lib/hospes/dump` for root and
+    /// `dump` in that directory for others.
     pub fn from_environment() -> Result<Paths> {
         let root = rustix::process::geteuid().is_root();
         Paths::choose(root, |name| {
@@ -47,16 +55,25 @@ impl Paths {
                 })?
                 .join("hospes"),
         };
+        let state = |what, name| {
+            let home = || Some(variable("HOME")?.join(".local/state"));
+            let state = variable("XDG_STATE_HOME").or_else(home);
+            state
+                .map(|state| state.join("hospes"))
+                .ok_or(Error::NoDirectory {
+                    what,
+                    variable: name,
+                })
+        };
         let log = match variable(LOG_VARIABLE) {
             Some(path) => path,
             None if root => PathBuf::from("/var/log/hospes"),
-            None => variable("XDG_STATE_HOME")
-                .or_else(|| Some(variable("HOME")?.join(".local/state")))
-                .ok_or(Error::NoDirectory {
-                    what: "logs ($HOME is not set)",
-                    variable: LOG_VARIABLE,
-                })?
-                .join("hospes"),
+            None => state("logs ($HOME is not set)", LOG_VARIABLE)?,
+        };
+        let dump = match variable(DUMP_VARIABLE) {
+            Some(path) => path,
+            None if root => PathBuf::from("/var/lib/hospes/dump"),
+            None => state("core files ($HOME is not set)", DUMP_VARIABLE)?.join("dump"),
         };
         // Domain processes run in another working directory.
         let absolute =
@@ -64,6 +81,7 @@ impl Paths {
         Ok(Paths {
             run: absolute(run)?,
             log: absolute(log)?,
+            dump: absolute(dump)?,
         })
     }
 
@@ -71,6 +89,16 @@ impl Paths {
     pub fn create(&self) -> Result<()> {
         make_private(&self.run, RUN_VARIABLE)?;
         make_private(&self.log, LOG_VARIABLE)
+    }
+
+    /// Makes the directory of core files, readable by the user alone.
+    pub fn create_dump(&self) -> Result<()> {
+        make_private(&self.dump, DUMP_VARIABLE)
+    }
+
+    /// The core of a domain that has crashed.
+    pub fn core(&self, name: &str) -> PathBuf {
+        self.dump.join(name)
     }
 
     /// Messages of the domain process.
@@ -120,32 +148,33 @@ mod tests {
         type Case = (
             bool,
             &'static [(&'static str, &'static str)],
-            &'static str,
-            &'static str,
+            [&'static str; 3],
         );
+        const ROOT: [&str; 3] = ["/run/hospes", "/var/log/hospes", "/var/lib/hospes/dump"];
         let cases: &[Case] = &[
-            (true, &[], "/run/hospes", "/var/log/hospes"),
-            (true, &[("HOSPES_RUN_DIR", "/r")], "/r", "/var/log/hospes"),
-            (true, &[("HOSPES_LOG_DIR", "/l")], "/run/hospes", "/l"),
+            (true, &[], ROOT),
+            (true, &[("HOSPES_RUN_DIR", "/r")], ["/r", ROOT[1], ROOT[2]]),
+            (true, &[("HOSPES_LOG_DIR", "/l")], [ROOT[0], "/l", ROOT[2]]),
+            (true, &[("HOSPES_DUMP_DIR", "/d")], [ROOT[0], ROOT[1], "/d"]),
             (
                 false,
                 &[("XDG_RUNTIME_DIR", "/run/user/7"), ("HOME", "/h")],
-                "/run/user/7/hospes",
-                "/h/.local/state/hospes",
+                [
+                    "/run/user/7/hospes",
+                    "/h/.local/state/hospes",
+                    "/h/.local/state/hospes/dump",
+                ],
             ),
             (
                 false,
                 &[("XDG_RUNTIME_DIR", "/x"), ("XDG_STATE_HOME", "/s")],
-                "/x/hospes",
-                "/s/hospes",
+                ["/x/hospes", "/s/hospes", "/s/hospes/dump"],
             ),
         ];
-        for (root, variables, run, log) in cases {
-            let paths = choose(*root, variables).expect("both are known");
-            assert_eq!(
-                (paths.run, paths.log),
-                (PathBuf::from(run), PathBuf::from(log))
-            );
+        for (root, variables, expected) in cases {
+            let paths = choose(*root, variables).expect("all are known");
+            let [run, log, dump] = expected.map(PathBuf::from);
+            assert_eq!(paths, Paths { run, log, dump });
         }
     }
 

@@ -13,7 +13,6 @@ use crate::hub::ConsoleHub;
 use crate::log::log;
 use crate::logfile::{LOG_MAX_BYTES, LogFile};
 use crate::machine::{MachineFactory, SavedStream};
-use crate::paths::Paths;
 use crate::protocol::{self, Arrival, Launch, Launched};
 use crate::store;
 use crate::supervisor::{Current, Supervisor};
@@ -37,10 +36,7 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
         }
     };
     let first_name = launch.first_name();
-    let paths = Paths {
-        run: launch.run,
-        log: launch.log,
-    };
+    let paths = launch.paths;
     let console_log = paths.console_log(&first_name);
     let console_log = match LogFile::open(&console_log, LOG_MAX_BYTES) {
         Ok(file) => Some(file),

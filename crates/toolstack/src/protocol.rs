@@ -4,13 +4,13 @@
 //! than [`MAX_LINE_BYTES`] or something else than a request gets an error and is disconnected.
 
 use std::io::{self, BufRead, Read, Write};
-use std::path::PathBuf;
 
 use hospes_config::{CpuList, DiskConfig, DomainConfig, Uuid, VifConfig};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::paths::Paths;
 use crate::scheduling::{Share, VcpuInfo};
 use crate::traffic::Traffic;
 
@@ -193,6 +193,8 @@ pub enum Request {
     },
     /// Writes what is known of the domain into its log.
     Describe,
+    /// Behind [`Reply::Dumping`] comes a core file, of a guest that goes on as it was.
+    DumpCore,
     /// The domain is to go to another host; behind [`Reply::Saving`] comes its stream, as for [`Request::Save`], of which all but the configuration comes when the
     /// client has said [`MoveStep::Send`]. The other steps follow it. A client that leaves before [`MoveStep::GiveAway`] has nothing become of it.
     Migrate {
@@ -241,6 +243,7 @@ impl Request {
                 | Request::Destroy
                 | Request::Wait { .. }
                 | Request::Describe
+                | Request::DumpCore
         )
     }
 
@@ -339,6 +342,8 @@ pub enum Reply {
     Share(Share),
     /// What follows is no message but a stream.
     Saving,
+    /// What follows is pieces of a file.
+    Dumping,
     Error {
         message: String,
     },
@@ -361,10 +366,7 @@ pub struct Launch {
     /// runs when it has read [`Arrival`] behind it.
     #[serde(default)]
     pub passport: Option<String>,
-    /// Directory of run-time state.
-    pub run: PathBuf,
-    /// Directory of logs.
-    pub log: PathBuf,
+    pub paths: Paths,
 }
 
 /// The name of a domain that comes from another host and may not run yet.

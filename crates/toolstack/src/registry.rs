@@ -399,8 +399,8 @@ pub(crate) mod testing {
     pub(crate) fn registry(test: &str) -> (Registry, Directory) {
         let run = std::env::temp_dir().join(format!("hospes-{test}-{}", std::process::id()));
         fs::create_dir_all(&run).expect("temporary directory");
-        let log = run.join("log");
-        let paths = Paths { run, log };
+        let [log, dump] = ["log", "dump"].map(|name| run.join(name));
+        let paths = Paths { run, log, dump };
         (Registry::new(&paths), Directory { paths })
     }
 

@@ -23,7 +23,7 @@ use crate::log::log;
 use crate::machine::{Machine, MachineError};
 use crate::protocol::{self, Ended, Reply, Request, ShutdownKind, Until};
 use crate::scheduling::{host_cpus, resolve};
-use crate::{leaving, saving};
+use crate::{dumping, leaving, saving};
 
 /// Most connections at a time, per socket.
 const CONNECTIONS_MAX: usize = 32;
@@ -354,6 +354,7 @@ fn answer(
             }
             Reply::Done
         }
+        Request::DumpCore => dumping::answer(stream, instance)?,
         Request::Vcpus => Reply::Vcpus {
             vcpus: machine.vcpus(),
         },

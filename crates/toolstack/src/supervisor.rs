@@ -9,6 +9,7 @@ use hospes_store_server::StoreClient;
 use hospes_units::DomId;
 
 use crate::clock::Utc;
+use crate::dumping;
 use crate::ending::Ending;
 use crate::error::{Error, Result};
 use crate::hub::ConsoleHub;
@@ -285,18 +286,18 @@ impl<'a> Supervisor<'a> {
                     reason.code().unwrap_or(0),
                     action.as_str()
                 );
-                if matches!(
-                    action,
-                    EventAction::CoredumpDestroy | EventAction::CoredumpRestart
-                ) {
-                    log!("Core dumps are not supported yet: none is written");
-                }
             }
             if reason != EndReason::Destroyed {
                 current.instance.update(|progress| {
                     progress.shutdown = Some(reason);
                     progress.returns = next == Next::Restart;
                 });
+            }
+            if matches!(
+                action,
+                Some(EventAction::CoredumpDestroy | EventAction::CoredumpRestart)
+            ) {
+                self.dump_core(&current.instance);
             }
             if self.ending.is_asked() {
                 log!("The domain is to end for good: nothing comes behind it");
@@ -343,6 +344,19 @@ impl<'a> Supervisor<'a> {
             }
             (_, Some(code)) => log!("Domain {domid} has shut down, reason code {code}"),
             (_, None) => log!("Domain {domid} has been destroyed"),
+        }
+    }
+
+    /// Writes the core file of a guest that has ended. Whether it can or not, what is to happen with the domain happens.
+    fn dump_core(&self, instance: &Instance) {
+        let path = self.paths.core(&instance.config().name);
+        log!("Dumping core to {}", path.display());
+        let dumped = self.paths.create_dump().map_err(MachineError::from);
+        let given_up = || instance.is_destroyed();
+        let dumped = dumped.and_then(|()| dumping::dump(instance.machine(), &path, &given_up));
+        match dumped {
+            Ok(()) => log!("The core is dumped"),
+            Err(fault) => log!("The core is not dumped: {fault}"),
         }
     }
 
@@ -409,8 +423,7 @@ impl<'a> Supervisor<'a> {
             restore: false,
             next: None,
             passport: None,
-            run: self.paths.run.clone(),
-            log: self.paths.log.clone(),
+            paths: self.paths.clone(),
         };
         Ok(launch::start_process(&launch)?.domid)
     }

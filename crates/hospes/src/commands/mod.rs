@@ -2,6 +2,7 @@
 
 pub(crate) mod device_lists;
 pub(crate) mod devices;
+pub(crate) mod dumping;
 pub(crate) mod host;
 pub(crate) mod keys;
 pub(crate) mod life;

@@ -12,8 +12,7 @@ use crate::output::{say, tell};
 use crate::table::Call;
 use crate::{Failure, Outcome};
 
-/// Pages of 4 KiB in a MiB.
-const PAGES_IN_MIB: u64 = 256;
+const PAGE_BYTES: u64 = 4096;
 /// How often the line of progress is written anew.
 const INTERVAL: Duration = Duration::from_millis(200);
 
@@ -80,7 +79,7 @@ pub(crate) fn restore(call: &Call) -> Outcome {
 /// How far it has come: on a terminal a line that is written over, elsewhere one at the end.
 pub(crate) struct Line {
     done: &'static str,
-    pages: u64,
+    bytes: u64,
     terminal: bool,
     shown: Option<Instant>,
 }
@@ -89,23 +88,27 @@ impl Line {
     pub(crate) fn new(done: &'static str) -> Line {
         Line {
             done,
-            pages: 0,
+            bytes: 0,
             terminal: std::io::stderr().is_terminal(),
             shown: None,
         }
     }
 
     pub(crate) fn show(&mut self, pages: u64) {
-        self.pages = pages;
+        self.show_bytes(pages * PAGE_BYTES);
+    }
+
+    pub(crate) fn show_bytes(&mut self, bytes: u64) {
+        self.bytes = bytes;
         if self.terminal && self.shown.is_none_or(|shown| shown.elapsed() >= INTERVAL) {
             self.shown = Some(Instant::now());
-            say(format_args!("\r{} MiB", pages / PAGES_IN_MIB));
+            say(format_args!("\r{} MiB", bytes >> 20));
         }
     }
 
     pub(crate) fn end(&self) {
         let start = if self.terminal { "\r" } else { "" };
-        let mib = self.pages / PAGES_IN_MIB;
+        let mib = self.bytes >> 20;
         say(format_args!("{start}{} {mib} MiB\n", self.done));
     }
 }

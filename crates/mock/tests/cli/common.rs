@@ -53,7 +53,8 @@ impl Bench {
         let mut command = Command::new(program);
         command
             .env("HOSPES_RUN_DIR", self.path("run"))
-            .env("HOSPES_LOG_DIR", self.path("log"));
+            .env("HOSPES_LOG_DIR", self.path("log"))
+            .env("HOSPES_DUMP_DIR", self.path("dump"));
         command
     }
 

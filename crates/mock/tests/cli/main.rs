@@ -5,6 +5,7 @@ mod common;
 mod console;
 mod destroy;
 mod devices;
+mod dumping;
 mod giving_away;
 mod host;
 mod image;
