@@ -6,6 +6,7 @@ use hospes_units::PAGE_SIZE;
 
 use crate::exec;
 use crate::frame::{Frame, SECOND_ENTRIES, SecondEntry, second_index};
+use crate::lookup::MAX_INSTRUCTION;
 use crate::tlb::LARGE_BITS;
 
 /// A jump target: its address, the position of its block's direct entry, and the mode of its code.
@@ -151,6 +152,8 @@ pub(crate) struct Jumps {
     second: [Vec<u16>; 2],
     /// Pages that have targets, for each cache.
     pages: [PageSet; 3],
+    /// Those of them with targets whose instruction may end in the next page.
+    ends: [PageSet; 3],
     /// Some kernel entry came from a mapping that does not survive address-space switches.
     kernel_local: bool,
     /// Some user entry came from a global mapping.
@@ -167,6 +170,7 @@ impl Jumps {
             filled: Default::default(),
             second: Default::default(),
             pages: Default::default(),
+            ends: Default::default(),
             kernel_local: false,
             user_global: false,
             large: Vec::new(),
@@ -216,12 +220,19 @@ impl Jumps {
 
     /// Notes what decides when a target must be forgotten.
     fn note(&mut self, table: usize, pc: u64, mapping: Mapping) {
-        self.pages[table].insert(pc);
+        self.note_page(table, pc);
         self.kernel_local |= table != 0 && !mapping.global;
         self.user_global |= table == 0 && mapping.global;
         let region = pc >> LARGE_BITS;
         if mapping.large && !self.large.contains(&region) {
             self.large.push(region);
+        }
+    }
+
+    fn note_page(&mut self, table: usize, pc: u64) {
+        self.pages[table].insert(pc);
+        if pc % PAGE_SIZE > PAGE_SIZE - MAX_INSTRUCTION as u64 {
+            self.ends[table].insert(pc);
         }
     }
 
@@ -254,7 +265,9 @@ impl Jumps {
     }
 
     fn flush_second(&mut self, frame: &mut Frame, table: usize) {
-        self.pages[table].0.fill(0);
+        for set in [&mut self.pages[table], &mut self.ends[table]] {
+            set.0.fill(0);
+        }
         let Some(list) = self.second.get_mut(table) else {
             return;
         };
@@ -304,7 +317,7 @@ impl Jumps {
             self.tables[0].set(n, j.entry);
             frame.user_jumps[n] = j.address;
             self.filled[0].push(j.index);
-            self.pages[0].insert(j.entry.pc);
+            self.note_page(0, j.entry.pc);
             self.add_second(frame, 0, j.entry.pc, j.address);
         }
         for &region in &jumps.large {
@@ -380,12 +393,9 @@ impl Jumps {
         }
         let page = gva & !(PAGE_SIZE - 1);
         // Instructions that begin in the page before may end in this one.
-        if self
-            .pages
-            .iter()
-            .any(|set| set.may_have(page.wrapping_sub(1)))
-        {
-            for back in 1..15 {
+        let before = page.wrapping_sub(1);
+        if self.ends.iter().any(|set| set.may_have(before)) {
+            for back in 1..MAX_INSTRUCTION as u64 {
                 self.forget(frame, page.wrapping_sub(back));
             }
         }
@@ -486,6 +496,25 @@ mod tests {
         let left = pcs.map(|pc| found(&mut frame, 0, pc).1);
         assert_eq!(left, [None, None, None, Some(103), Some(104)]);
         assert_eq!(found(&mut frame, 0, pcs[1]).0, MISS[0]);
+    }
+
+    #[test]
+    fn flush_page_forgets_what_may_end_there() {
+        let mode = Mode(Mode::LONG | Mode::USER);
+        // Instructions have up to 15 bytes.
+        for (pc, stays) in [(0x40_0ff1, true), (0x40_0ff2, false), (0x40_0fff, false)] {
+            for parked in [false, true] {
+                let (mut jumps, mut frame) = tables();
+                jumps.add(&mut frame, entry(mode, pc, 0), 100, LOCAL);
+                if parked {
+                    let taken = jumps.take_user(&mut frame, 10);
+                    jumps.put_user(&mut frame, &taken);
+                }
+                jumps.flush_page(&mut frame, 0x40_1000);
+                let left = stays.then_some(100);
+                assert_eq!(found(&mut frame, 0, pc), (left.unwrap_or(MISS[0]), left));
+            }
+        }
     }
 
     #[test]
