@@ -97,6 +97,8 @@ pub enum BuildError {
          /etc/subgid (usermod --add-subuids); or run this as root. It said:\n{tail}"
     )]
     NoUserNamespace { tail: String },
+    #[error("{path} is no public key of SSH: give the file that ends in .pub")]
+    NoPublicKey { path: PathBuf },
     #[error("interrupted: no image has been made, and what was begun is removed")]
     Interrupted,
 }
@@ -168,7 +170,11 @@ fn make(
 ) -> Result<(), BuildError> {
     let mut keys = String::new();
     for path in &recipe.ssh_keys {
-        keys.push_str(&read_text(path)?);
+        let text = read_text(path)?;
+        if !is_public_key(&text) {
+            return Err(BuildError::NoPublicKey { path: path.clone() });
+        }
+        keys.push_str(&text);
         keys.push('\n');
     }
     // What is read of the user's files is read before the work begins.
@@ -237,6 +243,23 @@ fn places(recipe: &Recipe) -> Result<Made, BuildError> {
         seed: seed.map(absolute).transpose()?,
         configuration: absolute(recipe.beside("cfg")?)?,
     })
+}
+
+/// Whether a file is for authorized_keys(5): lines that name an algorithm, behind options or not, and comments.
+fn is_public_key(text: &str) -> bool {
+    let mut lines = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .peekable();
+    lines.peek().is_some()
+        && lines.all(|line| {
+            line.split_whitespace().any(|word| {
+                ["ssh-", "ecdsa-sha2-", "sk-ssh-", "sk-ecdsa-sha2-"]
+                    .iter()
+                    .any(|algorithm| word.starts_with(algorithm))
+            })
+        })
 }
 
 fn read_text(path: &Path) -> Result<String, BuildError> {

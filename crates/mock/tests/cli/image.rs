@@ -153,6 +153,33 @@ fn image_debian_says_once_and_at_once_what_cannot_be_read() {
     }
 }
 
+#[test]
+fn image_debian_takes_public_keys_alone() {
+    let bench = Bench::new();
+    let path = bench.path("web.img").display().to_string();
+    let key = bench.path("key").display().to_string();
+    let private = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjE=\n-----END OPENSSH PRIVATE KEY-----\n";
+    for wrong in [private, "", "# nobody\n"] {
+        fs::write(&key, wrong).expect("writable");
+        let script = "touch $0.began; exit 1";
+        let output = image(&bench, script, &["--ssh-key", &key, &path]);
+        assert_eq!(output.status.code(), Some(1));
+        let said = said(&output);
+        assert!(said.contains("/key is no public key"), "{said}");
+        assert!(!bench.path("tools/mmdebstrap.began").exists());
+    }
+    fs::write(
+        &key,
+        "# mine\nssh-ed25519 AAAA me\n\nno-pty,command=\"a b\" ecdsa-sha2-nistp256 BBBB\n",
+    )
+    .expect("writable");
+    let script = format!("{WORKS}; echo \"$SSH_KEYS\" >>$INITRD");
+    let output = image(&bench, &script, &["--ssh-key", &key, &path]);
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    let written = fs::read_to_string(bench.path("web.initrd")).expect("made");
+    assert!(written.contains("ssh-ed25519 AAAA me"), "{written}");
+}
+
 const NOTHING: [&str; 0] = [];
 
 /// What mmdebstrap is like in the middle: a tree with a mount where it may make one, files beside it, and children. A request to end makes it
