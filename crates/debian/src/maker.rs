@@ -349,15 +349,25 @@ fn bootstrap(recipe: &Recipe, unfinished: &Unfinished) -> Result<Program, BuildE
 fn explain(fault: BuildError) -> BuildError {
     match fault {
         BuildError::Program { tail, .. }
-            if !rustix::process::geteuid().is_root()
-                && ["newuidmap", "subuid", "unshare"]
-                    .iter()
-                    .any(|word| tail.contains(word)) =>
+            if !rustix::process::geteuid().is_root() && wants_user_namespace(&tail) =>
         {
             BuildError::NoUserNamespace { tail }
         }
         fault => fault,
     }
+}
+
+/// Whether mmdebstrap has said that it cannot work without root here.
+fn wants_user_namespace(tail: &str) -> bool {
+    // The last is all that it says where newuidmap is missing, or the user's line in /etc/subuid.
+    [
+        "newuidmap",
+        "subuid",
+        "unshare",
+        "unable to pick chroot mode",
+    ]
+    .iter()
+    .any(|words| tail.contains(words))
 }
 
 fn convert(
@@ -389,4 +399,16 @@ fn seed_volume(recipe: &Recipe, keys: &str) -> Result<Vec<u8>, BuildError> {
         ("meta-data", meta_data.as_bytes()),
     ];
     Ok(seed::volume(&files)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_user_namespace_is_told_from_other_faults() {
+        let said = "E: unable to pick chroot mode automatically (use --mode for manual selection)";
+        assert!(wants_user_namespace(said));
+        assert!(!wants_user_namespace("E: Unable to locate package nosuch"));
+    }
 }
