@@ -7,6 +7,8 @@ use std::str::FromStr;
 const BYTES_MIN: u64 = 768 << 20;
 /// What ext4 with 4 KiB blocks and no 64-bit surprises can hold, bytes.
 const BYTES_MAX: u64 = 16 << 40;
+/// Block of the file system.
+const BLOCK_BYTES: u64 = 4096;
 
 /// Format of the disk image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,6 +120,10 @@ pub enum RecipeError {
     Size(String),
     #[error("{0} bytes are no size for a Debian disk: give between 768M and 16T")]
     SizeOutOfRange(u64),
+    #[error(
+        "{0} bytes are no whole blocks of 4096 bytes: give the size with M, G or T, such as 4G"
+    )]
+    SizeNotInBlocks(u64),
     #[error("`{0}' is no host name: letters, digits and inner hyphens, at most 63")]
     Hostname(String),
     #[error("`{0}' is no package name: lower-case letters, digits, +, - and . are allowed")]
@@ -281,9 +287,8 @@ pub fn parse_size(text: &str) -> Result<u64, RecipeError> {
     };
     let number: u64 = digits.parse().map_err(|_| refused())?;
     let bytes = number.checked_mul(1 << shift).ok_or_else(refused)?;
-    // Whole blocks of the file system.
-    if bytes % 4096 != 0 {
-        return Err(refused());
+    if bytes % BLOCK_BYTES != 0 {
+        return Err(RecipeError::SizeNotInBlocks(bytes));
     }
     Ok(bytes)
 }
@@ -372,7 +377,11 @@ mod tests {
         assert_eq!(parse_size("4G"), Ok(4 << 30));
         assert_eq!(parse_size("768m"), Ok(768 << 20));
         assert_eq!(parse_size("8192"), Ok(8192));
-        for wrong in ["", "G", "1.5G", "-1G", "4096T4", "100", "99999999999T"] {
+        for parts in ["100", "10K"] {
+            let fault = parse_size(parts).expect_err("half a block");
+            assert!(fault.to_string().contains("whole blocks"), "{fault}");
+        }
+        for wrong in ["", "G", "1.5G", "-1G", "4096T4", "99999999999T"] {
             assert_eq!(
                 parse_size(wrong),
                 Err(RecipeError::Size(wrong.into())),
