@@ -151,11 +151,7 @@ const IMAGE: &[Opt] = &[
         "cloud-init's user-data, instead of host name and keys",
     )
     .with("FILE"),
-    Opt::long(
-        "run",
-        "program to run in the new root once all is installed",
-    )
-    .with("FILE"),
+    Opt::long("run", "script to run in the new root once all is installed").with("FILE"),
     Opt::long("suite", "release of Debian; bookworm").with("NAME"),
     Opt::long(
         "mirror",
