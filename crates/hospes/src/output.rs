@@ -10,8 +10,14 @@ use serde_json::ser::{PrettyFormatter, Serializer};
 /// Writes to standard output. Unlike `print!` it returns an error where nobody reads.
 pub(crate) fn print(text: fmt::Arguments<'_>) -> io::Result<()> {
     let mut out = stdout().lock();
-    out.write_fmt(text)?;
-    out.flush()
+    let written = out.write_fmt(text).and_then(|()| out.flush());
+    // Of the same kind: nobody is told of a reader that has left.
+    written.map_err(|fault| {
+        io::Error::new(
+            fault.kind(),
+            format!("cannot write to standard output: {fault}"),
+        )
+    })
 }
 
 /// Writes to standard error. Where that fails, on a full disk for one, the command goes on all the same: what it does matters more than what it says.

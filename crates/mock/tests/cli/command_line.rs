@@ -318,3 +318,25 @@ fn commands_do_their_work_where_standard_error_cannot_be_written() {
         bench.row("one").is_none() && bench.row("two").is_none()
     });
 }
+
+#[test]
+fn output_that_cannot_be_written_is_said_to_be_that() {
+    let bench = Bench::new();
+    let output = bench
+        .command()
+        .arg("info")
+        .stdout(
+            std::fs::OpenOptions::new()
+                .write(true)
+                .open("/dev/full")
+                .expect("there"),
+        )
+        .output()
+        .expect("the program can be started");
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.contains("cannot write to standard output: No space left"),
+        "{said}"
+    );
+}
