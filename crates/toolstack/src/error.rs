@@ -72,6 +72,8 @@ pub enum Error {
         "the other side breaks the protocol: {0}; are all hospes programs of the same version?"
     )]
     Protocol(String),
+    #[error("{0}: files, and the directory that the command runs in, need names in UTF-8")]
+    NotText(serde_json::Error),
     #[error("{path}: {source}", path = .path.display())]
     SavedFile {
         path: PathBuf,

@@ -427,8 +427,8 @@ pub fn encode<T: Serialize>(body: &T) -> Result<Vec<u8>> {
         version: VERSION,
         body,
     };
-    let mut line =
-        serde_json::to_vec(&message).map_err(|fault| Error::Protocol(fault.to_string()))?;
+    // Of all that is sent, nothing but a path can be no text.
+    let mut line = serde_json::to_vec(&message).map_err(Error::NotText)?;
     line.push(b'\n');
     if line.len() > MAX_LINE_BYTES {
         return Err(Error::Protocol(format!(

@@ -1,6 +1,8 @@
 //! Arguments, help, exit statuses, and peers of the sockets that do not behave.
 
+use std::ffi::OsStr;
 use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -339,4 +341,24 @@ fn output_that_cannot_be_written_is_said_to_be_that() {
         said.contains("cannot write to standard output: No space left"),
         "{said}"
     );
+}
+
+#[test]
+fn directory_whose_name_is_no_text_is_named_as_the_cause() {
+    let bench = Bench::new();
+    let directory = bench.path("").join(OsStr::from_bytes(b"\xff"));
+    std::fs::create_dir(&directory).expect("writable");
+    std::fs::write(directory.join("kernel"), "no kernel").expect("writable");
+    let mut creation = bench.creation("one", &[]);
+    creation.push("kernel='kernel'".into());
+    let output = bench
+        .command()
+        .args(&creation)
+        .current_dir(&directory)
+        .output()
+        .expect("the program can be started");
+    assert_eq!(output.status.code(), Some(3));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("need names in UTF-8"), "{said}");
+    assert!(bench.row("one").is_none());
 }
