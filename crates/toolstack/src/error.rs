@@ -58,6 +58,15 @@ pub enum Error {
         what: &'static str,
         variable: &'static str,
     },
+    #[error(
+        "the directory for run-time state may have a path of {most} bytes at most, for the sockets in it: set {variable} to a shorter one than {path}",
+        path = .path.display()
+    )]
+    RunTooLong {
+        path: PathBuf,
+        most: usize,
+        variable: &'static str,
+    },
     #[error("another hospes command has held {path} for too long: see which process it is with `fuser`", path = .path.display())]
     Locked { path: PathBuf },
     #[error("domain {domid} does not answer ({source}): see its log, or destroy it")]

@@ -13,6 +13,8 @@ use crate::error::{Error, Result, at};
 pub const RUN_VARIABLE: &str = "HOSPES_RUN_DIR";
 /// Where root's run-time state is by default.
 pub const DEFAULT_RUN: &str = "/run/hospes";
+/// Longest path of a directory of run-time state: what Linux takes as the path of a socket, less the longest below it.
+const RUN_BYTES_MAX: usize = 107 - "/domains/32751/control.sock".len();
 /// Chooses the directory of logs.
 pub const LOG_VARIABLE: &str = "HOSPES_LOG_DIR";
 
@@ -78,8 +80,16 @@ impl Paths {
         // Domain processes run in another working directory.
         let absolute =
             |path: PathBuf| std::path::absolute(&path).map_err(at("cannot resolve", &path));
+        let run = absolute(run)?;
+        if run.as_os_str().len() > RUN_BYTES_MAX {
+            return Err(Error::RunTooLong {
+                path: run,
+                most: RUN_BYTES_MAX,
+                variable: RUN_VARIABLE,
+            });
+        }
         Ok(Paths {
-            run: absolute(run)?,
+            run,
             log: absolute(log)?,
             dump: absolute(dump)?,
         })
@@ -176,6 +186,20 @@ mod tests {
             let [run, log, dump] = expected.map(PathBuf::from);
             assert_eq!(paths, Paths { run, log, dump });
         }
+    }
+
+    #[test]
+    fn choose_leaves_room_for_the_paths_of_sockets() {
+        let long = |bytes: usize| format!("/{}", "r".repeat(bytes - 1));
+        let named = |path: String| choose(true, &[("HOSPES_RUN_DIR", path.as_str())]);
+        let run = named(long(80)).expect("short enough").run;
+        let socket = run.join("domains/32751/control.sock");
+        std::os::unix::net::SocketAddr::from_pathname(socket).expect("short enough");
+        let error = named(long(81)).expect_err("too long").to_string();
+        assert!(
+            error.contains("80 bytes") && error.contains("HOSPES_RUN_DIR"),
+            "{error}"
+        );
     }
 
     #[test]
