@@ -3,6 +3,8 @@
 use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
+use hospes_backends::frame::DeviceInfo;
+use hospes_backends::frame::state::Phase;
 use hospes_cpuid::{CpuidTable, SavedFeatures};
 use hospes_engine::{CpuState, XsaveImage};
 use hospes_memory::{GuestMemory, MemoryError};
@@ -220,6 +222,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How often it is looked whether a guest has heard what it was asked.
 const LOOK: Duration = Duration::from_millis(5);
 
+/// How long a guest may take to find a new device before it counts as one that has no driver for it.
+const FIND: Duration = Duration::from_secs(5);
+
 /// What it is asked.
 const SUSPEND: &str = "suspend";
 
@@ -241,6 +246,7 @@ impl Domain {
         let path = hospes_store::domain_path(self.spec.domid) + "/control/shutdown";
         let deadline = Instant::now() + PATIENCE;
         let given_up = || given_up() || self.run.has_ended() || self.run.is_paused();
+        self.wait_found(&given_up);
         let is_free = self.wait_heard(&path, deadline, &given_up);
         let asked = match is_free {
             true => self.store.write(&path, SUSPEND.as_bytes()),
@@ -264,6 +270,16 @@ impl Domain {
             None => self.check_disks().and(Err(RequestError::NoSuspend {
                 seconds: PATIENCE.as_secs(),
             })),
+        }
+    }
+
+    /// Waits until the guest has connected to devices that it was given a moment ago. Linux' network driver does not survive a suspension between
+    /// finding an interface and connecting to it, and what would be saved crashes at each restore.
+    fn wait_found(&self, given_up: &dyn Fn() -> bool) {
+        let is_new =
+            |device: &DeviceInfo| device.phase == Phase::Waiting && device.since.elapsed() < FIND;
+        while self.devices.list().iter().any(is_new) && !given_up() {
+            std::thread::sleep(LOOK);
         }
     }
 

@@ -63,12 +63,15 @@ pub enum DeviceError {
 pub struct DeviceInfo {
     pub id: DeviceId,
     pub phase: Phase,
+    /// When it was made.
+    pub since: Instant,
     pub counters: Vec<(&'static str, u64)>,
     /// Why requests wait, as a sentence.
     pub trouble: Option<String>,
 }
 
 struct Handle {
+    since: Instant,
     mailbox: Arc<Mailbox>,
     monitor: Arc<dyn Monitor>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -205,6 +208,7 @@ impl Bus {
             .spawn(move || device.main())
             .map_err(|fault| DeviceError::Thread(id, fault))?;
         Ok(Handle {
+            since: Instant::now(),
             mailbox: Arc::clone(mailbox),
             monitor,
             thread: Mutex::new(Some(thread)),
@@ -310,6 +314,7 @@ impl Bus {
             .map(|(id, handle)| DeviceInfo {
                 id: *id,
                 phase: handle.mailbox.phase(),
+                since: handle.since,
                 counters: handle.monitor.counters(),
                 trouble: handle.monitor.trouble(),
             })

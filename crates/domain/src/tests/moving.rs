@@ -1,5 +1,6 @@
 //! Domains that move: what they show to another host, and what they let go of for it.
 
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::time::{Duration, Instant};
 
 use hospes_image::OpenSpec;
@@ -48,12 +49,10 @@ fn passport_is_admitted_where_the_domain_could_live() {
     assert!(matches!(d.passport(), Err(RequestError::Ended(_))));
 }
 
-#[test]
-fn disks_are_free_while_they_are_let_go() {
-    let d = idle();
-    let file = KernelFile::new();
+/// A disk of 1 MiB in this file.
+fn disk_in(file: &KernelFile) -> DiskSpec {
     std::fs::write(&file.0, vec![0; 1 << 20]).unwrap();
-    let disk = DiskSpec {
+    DiskSpec {
         devid: 51712,
         vdev: "xvda".to_owned(),
         target: file.0.clone(),
@@ -63,8 +62,34 @@ fn disks_are_free_while_they_are_let_go() {
         discard: true,
         direct: false,
         trusted: true,
+    }
+}
+
+#[test]
+fn suspend_waits_until_a_new_device_is_connected_or_gone() {
+    let d = idle();
+    let file = KernelFile::new();
+    d.unpause();
+    d.attach_disk(&disk_in(&file)).unwrap();
+    let node = "/local/domain/3/control/shutdown";
+    let is_asked = || d.store().read_text(node).as_deref() == Some("suspend");
+    let (looks, asked) = (AtomicU32::new(0), AtomicBool::new(false));
+    let look = || {
+        let look = looks.fetch_add(1, SeqCst);
+        if look == 5 {
+            assert!(!is_asked(), "the guest has not found its disk yet");
+            d.detach(frame::Kind::Vbd, 51712, true).unwrap();
+        }
+        asked.fetch_or(look > 5 && is_asked(), SeqCst)
     };
-    d.attach_disk(&disk).unwrap();
+    assert!(matches!(d.suspend(&look), Err(RequestError::TakenBack)));
+}
+
+#[test]
+fn disks_are_free_while_they_are_let_go() {
+    let d = idle();
+    let file = KernelFile::new();
+    d.attach_disk(&disk_in(&file)).unwrap();
     let open = || {
         hospes_image::open(&OpenSpec {
             path: file.0.clone(),
