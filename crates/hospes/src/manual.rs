@@ -21,14 +21,15 @@ fn escape(text: &str) -> String {
 }
 
 fn paragraphs(page: &mut String, text: &str) {
-    for paragraph in text.split("\n\n").filter(|text| !text.is_empty()) {
-        // Writing to a string does not fail.
-        let _ = writeln!(page, "{}\n.PP", escape(paragraph));
-    }
+    let paragraphs: Vec<String> = text.split("\n\n").map(escape).collect();
+    // Writing to a string does not fail.
+    let _ = writeln!(page, "{}", paragraphs.join("\n.PP\n"));
 }
 
 fn item(page: &mut String, tag: &str, text: &str) {
-    let _ = writeln!(page, ".TP\n.B {}\n{}", escape(tag), escape(text));
+    // A line may end between words to choose from: some lists of them are longer than lines are.
+    let tag = escape(tag).replace('|', "|\\:");
+    let _ = writeln!(page, ".TP\n.B {tag}\n{}", escape(text));
 }
 
 fn title(name: &str, section: u8) -> String {
@@ -59,12 +60,14 @@ pub(crate) fn hospes_1() -> String {
     for command in COMMANDS {
         let usage = format!("{} {}", command.name, command.arguments);
         let _ = writeln!(page, ".SS {}", escape(usage.trim_end()));
-        let _ = writeln!(page, "{}.\n.PP", escape(command.summary));
+        let _ = writeln!(page, "{}.", escape(command.summary));
         for option in command.options {
             item(&mut page, &option.usage(), option.help);
         }
-        page.push_str(".PP\n");
-        paragraphs(&mut page, command.details);
+        if !command.details.is_empty() {
+            page.push_str(".PP\n");
+            paragraphs(&mut page, command.details);
+        }
     }
     page.push_str(".SH EXIT STATUS\n");
     for (status, meaning) in [
@@ -244,11 +247,11 @@ pub(crate) fn hospes_cfg_5() -> String {
         item(&mut page, name, meaning);
     }
     page.push_str(".SH KEYS WITHOUT EFFECT\n");
+    let introduction = "These keys of xl.cfg(5) are understood, checked for their form and have no effect; a note says so.";
     paragraphs(
         &mut page,
-        "These keys of xl.cfg(5) are understood, checked for their form and have no effect; a note says so.",
+        &format!("{introduction}\n\n{}", ignored.join(", ")),
     );
-    paragraphs(&mut page, &ignored.join(", "));
     page.push_str(".SH SEE ALSO\n.BR hospes (1)\n");
     page
 }
@@ -275,6 +278,20 @@ mod tests {
                 "{} is not described",
                 key.name
             );
+        }
+    }
+
+    #[test]
+    fn pages_have_no_empty_paragraph_and_no_line_that_cannot_end() {
+        for page in [hospes_1(), hospes_cfg_5()] {
+            let lines: Vec<&str> = page.lines().collect();
+            for pair in lines.windows(2).filter(|pair| pair[0] == ".PP") {
+                assert!(!pair[1].starts_with('.'), "{pair:?}");
+            }
+            for tag in lines.iter().filter(|line| line.starts_with(".B ")) {
+                let words = tag.split([' ', ':']);
+                assert!(words.map(str::len).all(|bytes| bytes < 60), "{tag}");
+            }
         }
     }
 
