@@ -548,8 +548,8 @@ pub(crate) const COMMANDS: &[Command] = &[
         name: "network-attach",
         arguments: "DOMAIN [KEY=VALUE...]",
         summary: "Give a running domain another network interface",
-        details: "The keys are those of vif= in the configuration file: mac, bridge, ip, script, vifname, rate, mtu, gatewaydev, backend, type, devid, \
-                  trusted. The interface stays through reboots of the domain.",
+        details: "The keys are those of vif= in the configuration file: mac, bridge, ip, script, vifname, rate, mtu, gatewaydev, backend, type, model, \
+                  devid, trusted, untrusted. The interface stays through reboots of the domain.",
         min: 1,
         max: MANY,
         dry_run: true,
