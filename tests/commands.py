@@ -348,6 +348,7 @@ def images_on_loop_devices_are_in_use(bench):
     bench.refused(f"loop device {device}", "block-attach", "looped", f"{image},raw,xvdb,w")
     bench.hospes("block-attach", "looped", f"{device},raw,xvdb,w")
     bench.refused("is locked by domain", "block-attach", "looped", f"{image},raw,xvdc,w")
+    bench.refused("it has the image already", "block-attach", "looped", f"{device},raw,xvdc,w")
     shell.off()
 
 

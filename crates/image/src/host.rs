@@ -12,7 +12,7 @@ use rustix::fs::FallocateFlags;
 use rustix::io::retry_on_intr;
 
 use crate::error::{ImageError, is_full};
-use crate::lock::{Lock, Target, identity_of, recorded_holder};
+use crate::lock::{HAS_IT, Lock, Target, identity_of, recorded_holder};
 use crate::storage::{ALIGNMENT, Aligned, Storage, copy_from, copy_to, fill_zero, part};
 use crate::types::Buffer;
 
@@ -80,6 +80,7 @@ impl HostFile {
         let cached = options(read_only, exclusive).open(path).map_err(|error| {
             if block && error.raw_os_error() == Some(libc::EBUSY) {
                 let (holder, advice) = match recorded_holder(identity_of(&kind)) {
+                    Some(holder) if lock_owner == Some(&holder) => (holder, HAS_IT),
                     Some(holder) => (holder, "shut it down or attach it read-only to both"),
                     None => (
                         "the host, which has it mounted or in use".to_owned(),

@@ -195,9 +195,7 @@ impl Target<'_> {
             path: self.path.to_owned(),
             holder,
             advice: match (write, by_writer) {
-                _ if own => {
-                    "it has the image already, as another disk or below one; only disks that are all read-only can share it"
-                }
+                _ if own => HAS_IT,
                 (true, false) => "shut it down or attach it read-only",
                 (true, true) => "shut it down or attach it read-only to both",
                 (false, _) => "it writes to the disk, so shut it down first",
@@ -227,6 +225,9 @@ impl Target<'_> {
         None
     }
 }
+
+/// What a domain is told that wants an image twice.
+pub(crate) const HAS_IT: &str = "it has the image already, as another disk or below one; only disks that are all read-only can share it";
 
 fn prefix(identity: (u64, u64)) -> String {
     format!("{:x}-{:x}.", identity.0, identity.1)
