@@ -99,6 +99,8 @@ pub enum BuildError {
     NoUserNamespace { tail: String },
     #[error("{path} is no public key of SSH: give the file that ends in .pub")]
     NoPublicKey { path: PathBuf },
+    #[error("the first line of {path} is empty: write root's password there")]
+    NoPassword { path: PathBuf },
     #[error("interrupted: no image has been made, and what was begun is removed")]
     Interrupted,
 }
@@ -312,11 +314,10 @@ fn bootstrap(recipe: &Recipe, unfinished: &Unfinished) -> Result<Program, BuildE
         &Archives::of_this_machine(),
     ));
     let password = match &recipe.password_file {
-        Some(path) => read_text(path)?
-            .lines()
-            .next()
-            .unwrap_or_default()
-            .to_string(),
+        Some(path) => match read_text(path)?.lines().next() {
+            None | Some("") => return Err(BuildError::NoPassword { path: path.clone() }),
+            Some(password) => password.to_string(),
+        },
         None => String::new(),
     };
     let run = match &recipe.run {

@@ -180,6 +180,23 @@ fn image_debian_takes_public_keys_alone() {
     assert!(written.contains("ssh-ed25519 AAAA me"), "{written}");
 }
 
+#[test]
+fn image_debian_takes_no_empty_password() {
+    let bench = Bench::new();
+    let path = bench.path("web.img").display().to_string();
+    let password = bench.path("password").display().to_string();
+    for (text, wrong) in [("", true), ("\nsecret\n", true), ("secret", false)] {
+        fs::write(&password, text).expect("writable");
+        let script = format!("{WORKS}; echo $PASSWORD >$INITRD");
+        let output = image(&bench, &script, &["--root-password-file", &password, &path]);
+        let said = said(&output);
+        assert_eq!(output.status.success(), !wrong, "{said}");
+        assert_eq!(said.contains("/password is empty"), wrong, "{said}");
+    }
+    let written = fs::read_to_string(bench.path("web.initrd")).expect("made");
+    assert_eq!(written, "secret\n");
+}
+
 const NOTHING: [&str; 0] = [];
 
 /// What mmdebstrap is like in the middle: a tree with a mount where it may make one, files beside it, and children. A request to end makes it
