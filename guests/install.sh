@@ -69,6 +69,8 @@ for purpose; do
         lints
         # The oracle of the tests of disk images.
         have qemu-img || install_packages qemu-utils
+        # Reads the completion script that is made for it.
+        have fish || install_packages fish
         # The clients of the tests of the store.
         have xenstore-ls || install_packages xenstore-utils
         # The tests that make networks in namespaces of their own, which needs root.

@@ -129,11 +129,14 @@ fn zsh_text(text: &str) -> String {
         .replace(':', "\\:")
 }
 
+/// Leaves the names of what `vm-list` prints, with the spaces in them.
+const NAMES_ALONE: &str = r"sed -n '2,$s/^[^ ]* *[^ ]* *\(.*[^ ]\) *$/\1/p'";
+
 pub(crate) fn zsh() -> String {
-    let mut script = String::from(
+    let mut script = format!(
         "#compdef hospes xl\n# Completions of hospes and xl for zsh.\n\
-         _hospes_domains() {\n    local -a names\n    names=(${(f)\"$($words[1] vm-list 2>/dev/null | awk 'NR > 1 { print $3 }')\"})\n    \
-         compadd -a names\n}\n\n_hospes() {\n    local program=$words[1] context state line\n    local -a commands\n    commands=(\n",
+         _hospes_domains() {{\n    local -a names\n    names=(${{(f)\"$($words[1] vm-list 2>/dev/null | {NAMES_ALONE})\"}})\n    \
+         compadd -a names\n}}\n\n_hospes() {{\n    local program=$words[1] context state line\n    local -a commands\n    commands=(\n",
     );
     for command in COMMANDS {
         let _ = writeln!(
@@ -202,9 +205,9 @@ fn fish_text(text: &str) -> String {
 }
 
 pub(crate) fn fish() -> String {
-    let mut script = String::from(
-        "# Completions of hospes and xl for fish.\nfunction __hospes_domains\n    \
-         (commandline -opc)[1] vm-list 2>/dev/null | awk 'NR > 1 { print $3 }'\nend\n\n",
+    let mut script = format!(
+        "# Completions of hospes and xl for fish.\nfunction __hospes_domains\n    set -l words (commandline -opc)\n    \
+         $words[1] vm-list 2>/dev/null | {NAMES_ALONE}\nend\n\n",
     );
     for program in ["hospes", "xl"] {
         let _ = writeln!(script, "complete -c {program} -f");

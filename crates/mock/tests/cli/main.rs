@@ -2,6 +2,7 @@
 
 mod command_line;
 mod common;
+mod completions;
 mod console;
 mod destroy;
 mod devices;
