@@ -444,6 +444,45 @@ def script_is_called_as_xen_calls_it(run):
     expect_clean(run)
 
 
+def script_that_hangs_ends_with_its_domain(run):
+    script, started = os.path.join(run.path, "vif-hangs"), pathlib.Path(run.path, "started")
+    for when, why in (("online", "its domain was destroyed"), ("offline", "its domain was destroyed and it did not end soon")):
+        started.unlink(missing_ok=True)
+        with open(script, "w", encoding="utf-8") as handle:
+            handle.write(f"#!/bin/sh\n[ $1 = {when} ] || exit 0\nsleep 1000 &\necho $! >{started}\nwait\n")
+        os.chmod(script, 0o755)
+        command = [vm.hospes_binary(), "create", "-q", "-p", "/dev/null", 'name="hangs"', f'kernel="{vm.GUESTS}/vmlinuz-cloud"', "memory=256",
+                   f"vif=['script={script}']"]
+        with subprocess.Popen(command, env=run.environment(), stderr=subprocess.PIPE, text=True) as creating:
+            if when == "offline":
+                expect(creating.wait(ANSWER_S) == 0, "the domain cannot be made")
+            else:
+                wait_until(started.exists, "the script does not run")
+            done = run.hospes("destroy", "hangs")
+            expect(done.returncode == 0, f"destroy failed: {done.stderr}")
+            said = creating.communicate(timeout=ANSWER_S)[1]
+        log = pathlib.Path(run.path, "state/hangs.log").read_text(encoding="utf-8")
+        expect(f"{script} failed: it was killed, for {why}" in log, f"the log does not tell of the script: {log}")
+        expect(when == "offline" or f"{script} failed: it was killed" in said, f"create does not tell of the script: {said}")
+        wait_until(lambda: is_over(int(started.read_text(encoding="ascii"))), "what the script started lives on")
+    expect_clean(run)
+
+
+def is_over(pid):
+    """Whether a process has ended, even where nobody has asked for its status."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def wait_until(is_so, otherwise):
+    deadline = time.monotonic() + ANSWER_S
+    while not is_so():
+        expect(time.monotonic() < deadline, otherwise)
+        time.sleep(0.1)
+
+
 PASST = """#!/bin/sh
 [ -e {refuse} ] && echo no way >&2 && exit 1
 exec {passt} "$@"
@@ -505,8 +544,8 @@ def comes_and_goes_while_the_guest_runs(run):
 TESTS = (
     guests_find_host_and_each_other, carries_much_and_unharmed, top_shows_what_guests_send_and_receive, rate_is_what_one_flow_gets,
     outside_is_reached_but_does_not_reach, guest_speaks_for_itself_only, killed_leave_nothing_for_good, reboot_keeps_the_address, bridge_is_used_as_it_is,
-    bridge_of_xen_needs_no_script, script_is_called_as_xen_calls_it, user_mode_needs_no_interface, driver_starts_over,
-    comes_and_goes_while_the_guest_runs,
+    bridge_of_xen_needs_no_script, script_is_called_as_xen_calls_it, script_that_hangs_ends_with_its_domain, user_mode_needs_no_interface,
+    driver_starts_over, comes_and_goes_while_the_guest_runs,
 )
 
 

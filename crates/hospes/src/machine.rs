@@ -10,6 +10,7 @@ use hospes_domain::{
     Domain, DomainSpec, EndReason, EngineFactory, Level, Live, LivePolicy, Share, ShutdownKind,
     Wish,
 };
+use hospes_hostnet::Script;
 use hospes_toolstack::{
     self as toolstack, Affinity, DeviceKind, LiveRound, Machine, MachineError, MachineInfo,
     MachineSpec, Piece, SaveStream, SavedStream, Traffic, VcpuInfo, Waiting,
@@ -141,8 +142,12 @@ fn make(
         weight: scheduling.weight.unwrap_or(Share::default().weight),
         cap: scheduling.cap.unwrap_or(Share::default().cap),
     })?;
-    vifs::bring_online(&scripts)?;
-    Ok(Arc::new(Running(domain, plug, Mutex::default())))
+    Ok(Arc::new(Running {
+        domain,
+        plug,
+        live: Mutex::default(),
+        scripts,
+    }))
 }
 
 fn level(config: &DomainConfig) -> Level {
@@ -191,22 +196,32 @@ fn place(domain: &Domain, config: &DomainConfig) -> Result<(), MachineError> {
     Ok(())
 }
 
-struct Running(Domain, Plug, Mutex<Option<Live>>);
+struct Running {
+    domain: Domain,
+    plug: Plug,
+    live: Mutex<Option<Live>>,
+    /// Of the interfaces that it is made with.
+    scripts: Vec<Script>,
+}
 
 impl Running {
     /// What was sent of a guest that runs, until it is saved. A thread that panicked while holding it left a value that is valid.
     fn live(&self) -> MutexGuard<'_, Option<Live>> {
-        self.2.lock().unwrap_or_else(PoisonError::into_inner)
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Machine for Running {
+    fn make_ready(&self) -> Result<(), MachineError> {
+        vifs::bring_online(&self.scripts)
+    }
+
     fn unpause(&self) {
-        self.0.unpause();
+        self.domain.unpause();
     }
 
     fn pause(&self) {
-        self.0.pause();
+        self.domain.pause();
     }
 
     fn request_shutdown(&self, kind: toolstack::ShutdownKind) -> Result<(), MachineError> {
@@ -214,25 +229,26 @@ impl Machine for Running {
             toolstack::ShutdownKind::Poweroff => ShutdownKind::PowerOff,
             toolstack::ShutdownKind::Reboot => ShutdownKind::Reboot,
         };
-        Ok(self.0.request_shutdown(kind)?)
+        Ok(self.domain.request_shutdown(kind)?)
     }
 
     fn destroy(&self) {
-        self.0.destroy();
+        self.plug.hurry();
+        self.domain.destroy();
     }
 
     fn leave(&self) {
-        self.0.leave();
+        self.domain.leave();
     }
 
     fn give_up_devices(&self) {
-        self.0.give_up_devices();
+        self.domain.give_up_devices();
     }
 
     fn wait(&self) -> toolstack::EndReason {
-        let reason = self.0.wait();
+        let reason = self.domain.wait();
         // One that is preserved, or started again under another id, must not hold its address on the network.
-        self.0.detach_vifs();
+        self.domain.detach_vifs();
         match reason {
             EndReason::PowerOff => toolstack::EndReason::Poweroff,
             EndReason::Reboot => toolstack::EndReason::Reboot,
@@ -244,10 +260,10 @@ impl Machine for Running {
     }
 
     fn info(&self) -> MachineInfo {
-        let info = self.0.info();
+        let info = self.domain.info();
         MachineInfo {
             memory_kib: info.memory_kib,
-            promised_kib: self.0.promised_kib(),
+            promised_kib: self.domain.promised_kib(),
             vcpus_online: info.vcpus_online,
             cpu_time_ns: info.cpu_time_ns,
             running: info.state.running,
@@ -257,7 +273,7 @@ impl Machine for Running {
     }
 
     fn traffic(&self) -> Traffic {
-        let devices = self.0.devices();
+        let devices = self.domain.devices();
         let counters = devices
             .iter()
             .map(|device| (device.id.kind, &device.counters[..]));
@@ -265,7 +281,7 @@ impl Machine for Running {
     }
 
     fn waiting(&self) -> Vec<Waiting> {
-        let devices = self.0.devices().into_iter();
+        let devices = self.domain.devices().into_iter();
         let troubled = devices.filter_map(|device| {
             Some(Waiting {
                 kind: match device.id.kind {
@@ -280,12 +296,12 @@ impl Machine for Running {
     }
 
     fn send_sysrq(&self, key: char) -> Result<(), MachineError> {
-        Ok(self.0.send_sysrq(key)?)
+        Ok(self.domain.send_sysrq(key)?)
     }
 
     fn trigger(&self, trigger: toolstack::Trigger, vcpu: u32) -> Result<(), MachineError> {
         match trigger {
-            toolstack::Trigger::Nmi if self.0.raise_nmi(VcpuId(vcpu)) => Ok(()),
+            toolstack::Trigger::Nmi if self.domain.raise_nmi(VcpuId(vcpu)) => Ok(()),
             toolstack::Trigger::Nmi => {
                 Err(format!("there is no vCPU {vcpu}: see the list of vCPUs").into())
             }
@@ -302,8 +318,8 @@ impl Machine for Running {
     }
 
     fn rename(&self, name: &str) -> Result<(), MachineError> {
-        let store = self.0.store();
-        let path = hospes_store::domain_path(self.0.info().domid);
+        let store = self.domain.store();
+        let path = hospes_store::domain_path(self.domain.info().domid);
         store.write(&format!("{path}/name"), name.as_bytes())?;
         if let Some(vm) = store.read_text(&format!("{path}/vm")) {
             store.write(&format!("{vm}/name"), name.as_bytes())?;
@@ -312,13 +328,13 @@ impl Machine for Running {
     }
 
     fn become_another(&self, name: &str, uuid: Uuid) -> Result<(), MachineError> {
-        let nodes = hospes_store::identity_nodes(self.0.info().domid, &uuid.to_string(), name);
-        Ok(self.0.store().write_all(&nodes)?)
+        let nodes = hospes_store::identity_nodes(self.domain.info().domid, &uuid.to_string(), name);
+        Ok(self.domain.store().write_all(&nodes)?)
     }
 
     fn vcpus(&self) -> Vec<VcpuInfo> {
         let text = |affinity: &Affinity| affinity.as_ref().map(ToString::to_string);
-        let vcpus = self.0.vcpus().into_iter();
+        let vcpus = self.domain.vcpus().into_iter();
         vcpus
             .map(|v| VcpuInfo {
                 vcpu: v.id.0,
@@ -339,80 +355,82 @@ impl Machine for Running {
         hard: Option<&Affinity>,
         soft: Option<&Affinity>,
     ) -> Result<(), MachineError> {
-        Ok(self.0.pin(vcpu.map(VcpuId), hard, soft)?)
+        Ok(self.domain.pin(vcpu.map(VcpuId), hard, soft)?)
     }
 
     fn share(&self) -> toolstack::Share {
-        let Share { weight, cap } = self.0.share();
+        let Share { weight, cap } = self.domain.share();
         toolstack::Share { weight, cap }
     }
 
     fn set_share(&self, share: toolstack::Share) -> Result<(), MachineError> {
         let toolstack::Share { weight, cap } = share;
-        Ok(self.0.set_share(Share { weight, cap })?)
+        Ok(self.domain.set_share(Share { weight, cap })?)
     }
 
     fn set_vcpus(&self, online: u32) -> Result<(), MachineError> {
-        Ok(self.0.set_vcpus(online)?)
+        Ok(self.domain.set_vcpus(online)?)
     }
 
     fn set_memory_target(&self, kib: u64, promised: &dyn Fn() -> u64) -> Result<(), MachineError> {
-        Ok(self.0.set_memory_target(kib, promised)?)
+        Ok(self.domain.set_memory_target(kib, promised)?)
     }
 
     fn set_memory_max(&self, kib: u64, promised: &dyn Fn() -> u64) -> Result<(), MachineError> {
-        Ok(self.0.set_memory_max(kib, promised)?)
+        Ok(self.domain.set_memory_max(kib, promised)?)
     }
 
     fn attach_disk(&self, disk: &DiskConfig) -> Result<(), MachineError> {
         match devices::disk_spec(disk)? {
-            Some(disk) => Ok(self.0.attach_disk(&disk)?),
+            Some(disk) => Ok(self.domain.attach_disk(&disk)?),
             None => Err("an empty drive cannot be attached: give the path of an image".into()),
         }
     }
 
     fn attach_vif(&self, vif: &VifConfig) -> Result<(), MachineError> {
-        let (vif, script) = self.1.one(vif)?;
+        let (vif, script) = self.plug.one(vif)?;
         let devid = vif.devid;
-        self.0.attach_vif(vif)?;
+        self.domain.attach_vif(vif)?;
         vifs::bring_online(&script).inspect_err(|_| {
             // The error that counts is the script's.
-            let _ = self.0.detach(Kind::Vif, devid, true);
+            let _ = self.domain.detach(Kind::Vif, devid, true);
         })
     }
 
     fn detach_device(&self, kind: DeviceKind, devid: u32, force: bool) -> Result<(), MachineError> {
-        Ok(self.0.detach(devices::kind(kind), devid, force)?)
+        Ok(self.domain.detach(devices::kind(kind), devid, force)?)
     }
 
     fn resize_disk(&self, devid: u32, bytes: u64) -> Result<(), MachineError> {
-        Ok(self.0.resize_disk(devid, bytes)?)
+        Ok(self.domain.resize_disk(devid, bytes)?)
     }
 
     fn change_medium(&self, disk: &DiskConfig) -> Result<(), MachineError> {
         // To a PVH guest a drive is its medium: another medium is another disk in the same place.
         let medium = devices::disk_spec(disk)?;
-        Ok(self.0.replace_disk(disk.vdev.number, medium.as_ref())?)
+        Ok(self
+            .domain
+            .replace_disk(disk.vdev.number, medium.as_ref())?)
     }
 
     fn dump_core(&self, piece: Piece<'_>) -> Result<u64, MachineError> {
-        Ok(self.0.dump_core(piece)?)
+        Ok(self.domain.dump_core(piece)?)
     }
 
     fn describe(&self) -> String {
-        devices::describe(&self.info(), &self.0.devices())
+        devices::describe(&self.info(), &self.domain.devices())
     }
 
     fn suspend(&self, given_up: &dyn Fn() -> bool) -> Result<(), MachineError> {
-        Ok(self.0.suspend(given_up)?)
+        Ok(self.domain.suspend(given_up)?)
     }
 
     fn is_suspended(&self) -> bool {
-        self.0.is_suspended()
+        self.domain.is_suspended()
     }
 
     fn has_ended(&self) -> bool {
-        self.0.end_reason().is_some()
+        self.domain.end_reason().is_some()
     }
 
     fn send_live(
@@ -422,7 +440,7 @@ impl Machine for Running {
         given_up: &dyn Fn() -> bool,
     ) -> Result<(), MachineError> {
         let policy = LivePolicy::default();
-        let live = self.0.send_live(to, policy, progress, given_up)?;
+        let live = self.domain.send_live(to, policy, progress, given_up)?;
         *self.live() = Some(live);
         Ok(())
     }
@@ -433,30 +451,30 @@ impl Machine for Running {
 
     fn save(&self, to: &mut SaveStream<'_>) -> Result<(), MachineError> {
         let live = self.live().take();
-        Ok(self.0.save(to, live)?)
+        Ok(self.domain.save(to, live)?)
     }
 
     fn resume(&self) {
-        self.0.resume();
+        self.domain.resume();
     }
 
     fn passport(&self) -> Result<String, MachineError> {
-        Ok(self.0.passport()?)
+        Ok(self.domain.passport()?)
     }
 
     fn let_go(&self) -> Result<(), MachineError> {
-        Ok(self.0.let_go_of_devices()?)
+        Ok(self.domain.let_go_of_devices()?)
     }
 
     fn take_again(&self) -> Result<(), MachineError> {
-        Ok(self.0.take_devices_again()?)
+        Ok(self.domain.take_devices_again()?)
     }
 
     fn end_saved(&self) -> bool {
-        self.0.end_saved()
+        self.domain.end_saved()
     }
 
     fn console_input(&self, bytes: &[u8]) -> usize {
-        self.0.console().write_input(bytes)
+        self.domain.console().write_input(bytes)
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use hospes_config::{DomainConfig, VifConfig, VifKind};
 use hospes_domain::VifSpec;
 use hospes_domain::net::{Again, Guard, NetConfig, Rate, Renew, Wire};
-use hospes_hostnet::{self as hostnet, Action, Network, Request, Script};
+use hospes_hostnet::{self as hostnet, Action, Haste, Network, Request, Script};
 use hospes_toolstack::{self as toolstack, MachineError, Paths};
 use hospes_units::DomId;
 
@@ -25,6 +25,7 @@ pub struct Plug {
     domain: String,
     vcpus: u32,
     run_directory: PathBuf,
+    haste: Haste,
 }
 
 impl Plug {
@@ -37,7 +38,13 @@ impl Plug {
             domain: config.name.clone(),
             vcpus: config.maxvcpus,
             run_directory,
+            haste: Haste::default(),
         })
+    }
+
+    /// The domain is destroyed, and no script is to keep it for long.
+    pub fn hurry(&self) {
+        self.haste.hurry();
     }
 
     /// All interfaces of a configuration, and the scripts to run once the domain has them.
@@ -91,7 +98,8 @@ impl Plug {
             .map(|(program, interface)| {
                 let path = format!("/local/domain/0/backend/vif/{}/{devid}", self.domid);
                 let bridge = vif.bridge.as_deref();
-                Script::new(program, &path, interface, bridge, vif.netdev.as_deref())
+                let netdev = vif.netdev.as_deref();
+                Script::new(program, &path, interface, bridge, netdev, &self.haste)
             });
         let own_v4 = port.ip.map(|ip| (ip.into(), 32));
         let own_v6 = port.network_v6.map(|(ip, prefix)| (ip.into(), prefix));

@@ -31,7 +31,7 @@ use std::sync::Arc;
 
 pub use mac::{MAC_PREFIX, random_mac};
 pub use nat::sweep;
-pub use script::{Action, Script};
+pub use script::{Action, Haste, Script};
 pub use subnet::mac_text;
 
 use netlink::Netlink;

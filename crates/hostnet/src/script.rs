@@ -1,6 +1,8 @@
 //! Hot-plug scripts of administrators, called as Xen's tools call them (xl-network-configuration(5), `script`).
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use crate::Error;
 use crate::tools::{self, run_with};
@@ -10,6 +12,34 @@ const DIRECTORY: &str = "/etc/xen/scripts";
 
 /// Xen's own script for bridges: it puts the tap on the bridge, as [`open`](crate::open) does without it.
 const BRIDGE_SCRIPT: &str = "vif-bridge";
+
+/// How long those scripts may take, all together, that put in order what a destroyed domain leaves: less than `destroy` waits before it kills the domain's process.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// What each of them has at least.
+const FAREWELL_EACH: Duration = Duration::from_secs(1);
+
+/// What scripts are told of their domain, also while they run: that it is destroyed.
+#[derive(Clone, Debug, Default)]
+pub struct Haste(Arc<OnceLock<Instant>>);
+
+impl Haste {
+    /// The domain is destroyed: a script that makes a device ready is killed, others are when their time is over.
+    pub fn hurry(&self) {
+        self.0.get_or_init(Instant::now);
+    }
+
+    /// Why a script that has run for so long is to be killed, where it is.
+    fn over(&self, action: Action, ran: Duration) -> Option<String> {
+        let destroyed = self.0.get()?.elapsed();
+        match action {
+            Action::Online => Some("it was killed, for its domain was destroyed".into()),
+            Action::Offline if destroyed >= FAREWELL && ran >= FAREWELL_EACH => {
+                Some("it was killed, for its domain was destroyed and it did not end soon".into())
+            }
+            Action::Offline => None,
+        }
+    }
+}
 
 /// What happens to the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +57,7 @@ pub struct Script {
     interface: String,
     bridge: Option<String>,
     gateway_device: Option<String>,
+    haste: Haste,
 }
 
 impl Script {
@@ -36,6 +67,7 @@ impl Script {
         interface: &str,
         bridge: Option<&str>,
         gateway_device: Option<&str>,
+        haste: &Haste,
     ) -> Script {
         Script {
             program: Path::new(DIRECTORY).join(program),
@@ -43,6 +75,7 @@ impl Script {
             interface: interface.to_owned(),
             bridge: bridge.map(str::to_owned),
             gateway_device: gateway_device.map(str::to_owned),
+            haste: haste.clone(),
         }
     }
 
@@ -61,9 +94,9 @@ impl Script {
         &self.program
     }
 
-    /// Runs the script to its end.
+    /// Runs the script to its end. One that takes too long is killed, with what it started.
     pub fn run(&self, action: Action) -> Result<(), Error> {
-        let action = match action {
+        let word = match action {
             Action::Online => "online",
             Action::Offline => "offline",
         };
@@ -82,8 +115,11 @@ impl Script {
             environment.push(("netdev", device));
             environment.push(("gatewaydev", device));
         }
-        let arguments = [action, "type_if=vif"];
-        run_with(&self.program, &arguments, "", &environment, tools::RUN)
+        let arguments = [word, "type_if=vif"];
+        run_with(&self.program, &arguments, "", &environment, |ran| {
+            let hurried = self.haste.over(action, ran);
+            hurried.or_else(|| tools::over(ran, tools::RUN))
+        })
     }
 }
 
@@ -95,10 +131,10 @@ mod tests {
 
     #[test]
     fn script_without_a_path_is_xens() {
-        let script = Script::new("vif-route", "b", "vif1.0", None, None);
+        let script = Script::new("vif-route", "b", "vif1.0", None, None, &Haste::default());
         assert_eq!(script.program(), Path::new("/etc/xen/scripts/vif-route"));
         assert_eq!(
-            Script::new("/x/y", "b", "v", None, None).program(),
+            Script::new("/x/y", "b", "v", None, None, &Haste::default()).program(),
             Path::new("/x/y")
         );
     }
@@ -119,30 +155,93 @@ mod tests {
         assert!(Script::is_installed("/"));
     }
 
+    /// A script with this text in a directory of its own.
+    struct Written {
+        directory: PathBuf,
+        haste: Haste,
+    }
+
+    impl Written {
+        fn new(test: &str, text: &str) -> Written {
+            let name = format!("hospes-script-{test}-{}", std::process::id());
+            let directory = std::env::temp_dir().join(name);
+            std::fs::create_dir_all(&directory).unwrap();
+            let program = directory.join("s");
+            std::fs::write(
+                &program,
+                format!("#!/bin/sh\ncd {}\n{text}\n", directory.display()),
+            )
+            .unwrap();
+            std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+            let haste = Haste::default();
+            Written { directory, haste }
+        }
+
+        fn script(&self) -> Script {
+            let program = self.directory.join("s").display().to_string();
+            Script::new(&program, PATH, "vif1.0", Some("br"), None, &self.haste)
+        }
+
+        /// What it has written; waits until there is something.
+        fn said(&self) -> String {
+            loop {
+                let text = std::fs::read_to_string(self.directory.join("said"));
+                match text {
+                    Ok(text) if text.ends_with('\n') => return text.trim().to_owned(),
+                    _ => std::thread::sleep(Duration::from_millis(5)),
+                }
+            }
+        }
+    }
+
+    impl Drop for Written {
+        fn drop(&mut self) {
+            std::fs::remove_dir_all(&self.directory).unwrap();
+        }
+    }
+
+    const PATH: &str = "/local/domain/0/backend/vif/1/0";
+
     #[test]
     fn run_gives_the_environment_and_reports_failure() {
-        let directory = std::env::temp_dir().join(format!("hospes-script-{}", std::process::id()));
-        std::fs::create_dir_all(&directory).unwrap();
-        let (program, said) = (directory.join("s"), directory.join("said"));
-        let text = format!(
-            "#!/bin/sh\necho \"$@ $vif $XENBUS_PATH $bridge\" >{}\n[ $1 = online ] || {{ echo no way >&2; exit 3; }}\n",
-            said.display()
+        let written = Written::new(
+            "run",
+            "echo \"$@ $vif $XENBUS_PATH $bridge\" >said; [ $1 = online ] || { echo no way >&2; exit 3; }",
         );
-        std::fs::write(&program, text).unwrap();
-        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let path = "/local/domain/0/backend/vif/1/0";
-        let script = Script::new(
-            &program.display().to_string(),
-            path,
-            "vif1.0",
-            Some("br"),
-            None,
-        );
+        let script = written.script();
         script.run(Action::Online).unwrap();
-        let line = std::fs::read_to_string(&said).unwrap();
-        assert_eq!(line.trim(), format!("online type_if=vif vif1.0 {path} br"));
+        assert_eq!(
+            written.said(),
+            format!("online type_if=vif vif1.0 {PATH} br")
+        );
         let error = script.run(Action::Offline).unwrap_err().to_string();
         assert!(error.contains("no way"), "{error}");
-        std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn script_of_a_destroyed_domain_is_killed_with_what_it_started() {
+        for action in [Action::Online, Action::Offline] {
+            let written = Written::new("haste", "sleep 1000 & echo $! >said; wait");
+            let script = written.script();
+            let running = std::thread::spawn(move || script.run(action).unwrap_err().to_string());
+            let started = format!("/proc/{}/stat", written.said());
+            written.haste.hurry();
+            let error = running.join().unwrap();
+            assert!(error.contains("its domain was destroyed"), "{error}");
+            assert!(error.contains("hospes-script-haste"), "{error}");
+            // Killed, it may still have to be waited for by the process that takes orphans.
+            let ended = |stat: String| stat.contains(") Z ") || stat.contains(") X ");
+            while !std::fs::read_to_string(&started).map_or(true, ended) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
+
+    #[test]
+    fn script_that_puts_in_order_what_a_destroyed_domain_leaves_may_end() {
+        let written = Written::new("order", "sleep 0.3; echo done >said");
+        written.haste.hurry();
+        written.script().run(Action::Offline).unwrap();
+        assert_eq!(written.said(), "done");
     }
 }

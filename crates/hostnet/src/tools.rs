@@ -21,6 +21,8 @@ const END: Duration = Duration::from_secs(2);
 
 /// How long a program may take that is to end by itself.
 pub const RUN: Duration = Duration::from_secs(30);
+/// How often somebody is asked whether a program may go on.
+const MOMENT: Duration = Duration::from_millis(100);
 /// Bytes of what a program says that are looked at.
 const SAID_MAX: usize = 4096;
 
@@ -85,18 +87,26 @@ pub fn wait_for(child: &mut Child, most: Duration) -> io::Result<Option<ExitStat
     }
 }
 
-/// Runs a program to its end with `input`, in English; what it says on its error output is the error.
-pub fn run<S: AsRef<OsStr>>(program: &Path, arguments: &[S], input: &str) -> Result<(), Error> {
-    run_with(program, arguments, input, &[("LC_ALL", "C")], RUN)
+/// Why a program that has run for so long is to be killed, where it is.
+pub fn over(ran: Duration, most: Duration) -> Option<String> {
+    let seconds = most.as_secs();
+    (ran >= most).then(|| format!("it did not end within {seconds} seconds and was killed"))
 }
 
-/// As [`run`] with these variables in the environment. What takes longer than `most` is killed, with what it started.
+/// Runs a program to its end with `input`, in English; what it says on its error output is the error.
+pub fn run<S: AsRef<OsStr>>(program: &Path, arguments: &[S], input: &str) -> Result<(), Error> {
+    let english = [("LC_ALL", "C")];
+    run_with(program, arguments, input, &english, |ran| over(ran, RUN))
+}
+
+/// As [`run`] with these variables in the environment. While it runs `over` is asked now and then, with how long it has: for the reason that it gives the program is killed,
+/// with what it started.
 pub fn run_with<S: AsRef<OsStr>>(
     program: &Path,
     arguments: &[S],
     input: &str,
     environment: &[(&str, &str)],
-    most: Duration,
+    over: impl Fn(Duration) -> Option<String>,
 ) -> Result<(), Error> {
     let failed = |why: String| Error::Tool {
         program: program.display().to_string(),
@@ -114,12 +124,22 @@ pub fn run_with<S: AsRef<OsStr>>(
             .spawn()?;
         Ok((child, said))
     };
+    let begun = Instant::now();
     let (mut child, said) = start().map_err(|error: io::Error| failed(error.to_string()))?;
     if let Some(mut pipe) = child.stdin.take() {
         // A program that does not read its input says why by itself.
         let _ = pipe.write_all(input.as_bytes());
     }
-    let status = wait_for(&mut child, most).map_err(|error| failed(error.to_string()))?;
+    let mut killed = None;
+    let status = loop {
+        let status = wait_for(&mut child, MOMENT).map_err(|error| failed(error.to_string()))?;
+        if status.is_none() {
+            killed = over(begun.elapsed());
+        }
+        if status.is_some() || killed.is_some() {
+            break status;
+        }
+    };
     if status.is_none() {
         // Either fails only where it has just ended.
         let _ = rustix::process::kill_process_group(Pid::from_child(&child), Signal::KILL);
@@ -134,8 +154,7 @@ pub fn run_with<S: AsRef<OsStr>>(
         Some(_) => said,
         None => {
             let colon = if said.is_empty() { "" } else { ": " };
-            let seconds = most.as_secs();
-            format!("it did not end within {seconds} seconds and was killed{colon}{said}")
+            format!("{}{colon}{said}", killed.unwrap_or_default())
         }
     };
     Err(failed(why))
@@ -175,7 +194,9 @@ mod tests {
     use super::*;
 
     fn shell(text: &str, most: Duration) -> Result<(), String> {
-        run_with(Path::new("/bin/sh"), &["-c", text], "", &[], most).map_err(|e| e.to_string())
+        let arguments = ["-c", text];
+        let over = |ran| over(ran, most);
+        run_with(Path::new("/bin/sh"), &arguments, "", &[], over).map_err(|e| e.to_string())
     }
 
     #[test]

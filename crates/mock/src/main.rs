@@ -7,7 +7,8 @@
 //! for which a process that is asked to end gives it two seconds. A kernel that is no file is an error. It suspends itself when it is to be saved, unless it
 //! is paused, and what is saved of it is what it was told last; `broken` cannot be saved, and what is no text cannot be restored; its core is the same, and 4096 sevens behind a hole. To another host `foreign` is not
 //! admitted, `unwelcome` fails there, and `clings` fails when its devices are let go of, after which `restless` does not stay suspended; they cannot be had again while beside its kernel there is a file `.taken`.
-//! While there is a file `.lingering` its end is known to nobody who waits for it.
+//! While there is a file `.lingering` its end is known to nobody who waits for it, while there is one `.staying` it does not leave, and while there is one `.unready` it
+//! is not ready to start.
 #![forbid(unsafe_code)]
 
 use std::io::Write;
@@ -58,6 +59,10 @@ struct Mock {
     taken: PathBuf,
     /// While there is such a file nobody is told of its end.
     lingering: PathBuf,
+    /// While there is such a file it does not leave.
+    staying: PathBuf,
+    /// While there is such a file it is not ready to start.
+    unready: PathBuf,
 }
 
 impl Mock {
@@ -100,12 +105,28 @@ impl Mock {
     }
 }
 
+/// Waits while something is so, at most as long as one lingers.
+fn wait_while(is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + LINGER;
+    while is_so() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 fn say(state: &mut State, line: &str) {
     // The sink of the tool stack does not fail.
     let _ = writeln!(state.console, "{line}");
 }
 
 impl Machine for Mock {
+    fn make_ready(&self) -> Result<(), MachineError> {
+        wait_while(|| self.unready.exists() && !self.has_ended());
+        match self.has_ended() {
+            true => Err("it has ended before it was ready".into()),
+            false => Ok(()),
+        }
+    }
+
     fn unpause(&self) {
         let mut state = self.lock();
         state.paused = false;
@@ -138,6 +159,7 @@ impl Machine for Mock {
 
     fn leave(&self) {
         self.destroy();
+        wait_while(|| self.staying.exists());
         let membership = self.membership.lock();
         membership.unwrap_or_else(PoisonError::into_inner).take();
     }
@@ -154,10 +176,7 @@ impl Machine for Mock {
                 .unwrap_or_else(PoisonError::into_inner);
         };
         drop(state);
-        let deadline = Instant::now() + LINGER;
-        while self.lingers() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        wait_while(|| self.lingers());
         reason
     }
 
@@ -198,10 +217,7 @@ impl Machine for Mock {
             return Err("the image is bad".into());
         }
         if name == Some("slow".as_ref()) {
-            let deadline = Instant::now() + LINGER;
-            while self.taken.exists() && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(10));
-            }
+            wait_while(|| self.taken.exists());
         }
         let mut state = self.lock();
         if name == Some("stuck".as_ref()) {
@@ -503,6 +519,8 @@ fn make(
         deaf: spec.config.cmdline.contains("deaf"),
         taken: spec.config.kernel.with_extension("taken"),
         lingering: spec.config.kernel.with_extension("lingering"),
+        staying: spec.config.kernel.with_extension("staying"),
+        unready: spec.config.kernel.with_extension("unready"),
     }))
 }
 

@@ -57,8 +57,13 @@ pub struct MachineInfo {
     pub paused: bool,
 }
 
-/// One machine. It is made paused. All methods may be called from any thread and, but for [`Machine::wait`], return soon.
+/// One machine. It is made paused. All methods may be called from any thread and, but for [`Machine::wait`] and [`Machine::make_ready`], return soon.
 pub trait Machine: Send + Sync {
+    /// Does what is left to do before the guest may start, and what may take long: once, when commands reach the machine already. [`Machine::destroy`] cuts it short.
+    fn make_ready(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
     fn unpause(&self);
 
     fn pause(&self);

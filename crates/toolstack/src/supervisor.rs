@@ -67,6 +67,9 @@ pub(crate) enum StartError {
     Registry(#[from] crate::error::Error),
     #[error("{0}")]
     Machine(MachineError),
+    /// A command has destroyed it before it was there; with what that cut short.
+    #[error("{0}")]
+    Destroyed(MachineError),
 }
 
 /// The domain of this process, through all its restarts.
@@ -199,16 +202,32 @@ impl<'a> Supervisor<'a> {
         saved: Option<SavedStream>,
         standing: Standing,
     ) -> std::result::Result<Current, StartError> {
-        match self.build(&slot, record, saved, standing) {
-            Ok((server, instance)) => Ok(Current {
-                slot,
-                server,
-                instance,
-                started: Instant::now(),
-            }),
+        let (server, instance) = match self.build(&slot, record, saved, standing) {
+            Ok(built) => built,
             Err(fault) => {
                 self.release(slot);
-                Err(fault)
+                return Err(fault);
+            }
+        };
+        let ready = instance.machine().make_ready();
+        let current = Current {
+            slot,
+            server,
+            instance,
+            started: Instant::now(),
+        };
+        match ready {
+            Ok(()) => {
+                self.ending.set_instance(&current.instance);
+                Ok(current)
+            }
+            Err(fault) => {
+                let destroyed = current.instance.is_destroyed();
+                self.take_out(current);
+                Err(match destroyed {
+                    true => StartError::Destroyed(fault),
+                    false => StartError::Machine(fault),
+                })
             }
         }
     }
@@ -236,7 +255,6 @@ impl<'a> Supervisor<'a> {
             self.hub.clone(),
         ));
         instance.set_standing(standing);
-        self.ending.set_instance(&instance);
         let server = Server::start(slot.dir(), &instance, &self.hub, &self.ending)?;
         Ok((server, instance))
     }
@@ -377,12 +395,21 @@ impl<'a> Supervisor<'a> {
         let slot = self.registry.replace(slot, &record)?;
         if !instance.succeed(slot.domid()) {
             self.finish(slot, &instance);
+            self.close();
+            log!("Done. Exiting now");
             return Ok(None);
         }
         instance.wait_heard();
         // The old machine's memory has to be free before the new one asks for its own.
         drop(instance);
-        self.start_in(slot, record, None, Standing::Here).map(Some)
+        match self.start_in(slot, record, None, Standing::Here) {
+            Err(StartError::Destroyed(fault)) => {
+                log!("The domain was destroyed before it had started again: {fault}");
+                self.close();
+                Ok(None)
+            }
+            started => started.map(Some),
+        }
     }
 
     /// Gives the ended domain another name and starts a new one in a process of its own.
@@ -430,6 +457,13 @@ impl<'a> Supervisor<'a> {
 
     /// Ends the present domain id, and with it the process.
     fn end(&self, current: Current) {
+        self.take_out(current);
+        self.close();
+        log!("Done. Exiting now");
+    }
+
+    /// Ends a domain id, and lets those hear of it who wait for that.
+    fn take_out(&self, current: Current) {
         let Current {
             slot,
             server,
@@ -446,9 +480,7 @@ impl<'a> Supervisor<'a> {
     fn finish(&self, slot: Slot, instance: &Instance) {
         self.release(slot);
         instance.update(|progress| progress.gone = Some(None));
-        self.close();
         instance.wait_heard();
-        log!("Done. Exiting now");
     }
 
     fn close(&self) {

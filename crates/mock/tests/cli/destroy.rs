@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::process::Stdio;
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
@@ -101,4 +102,42 @@ fn destroy_with_all_connections_in_use_fails_and_says_why() {
         bench.run(&["destroy", "one"]).status.success()
     });
     assert_eq!(bench.row("one"), None);
+}
+
+#[test]
+fn destroy_that_comes_before_the_domain_is_ready_ends_it() {
+    let bench = Bench::new();
+    std::fs::write(bench.path("kernel.unready"), "").expect("writable");
+    let arguments = bench.creation("one", &["-q"]);
+    let creating = bench
+        .command()
+        .args(&arguments)
+        .stderr(Stdio::piped())
+        .spawn();
+    let creating = creating.expect("the program can be started");
+    until("it can be asked", || {
+        bench.domain_dir(1).join("control.sock").exists()
+    });
+    bench.ok(&["destroy", "one"]);
+    assert_eq!(bench.row("one"), None);
+    let ended = creating.wait_with_output().expect("a child");
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(3), "{said}");
+    assert!(said.contains("it has ended before it was ready"), "{said}");
+}
+
+#[test]
+fn destroy_that_comes_before_the_domain_is_ready_to_start_again_ends_it() {
+    let bench = Bench::new();
+    let mut creating = bench.spawn(&bench.creation("one", &["-q", "-c"]));
+    creating.expect("mock guest ready");
+    std::fs::write(bench.path("kernel.unready"), "").expect("writable");
+    creating.send("reboot\n");
+    until("it can be asked", || {
+        bench.domain_dir(2).join("control.sock").exists()
+    });
+    bench.ok(&["destroy", "one"]);
+    assert_eq!(bench.row("one"), None);
+    // That is what was asked for.
+    assert_eq!(creating.wait(), Some(0));
 }
