@@ -77,7 +77,9 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
     let current = match started {
         Ok(current) => current,
         Err(fault) => {
-            log!("{fault}");
+            if !fault.is_of_name() {
+                log!("{fault}");
+            }
             answer(&Launched::Error {
                 message: fault.to_string(),
             });

@@ -103,6 +103,13 @@ impl Current {
     }
 }
 
+impl StartError {
+    /// Whether the domain's name, and with it the log of that name, is another's.
+    pub(crate) fn is_of_name(&self) -> bool {
+        matches!(self, StartError::Registry(Error::NameTaken { .. }))
+    }
+}
+
 impl<'a> Supervisor<'a> {
     pub(crate) fn new(
         factory: &'a dyn MachineFactory,

@@ -50,6 +50,8 @@ fn create_used_name_or_uuid_is_refused() {
     bench.create("one", &[uuid]);
     let said = bench.fails(3, &bench.creation("one", &[]));
     assert!(said.contains("\"one\" exists already with id 1"), "{said}");
+    // The log of that name is that of the domain which has it.
+    assert!(!bench.log("one.log").contains("exists already"));
     let mut arguments = bench.creation("two", &[]);
     arguments.push(uuid.into());
     let said = bench.fails(3, &arguments);

@@ -58,6 +58,7 @@ fn saved_domain_ends_and_goes_on_from_its_file_with_what_it_had() {
     until("the guest's words", || said(&bench, "restored: hello") == 1);
     let refused = bench.fails(1, &["restore", &path]);
     assert!(refused.contains("\"one\" exists already"), "{refused}");
+    assert!(!bench.log("one.log").contains("exists already"));
     bench.ok(&["destroy", "one"]);
     // The file stays as it is.
     bench.ok(&["restore", "-p", &path]);
