@@ -90,7 +90,7 @@ const SHUTDOWN: &[Opt] = &[
     Opt::both(
         'w',
         "wait",
-        "wait until the domain has shut down; given twice, until it is gone",
+        "wait until the domain has shut down and, unless it is kept or starts again, is gone; given twice, until it is gone",
     ),
     Opt::short(
         'F',

@@ -28,6 +28,8 @@ pub(crate) struct Progress {
     pub(crate) shutdown: Option<EndReason>,
     /// It has shut down and is about to start again.
     pub(crate) returns: bool,
+    /// It has shut down and is about to be gone.
+    pub(crate) leaves: bool,
     /// The domain's id is free; with the id that took its place.
     pub(crate) gone: Option<Option<DomId>>,
     destroy: bool,
@@ -583,7 +585,9 @@ impl Instance {
 
 impl Progress {
     fn ended(&self, until: Until) -> Option<Ended> {
-        let done = self.gone.is_some() || (until == Until::Shutdown && self.shutdown.is_some());
+        // One that goes away is waited for until no list shows it.
+        let rests = self.shutdown.is_some() && !self.leaves;
+        let done = self.gone.is_some() || (until == Until::Shutdown && rests);
         done.then(|| Ended {
             reason: self.shutdown.clone(),
             dead: self.gone.is_some(),

@@ -316,6 +316,7 @@ impl<'a> Supervisor<'a> {
                 current.instance.update(|progress| {
                     progress.shutdown = Some(reason);
                     progress.returns = next == Next::Restart;
+                    progress.leaves = next == Next::End;
                 });
             }
             if matches!(

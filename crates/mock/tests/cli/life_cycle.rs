@@ -368,3 +368,25 @@ fn shutdown_of_all_goes_on_behind_a_domain_that_cannot_be_reached() {
         signal(bench.pid(1), Signal::KILL);
     }
 }
+
+#[test]
+fn shutdown_wait_returns_when_a_domain_that_goes_away_is_gone() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    bench.create("kept", &["on_poweroff='preserve'"]);
+    let staying = bench.path("kernel.staying");
+    std::fs::write(&staying, "").expect("writable");
+    let mut command = bench.spawn(&["shutdown", "-a", "-w"]);
+    for name in ["one", "kept"] {
+        until("it has shut down", || {
+            bench.row(name).expect("listed")[4] == "---s--"
+        });
+    }
+    // It has had time to hear of that.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert_eq!(command.child.try_wait().expect("a child"), None);
+    std::fs::remove_file(&staying).expect("there");
+    assert_eq!(command.wait(), Some(0));
+    assert_eq!(bench.row("one"), None);
+    assert_eq!(bench.row("kept").expect("kept")[4], "---s--");
+}
