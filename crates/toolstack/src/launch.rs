@@ -30,15 +30,22 @@ pub struct CreateRequest {
 pub struct Created {
     pub domid: DomId,
     process: Child,
+    /// Where it says at its end what went wrong.
+    said: BufReader<ChildStdout>,
     log: PathBuf,
 }
 
 impl Created {
-    /// Waits for the end of the domain process; an error where it was killed and did not come to its end.
+    /// Waits for the end of the domain process; an error where it was killed, or where the domain was to start again and could not.
     pub fn wait_process(mut self) -> Result<()> {
         let status = self.process.wait().map_err(Error::Spawn)?;
         if status.success() {
             return Ok(());
+        }
+        if let Ok(Ok(Some(line))) = protocol::read_line(&mut self.said)
+            && let Ok(Launched::Error { message }) = protocol::decode(&line)
+        {
+            return Err(Error::Create { message });
         }
         Err(Error::ProcessLost {
             domid: self.domid,
@@ -291,6 +298,7 @@ impl Starting {
             Launched::Domain { domid } => Ok(Created {
                 domid: DomId(domid),
                 process: self.child,
+                said: self.stdout,
                 log: self.log,
             }),
             other => Err(unknown(&other)),

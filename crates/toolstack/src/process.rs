@@ -1,6 +1,8 @@
 //! The domain process.
 
+use std::fs::File;
 use std::io::{BufReader, Read, Stdin, stderr, stdin, stdout};
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
 use hospes_migration::Reader;
@@ -107,9 +109,21 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
         supervisor.abandon(current);
         return ExitCode::FAILURE;
     }
-    drop_streams();
-    supervisor.run(current);
-    ExitCode::SUCCESS
+    live(&supervisor, current)
+}
+
+/// The rest of the domain's life, on its own. The command that asked for it, where it stays, is told at the end what nobody wanted.
+fn live(supervisor: &Supervisor<'_>, current: Current) -> ExitCode {
+    let command = drop_streams();
+    let Err(fault) = supervisor.run(current) else {
+        return ExitCode::SUCCESS;
+    };
+    if let Some(command) = command {
+        let message = format!("the domain has ended and cannot be started again: {fault}");
+        // Mostly nobody listens any more.
+        let _ = protocol::send(File::from(command), &Launched::Error { message });
+    }
+    ExitCode::FAILURE
 }
 
 /// The rest of the life of a domain that comes from another host, which is all here now.
@@ -145,9 +159,7 @@ fn arrive(supervisor: &Supervisor<'_>, current: Current) -> ExitCode {
             });
         }
     }
-    drop_streams();
-    supervisor.run(current);
-    ExitCode::SUCCESS
+    live(supervisor, current)
 }
 
 /// Survives the terminal, and gives no file to others.
@@ -189,13 +201,15 @@ fn answer(launched: &Launched) -> bool {
     matches!(protocol::send(stdout().lock(), launched), Ok(Ok(())))
 }
 
-/// Lets go of the pipes to the command that started this: their other ends wait for that.
-fn drop_streams() {
-    let null = std::fs::File::open("/dev/null").map_err(|fault| fault.to_string());
+/// Lets go of standard input and output, which are pipes to the command that started this. Returns the way to that command, for the end.
+fn drop_streams() -> Option<OwnedFd> {
+    let command = rustix::io::fcntl_dupfd_cloexec(stdout(), 3).ok();
+    let null = File::open("/dev/null").map_err(|fault| fault.to_string());
     let dropped = null
         .and_then(|null| rustix::stdio::dup2_stdin(&null).map_err(|fault| fault.to_string()))
         .and_then(|()| rustix::stdio::dup2_stdout(stderr()).map_err(|fault| fault.to_string()));
     if let Err(fault) = dropped {
         log!("cannot let go of standard input and output: {fault}");
     }
+    command
 }

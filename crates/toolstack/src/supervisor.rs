@@ -287,8 +287,8 @@ impl<'a> Supervisor<'a> {
         self.end(current);
     }
 
-    /// Lives through the domain and all that come behind it.
-    pub(crate) fn run(&self, mut current: Current) {
+    /// Lives through the domain and all that come behind it. An error where it was to start again and could not.
+    pub(crate) fn run(&self, mut current: Current) -> std::result::Result<(), StartError> {
         loop {
             let domid = current.domid();
             log!(
@@ -327,38 +327,40 @@ impl<'a> Supervisor<'a> {
             }
             if self.ending.is_asked() {
                 log!("The domain is to end for good: nothing comes behind it");
-                return self.end(current);
+                break self.end(current);
             }
             if next == Next::RenameRestart {
                 // A command that came while the domain still had its name meant all of it.
                 if current.instance.wait_destroy(Some(Duration::ZERO)) {
-                    return self.end(current);
+                    break self.end(current);
                 }
                 next = self.rename_and_restart(&current);
             }
             match next {
                 Next::Preserve | Next::RenameRestart => {
                     current.instance.wait_destroy(None);
-                    return self.end(current);
+                    break self.end(current);
                 }
-                Next::End => return self.end(current),
+                Next::End => break self.end(current),
                 Next::Restart => {}
             }
             let rest = RESTART_INTERVAL.saturating_sub(current.started.elapsed());
             if current.instance.wait_destroy(Some(rest)) {
-                return self.end(current);
+                break self.end(current);
             }
             log!("Rebooting now");
             current = match self.restart(current) {
                 Ok(Some(current)) => current,
-                Ok(None) => return,
+                Ok(None) => break,
                 Err(fault) => {
                     log!("The domain cannot be restarted: {fault}");
-                    return self.close();
+                    self.close();
+                    return Err(fault);
                 }
             };
             current.unpause();
         }
+        Ok(())
     }
 
     fn report(&self, domid: DomId, reason: &EndReason) {

@@ -3,6 +3,7 @@
 use crate::common::{Bench, process_fields, until};
 use rustix::process::{Pid, Signal, kill_process};
 use std::os::unix::fs::{DirBuilderExt, symlink};
+use std::process::Stdio;
 
 fn signal(pid: i32, signal: Signal) {
     kill_process(Pid::from_raw(pid).expect("a pid"), signal).expect("it lives");
@@ -389,4 +390,34 @@ fn shutdown_wait_returns_when_a_domain_that_goes_away_is_gone() {
     assert_eq!(command.wait(), Some(0));
     assert_eq!(bench.row("one"), None);
     assert_eq!(bench.row("kept").expect("kept")[4], "---s--");
+}
+
+#[test]
+fn create_that_stays_fails_where_the_domain_cannot_start_again() {
+    let bench = Bench::new();
+    for (options, id) in [
+        (&["-q", "-c"][..], 1),
+        (&["-q", "-F"], 3),
+        (&["-q", "-c", "-F"], 5),
+    ] {
+        let mut command = bench.command();
+        command.args(bench.creation("one", options));
+        command.stdin(Stdio::piped()).stdout(Stdio::null());
+        let staying = command.stderr(Stdio::piped()).spawn();
+        let staying = staying.expect("the program can be started");
+        until("it runs", || {
+            bench.row("one").is_some_and(|row| row[4] == "-b----")
+        });
+        std::fs::rename(bench.path("kernel"), bench.path("away")).expect("there");
+        bench.ok(&["reboot", &id.to_string()]);
+        let ended = staying.wait_with_output().expect("a child");
+        std::fs::rename(bench.path("away"), bench.path("kernel")).expect("there");
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.code(), Some(1), "{options:?}: {said}");
+        assert!(
+            said.contains("started again") && said.contains("is no file"),
+            "{options:?}: {said}"
+        );
+        assert_eq!(bench.row("one"), None);
+    }
 }
