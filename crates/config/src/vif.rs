@@ -83,7 +83,10 @@ impl Default for VifConfig {
 
 const KEYS: &str = "mac, bridge, ip, script, vifname, rate, mtu, gatewaydev, backend, type, model, devid, trusted, untrusted";
 const MTU_MIN: u32 = 68;
-const MTU_MAX: u32 = 65535;
+/// What Linux takes for a tap: an Ethernet header less than its longest frame.
+const MTU_MAX: u32 = 65521;
+/// The host's ends of all interfaces have this address, as in Xen: a bridge keeps what is sent to it.
+const HOST_MAC: [u8; 6] = [0xfe, 0xff, 0xff, 0xff, 0xff, 0xff];
 const RATE: &str =
     "NUMBER[GMK](B|b)/s with an interval behind it if wanted, for instance 10Mb/s or 1MB/s@20ms";
 const INTERVAL_DEFAULT_US: u32 = 50_000;
@@ -240,7 +243,12 @@ fn mac(value: &str) -> Result<Option<[u8; 6]>, SpecError> {
         return Err(error());
     }
     if bytes[0] & 1 != 0 {
-        let allowed = "the address of one station: the last bit of the first byte has to be 0";
+        let allowed =
+            "the address of one interface, whose first byte is even; this is that of a group";
+        return Err(SpecError::value("mac", value, allowed));
+    }
+    if bytes == HOST_MAC {
+        let allowed = "any other: the host's ends of interfaces have this one, and no bridge would forward to the guest";
         return Err(SpecError::value("mac", value, allowed));
     }
     Ok((bytes != [0; 6]).then_some(bytes))

@@ -88,8 +88,15 @@ fn parse_wrong_specifications_says_what_is_allowed() {
         ("mac=00:16:3e:74:34:32:11", "six pairs"),
         ("mac=00-16-3e-74-34-32", "six pairs"),
         ("mac=00:16:3e:74:34:+1", "six pairs"),
-        ("mac=01:16:3e:74:34:32", "the address of one station"),
-        ("mac=ff:ff:ff:ff:ff:ff", "the address of one station"),
+        ("mac=01:16:3e:74:34:32", "whose first byte is even"),
+        (
+            "mac=ff:ff:ff:ff:ff:ff",
+            "it is the address of one interface, whose first byte is even; this is that of a group",
+        ),
+        (
+            "mac=FE:ff:ff:ff:ff:ff",
+            "it is any other: the host's ends of interfaces have this one",
+        ),
         (
             "bridge=a/b",
             "`bridge' cannot be \"a/b\": it is the name of a network interface",
@@ -119,9 +126,10 @@ fn parse_wrong_specifications_says_what_is_allowed() {
         ),
         (
             "mtu=67",
-            "`mtu' cannot be \"67\": it is a number from 68 to 65535",
+            "`mtu' cannot be \"67\": it is a number from 68 to 65521",
         ),
-        ("mtu=big", "a number from 68 to 65535"),
+        ("mtu=big", "a number from 68 to 65521"),
+        ("mtu=65535", "a number from 68 to 65521"),
         ("devid=-1", "a number from 0 to 65535"),
         (
             "vlan=3",

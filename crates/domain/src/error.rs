@@ -54,7 +54,9 @@ pub enum RequestError {
     Text(serde_json::Error),
     #[error("the domain has no vCPU {id}: its last one is {last}")]
     NoVcpu { id: VcpuId, last: u32 },
-    #[error("the domain has {max} vCPUs, of which 1 to {max} can be online, not {online}")]
+    #[error(
+        "{online} vCPUs cannot be online: the domain has {max} at most by its configuration (`maxvcpus', or `vcpus' without it), and at least 1 is online"
+    )]
     Vcpus { online: u32, max: u32 },
     #[error(
         "memory_dynamic_max must be less than or equal to memory_static_max, which is {max_mib} MiB by the domain's configuration (`maxmem', or `memory' without it)"

@@ -33,7 +33,7 @@ pub enum RestoreError {
     )]
     Text(serde_json::Error),
     #[error(
-        "the saved domain cannot be restored: it has {saved} {what}, and its configuration says {configured}: change the configuration"
+        "the saved domain cannot be restored: its {what} is {saved}, and the configuration says {configured}: change the configuration"
     )]
     Differs {
         what: &'static str,
@@ -156,11 +156,15 @@ impl Saved {
             })
         };
         differs(
-            "MiB of memory at most",
+            "largest memory in MiB (`maxmem')",
             self.memory_max_bytes >> 20,
             memory_max_bytes >> 20,
         )?;
-        differs("vCPUs", self.vcpus.len() as u64, vcpus.into())
+        differs(
+            "number of vCPUs (`maxvcpus')",
+            self.vcpus.len() as u64,
+            vcpus.into(),
+        )
     }
 }
 

@@ -1,5 +1,6 @@
 //! Images without a format: the bytes of the file or block device are the disk.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,6 +12,9 @@ use crate::storage::Storage;
 use crate::threads::{Event, Threads, Work};
 use crate::types::{Completion, Geometry, Image, Op, Queue, Request, Status};
 use crate::uring::{self, End, Ring};
+
+/// Why a file does not become so large.
+const TOO_LARGE: &str = "it is more than the file system takes for one file";
 
 /// An open raw image.
 pub(crate) struct Raw {
@@ -220,13 +224,17 @@ impl Image for Raw {
         if geometry.read_only {
             return refuse("it is attached read-only");
         }
+        if bytes > i64::MAX as u64 {
+            return refuse(TOO_LARGE);
+        }
         // A disk that shrinks does so for the guest first, so that nothing is written behind the new end.
         self.file
             .bytes
             .store(bytes.min(geometry.bytes), Ordering::Release);
-        storage
-            .set_len(bytes)
-            .map_err(ImageError::host(&self.path, "change its size"))?;
+        match storage.set_len(bytes) {
+            Err(error) if error.kind() == ErrorKind::FileTooLarge => return refuse(TOO_LARGE),
+            set => set.map_err(ImageError::host(&self.path, "change its size"))?,
+        }
         self.file.bytes.store(bytes, Ordering::Release);
         Ok(())
     }
@@ -429,5 +437,13 @@ mod tests {
         assert!(write(&mut *queue, 15872, &[9; 512]).is_err());
         assert!(image.resize(4097).is_err());
         assert!(image.resize(0).is_err());
+        for more_than_any_file_has in [u64::MAX - 511, (i64::MAX - 511) as u64] {
+            let error = image
+                .resize(more_than_any_file_has)
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains("more than the file system takes"), "{error}");
+            assert_eq!(image.geometry().bytes, 4096);
+        }
     }
 }

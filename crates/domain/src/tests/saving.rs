@@ -282,10 +282,13 @@ fn restore_refuses_what_does_not_fit_by_its_name() {
         assert!(text.contains(what), "{text}");
     };
     refused(
-        "64 MiB of memory at most",
+        "(`maxmem') is 64, and the configuration says 128",
         restored(2, 2 * MEMORY, bytes.clone()),
     );
-    refused("2 vCPUs", restored(1, MEMORY, bytes.clone()));
+    refused(
+        "number of vCPUs (`maxvcpus') is 2, and the configuration says 1",
+        restored(1, MEMORY, bytes.clone()),
+    );
     for page in [MEMORY >> 12, u64::MAX, 1 << 52, 0xfee00] {
         let bytes = changed(&bytes, |_| (), Some(page));
         refused("pages beyond", restored(2, MEMORY, bytes));

@@ -46,3 +46,11 @@ fn cap_of_more_than_all_vcpus_is_refused() {
     assert!(refused.contains("201") && refused.contains("0 to 200"));
     assert_eq!(d.share().cap, 200);
 }
+
+#[test]
+fn set_vcpus_beyond_those_there_are_is_refused_by_the_key() {
+    let d = try_domain(1, 64 << 20, Sink::default(), |_| Ok(Exit::Yield)).unwrap();
+    let refused = |online| d.set_vcpus(online).unwrap_err().to_string();
+    assert!(refused(2).starts_with("2 vCPUs cannot be online: the domain has 1 at most"));
+    assert!(refused(0).contains("`maxvcpus'") && refused(0).contains("at least 1"));
+}

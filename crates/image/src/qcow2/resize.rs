@@ -30,8 +30,11 @@ impl Qcow2 {
                 "qcow2 images cannot shrink; copy it with qemu-img convert after qemu-img resize --shrink",
             );
         }
-        if !bytes.is_multiple_of(u64::from(self.options.sector_bytes)) || bytes > i64::MAX as u64 {
+        if !bytes.is_multiple_of(u64::from(self.options.sector_bytes)) {
             return refuse("the size has to be a multiple of the sector");
+        }
+        if bytes > i64::MAX as u64 {
+            return refuse("a disk has less than 8 EiB");
         }
         if self
             .backing

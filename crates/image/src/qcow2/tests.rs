@@ -441,6 +441,8 @@ fn resize_grows_the_disk_and_its_tables() {
             .to_string()
             .contains("cannot shrink")
     );
+    let error = image.resize(u64::MAX - 511).unwrap_err().to_string();
+    assert!(error.contains("less than 8 EiB"), "{error}");
     drop((queue, image));
     check(&path);
     let found = content(&path, &directory);
