@@ -24,7 +24,13 @@ impl Reader<'_> {
                         );
                         self.error(&location, message);
                     }
-                    None => disks.push(disk),
+                    None => {
+                        if let Some(concern) = disk.concern(&disks) {
+                            let message = format!("disk \"{}\": {concern}", text.escape_debug());
+                            self.report(Severity::Warning, &location, message);
+                        }
+                        disks.push(disk);
+                    }
                 },
                 Err(fault) => self.error(
                     &location,

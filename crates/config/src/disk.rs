@@ -68,6 +68,32 @@ impl DiskConfig {
         }
         draft.finish()
     }
+
+    /// What a Linux guest makes of its device number beside those of `others`, where that is hardly what was meant.
+    pub fn concern(&self, others: &[DiskConfig]) -> Option<String> {
+        let vdev = &self.vdev;
+        let Some(name) = vdev.linux_name() else {
+            return Some(format!(
+                "a Linux guest refuses the device {vdev}: write xvda, xvdb or the like"
+            ));
+        };
+        let other = others.iter().find(|other| {
+            other.vdev.number != vdev.number && other.vdev.linux_name().as_ref() == Some(&name)
+        });
+        match other {
+            Some(other) => Some(format!(
+                "a Linux guest calls {vdev} and {} of another disk {name} both, and refuses one of them: write xvda, xvdb or the like",
+                other.vdev
+            )),
+            None if name
+                .parse()
+                .is_ok_and(|xen: Vdev| xen.number != vdev.number) =>
+            {
+                Some(format!("a Linux guest calls {vdev} {name}: write {name}"))
+            }
+            None => None,
+        }
+    }
 }
 
 #[derive(Default)]

@@ -46,6 +46,24 @@ impl Vdev {
         }
         Vdev { name, number }
     }
+
+    /// What a Linux guest calls it: numbers of IDE and SCSI disks stand for Xen disks there, each IDE disk with its partitions for a whole one. `None` where Linux takes no
+    /// such number.
+    pub fn linux_name(&self) -> Option<String> {
+        let (major, minor) = (self.number >> 8, self.number & 0xff);
+        let xen = if self.number & EXTENDED != 0 {
+            self.number
+        } else {
+            let disk_and_partition = match major {
+                3 => minor / 64 * 16,
+                22 => (minor / 64 + 2) * 16,
+                8 | 202 => minor,
+                _ => return None,
+            };
+            202 << 8 | disk_and_partition
+        };
+        Some(Vdev::of_number(xen).name)
+    }
 }
 
 /// 0 is a, 25 is z, 26 is aa.
@@ -143,6 +161,25 @@ impl fmt::Display for Vdev {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn linux_knows_disks_of_all_kinds_as_xen_disks() {
+        // As Linux 6.1 shows them.
+        for (name, linux) in [
+            ("xvdc", Some("xvdc")),
+            ("xvdz", Some("xvdz")),
+            ("d1p2", Some("xvdb2")),
+            ("hda", Some("xvda")),
+            ("hdb", Some("xvdb")),
+            ("hdc", Some("xvdc")),
+            ("sdb", Some("xvdb")),
+            ("sdp", Some("xvdp")),
+            ("7", None),
+        ] {
+            let vdev: Vdev = name.parse().expect(name);
+            assert_eq!(vdev.linux_name().as_deref(), linux, "{name}");
+        }
+    }
 
     proptest! {
         #[test]

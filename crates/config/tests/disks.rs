@@ -1,6 +1,6 @@
 //! Disk specifications out of xl-disk-configuration(5) and xen-vbd-interface(7), Xen 4.17.
 
-use hospes_config::{DiskConfig, Vdev};
+use hospes_config::{DiskConfig, Source, Vdev, load};
 use proptest::prelude::*;
 
 /// A disk in one line: target, format, device, number, mode, and what else is set.
@@ -352,5 +352,50 @@ proptest! {
     fn parse_named_target_keeps_it_whole(target in "/[ -~]{0,40}[a-z]") {
         let disk = DiskConfig::parse(&format!("vdev=xvda,target={target}"));
         prop_assert_eq!(disk.ok().and_then(|disk| disk.target), Some(target.into()));
+    }
+}
+
+#[test]
+fn load_device_that_linux_calls_otherwise_is_taken_with_a_warning() {
+    let clash = |both: &str, name: &str| {
+        format!("a Linux guest calls {both} of another disk {name} both, and refuses one of them")
+    };
+    for (devices, expected) in [
+        (&["xvda", "xvdaa", "d1"][..], None),
+        (
+            &["hda"],
+            Some("a Linux guest calls hda xvda: write xvda".into()),
+        ),
+        (
+            &["sdb"],
+            Some("a Linux guest calls sdb xvdb: write xvdb".into()),
+        ),
+        (
+            &["xvda", "5632"],
+            Some("a Linux guest calls 5632 xvdc: write xvdc".into()),
+        ),
+        (&["xvdc", "hdc"], Some(clash("hdc and xvdc", "xvdc"))),
+        (
+            &["xvda", "0x7"],
+            Some("a Linux guest refuses the device 0x7: write xvda".into()),
+        ),
+    ] {
+        let disks = devices.iter().map(|device| format!("'/a,,{device}'"));
+        let disks = disks.collect::<Vec<_>>().join(",");
+        let text = format!("name='a'\ntype='pvh'\nkernel='/k'\nmemory=64\ndisk=[{disks}]");
+        let name = "d.cfg";
+        let (config, said) = load(&[Source { name, text: &text }]);
+        assert_eq!(config.map(|config| config.disks.len()), Some(devices.len()));
+        let said: Vec<String> = said.iter().map(ToString::to_string).collect();
+        match expected {
+            None => assert!(said.is_empty(), "{devices:?}: {said:?}"),
+            Some(expected) => {
+                let [line] = &said[..] else {
+                    panic!("{devices:?}: {said:?}")
+                };
+                assert!(line.starts_with("d.cfg:5: warning: disk "), "{line}");
+                assert!(line.contains(&expected), "{line}");
+            }
+        }
     }
 }

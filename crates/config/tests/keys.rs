@@ -642,7 +642,7 @@ const WITH_EFFECT: &[Case] = &[
         "it is one of destroy",
     ),
     (
-        "disk=['/dev/vg/guest-volume,,hda', '/root/image.iso,,hdc,cdrom']",
+        "disk=['/dev/vg/guest-volume,,xvda', '/root/image.iso,,xvdc,cdrom']",
         |c| c.disks.len() == 2 && c.disks[1].cdrom && c.disks[0].format == DiskFormat::Raw,
         "disk=['/a']",
         "disk \"/a\": `vdev' is missing",

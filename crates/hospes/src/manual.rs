@@ -130,7 +130,7 @@ const DISK: &[(&str, &str)] = &[
     ),
     (
         "vdev=NAME",
-        "The disk in the guest: xvda, xvdb1, sda, hda, d0p0 or a number. It has to be given.",
+        "The disk in the guest: xvda, xvdb1, d0p0 or a number. It has to be given. Linux guests show hda and sda as xvda.",
     ),
     (
         "access=rw|ro",

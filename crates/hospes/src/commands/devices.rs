@@ -5,7 +5,7 @@ use hospes_config::{DiskConfig, Vdev, VifConfig};
 use hospes_toolstack::{DeviceKind, Entry, Host, Request};
 
 use crate::commands::failed;
-use crate::output::{json, print};
+use crate::output::{json, print, tell};
 use crate::table::Call;
 use crate::{Failure, Outcome};
 
@@ -14,6 +14,9 @@ pub(crate) fn block_attach(call: &Call) -> Outcome {
     let entry = host.find(call.args.at(0))?;
     let specs: Vec<&str> = call.args.values[1..].iter().map(String::as_str).collect();
     let disk = DiskConfig::parse_all(&specs).map_err(|fault| in_spec("disk", &specs, &fault))?;
+    if let Some(concern) = disk.concern(&entry.record.config.disks) {
+        tell!("warning: {concern}");
+    }
     if call.global.dry_run {
         return Ok(print(format_args!("disk: {}\n", json(&disk.to_json())))?);
     }

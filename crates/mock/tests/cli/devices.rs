@@ -406,3 +406,22 @@ fn config_update_leaves_what_is_attached_to_the_running_domain() {
     assert_eq!(disks(&bench), ["xvdb", "xvdc"]);
     assert_eq!(bench.row("one").expect("it runs")[2], "4096");
 }
+
+#[test]
+fn block_attach_of_a_device_that_linux_calls_otherwise_warns() {
+    let bench = Bench::new();
+    bench.create("one", &["disk=['/img/a,,xvda']"]);
+    for (device, warned) in [
+        ("xvdb", None),
+        ("hdc", Some("calls hdc xvdc: write xvdc")),
+        ("hda", Some("calls hda and xvda of another disk xvda both")),
+    ] {
+        let done = bench.run(&["block-attach", "one", &format!("/img/{device},,{device}")]);
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "{said}");
+        match warned {
+            None => assert_eq!(said, ""),
+            Some(part) => assert!(said.contains("warning:") && said.contains(part), "{said}"),
+        }
+    }
+}
