@@ -13,7 +13,7 @@ use anyhow::{Context, bail};
 use hospes_config::{DomainConfig, Uuid};
 use hospes_toolstack::{AfterSave, Entry, Error, Host, SavedDomain};
 
-use crate::commands::saving::Line;
+use crate::commands::saving::{Line, warn_of_disks};
 use crate::output::{causes, tell};
 
 /// Saves all domains that run, each in a file of its name. Those that cannot be saved go on; how many they are.
@@ -178,6 +178,7 @@ fn restore(
         supersede(file)?;
         return Ok(false);
     }
+    warn_of_disks(&saved);
     let mut line = Line::new("Restored");
     let created = host.restore(saved, true, &mut |pages| line.show(pages))?;
     line.end();

@@ -17,6 +17,11 @@ impl Utc {
         Utc { unix_s }
     }
 
+    /// So many seconds after the beginning of 1970.
+    pub(crate) fn at(unix_s: u64) -> Utc {
+        Utc { unix_s }
+    }
+
     pub(crate) fn unix_s(self) -> u64 {
         self.unix_s
     }

@@ -25,6 +25,7 @@ mod ending;
 mod error;
 mod handover;
 mod hub;
+mod images;
 mod instance;
 mod launch;
 mod leaving;

@@ -4,11 +4,11 @@
 //! over the control connection. When the command has it safely it says what becomes of the domain, an [`AfterSave`]; where it cannot say that, the guest
 //! goes on as if nothing had been.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use hospes_config::{DomainConfig, check_name};
 use hospes_migration::{Reader, StreamError, Writer};
@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::client::{CONNECT_PATIENCE, Host, done, read_reply, send, unexpected};
 use crate::each::check_goes_on;
 use crate::error::{Error, Result, at};
+use crate::images::SavedImage;
 use crate::instance::Instance;
 use crate::launch::{self, Created};
 use crate::log::log;
@@ -39,6 +40,9 @@ pub(crate) struct SavedConfig {
     /// What it shows of itself where it comes from another host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) passport: Option<String>,
+    /// The images of its disks, where its guest is suspended already.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) images: Vec<SavedImage>,
 }
 
 impl SavedConfig {
@@ -55,6 +59,7 @@ impl SavedConfig {
             config,
             next,
             passport: None,
+            images: Vec::new(),
         }
     }
 
@@ -75,6 +80,9 @@ pub struct SavedDomain {
     /// Of the domain as it was saved.
     pub config: DomainConfig,
     next: Option<DomainConfig>,
+    images: Vec<SavedImage>,
+    /// When the file was complete.
+    saved: Option<SystemTime>,
 }
 
 impl std::fmt::Debug for SavedDomain {
@@ -87,6 +95,7 @@ impl SavedDomain {
     /// Opens a file that a domain was saved in.
     pub fn open(path: &Path) -> Result<SavedDomain> {
         let file = File::open(path).map_err(at("cannot open", path))?;
+        let metadata = file.metadata().ok().filter(Metadata::is_file);
         let file: Box<dyn Read> = Box::new(BufReader::with_capacity(BUFFER, file));
         let fault = |source| Error::SavedFile {
             path: path.to_path_buf(),
@@ -104,7 +113,17 @@ impl SavedDomain {
             path: path.to_path_buf(),
             config: saved.config,
             next: saved.next,
+            images: saved.images,
+            saved: metadata.and_then(|metadata| metadata.modified().ok()),
         })
+    }
+
+    /// What shows that the disks are not as the guest left them, a sentence for each.
+    pub fn changed_disks(&self) -> Vec<String> {
+        let images = self.images.iter();
+        images
+            .filter_map(|image| image.change(self.saved))
+            .collect()
     }
 
     /// Takes another configuration in place of the one that was saved; the domain stays the same by its UUID where it has none.
@@ -158,6 +177,8 @@ impl Host {
             why: Box::new(why),
         };
         target.settle().map_err(unsure)?;
+        // The domain closes its disks behind this moment. Where the time stays the last write's, which is a little before, that does little harm.
+        let _ = target.file.set_modified(SystemTime::now());
         let told = protocol::send(&stream, &after)?.map_err(fault);
         let ended = told.and_then(|()| done(read_reply(domid, &mut from)?));
         ended.map_err(unsure)
@@ -185,6 +206,7 @@ impl Host {
             path,
             config,
             next,
+            ..
         } = saved;
         let mut feed = |to: &mut dyn Write| {
             reader
@@ -279,7 +301,8 @@ fn send_stream(
     instance: &Instance,
     config: Option<DomainConfig>,
 ) -> std::result::Result<(), AnyError> {
-    let saved = SavedConfig::new(instance, config);
+    let mut saved = SavedConfig::new(instance, config);
+    saved.images = SavedImage::all(&instance.config());
     let text = serde_json::to_vec(&saved)?;
     protocol::send(stream, &Reply::Saving)??;
     let mut buffered = io::BufWriter::with_capacity(BUFFER, &mut stream);

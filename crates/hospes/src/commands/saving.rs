@@ -66,6 +66,7 @@ pub(crate) fn restore(call: &Call) -> Outcome {
         saved.config.on = UNATTENDED;
     }
     tell!("Loading the domain {} from {path}", saved.config.name);
+    warn_of_disks(&saved);
     let host = Host::from_environment()?;
     let mut line = Line::new("Restored");
     let attend = Attend::read(&call.args);
@@ -74,6 +75,15 @@ pub(crate) fn restore(call: &Call) -> Outcome {
     line.end();
     tell!("It is domain {}", created.domid);
     Ok(attend.stay(&host, created)?)
+}
+
+/// The guest would write what it remembers of its disks over what is there now.
+pub(crate) fn warn_of_disks(saved: &SavedDomain) {
+    for change in saved.changed_disks() {
+        tell!(
+            "WARNING: {change}: where it is no copy of what it was then, destroy the domain at once, before the guest destroys its file system"
+        );
+    }
 }
 
 /// How far it has come: on a terminal a line that is written over, elsewhere one at the end.

@@ -4,8 +4,10 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
+use std::time::{Duration, SystemTime};
 
 use crate::common::{Bench, until};
 
@@ -284,4 +286,59 @@ fn configuration_of_the_next_start_is_saved_too() {
         bench.row("one").is_some_and(|row| row[2] == "96")
     });
     bench.ok(&["destroy", "one"]);
+}
+
+#[test]
+fn restore_warns_of_disks_that_are_not_as_they_were() {
+    let bench = Bench::new();
+    let written = |path: &Path, seconds_ago| {
+        let file = fs::OpenOptions::new().write(true).open(path);
+        let time = SystemTime::now() - Duration::from_secs(seconds_ago);
+        file.expect("there").set_modified(time).expect("a file");
+    };
+    let images = ["raw", "qcow2", "cd"].map(|name| bench.path(name));
+    for image in &images {
+        fs::write(image, [0; 512]).expect("writable");
+        written(image, 1000);
+    }
+    let [raw, qcow2, cd] = images.each_ref().map(|image| image.display());
+    bench.create(
+        "one",
+        &[&format!(
+            "disk=['{raw},,xvda', '{qcow2},qcow2,xvdb', '{cd},,xvdc,r']"
+        )],
+    );
+    let path = bench.path("saved");
+    let file = path.display().to_string();
+    bench.ok(&["save", "one", &file]);
+    let warned = || {
+        let done = bench.run(&["restore", "-p", &file]);
+        let said = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert!(done.status.success(), "{said}");
+        bench.ok(&["destroy", "one"]);
+        let lines = said.lines().filter(|line| line.contains("WARNING"));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(warned(), Vec::<String>::new());
+    // Closing it may have made it longer; the other is not the guest's to write.
+    fs::write(&images[1], [0; 1024]).expect("writable");
+    fs::write(&images[2], [0; 1024]).expect("writable");
+    assert_eq!(warned(), Vec::<String>::new());
+    fs::write(&images[0], [0; 1024]).expect("writable");
+    let said = warned();
+    assert_eq!(said.len(), 1, "{said:?}");
+    let sizes = "raw had 512 bytes when the domain was saved and has 1024";
+    assert!(said[0].contains(sizes), "{said:?}");
+    // An older copy, and one that was written long after.
+    fs::write(&images[0], [0; 512]).expect("writable");
+    written(&images[0], 2000);
+    written(&path, 100);
+    let said = warned();
+    assert_eq!(said.len(), 2, "{said:?}");
+    for (line, name) in said.iter().zip(["raw", "qcow2"]) {
+        assert!(
+            line.contains(&format!("{name} was written last at ")),
+            "{line}"
+        );
+    }
 }
