@@ -23,7 +23,7 @@ import dmesg  # noqa: E402
 import levels  # noqa: E402
 import runner  # noqa: E402
 import vm  # noqa: E402
-from runner import Failure, expect  # noqa: E402
+from runner import Failure, expect, wait_until  # noqa: E402
 
 KERNELS = {"amd64": "xz", "cloud": "lz4", "bpo": "zstd"}
 BOOT_S = 120
@@ -163,13 +163,6 @@ def listed(bench, name):
     """The fields of a domain's line in `hospes list`: name, id, memory, processors, state, time; None without one."""
     rows = [row.split() for row in obey(bench, "list").splitlines()]
     return next((row for row in rows if row[0] == name), None)
-
-
-def wait_until(condition, sentence):
-    deadline = time.monotonic() + END_S
-    while not condition():
-        expect(time.monotonic() < deadline, sentence)
-        time.sleep(0.1)
 
 
 def domain_process(bench):

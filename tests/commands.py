@@ -25,11 +25,9 @@ import network  # noqa: E402
 import runner  # noqa: E402
 import vm  # noqa: E402
 from place import Place  # noqa: E402
-from runner import expect  # noqa: E402
+from runner import ANSWER_S, expect, wait_until  # noqa: E402
 
 BOOT_S = 120
-ANSWER_S = 60
-LOOK_S = 0.1
 
 
 class Bench(Place):
@@ -105,13 +103,6 @@ def blank(path, megabytes, content=b""):
         handle.write(content)
         handle.truncate(megabytes << 20)
     return path
-
-
-def wait_until(condition, sentence):
-    deadline = time.monotonic() + ANSWER_S
-    while not condition():
-        expect(time.monotonic() < deadline, sentence)
-        time.sleep(LOOK_S)
 
 
 # ---- devices ----------------------------------------------------------------------------------------------------------

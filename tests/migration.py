@@ -18,8 +18,8 @@ import sys
 import time
 
 import commands
-from commands import Shell, wait_until
-from runner import expect
+from commands import Shell
+from runner import expect, wait_until
 
 import vm
 

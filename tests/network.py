@@ -28,10 +28,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"
 
 import runner  # noqa: E402
 import vm  # noqa: E402
-from runner import Failure, expect  # noqa: E402
+from runner import ANSWER_S, Failure, expect, wait_until  # noqa: E402
 
 BOOT_S = 120
-ANSWER_S = 60
 INSIDE = "HOSPES_TEST_NETWORK"
 OUTSIDE = "203.0.113"
 DHCP = "udhcpc -i eth0 -n -q -t 20"
@@ -474,13 +473,6 @@ def is_over(pid):
         return pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return True
-
-
-def wait_until(is_so, otherwise):
-    deadline = time.monotonic() + ANSWER_S
-    while not is_so():
-        expect(time.monotonic() < deadline, otherwise)
-        time.sleep(0.1)
 
 
 PASST = """#!/bin/sh

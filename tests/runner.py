@@ -12,6 +12,10 @@ import dmesg  # noqa: E402
 import vm  # noqa: E402
 
 
+# How long what is waited for may take, and how often it is looked at.
+ANSWER_S, LOOK_S = 60, 0.1
+
+
 class Failure(Exception):
     """A test's expectation was not met; the sentence says which."""
 
@@ -23,6 +27,14 @@ ERRORS = (Failure, vm.GuestError, dmesg.ListError, OSError, IndexError, subproce
 def expect(condition, sentence):
     if not condition:
         raise Failure(sentence)
+
+
+def wait_until(condition, sentence):
+    """Looks again and again whether a condition holds; the sentence says what has not come about."""
+    deadline = time.monotonic() + ANSWER_S
+    while not condition():
+        expect(time.monotonic() < deadline, sentence)
+        time.sleep(LOOK_S)
 
 
 def parser(doc):

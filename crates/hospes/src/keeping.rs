@@ -13,8 +13,8 @@ use anyhow::{Context, bail};
 use hospes_config::{DomainConfig, Uuid};
 use hospes_toolstack::{AfterSave, Entry, Error, Host, SavedDomain};
 
-use crate::commands::saving::{Line, warn_of_disks};
-use crate::output::{causes, tell};
+use crate::commands::saving::warn_of_disks;
+use crate::output::{Line, causes, tell};
 
 /// Saves all domains that run, each in a file of its name. Those that cannot be saved go on; how many they are.
 pub(crate) fn save_all(host: &Host, directory: &Path) -> anyhow::Result<usize> {

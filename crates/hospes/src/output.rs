@@ -1,11 +1,16 @@
 //! Standard output and standard error.
 
 use std::fmt;
-use std::io::{self, Write, stderr, stdout};
+use std::io::{self, IsTerminal, Write, stderr, stdout};
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde_json::Value;
 use serde_json::ser::{PrettyFormatter, Serializer};
+
+const PAGE_BYTES: u64 = 4096;
+/// How often a line of progress is written anew.
+const INTERVAL: Duration = Duration::from_millis(200);
 
 /// Writes to standard output. Unlike `print!` it returns an error where nobody reads.
 pub(crate) fn print(text: fmt::Arguments<'_>) -> io::Result<()> {
@@ -52,6 +57,43 @@ pub(crate) fn json(value: &Value) -> String {
     // Into memory nothing fails, and a value has no keys but texts.
     let _ = value.serialize(&mut form);
     String::from_utf8_lossy(&text).into_owned()
+}
+
+/// How far something has come that takes long: on a terminal a line that is written over, elsewhere one at the end.
+pub(crate) struct Line {
+    done: &'static str,
+    bytes: u64,
+    terminal: bool,
+    shown: Option<Instant>,
+}
+
+impl Line {
+    pub(crate) fn new(done: &'static str) -> Line {
+        Line {
+            done,
+            bytes: 0,
+            terminal: stderr().is_terminal(),
+            shown: None,
+        }
+    }
+
+    pub(crate) fn show(&mut self, pages: u64) {
+        self.show_bytes(pages * PAGE_BYTES);
+    }
+
+    pub(crate) fn show_bytes(&mut self, bytes: u64) {
+        self.bytes = bytes;
+        if self.terminal && self.shown.is_none_or(|shown| shown.elapsed() >= INTERVAL) {
+            self.shown = Some(Instant::now());
+            say(format_args!("\r{} MiB", bytes >> 20));
+        }
+    }
+
+    pub(crate) fn end(&self) {
+        let start = if self.terminal { "\r" } else { "" };
+        let mib = self.bytes >> 20;
+        say(format_args!("{start}{} {mib} MiB\n", self.done));
+    }
 }
 
 #[cfg(test)]

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use hospes_toolstack::Host;
 
-use super::saving::Line;
 use crate::Outcome;
+use crate::output::Line;
 use crate::table::Call;
 
 pub(crate) fn dump_core(call: &Call) -> Outcome {

@@ -8,9 +8,8 @@ use std::time::Instant;
 use anyhow::Context;
 use hospes_toolstack::{Host, MoveOptions, MoveWatcher};
 
-use super::saving::Line;
 use crate::create::config_in;
-use crate::output::say;
+use crate::output::{Line, say};
 use crate::table::Call;
 use crate::{Failure, Outcome};
 

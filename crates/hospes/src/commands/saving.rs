@@ -1,20 +1,14 @@
 //! Saving domains in files, and making domains of them.
 
-use std::io::IsTerminal;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use hospes_toolstack::{AfterSave, Host, SavedDomain, UNATTENDED};
 
 use crate::create::{Attend, config_in};
-use crate::output::{say, tell};
+use crate::output::{Line, tell};
 use crate::table::Call;
 use crate::{Failure, Outcome};
-
-const PAGE_BYTES: u64 = 4096;
-/// How often the line of progress is written anew.
-const INTERVAL: Duration = Duration::from_millis(200);
 
 pub(crate) fn save(call: &Call) -> Outcome {
     let (who, path) = (call.args.at(0), call.args.at(1));
@@ -83,42 +77,5 @@ pub(crate) fn warn_of_disks(saved: &SavedDomain) {
         tell!(
             "WARNING: {change}: where it is no copy of what it was then, destroy the domain at once, before the guest destroys its file system"
         );
-    }
-}
-
-/// How far it has come: on a terminal a line that is written over, elsewhere one at the end.
-pub(crate) struct Line {
-    done: &'static str,
-    bytes: u64,
-    terminal: bool,
-    shown: Option<Instant>,
-}
-
-impl Line {
-    pub(crate) fn new(done: &'static str) -> Line {
-        Line {
-            done,
-            bytes: 0,
-            terminal: std::io::stderr().is_terminal(),
-            shown: None,
-        }
-    }
-
-    pub(crate) fn show(&mut self, pages: u64) {
-        self.show_bytes(pages * PAGE_BYTES);
-    }
-
-    pub(crate) fn show_bytes(&mut self, bytes: u64) {
-        self.bytes = bytes;
-        if self.terminal && self.shown.is_none_or(|shown| shown.elapsed() >= INTERVAL) {
-            self.shown = Some(Instant::now());
-            say(format_args!("\r{} MiB", bytes >> 20));
-        }
-    }
-
-    pub(crate) fn end(&self) {
-        let start = if self.terminal { "\r" } else { "" };
-        let mib = self.bytes >> 20;
-        say(format_args!("{start}{} {mib} MiB\n", self.done));
     }
 }

@@ -26,10 +26,10 @@ fn content(line: &str) -> Vec<u8> {
     bytes
 }
 
-/// Has the guest crash; its console, which is to be kept until it has heard that.
-fn crash(bench: &Bench) -> Session {
+/// Has the guest end by this line; its console, which is to be kept until it has heard that.
+fn end(bench: &Bench, line: &str) -> Session {
     let mut console = bench.spawn(&["console", "one"]);
-    console.send("crash\n");
+    console.send(&format!("{line}\n"));
     console
 }
 
@@ -93,10 +93,15 @@ fn core_that_cannot_be_had_leaves_the_file_as_it_was() {
 
 #[test]
 fn core_of_a_crashed_guest_is_written_before_what_comes_behind_it() {
-    for (action, goes_on) in [("coredump-restart", true), ("coredump-destroy", false)] {
-        let settings = format!("on_crash='{action}'");
+    for (event, action, goes_on) in [
+        ("crash", "coredump-restart", true),
+        ("crash", "coredump-destroy", false),
+        ("watchdog", "coredump-restart", true),
+        ("reboot", "coredump-destroy", false),
+    ] {
+        let settings = format!("on_{event}='{action}'");
         let (bench, _) = bench_with("hello", &[&settings]);
-        let _console = crash(&bench);
+        let _console = end(&bench, event);
         let core = bench.path("dump/one");
         until("what comes behind it", || match bench.row("one") {
             Some(row) => goes_on && row[1] == "2",
@@ -117,14 +122,14 @@ fn core_of_a_crashed_guest_is_written_before_what_comes_behind_it() {
 fn core_that_cannot_be_written_keeps_nothing_from_its_restart() {
     let (bench, _) = bench_with("hello", &["on_crash='coredump-restart'"]);
     fs::write(bench.path("dump"), "").expect("writable");
-    let _console = crash(&bench);
+    let _console = end(&bench, "crash");
     until("it starts anew", || {
         bench.row("one").is_some_and(|row| row[1] == "2")
     });
     let log = bench.log("one.log");
     assert!(log.contains("The core is not dumped: "), "{log}");
     let (bench, path) = bench_with("hello", &["on_crash='preserve'"]);
-    let _console = crash(&bench);
+    let _console = end(&bench, "crash");
     until("it has crashed", || {
         bench.row("one").is_some_and(|row| row[4] == "---sc-")
     });
