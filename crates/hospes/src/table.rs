@@ -241,7 +241,7 @@ pub(crate) const COMMANDS: &[Command] = &[
             'f',
             "accepted; Domain-0, which it is for in xl, cannot be destroyed here",
         )],
-        details: "A domain process that does not answer is killed.",
+        details: "A domain that is still being made or restored is given up. A domain process that does not answer is killed.",
         min: 1,
         max: 1,
         run: life::destroy,

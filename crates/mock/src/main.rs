@@ -8,7 +8,7 @@
 //! is paused, and what is saved of it is what it was told last; `broken` cannot be saved, and what is no text cannot be restored; its core is the same, and 4096 sevens behind a hole. To another host `foreign` is not
 //! admitted, `unwelcome` fails there, and `clings` fails when its devices are let go of, after which `restless` does not stay suspended; they cannot be had again while beside its kernel there is a file `.taken`.
 //! While there is a file `.lingering` its end is known to nobody who waits for it, while there is one `.staying` it does not leave, and while there is one `.unready` it
-//! is not ready to start.
+//! is not ready to start, and while there is one `.unbuilt` it is not there at all.
 #![forbid(unsafe_code)]
 
 use std::io::Write;
@@ -496,6 +496,8 @@ fn make(
         cap: scheduling.cap.unwrap_or(Share::DEFAULT.cap),
     };
     check(share, spec.config.maxvcpus as usize)?;
+    let unbuilt = spec.config.kernel.with_extension("unbuilt");
+    wait_while(|| unbuilt.exists());
     let membership = enter(spec)?;
     Ok(Arc::new(Mock {
         membership: Mutex::new(Some(membership)),

@@ -19,10 +19,10 @@ use crate::scheduling::{Share, VcpuInfo};
 use crate::state::promised_bytes;
 use crate::store;
 
-/// How long a domain that is being built may take to open its sockets.
-pub(crate) const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a domain that is being made is waited for.
+pub(crate) const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long an answer may take.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 /// The same where the guest has a part in it: longer than the domain process waits for the guest.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(60);
 /// The same for a list, for all its domains together.
@@ -283,9 +283,9 @@ impl Host {
 
     fn destroy_entry(&self, mut entry: Entry) -> Result<()> {
         for _ in 0..RETRIES {
-            let answer = check_goes_on(&entry)
-                .and_then(|()| ask(&entry, &Request::Destroy, CONNECT_PATIENCE, ANSWER_PATIENCE));
+            let answer = check_goes_on(&entry).and_then(|()| destroy_answered(&entry));
             let ended = match answer.and_then(done) {
+                Err(Error::Unmade { .. }) => self.end_unmade(&entry),
                 Err(Error::Unreachable { .. } | Error::Stopped { .. }) => self.kill(&entry),
                 ended => ended,
             };
@@ -341,28 +341,6 @@ impl Host {
             }
         }
     }
-
-    /// Kills a domain process. Its socket says which it is, so that no other can be hit.
-    fn kill(&self, entry: &Entry) -> Result<()> {
-        let domid = entry.domid;
-        let unreachable = |source: io::Error| Error::Unreachable { domid, source };
-        let stream = connect(entry, "control.sock", Duration::ZERO)?;
-        let peer = rustix::net::sockopt::socket_peercred(&stream)
-            .map_err(|fault| unreachable(fault.into()))?;
-        let process = rustix::process::pidfd_open(peer.pid, rustix::process::PidfdFlags::empty())
-            .map_err(|fault| unreachable(fault.into()))?;
-        rustix::process::pidfd_send_signal(process, rustix::process::Signal::KILL)
-            .map_err(|fault| unreachable(fault.into()))?;
-        let deadline = Instant::now() + ANSWER_PATIENCE;
-        while is_locked(&entry.dir) {
-            if Instant::now() >= deadline {
-                return Err(unreachable(ErrorKind::TimedOut.into()));
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
-        // Removes what it left.
-        self.entries().map(drop)
-    }
 }
 
 fn patience(request: &Request) -> Duration {
@@ -375,8 +353,18 @@ fn patience(request: &Request) -> Duration {
     }
 }
 
-/// Connects to one of a domain's sockets; one that is being built opens them in a while.
-fn connect(entry: &Entry, socket: &str, patience: Duration) -> Result<UnixStream> {
+/// Asks a domain to end. One that is still being made is not waited for; one that has closed its sockets is about to end or to start again by itself.
+fn destroy_answered(entry: &Entry) -> Result<Reply> {
+    match ask(entry, &Request::Destroy, Duration::ZERO, ANSWER_PATIENCE) {
+        Err(Error::Unreachable { source, .. }) if source.kind() == ErrorKind::ConnectionRefused => {
+            ask(entry, &Request::Destroy, CONNECT_PATIENCE, ANSWER_PATIENCE)
+        }
+        answer => answer,
+    }
+}
+
+/// Connects to one of a domain's sockets; one that is being made opens them in a while.
+pub(crate) fn connect(entry: &Entry, socket: &str, patience: Duration) -> Result<UnixStream> {
     let domid = entry.domid;
     let deadline = Instant::now() + patience;
     loop {
@@ -391,13 +379,16 @@ fn connect(entry: &Entry, socket: &str, patience: Duration) -> Result<UnixStream
             {
                 thread::sleep(Duration::from_millis(5));
             }
+            Err(fault) if fault.kind() == ErrorKind::NotFound => {
+                return Err(Error::Unmade { domid });
+            }
             Err(source) => return Err(Error::Unreachable { domid, source }),
         }
     }
 }
 
 /// One request and its answer.
-fn ask(
+pub(crate) fn ask(
     entry: &Entry,
     request: &Request,
     connecting: Duration,

@@ -101,11 +101,9 @@ fn ask_each<T>(
             Ok(told) => Some((entry, Answer::Told(told))),
             // A connection that was lost alone is no end.
             Err(Error::Gone { .. }) if !is_locked(&entry.dir) => None,
+            Err(Error::Unmade { .. }) => Some((entry, Answer::NotYet)),
             Err(Error::Unreachable { source, .. })
-                if matches!(
-                    source.kind(),
-                    ErrorKind::NotFound | ErrorKind::ConnectionRefused
-                ) =>
+                if source.kind() == ErrorKind::ConnectionRefused =>
             {
                 Some((entry, Answer::NotYet))
             }

@@ -69,6 +69,10 @@ pub enum Error {
     },
     #[error("another hospes command has held {path} for too long: see which process it is with `fuser`", path = .path.display())]
     Locked { path: PathBuf },
+    #[error(
+        "domain {domid} is still being made and cannot be asked for anything: try again when it is there, or destroy it"
+    )]
+    Unmade { domid: DomId },
     #[error("domain {domid} does not answer ({source}): see its log, or destroy it")]
     Unreachable { domid: DomId, source: io::Error },
     #[error(

@@ -27,6 +27,7 @@ mod handover;
 mod hub;
 mod images;
 mod instance;
+mod killing;
 mod launch;
 mod leaving;
 mod log;

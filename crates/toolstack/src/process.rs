@@ -197,7 +197,7 @@ fn is_heard() -> bool {
 }
 
 /// False where nobody listens any more.
-fn answer(launched: &Launched) -> bool {
+pub(crate) fn answer(launched: &Launched) -> bool {
     matches!(protocol::send(stdout().lock(), launched), Ok(Ok(())))
 }
 

@@ -219,6 +219,13 @@ impl Registry {
         remove(slot)
     }
 
+    /// The same for a domain of the calling process, whose slot is with another thread: to be called right before the process ends.
+    pub fn forget(&self, domid: DomId) -> Result<()> {
+        let _lock = self.lock()?;
+        let dir = self.domains().join(domid.to_string());
+        fs::remove_dir_all(&dir).map_err(at("cannot remove", &dir))
+    }
+
     /// Changes the record of a living domain of the calling process.
     pub fn update(&self, domid: DomId, record: &Record) -> Result<()> {
         self.update_and(domid, record, |_| ())

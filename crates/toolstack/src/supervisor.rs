@@ -10,7 +10,7 @@ use hospes_units::DomId;
 
 use crate::clock::Utc;
 use crate::dumping;
-use crate::ending::Ending;
+use crate::ending::{Ending, Unmade};
 use crate::error::{Error, Result};
 use crate::hub::ConsoleHub;
 use crate::instance::{ChangeError, FAREWELL, Instance};
@@ -143,7 +143,24 @@ impl<'a> Supervisor<'a> {
             ..Record::new(&self.config, self.uuid)
         };
         let slot = self.registry.allocate(&record)?;
+        let slot = self.begin(slot)?;
         self.start_in(slot, record, saved, Standing::Here)
+    }
+
+    /// From here on the domain can be given up before it is there.
+    fn begin(&self, slot: Slot) -> std::result::Result<Slot, StartError> {
+        let unmade = Unmade {
+            domid: slot.domid(),
+            registry: self.registry.clone(),
+            hub: self.hub.clone(),
+        };
+        match self.ending.set_building(unmade) {
+            true => Ok(slot),
+            false => {
+                self.release(slot);
+                Err(StartError::Destroyed("it is to end for good".into()))
+            }
+        }
     }
 
     /// The same for a domain that comes from another host and shows `passport`: `accepted` is called when it may, before the stream is read. It gets its name and UUID by
@@ -169,6 +186,7 @@ impl<'a> Supervisor<'a> {
             ..Record::new(&self.config, launch::random_uuid()?)
         };
         let slot = self.registry.allocate(&record)?;
+        let slot = self.begin(slot)?;
         match self.admit(&slot, passport) {
             Ok(()) => accepted(),
             Err(fault) => {
@@ -216,6 +234,7 @@ impl<'a> Supervisor<'a> {
                 return Err(fault);
             }
         };
+        self.ending.set_built(&instance);
         let ready = instance.machine().make_ready();
         let current = Current {
             slot,
@@ -225,7 +244,7 @@ impl<'a> Supervisor<'a> {
         };
         match ready {
             Ok(()) => {
-                self.ending.set_instance(&current.instance);
+                self.ending.set_ready(&current.instance);
                 Ok(current)
             }
             Err(fault) => {
@@ -412,7 +431,9 @@ impl<'a> Supervisor<'a> {
         instance.wait_heard();
         // The old machine's memory has to be free before the new one asks for its own.
         drop(instance);
-        match self.start_in(slot, record, None, Standing::Here) {
+        let started = self.begin(slot);
+        let started = started.and_then(|slot| self.start_in(slot, record, None, Standing::Here));
+        match started {
             Err(StartError::Destroyed(fault)) => {
                 log!("The domain was destroyed before it had started again: {fault}");
                 self.close();

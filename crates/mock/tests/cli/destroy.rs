@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::common::{Bench, until};
 
@@ -140,4 +141,125 @@ fn destroy_that_comes_before_the_domain_is_ready_to_start_again_ends_it() {
     assert_eq!(bench.row("one"), None);
     // That is what was asked for.
     assert_eq!(creating.wait(), Some(0));
+}
+
+/// A command that makes a domain which is not there as long as there is the file `kernel.unbuilt`.
+fn making(bench: &Bench, arguments: &[String], domid: u32) -> Child {
+    std::fs::write(bench.path("kernel.unbuilt"), "").expect("writable");
+    let mut command = bench.command();
+    let making = command.args(arguments).stderr(Stdio::piped()).spawn();
+    let making = making.expect("the program can be started");
+    until("the domain is listed", || {
+        bench.domain_dir(domid).join("domain.json").exists()
+    });
+    making
+}
+
+/// What it said, and its exit status.
+fn end_of(command: Child) -> (Option<i32>, String) {
+    let ended = command.wait_with_output().expect("a child");
+    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+    (ended.status.code(), said)
+}
+
+#[test]
+fn destroy_of_a_domain_that_is_being_made_gives_it_up() {
+    let bench = Bench::new();
+    let creating = making(&bench, &bench.creation("one", &["-q"]), 1);
+    // It has nothing to say yet, and keeps nobody waiting.
+    assert_eq!(bench.row("one").expect("listed")[1..3], ["1", "64"]);
+    bench.ok(&["destroy", "one"]);
+    assert!(!bench.domain_dir(1).exists());
+    let (status, said) = end_of(creating);
+    assert_eq!(status, Some(3), "{said}");
+    let expected = "the domain was destroyed before it was there";
+    assert!(said.contains(expected), "{said}");
+    let log = bench.log("one.log");
+    assert!(!log.contains("killed"), "{log}");
+    // Its name is free.
+    std::fs::remove_file(bench.path("kernel.unbuilt")).expect("there");
+    bench.create("one", &[]);
+}
+
+#[test]
+fn destroy_of_a_domain_that_is_being_restored_gives_it_up() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    let file = bench.path("saved").display().to_string();
+    bench.ok(&["save", "one", &file]);
+    let arguments = ["restore", &file].map(String::from);
+    let restoring = making(&bench, &arguments, 2);
+    bench.ok(&["destroy", "2"]);
+    assert_eq!(bench.row("one"), None);
+    let (status, said) = end_of(restoring);
+    assert_ne!(status, Some(0), "{said}");
+    assert!(said.contains("destroyed before it was there"), "{said}");
+}
+
+#[test]
+fn destroy_of_a_domain_that_is_made_anew_is_its_end() {
+    let bench = Bench::new();
+    let mut creating = bench.spawn(&bench.creation("one", &["-q", "-c"]));
+    creating.expect("mock guest ready");
+    std::fs::write(bench.path("kernel.unbuilt"), "").expect("writable");
+    creating.send("reboot\n");
+    until("it has its next id", || {
+        bench.domain_dir(2).join("domain.json").exists()
+    });
+    bench.ok(&["destroy", "one"]);
+    assert_eq!(bench.row("one"), None);
+    // That is what was asked for.
+    assert_eq!(creating.wait(), Some(0));
+}
+
+#[test]
+fn destroy_kills_a_domain_that_is_being_made_and_is_stopped() {
+    let bench = Bench::new();
+    let creating = making(&bench, &bench.creation("one", &["-q"]), 1);
+    let pid = Pid::from_raw(bench.pid(1)).expect("not 0");
+    kill_process(pid, Signal::STOP).expect("its own child");
+    bench.ok(&["destroy", "one"]);
+    assert!(!bench.domain_dir(1).exists());
+    let (status, said) = end_of(creating);
+    assert_eq!(status, Some(3), "{said}");
+}
+
+#[test]
+fn signal_to_a_domain_that_is_being_made_gives_it_up() {
+    let bench = Bench::new();
+    let creating = making(&bench, &bench.creation("one", &["-q"]), 1);
+    let pid = Pid::from_raw(bench.pid(1)).expect("not 0");
+    kill_process(pid, Signal::TERM).expect("its own child");
+    let (status, said) = end_of(creating);
+    assert_eq!(status, Some(3), "{said}");
+    assert!(!bench.domain_dir(1).exists());
+}
+
+#[test]
+fn signal_to_a_domain_that_is_not_ready_ends_it() {
+    let bench = Bench::new();
+    std::fs::write(bench.path("kernel.unready"), "").expect("writable");
+    let mut command = bench.command();
+    command.args(bench.creation("one", &["-q"]));
+    let creating = command.stderr(Stdio::piped()).spawn().expect("a program");
+    until("it can be asked", || {
+        bench.domain_dir(1).join("control.sock").exists()
+    });
+    let pid = Pid::from_raw(bench.pid(1)).expect("not 0");
+    kill_process(pid, Signal::TERM).expect("its own child");
+    let (status, said) = end_of(creating);
+    assert_eq!(status, Some(3), "{said}");
+    assert!(said.contains("it has ended before it was ready"), "{said}");
+    assert!(!bench.domain_dir(1).exists());
+}
+
+#[test]
+fn commands_for_a_domain_that_is_being_made_say_so() {
+    let bench = Bench::new();
+    let creating = making(&bench, &bench.creation("one", &["-q"]), 1);
+    let said = bench.fails(1, &["shutdown", "one"]);
+    assert!(said.contains("domain 1 is still being made"), "{said}");
+    std::fs::remove_file(bench.path("kernel.unbuilt")).expect("there");
+    assert_eq!(end_of(creating).0, Some(0));
+    bench.ok(&["shutdown", "-w", "one"]);
 }
