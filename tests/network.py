@@ -467,6 +467,22 @@ def script_that_hangs_ends_with_its_domain(run):
     expect_clean(run)
 
 
+def script_ends_with_a_killed_process(run):
+    script, started = os.path.join(run.path, "vif-hangs"), pathlib.Path(run.path, "started")
+    with open(script, "w", encoding="utf-8") as handle:
+        handle.write(f"#!/bin/sh\nsleep 1000 &\necho $! >{started}\nwait\n")
+    os.chmod(script, 0o755)
+    command = [vm.hospes_binary(), "create", "-q", "/dev/null", 'name="hangs"', f'kernel="{vm.GUESTS}/vmlinuz-cloud"', "memory=256",
+               f"vif=['script={script}']"]
+    with subprocess.Popen(command, env=run.environment(), stderr=subprocess.PIPE, text=True) as creating:
+        wait_until(lambda: started.exists() and started.read_text(encoding="ascii").strip(), "the script does not run")
+        # No other command comes.
+        kill(run, "__domain")
+        creating.communicate(timeout=ANSWER_S)
+    wait_until(lambda: is_over(int(started.read_text(encoding="ascii"))), "what the script started lives on")
+    wait_clean(run)
+
+
 def is_over(pid):
     """Whether a process has ended, even where nobody has asked for its status."""
     try:
@@ -536,7 +552,8 @@ def comes_and_goes_while_the_guest_runs(run):
 TESTS = (
     guests_find_host_and_each_other, carries_much_and_unharmed, top_shows_what_guests_send_and_receive, rate_is_what_one_flow_gets,
     outside_is_reached_but_does_not_reach, guest_speaks_for_itself_only, killed_leave_nothing_for_good, reboot_keeps_the_address, bridge_is_used_as_it_is,
-    bridge_of_xen_needs_no_script, script_is_called_as_xen_calls_it, script_that_hangs_ends_with_its_domain, user_mode_needs_no_interface,
+    bridge_of_xen_needs_no_script, script_is_called_as_xen_calls_it, script_that_hangs_ends_with_its_domain,
+    script_ends_with_a_killed_process, user_mode_needs_no_interface,
     driver_starts_over, comes_and_goes_while_the_guest_runs,
 )
 

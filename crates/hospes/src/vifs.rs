@@ -99,7 +99,8 @@ impl Plug {
                 let path = format!("/local/domain/0/backend/vif/{}/{devid}", self.domid);
                 let bridge = vif.bridge.as_deref();
                 let netdev = vif.netdev.as_deref();
-                Script::new(program, &path, interface, bridge, netdev, &self.haste)
+                let (haste, run) = (&self.haste, &self.run_directory);
+                Script::new(program, &path, interface, bridge, netdev, haste, run)
             });
         let own_v4 = port.ip.map(|ip| (ip.into(), 32));
         let own_v6 = port.network_v6.map(|(ip, prefix)| (ip.into(), prefix));

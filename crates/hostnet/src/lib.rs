@@ -6,7 +6,7 @@
 //!
 //! Refuses: to change a bridge or an interface that it did not make; a network on addresses that the host already reaches.
 //!
-//! Invariants: an interface lives exactly as long as its descriptors; what killed processes leave is removed by the next [`open`] or [`sweep`]; one
+//! Invariants: an interface lives exactly as long as its descriptors; what killed processes leave is removed, and scripts that they waited for are ended, by the next [`open`] or [`sweep`]; one
 //! domain process never waits for another but for the moment in which one of them changes the network.
 //! Limits: 253 guests on a NAT network, 16 run directories with such a network, IPv4 prefix /24, IPv6 prefix /64. Guests reach the outside with
 //! IPv6 only where the host forwards it already: switching that on would make the host deaf to its own routers.
@@ -17,6 +17,7 @@ mod nat;
 mod netlink;
 mod nft;
 mod passt;
+mod running;
 mod script;
 mod subnet;
 mod sys;
@@ -30,7 +31,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use mac::{MAC_PREFIX, random_mac};
-pub use nat::sweep;
 pub use script::{Action, Haste, Script};
 pub use subnet::mac_text;
 
@@ -92,6 +92,13 @@ pub enum Error {
     MacInUse { mac: String },
     #[error("cannot use {path}: {source}", path = path.display())]
     State { path: PathBuf, source: io::Error },
+}
+
+/// Removes what killed processes left of the networks of a run directory, and ends their scripts. Does nothing to what is in use, nor to a shared network of
+/// another network namespace.
+pub fn sweep(run_directory: &Path) -> Result<(), Error> {
+    running::sweep(run_directory)?;
+    nat::sweep(run_directory)
 }
 
 /// What a device is plugged into.

@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::Error;
+use crate::running::Running;
 use crate::tools::{self, run_with};
 
 /// Where scripts without a path lie.
@@ -58,6 +59,7 @@ pub struct Script {
     bridge: Option<String>,
     gateway_device: Option<String>,
     haste: Haste,
+    run_directory: PathBuf,
 }
 
 impl Script {
@@ -68,6 +70,7 @@ impl Script {
         bridge: Option<&str>,
         gateway_device: Option<&str>,
         haste: &Haste,
+        run_directory: &Path,
     ) -> Script {
         Script {
             program: Path::new(DIRECTORY).join(program),
@@ -76,6 +79,7 @@ impl Script {
             bridge: bridge.map(str::to_owned),
             gateway_device: gateway_device.map(str::to_owned),
             haste: haste.clone(),
+            run_directory: run_directory.to_owned(),
         }
     }
 
@@ -94,7 +98,8 @@ impl Script {
         &self.program
     }
 
-    /// Runs the script to its end. One that takes too long is killed, with what it started.
+    /// Runs the script to its end. One that takes too long is killed, with what it started, and so is one whose domain's process is killed, by the next
+    /// [`sweep`](crate::sweep).
     pub fn run(&self, action: Action) -> Result<(), Error> {
         let word = match action {
             Action::Online => "online",
@@ -116,10 +121,24 @@ impl Script {
             environment.push(("gatewaydev", device));
         }
         let arguments = [word, "type_if=vif"];
-        run_with(&self.program, &arguments, "", &environment, |ran| {
-            let hurried = self.haste.over(action, ran);
-            hurried.or_else(|| tools::over(ran, tools::RUN))
-        })
+        // What cannot be written down on a full host runs all the same.
+        let mut running = Running::begin(&self.run_directory, &self.interface).ok();
+        let started = |pid| {
+            if let Some(running) = &mut running {
+                let _ = running.set(pid);
+            }
+        };
+        run_with(
+            &self.program,
+            &arguments,
+            "",
+            &environment,
+            started,
+            |ran| {
+                let hurried = self.haste.over(action, ran);
+                hurried.or_else(|| tools::over(ran, tools::RUN))
+            },
+        )
     }
 }
 
@@ -131,12 +150,14 @@ mod tests {
 
     #[test]
     fn script_without_a_path_is_xens() {
-        let script = Script::new("vif-route", "b", "vif1.0", None, None, &Haste::default());
-        assert_eq!(script.program(), Path::new("/etc/xen/scripts/vif-route"));
-        assert_eq!(
-            Script::new("/x/y", "b", "v", None, None, &Haste::default()).program(),
-            Path::new("/x/y")
-        );
+        for (program, expected) in [
+            ("vif-route", "/etc/xen/scripts/vif-route"),
+            ("/x/y", "/x/y"),
+        ] {
+            let haste = Haste::default();
+            let script = Script::new(program, "b", "v", None, None, &haste, Path::new("/r"));
+            assert_eq!(script.program(), Path::new(expected));
+        }
     }
 
     #[test]
@@ -179,7 +200,16 @@ mod tests {
 
         fn script(&self) -> Script {
             let program = self.directory.join("s").display().to_string();
-            Script::new(&program, PATH, "vif1.0", Some("br"), None, &self.haste)
+            let (bridge, haste) = (Some("br"), &self.haste);
+            Script::new(
+                &program,
+                PATH,
+                "vif1.0",
+                bridge,
+                None,
+                haste,
+                &self.directory,
+            )
         }
 
         /// What it has written; waits until there is something.
@@ -229,12 +259,49 @@ mod tests {
             let error = running.join().unwrap();
             assert!(error.contains("its domain was destroyed"), "{error}");
             assert!(error.contains("hospes-script-haste"), "{error}");
-            // Killed, it may still have to be waited for by the process that takes orphans.
-            let ended = |stat: String| stat.contains(") Z ") || stat.contains(") X ");
-            while !std::fs::read_to_string(&started).map_or(true, ended) {
-                std::thread::sleep(Duration::from_millis(5));
-            }
+            wait_for_end(&started);
         }
+    }
+
+    /// Waits for the end of the process with this file in /proc. Killed, it may still have to be waited for by the process that takes orphans.
+    fn wait_for_end(stat: &str) {
+        let ended = |stat: String| stat.contains(") Z ") || stat.contains(") X ");
+        while !std::fs::read_to_string(stat).map_or(true, ended) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn script_of_a_killed_process_is_ended_by_the_sweep_with_what_it_started() {
+        let written = Written::new("killed", "sleep 1000 & echo $! >said; wait");
+        let script = written.script();
+        let running = std::thread::spawn(move || script.run(Action::Online).unwrap_err());
+        let started = format!("/proc/{}/stat", written.said());
+        let files = || {
+            let files = std::fs::read_dir(written.directory.join("scripts")).unwrap();
+            files.map(|file| file.unwrap().path()).collect::<Vec<_>>()
+        };
+        // It has its process when that has said something, or a moment later.
+        let file = files().pop().unwrap();
+        let left = loop {
+            let left = std::fs::read(&file).unwrap();
+            match left.is_empty() {
+                true => std::thread::sleep(Duration::from_millis(5)),
+                false => break left,
+            }
+        };
+        // One that runs for a process which lives is left alone.
+        crate::sweep(&written.directory).unwrap();
+        assert_eq!(files(), [&*file]);
+        assert!(std::fs::exists(&started).unwrap());
+        // A process that is killed leaves the same: its file without a lock.
+        std::fs::remove_file(&file).unwrap();
+        std::fs::write(&file, left).unwrap();
+        crate::sweep(&written.directory).unwrap();
+        wait_for_end(&started);
+        let error = running.join().unwrap().to_string();
+        assert!(error.contains("signal: 9"), "{error}");
+        assert_eq!(files().len(), 0);
     }
 
     #[test]

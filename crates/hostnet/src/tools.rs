@@ -96,16 +96,18 @@ pub fn over(ran: Duration, most: Duration) -> Option<String> {
 /// Runs a program to its end with `input`, in English; what it says on its error output is the error.
 pub fn run<S: AsRef<OsStr>>(program: &Path, arguments: &[S], input: &str) -> Result<(), Error> {
     let english = [("LC_ALL", "C")];
-    run_with(program, arguments, input, &english, |ran| over(ran, RUN))
+    let over = |ran| over(ran, RUN);
+    run_with(program, arguments, input, &english, |_| (), over)
 }
 
-/// As [`run`] with these variables in the environment. While it runs `over` is asked now and then, with how long it has: for the reason that it gives the program is killed,
+/// As [`run`] with these variables in the environment. `started` is told the program's process, which leads a group of its own. While it runs `over` is asked now and then, with how long it has: for the reason that it gives the program is killed,
 /// with what it started.
 pub fn run_with<S: AsRef<OsStr>>(
     program: &Path,
     arguments: &[S],
     input: &str,
     environment: &[(&str, &str)],
+    started: impl FnOnce(u32),
     over: impl Fn(Duration) -> Option<String>,
 ) -> Result<(), Error> {
     let failed = |why: String| Error::Tool {
@@ -126,6 +128,7 @@ pub fn run_with<S: AsRef<OsStr>>(
     };
     let begun = Instant::now();
     let (mut child, said) = start().map_err(|error: io::Error| failed(error.to_string()))?;
+    started(child.id());
     if let Some(mut pipe) = child.stdin.take() {
         // A program that does not read its input says why by itself.
         let _ = pipe.write_all(input.as_bytes());
@@ -196,7 +199,7 @@ mod tests {
     fn shell(text: &str, most: Duration) -> Result<(), String> {
         let arguments = ["-c", text];
         let over = |ran| over(ran, most);
-        run_with(Path::new("/bin/sh"), &arguments, "", &[], over).map_err(|e| e.to_string())
+        run_with(Path::new("/bin/sh"), &arguments, "", &[], |_| (), over).map_err(|e| e.to_string())
     }
 
     #[test]
