@@ -14,7 +14,13 @@ CUTS ?= 12
 FUZZ_SECONDS ?= 60
 PREFIX ?= /usr/local
 DESTDIR ?=
-UNITS ?= $(if $(filter /usr,$(PREFIX)),/lib,$(PREFIX)/lib)/systemd/system
+UNITS ?= $(if $(subst /usr,,$(PREFIX)),$(PREFIX)/lib,/lib)/systemd/system
+# In quotes the shell leaves a ~ as it is, which not every user's shell has replaced.
+at_home = $(subst :start:,,$(subst :start:~/,$(HOME)/,:start:$(1)))
+override PREFIX := $(call at_home,$(PREFIX))
+override DESTDIR := $(call at_home,$(DESTDIR))
+# As the shell's variables they may hold spaces.
+export PREFIX DESTDIR UNITS
 # The monitor of this tree.
 BIN := $(or $(CARGO_TARGET_DIR),target)/release/hospes
 DENY_TOOL := target/tools/bin/cargo-deny
@@ -48,54 +54,54 @@ build:
 # XL=1 is for programs that call xl: many know it as /usr/sbin/xl, and write configurations into /etc/xen.
 install:
 	@test -x '$(BIN)' || { echo '$(BIN) is not there: run `make build` first, as the user whose checkout it is' >&2; exit 2; }
-	install -D -m 755 '$(BIN)' $(DESTDIR)$(PREFIX)/bin/hospes
+	install -D -m 755 '$(BIN)' "$$DESTDIR$$PREFIX/bin/hospes"
 	@set -e; made=$$(mktemp -d); trap 'rm -rf "$$made"' EXIT; \
-	put() { echo "install -D -m 644 $$1 $(DESTDIR)$$2"; install -D -m 644 "$$made/$$1" "$(DESTDIR)$$2"; }; \
+	put() { echo "install -D -m 644 $$1 $$DESTDIR$$2"; install -D -m 644 "$$made/$$1" "$$DESTDIR$$2"; }; \
 	'$(BIN)' manual hospes.1 > "$$made/hospes.1"; \
 	'$(BIN)' manual hospes.cfg.5 > "$$made/hospes.cfg.5"; \
 	'$(BIN)' completions bash > "$$made/hospes"; \
 	'$(BIN)' completions zsh > "$$made/_hospes"; \
 	'$(BIN)' completions fish > "$$made/hospes.fish"; \
-	put hospes.1 $(PREFIX)/share/man/man1/hospes.1; \
-	put hospes.cfg.5 $(PREFIX)/share/man/man5/hospes.cfg.5; \
-	put hospes $(PREFIX)/share/bash-completion/completions/hospes; \
-	put _hospes $(PREFIX)/share/zsh/site-functions/_hospes; \
-	put hospes.fish $(PREFIX)/share/fish/vendor_completions.d/hospes.fish; \
-	if [ -n "$(DESTDIR)" ] || [ "$$(id -u)" = 0 ]; then \
-	    sed 's|@PREFIX@|$(PREFIX)|' systemd/hospes-domains.service.in > "$$made/hospes-domains.service"; \
-	    put hospes-domains.service $(UNITS)/hospes-domains.service; \
-	    install -d -m 755 $(DESTDIR)/etc/hospes/auto; \
+	put hospes.1 "$$PREFIX/share/man/man1/hospes.1"; \
+	put hospes.cfg.5 "$$PREFIX/share/man/man5/hospes.cfg.5"; \
+	put hospes "$$PREFIX/share/bash-completion/completions/hospes"; \
+	put _hospes "$$PREFIX/share/zsh/site-functions/_hospes"; \
+	put hospes.fish "$$PREFIX/share/fish/vendor_completions.d/hospes.fish"; \
+	if [ -n "$$DESTDIR" ] || [ "$$(id -u)" = 0 ]; then \
+	    sed "s|@PREFIX@|$$PREFIX|" systemd/hospes-domains.service.in > "$$made/hospes-domains.service"; \
+	    put hospes-domains.service "$$UNITS/hospes-domains.service"; \
+	    install -d -m 755 "$$DESTDIR/etc/hospes/auto"; \
 	else \
 	    echo 'not root: without the unit that starts domains with the host'; \
 	fi
 	@if [ -n "$(XL)" ]; then \
-	    ln -sf hospes $(DESTDIR)$(PREFIX)/bin/xl && \
-	    install -d -m 755 $(DESTDIR)$(PREFIX)/sbin && \
-	    ln -sf ../bin/hospes $(DESTDIR)$(PREFIX)/sbin/xl && \
-	    ln -sf ../bin/hospes $(DESTDIR)$(PREFIX)/sbin/xentop && \
-	    ln -sf hospes.1 $(DESTDIR)$(PREFIX)/share/man/man1/xl.1 && \
-	    ln -sf hospes $(DESTDIR)$(PREFIX)/share/bash-completion/completions/xl && \
-	    ln -sf hospes.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/xl.fish && \
-	    if [ -n "$(DESTDIR)" ] || [ "$$(id -u)" = 0 ]; then install -d -m 755 $(DESTDIR)/etc/xen/auto; fi; \
+	    ln -sf hospes "$$DESTDIR$$PREFIX/bin/xl" && \
+	    install -d -m 755 "$$DESTDIR$$PREFIX/sbin" && \
+	    ln -sf ../bin/hospes "$$DESTDIR$$PREFIX/sbin/xl" && \
+	    ln -sf ../bin/hospes "$$DESTDIR$$PREFIX/sbin/xentop" && \
+	    ln -sf hospes.1 "$$DESTDIR$$PREFIX/share/man/man1/xl.1" && \
+	    ln -sf hospes "$$DESTDIR$$PREFIX/share/bash-completion/completions/xl" && \
+	    ln -sf hospes.fish "$$DESTDIR$$PREFIX/share/fish/vendor_completions.d/xl.fish" && \
+	    if [ -n "$$DESTDIR" ] || [ "$$(id -u)" = 0 ]; then install -d -m 755 "$$DESTDIR/etc/xen/auto"; fi; \
 	fi
 
 # What is in /etc/hospes and /etc/xen stays, and domains run on; xl goes where it is ours.
 uninstall:
-	@if [ -z "$(DESTDIR)" ] && [ -e $(UNITS)/hospes-domains.service ] && command -v systemctl >/dev/null; then \
+	@if [ -z "$$DESTDIR" ] && [ -e "$$UNITS/hospes-domains.service" ] && command -v systemctl >/dev/null; then \
 	    systemctl disable hospes-domains.service || :; \
 	fi
-	rm -f $(DESTDIR)$(PREFIX)/bin/hospes $(DESTDIR)$(PREFIX)/share/man/man1/hospes.1 \
-	    $(DESTDIR)$(PREFIX)/share/man/man5/hospes.cfg.5 $(DESTDIR)$(PREFIX)/share/bash-completion/completions/hospes \
-	    $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_hospes $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/hospes.fish \
-	    $(DESTDIR)$(UNITS)/hospes-domains.service
+	rm -f "$$DESTDIR$$PREFIX/bin/hospes" "$$DESTDIR$$PREFIX/share/man/man1/hospes.1" \
+	    "$$DESTDIR$$PREFIX/share/man/man5/hospes.cfg.5" "$$DESTDIR$$PREFIX/share/bash-completion/completions/hospes" \
+	    "$$DESTDIR$$PREFIX/share/zsh/site-functions/_hospes" "$$DESTDIR$$PREFIX/share/fish/vendor_completions.d/hospes.fish" \
+	    "$$DESTDIR$$UNITS/hospes-domains.service"
 	@ours=; \
 	for link in bin/xl sbin/xl sbin/xentop share/man/man1/xl.1 share/bash-completion/completions/xl share/fish/vendor_completions.d/xl.fish; do \
-	    case $$(readlink $(DESTDIR)$(PREFIX)/$$link) in \
-	        hospes|../bin/hospes|hospes.1|hospes.fish) rm -f $(DESTDIR)$(PREFIX)/$$link; ours=1 ;; \
+	    case $$(readlink "$$DESTDIR$$PREFIX/$$link") in \
+	        hospes|../bin/hospes|hospes.1|hospes.fish) rm -f "$$DESTDIR$$PREFIX/$$link"; ours=1 ;; \
 	    esac; \
 	done; \
-	if [ -n "$$ours" ] && { [ -n "$(DESTDIR)" ] || [ "$$(id -u)" = 0 ]; }; then \
-	    rmdir --ignore-fail-on-non-empty $(DESTDIR)/etc/xen/auto $(DESTDIR)/etc/xen 2>/dev/null || :; \
+	if [ -n "$$ours" ] && { [ -n "$$DESTDIR" ] || [ "$$(id -u)" = 0 ]; }; then \
+	    rmdir --ignore-fail-on-non-empty "$$DESTDIR/etc/xen/auto" "$$DESTDIR/etc/xen" 2>/dev/null || :; \
 	fi
 
 guests:

@@ -194,6 +194,20 @@ class Install(Scripts):
         self.make("uninstall", f"DESTDIR={self.stage}")
         self.assertTrue((self.stage / "etc/xen/auto").is_dir())
 
+    def test_names_of_directories_may_have_spaces(self):
+        stage, prefix = self.stage / "a place", self.stage / "my own"
+        self.make("install", f"DESTDIR={stage}", "XL=1")
+        self.assertEqual(self.tree("a place/usr/local"), self.OF_EVERYONE | self.OF_XL | {self.UNIT})
+        self.assertTrue((stage / "etc/xen/auto").is_dir())
+        self.make("uninstall", f"DESTDIR={stage}")
+        self.make("install", f"PREFIX={prefix}", "XL=1")
+        self.assertEqual(self.tree("my own"), self.OF_EVERYONE | self.OF_XL)
+        self.make("uninstall", f"PREFIX={prefix}")
+        self.assertEqual(self.tree(), set())
+        # Not every shell replaces it.
+        self.make("install", "PREFIX=~/stage")
+        self.assertEqual(self.tree(), self.OF_EVERYONE)
+
     def test_unit_survives_a_domain_that_is_killed_for_lack_of_memory(self):
         self.make("install", f"DESTDIR={self.stage}", "PREFIX=/usr")
         unit = self.stage / self.UNIT
