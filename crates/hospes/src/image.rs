@@ -1,10 +1,12 @@
 //! `image`: disk images for guests.
 
+use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
+use hospes_config::limits;
 use hospes_debian::{BuildError, Made, Progress, Recipe, build, parse_size};
 use hospes_image::{Format, Image, ImageError, OpenSpec, open};
 use hospes_sys::Termination;
@@ -86,9 +88,20 @@ fn summary(program: &str, made: &Made) -> String {
     }
     let configuration = made.configuration.display();
     text.push_str(&format!(
-        "configuration  {configuration}\nStart it: {program} create -c {configuration}\n"
+        "configuration  {configuration}\nStart it: {} create -c {}\n",
+        for_shell(program),
+        for_shell(&configuration.to_string()),
     ));
     text
+}
+
+/// A word as a shell takes it for one.
+fn for_shell(word: &str) -> Cow<'_, str> {
+    let plain = |c: char| c.is_alphanumeric() || "_-./+:=@%,".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.into(),
+        false => format!("'{}'", word.replace('\'', r"'\''")).into(),
+    }
 }
 
 fn recipe(args: &Args) -> Result<Recipe, Failure> {
@@ -126,21 +139,27 @@ fn recipe(args: &Args) -> Result<Recipe, Failure> {
     recipe.run = args.value("run").map(Into::into);
     recipe.docs = args.has("docs");
     if let Some(memory) = args.value("memory") {
-        recipe.memory_mb = number("--memory", memory)?;
+        let (min, max) = (limits::MEMORY_MIN_MIB, limits::MEMORY_MAX_MIB);
+        recipe.memory_mb = number("--memory", memory, min, max, " MB")?;
     }
     if let Some(vcpus) = args.value("vcpus") {
-        recipe.vcpus = number("--vcpus", vcpus)?;
+        recipe.vcpus = number("--vcpus", vcpus, 1, limits::VCPUS_MAX.into(), "")?;
     }
     recipe.force = args.has("force");
     recipe.output = args.at(1).into();
     Ok(recipe)
 }
 
-fn number(option: &str, text: &str) -> Result<u32, Failure> {
-    match text.parse() {
-        Ok(number) if number > 0 => Ok(number),
-        _ => Err(Failure::Usage(format!("{option} wants a number above 0"))),
-    }
+/// Within the limits that configurations have: what is made is to be started.
+fn number(option: &str, text: &str, min: u64, max: u64, unit: &str) -> Result<u32, Failure> {
+    let number = text.parse().ok();
+    number
+        .filter(|number| (min..=max).contains(&u64::from(*number)))
+        .ok_or_else(|| {
+            let fault =
+                format!("{option} is `{text}', it has to be a number from {min} to {max}{unit}");
+            Failure::Usage(fault)
+        })
 }
 
 /// Progress on standard error: a line a step, and on a terminal one line that shows what goes on.
@@ -250,6 +269,27 @@ mod tests {
     }
 
     #[test]
+    fn summary_has_a_command_for_the_shell() {
+        for (directory, expected) in [
+            ("/srv/über", "hospes create -c /srv/über/a.cfg"),
+            ("/my disks", "hospes create -c '/my disks/a.cfg'"),
+            ("/it's", r"hospes create -c '/it'\''s/a.cfg'"),
+            ("/$a", "hospes create -c '/$a/a.cfg'"),
+        ] {
+            let file = |name: &str| std::path::Path::new(directory).join(name);
+            let made = Made {
+                image: file("a.img"),
+                kernel: file("a.vmlinuz"),
+                initrd: file("a.initrd"),
+                configuration: file("a.cfg"),
+                seed: None,
+            };
+            let text = summary("hospes", &made);
+            assert!(text.ends_with(&format!("Start it: {expected}\n")), "{text}");
+        }
+    }
+
+    #[test]
     fn recipe_wrong_arguments_are_sentences() {
         assert!(parsed(&[]).unwrap_err().contains("too few"));
         assert!(parsed(&["a.img", "b.img"]).unwrap_err().contains("b.img"));
@@ -258,11 +298,17 @@ mod tests {
                 .unwrap_err()
                 .contains("no size")
         );
-        assert!(
-            parsed(&["--vcpus", "0", "a.img"])
-                .unwrap_err()
-                .contains("--vcpus")
-        );
+        for (option, value, limits) in [
+            ("--vcpus", "0", "1 to 128"),
+            ("--vcpus", "1000", "1 to 128"),
+            ("--vcpus", "two", "1 to 128"),
+            ("--memory", "7", "8 to 16777216 MB"),
+            ("--memory", "17000000", "8 to 16777216 MB"),
+        ] {
+            let fault = parsed(&[option, value, "a.img"]).unwrap_err();
+            let expected = format!("{option} is `{value}', it has to be a number from {limits}");
+            assert_eq!(fault, expected);
+        }
         assert!(
             parsed(&["--nonsense", "a.img"])
                 .unwrap_err()
