@@ -448,7 +448,7 @@ impl Instance {
         };
         if !there {
             return Err(ChangeError::Missing(match kind {
-                DeviceKind::Disk => format!("disk {devid}"),
+                DeviceKind::Disk => format!("disk {}", Vdev::of_number(devid)),
                 DeviceKind::Vif => format!("network interface {devid}"),
             }));
         }

@@ -2,7 +2,7 @@
 
 use anyhow::anyhow;
 use hospes_config::{DiskConfig, Vdev, VifConfig};
-use hospes_toolstack::{DeviceKind, Entry, Host, Request};
+use hospes_toolstack::{self as toolstack, DeviceKind, Entry, Host, Request};
 
 use crate::commands::failed;
 use crate::output::{json, print, tell};
@@ -36,17 +36,25 @@ pub(crate) fn block_detach(call: &Call) -> Outcome {
     let Some(devid) = disk_number(&entry, call.args.at(1)) else {
         return not_connected(call.args.at(1));
     };
-    detach(
-        &host,
-        &entry,
-        DeviceKind::Disk,
+    let request = Request::DetachDevice {
+        kind: DeviceKind::Disk,
         devid,
-        call.args.has("force"),
-    )
+        force: call.args.has("force"),
+    };
+    change(&host, &entry, &request, |now| {
+        missing_disk(now, call.args.at(1))
+    })
 }
 
 fn not_connected(what: &str) -> Outcome {
     failed(&format!("Error: Device {what} not connected."))
+}
+
+/// What there is to say where a domain has no such disk.
+fn missing_disk(entry: &Entry, text: &str) -> Option<Outcome> {
+    disk_number(entry, text)
+        .is_none()
+        .then(|| not_connected(text))
 }
 
 /// The number of a domain's disk: by the name the configuration gives it, or by any name or number of it.
@@ -59,9 +67,22 @@ fn disk_number(entry: &Entry, text: &str) -> Option<u32> {
         .then_some(number)
 }
 
-fn detach(host: &Host, entry: &Entry, kind: DeviceKind, devid: u32, force: bool) -> Outcome {
-    let request = Request::DetachDevice { kind, devid, force };
-    Ok(host.ask(&entry.domid.to_string(), &request)?)
+/// Asks for a change of a device that the user has named and that was there. Where it is refused, another command may have taken the device away meanwhile:
+/// `missing` says so in the user's words, as where it had not been there at all.
+fn change(
+    host: &Host,
+    entry: &Entry,
+    request: &Request,
+    missing: impl Fn(&Entry) -> Option<Outcome>,
+) -> Outcome {
+    let who = entry.domid.to_string();
+    let refused = match host.ask(&who, request) {
+        Err(fault @ toolstack::Error::Refused { .. }) => fault,
+        answered => return Ok(answered?),
+    };
+    let now = host.find(&who).ok();
+    now.and_then(|entry| missing(&entry))
+        .unwrap_or(Err(refused.into()))
 }
 
 pub(crate) fn block_resize(call: &Call) -> Outcome {
@@ -77,7 +98,9 @@ pub(crate) fn block_resize(call: &Call) -> Outcome {
         )));
     };
     let request = Request::ResizeDisk { devid, bytes };
-    Ok(host.ask(&entry.domid.to_string(), &request)?)
+    change(&host, &entry, &request, |now| {
+        missing_disk(now, call.args.at(1))
+    })
 }
 
 /// `4096`, `64m`, `1g`.
@@ -140,10 +163,18 @@ pub(crate) fn network_detach(call: &Call) -> Outcome {
     let host = Host::from_environment()?;
     let entry = host.find(call.args.at(0))?;
     let which = call.args.at(1);
-    match vif_number(&entry, which) {
-        Some(devid) => detach(&host, &entry, DeviceKind::Vif, devid, false),
-        None => failed(&format!("Unknown device {which}.")),
-    }
+    let unknown = || failed(&format!("Unknown device {which}."));
+    let Some(devid) = vif_number(&entry, which) else {
+        return unknown();
+    };
+    let request = Request::DetachDevice {
+        kind: DeviceKind::Vif,
+        devid,
+        force: false,
+    };
+    change(&host, &entry, &request, |now| {
+        vif_number(now, which).is_none().then(unknown)
+    })
 }
 
 /// The number of a domain's network interface, by number or address.

@@ -1,5 +1,8 @@
 //! Commands for running domains: devices, names, keys, configurations.
 
+use std::process::Stdio;
+use std::time::Duration;
+
 use crate::common::Bench;
 
 /// The configuration in the long list.
@@ -423,5 +426,59 @@ fn block_attach_of_a_device_that_linux_calls_otherwise_warns() {
             None => assert_eq!(said, ""),
             Some(part) => assert!(said.contains("warning:") && said.contains(part), "{said}"),
         }
+    }
+}
+
+#[test]
+fn detach_behind_another_says_that_the_device_is_not_there() {
+    let bench = Bench::new();
+    bench.create(
+        "one",
+        &[
+            "disk=['/img/a,raw,xvda,w']",
+            "vif=['mac=00:16:3e:00:00:01']",
+        ],
+    );
+    let taken = bench.path("kernel.taken");
+    let moment = || std::thread::sleep(Duration::from_millis(200));
+    for (slow, command, device, said) in [
+        (
+            "xvdb",
+            "block-detach",
+            "xvda",
+            "Error: Device xvda not connected.",
+        ),
+        (
+            "xvdc",
+            "network-detach",
+            "00:16:3e:00:00:01",
+            "Unknown device 00:16:3e:00:00:01.",
+        ),
+    ] {
+        std::fs::write(&taken, "").expect("writable");
+        // Changes come one after the other: neither of these is made before this one.
+        let slow = format!("/img/slow,raw,{slow},w");
+        let mut attaching = bench.spawn(&["block-attach", "one", &slow]);
+        moment();
+        let detach = || {
+            let mut detaching = bench.command();
+            detaching.args([command, "one", device]);
+            detaching.stderr(Stdio::piped()).spawn().expect("a program")
+        };
+        let both = [detach(), detach()];
+        moment();
+        std::fs::remove_file(&taken).expect("there");
+        let ends = both.map(|one| one.wait_with_output().expect("a child"));
+        let mut ends = ends.map(|end| {
+            (
+                end.status.code(),
+                String::from_utf8_lossy(&end.stderr).into_owned(),
+            )
+        });
+        ends.sort();
+        assert_eq!(ends[0], (Some(0), String::new()));
+        assert_eq!(ends[1].0, Some(1));
+        assert!(ends[1].1.contains(said), "{}", ends[1].1);
+        assert_eq!(attaching.wait(), Some(0));
     }
 }
