@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use hospes_units::DomId;
 
+use crate::paths::User;
+
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Each sentence says what happened and what can be done.
@@ -45,12 +47,32 @@ pub enum Error {
         source: io::Error,
     },
     #[error(
-        "{path} belongs to another user (uid {owner}) or is open to others: remove it or set {variable} to a directory of your own",
+        "the directory {path} belongs to {owner}, and the command runs as {user}: run it as that user, or set {variable} to a directory of your own",
         path = .path.display()
     )]
-    Unsafe {
+    Foreign {
         path: PathBuf,
-        owner: u32,
+        owner: User,
+        user: User,
+        variable: &'static str,
+    },
+    #[error(
+        "the directory {path} is open to others (mode {mode:03o}): `chmod go-w` it, or set {variable} to another",
+        path = .path.display()
+    )]
+    Open {
+        path: PathBuf,
+        mode: u32,
+        variable: &'static str,
+    },
+    #[error(
+        "cannot reach the directory {path} as {user}: {source}; run the command as the user to whom it belongs, or set {variable} to a directory of your own",
+        path = .path.display()
+    )]
+    OutOfReach {
+        path: PathBuf,
+        user: User,
+        source: io::Error,
         variable: &'static str,
     },
     #[error("no directory for {what}: set {variable} to one")]

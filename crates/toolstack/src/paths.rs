@@ -1,7 +1,9 @@
 //! Where run-time state and logs are kept.
 
 use std::env;
+use std::fmt;
 use std::fs::{self, DirBuilder};
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -101,6 +103,20 @@ impl Paths {
         make_private(&self.log, LOG_VARIABLE)
     }
 
+    /// Whether there is the directory of run-time state, in which the calling user may look: root in everybody's, others in their own.
+    pub(crate) fn has_run(&self) -> Result<bool> {
+        let metadata = match fs::metadata(&self.run) {
+            Ok(metadata) => metadata,
+            Err(fault) if fault.kind() == ErrorKind::NotFound => return Ok(false),
+            Err(fault) => return Err(unreached("cannot look at", &self.run, RUN_VARIABLE, fault)),
+        };
+        let owner = User(metadata.uid());
+        if owner != User::of_this_process() && !rustix::process::geteuid().is_root() {
+            return Err(foreign(&self.run, owner, RUN_VARIABLE));
+        }
+        Ok(true)
+    }
+
     /// Makes the directory of core files, readable by the user alone.
     pub fn create_dump(&self) -> Result<()> {
         make_private(&self.dump, DUMP_VARIABLE)
@@ -122,22 +138,73 @@ impl Paths {
     }
 }
 
+/// A user of the host, for messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct User(u32);
+
+impl User {
+    fn of_this_process() -> User {
+        User(rustix::process::geteuid().as_raw())
+    }
+
+    fn name(self) -> Option<String> {
+        let users = fs::read_to_string("/etc/passwd").ok()?;
+        let mut users = users.lines().map(|user| user.split(':'));
+        users.find_map(|mut user| {
+            let name = user.next()?;
+            (user.nth(1)?.parse() == Ok(self.0)).then(|| name.to_owned())
+        })
+    }
+}
+
+impl fmt::Display for User {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => write!(f, "the user {name}"),
+            None => write!(f, "the user with the id {}", self.0),
+        }
+    }
+}
+
 /// A directory another user could write to would let him put sockets in the place of ours.
 fn make_private(path: &Path, variable: &'static str) -> Result<()> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(at("cannot make the directory", path))?;
-    let metadata = fs::metadata(path).map_err(at("cannot look at", path))?;
-    if metadata.uid() != rustix::process::geteuid().as_raw() || metadata.mode() & 0o022 != 0 {
-        return Err(Error::Unsafe {
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|fault| unreached("cannot make the directory", path, variable, fault))?;
+    let metadata =
+        fs::metadata(path).map_err(|fault| unreached("cannot look at", path, variable, fault))?;
+    let (owner, user) = (User(metadata.uid()), User::of_this_process());
+    if owner != user {
+        return Err(foreign(path, owner, variable));
+    }
+    if metadata.mode() & 0o022 != 0 {
+        return Err(Error::Open {
             path: path.to_path_buf(),
-            owner: metadata.uid(),
+            mode: metadata.mode() & 0o777,
             variable,
         });
     }
     Ok(())
+}
+
+fn foreign(path: &Path, owner: User, variable: &'static str) -> Error {
+    Error::Foreign {
+        path: path.to_path_buf(),
+        owner,
+        user: User::of_this_process(),
+        variable,
+    }
+}
+
+fn unreached(what: &'static str, path: &Path, variable: &'static str, fault: io::Error) -> Error {
+    match fault.kind() {
+        ErrorKind::PermissionDenied => Error::OutOfReach {
+            path: path.to_path_buf(),
+            user: User::of_this_process(),
+            source: fault,
+            variable,
+        },
+        _ => at(what, path)(fault),
+    }
 }
 
 #[cfg(test)]

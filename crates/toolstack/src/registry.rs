@@ -134,7 +134,7 @@ impl Registry {
 
     /// All living domains by id, but for those whose records cannot be read. What is left of dead ones is removed.
     pub fn entries(&self) -> Result<Vec<Entry>> {
-        if !self.paths.run.exists() {
+        if !self.paths.has_run()? {
             return Ok(Vec::new());
         }
         let _lock = self.lock()?;

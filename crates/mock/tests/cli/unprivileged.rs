@@ -15,8 +15,10 @@ struct User {
 }
 
 impl User {
-    fn new() -> User {
-        let home = std::env::temp_dir().join(format!("hospes-user-{}", std::process::id()));
+    /// `test` is a word that no other test has.
+    fn new(test: &str) -> User {
+        let home = format!("hospes-user-{test}-{}", std::process::id());
+        let home = std::env::temp_dir().join(home);
         let user = User {
             root: rustix::process::geteuid().is_root(),
             home,
@@ -42,7 +44,7 @@ impl User {
         self.home.join("hospes")
     }
 
-    fn run(&self, arguments: &[&str]) -> Output {
+    fn command(&self) -> Command {
         let mut command = if self.root {
             let mut command = Command::new("setpriv");
             let (uid, gid) = (format!("--reuid={UID}"), format!("--regid={UID}"));
@@ -59,16 +61,19 @@ impl User {
             Command::new(self.program())
         };
         command
-            .args(arguments)
             .current_dir(&self.home)
             .env_remove("HOSPES_RUN_DIR")
             .env_remove("HOSPES_LOG_DIR")
             .env_remove("XDG_STATE_HOME")
             .env("XDG_RUNTIME_DIR", self.home.join("run"))
             .env("HOME", &self.home)
-            .stdin(Stdio::null())
-            .output()
-            .expect("setpriv of util-linux is there")
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        let output = self.command().args(arguments).output();
+        output.expect("setpriv of util-linux is there")
     }
 
     fn ok(&self, arguments: &[&str]) -> String {
@@ -87,7 +92,7 @@ impl Drop for User {
 
 #[test]
 fn user_without_privileges_has_domains_of_his_own() {
-    let user = User::new();
+    let user = User::new("own");
     user.ok(&[
         "create",
         "-q",
@@ -108,6 +113,62 @@ fn user_without_privileges_has_domains_of_his_own() {
     }
     user.ok(&["shutdown", "-w", "mine"]);
     until("it is gone", || !user.ok(&["list"]).contains("\nmine "));
+}
+
+#[test]
+fn directories_of_others_are_named_with_what_to_do() {
+    let user = User::new("foreign");
+    let closed = user.home.join("closed");
+    std::fs::create_dir(&closed).expect("new");
+    std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(0o000)).expect("ours");
+    let create = [
+        "create",
+        "-q",
+        "/dev/null",
+        "name='mine'; type='pvh'; kernel='kernel'; memory=64",
+    ];
+    let inside = closed.join("run").display().to_string();
+    for (variable, directory, command, expected) in [
+        (
+            "HOSPES_RUN_DIR",
+            "/",
+            &["list"][..],
+            "belongs to the user root",
+        ),
+        (
+            "HOSPES_RUN_DIR",
+            "/",
+            &["destroy", "x"],
+            "belongs to the user root",
+        ),
+        ("HOSPES_RUN_DIR", "/", &create, "belongs to the user root"),
+        ("HOSPES_LOG_DIR", "/", &create, "belongs to the user root"),
+        (
+            "HOSPES_RUN_DIR",
+            &inside,
+            &["list"],
+            "cannot reach the directory",
+        ),
+        (
+            "HOSPES_RUN_DIR",
+            &inside,
+            &create,
+            "cannot reach the directory",
+        ),
+    ] {
+        let output = user
+            .command()
+            .args(command)
+            .env(variable, directory)
+            .output();
+        let output = output.expect("setpriv of util-linux is there");
+        assert!(!output.status.success(), "{command:?}");
+        let said = String::from_utf8(output.stderr).expect("text");
+        for part in [expected, directory, variable, "a directory of your own"] {
+            assert!(said.contains(part), "{command:?} lacks {part}: {said}");
+        }
+    }
+    std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(0o700)).expect("ours");
 }
 
 fn mode(path: &Path) -> u32 {
