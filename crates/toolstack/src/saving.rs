@@ -122,7 +122,7 @@ impl SavedDomain {
     pub fn changed_disks(&self) -> Vec<String> {
         let images = self.images.iter();
         images
-            .filter_map(|image| image.change(self.saved))
+            .filter_map(|image| image.change(&self.config, self.saved))
             .collect()
     }
 

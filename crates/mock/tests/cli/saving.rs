@@ -327,7 +327,7 @@ fn restore_warns_of_disks_that_are_not_as_they_were() {
     fs::write(&images[0], [0; 1024]).expect("writable");
     let said = warned();
     assert_eq!(said.len(), 1, "{said:?}");
-    let sizes = "raw had 512 bytes when the domain was saved and has 1024";
+    let sizes = "raw has 1024 bytes, and it had 512 when the domain was saved";
     assert!(said[0].contains(sizes), "{said:?}");
     // An older copy, and one that was written long after.
     fs::write(&images[0], [0; 512]).expect("writable");
@@ -340,5 +340,107 @@ fn restore_warns_of_disks_that_are_not_as_they_were() {
             line.contains(&format!("{name} was written last at ")),
             "{line}"
         );
+    }
+}
+
+/// A domain that is saved with this disk; what is warned of where it is restored with another.
+fn warnings(bench: &Bench, saved_with: &str, restored_with: &str) -> Vec<String> {
+    bench.create("one", &[&format!("disk=['{saved_with}']")]);
+    let file = bench.path("saved").display().to_string();
+    bench.ok(&["save", "one", &file]);
+    let kernel = bench.path("kernel").display().to_string();
+    let other = bench.path("other.cfg");
+    let text =
+        format!("name='one'; type='pvh'; memory=64; kernel='{kernel}'; disk=['{restored_with}']");
+    fs::write(&other, text).expect("writable");
+    let done = bench.run(&["restore", "-p", &other.display().to_string(), &file]);
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(done.status.success(), "{said}");
+    bench.ok(&["destroy", "one"]);
+    let lines = said.lines().filter(|line| line.contains("WARNING"));
+    lines.map(str::to_owned).collect()
+}
+
+#[test]
+fn restore_warns_of_other_disks_in_the_place_of_those_that_were() {
+    let bench = Bench::new();
+    let image = |name: &str, bytes: usize, seconds_ago| {
+        let path = bench.path(name);
+        fs::write(&path, vec![0; bytes]).expect("writable");
+        let time = SystemTime::now() - Duration::from_secs(seconds_ago);
+        let file = fs::OpenOptions::new().write(true).open(&path);
+        file.expect("there").set_modified(time).expect("a file");
+        path.display().to_string()
+    };
+    let own = image("own", 512, 1000);
+    let copy = image("copy", 512, 0);
+    let old = image("old", 512, 2000);
+    let long = image("long", 1024, 1000);
+    let sizes = format!("{long} has 1024 bytes, and {own} of the saved domain had 512");
+    let times = format!("{old} was written last at ");
+    for (disk, expected) in [
+        (format!("{own},,xvda"), None),
+        (format!("{copy},,xvda"), None),
+        (format!("{copy},,xvdb"), None),
+        (format!("{old},,xvda"), Some(&times)),
+        (format!("{long},,xvda"), Some(&sizes)),
+        // Another form of the same has another size.
+        (format!("{long},qcow2,xvda"), None),
+    ] {
+        let said = warnings(&bench, &format!("{own},,xvda"), &disk);
+        assert_eq!(
+            said.len(),
+            usize::from(expected.is_some()),
+            "{disk}: {said:?}"
+        );
+        if let Some(expected) = expected {
+            assert!(said[0].contains(expected), "{disk}: {said:?}");
+        }
+    }
+}
+
+#[test]
+fn restore_warns_of_block_devices_of_another_size() {
+    let bench = Bench::new();
+    let (small, large) = (LoopDevice::new(&bench, 1), LoopDevice::new(&bench, 2));
+    let (Some(small), Some(large)) = (small, large) else {
+        eprintln!("not tried, as there are no loop devices to be had");
+        return;
+    };
+    let disk = |device: &LoopDevice| format!("{},,xvda", device.0);
+    assert_eq!(
+        warnings(&bench, &disk(&small), &disk(&small)),
+        Vec::<String>::new()
+    );
+    let said = warnings(&bench, &disk(&small), &disk(&large));
+    let expected = format!(
+        "{} has 2097152 bytes, and {} of the saved domain had 1048576",
+        large.0, small.0
+    );
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(said[0].contains(&expected), "{said:?}");
+}
+
+/// A block device of its own for a test.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn new(bench: &Bench, mib: u64) -> Option<LoopDevice> {
+        let path = bench.path(&format!("loop{mib}"));
+        let file = fs::File::create(&path).expect("writable");
+        file.set_len(mib << 20).expect("room");
+        let mut losetup = std::process::Command::new("losetup");
+        let made = losetup.args(["-f", "--show"]).arg(path).output().ok()?;
+        let device = String::from_utf8(made.stdout).ok()?;
+        made.status
+            .success()
+            .then(|| LoopDevice(device.trim().to_owned()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let mut losetup = std::process::Command::new("losetup");
+        let _ = losetup.args(["-d", &self.0]).status();
     }
 }
