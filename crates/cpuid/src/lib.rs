@@ -29,4 +29,4 @@ pub use features::{FEATURES, Feature, Need, Offer, Reg, Word};
 pub use host::{Flaw, HostCpu, Vendor};
 pub use saved::SavedFeatures;
 pub use table::{CpuidError, CpuidTable, Dynamic, Level, Policy};
-pub use wishes::Wish;
+pub use wishes::{Wish, named};

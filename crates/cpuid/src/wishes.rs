@@ -68,6 +68,11 @@ fn find(name: &str) -> Option<(usize, &'static Feature)> {
     })
 }
 
+/// The word and the bit of the feature that xl, or the manuals, call so.
+pub fn named(name: &str) -> Option<(&'static Word, &'static Feature)> {
+    find(name).map(|(n, feature)| (&FEATURES[n], feature))
+}
+
 /// Changes the values of the words, which are those of [`FEATURES`] in its order.
 pub(crate) fn apply(
     values: &mut [(&Word, u32)],

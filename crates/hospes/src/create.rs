@@ -15,7 +15,7 @@ use crate::args::Args;
 use crate::commands::failed;
 use crate::output::{json, print, tell};
 use crate::table::Call;
-use crate::{Failure, Global, Outcome, terminal};
+use crate::{Failure, Global, Outcome, configured, terminal};
 
 /// How long the command stays with the domain that it has made.
 #[derive(Clone, Copy, Debug, Default)]
@@ -130,7 +130,7 @@ pub(crate) fn config_update(call: &Call) -> Outcome {
     let kept = format!("domain {} keeps what it has", entry.domid);
     let config = configure(call.global, &options, &kept)?;
     if options.debug || call.global.dry_run {
-        print(format_args!("{}\n", json(&config.to_json())))?;
+        print(format_args!("{}\n", json(&configured::to_json(&config))))?;
     }
     if call.global.dry_run {
         return Ok(());
@@ -180,12 +180,15 @@ fn create_with(global: Global, options: Options) -> Outcome {
         }
     })?;
     if options.debug || global.verbose {
-        tell!("{}", json(&config.to_json()));
+        tell!("{}", json(&configured::to_json(&config)));
     }
     if options.dry_run || global.dry_run {
         // As in xl, which draws the UUID that the domain would have.
         config.uuid = Some(config.uuid.map_or_else(hospes_toolstack::random_uuid, Ok)?);
-        return Ok(print(format_args!("{}\n", json(&config.to_json())))?);
+        return Ok(print(format_args!(
+            "{}\n",
+            json(&configured::to_json(&config))
+        ))?);
     }
     if options.vnc {
         tell!("note: there is no VNC server yet, -V and -A are ignored");

@@ -11,6 +11,7 @@
 mod args;
 mod commands;
 mod completions;
+mod configured;
 mod create;
 mod domains;
 mod help;

@@ -10,6 +10,7 @@ use hospes_toolstack::{
 use serde_json::{Value, json as object};
 
 use crate::Outcome;
+use crate::configured;
 use crate::output::{json, print, say};
 use crate::table::Call;
 
@@ -210,7 +211,7 @@ fn row(info: &DomainInfo, waiting: &[(String, &str)], options: &Options) -> Stri
 fn long((info, entry): &Row, total_kib: u64) -> Value {
     let config = match entry {
         Some(entry) => {
-            let mut config = entry.record.config.to_json();
+            let mut config = configured::to_json(&entry.record.config);
             config["c_info"]["name"] = object!(info.name);
             config["c_info"]["uuid"] = object!(info.uuid);
             config

@@ -49,7 +49,10 @@ pub(crate) fn restore(call: &Call) -> Outcome {
         saved.set_config(config_in(file, "no domain was restored")?);
     }
     if call.args.has("d") {
-        tell!("{}", crate::output::json(&saved.config.to_json()));
+        tell!(
+            "{}",
+            crate::output::json(&crate::configured::to_json(&saved.config))
+        );
     }
     for option in ["vncviewer", "vncviewer-autopass"] {
         if call.args.has(option) {

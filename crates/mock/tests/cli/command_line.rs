@@ -224,6 +224,25 @@ fn create_dry_run_prints_json_and_creates_nothing() {
 }
 
 #[test]
+fn list_long_has_affinities_and_features_of_the_configuration() {
+    let bench = Bench::new();
+    let more = [
+        "vcpus=2",
+        "cpus=['0']",
+        "cpus_soft='0'",
+        "cpuid='host,aes=0'",
+    ];
+    bench.create("one", &more);
+    let text = bench.ok(&["list", "-l", "one"]);
+    let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let build = &json[0]["config"]["b_info"];
+    assert_eq!(build["vcpu_hard_affinity"], serde_json::json!([[0]]));
+    assert_eq!(build["vcpu_soft_affinity"], serde_json::json!([[0], [0]]));
+    let features = serde_json::json!([{ "leaf": 1, "ecx": "xxxxxx0xxxxxxxxxxxxxxxxxxxxxxxxx" }]);
+    assert_eq!(build["cpuid"], features);
+}
+
+#[test]
 fn create_notes_and_warns_unless_quiet() {
     let bench = Bench::new();
     let mut arguments = bench.creation("one", &["-n"]);
