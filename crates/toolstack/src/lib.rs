@@ -23,6 +23,7 @@ mod dumping;
 mod each;
 mod ending;
 mod error;
+mod guest_memory;
 mod handover;
 mod hub;
 mod images;

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::Utc;
 use crate::error::{Error, Result, at};
+use crate::guest_memory::guest_memory_bytes;
 use crate::log::log;
 use crate::logfile::{LOG_MAX_BYTES, LogFile};
 use crate::paths::Paths;
@@ -74,7 +75,7 @@ impl Entry {
     pub(crate) fn promised_bytes(&self) -> u64 {
         let memory = self.record.config.memory_kib() << 10;
         // A process that is gone by now needs no more.
-        let used = shared_bytes(self.record.pid).unwrap_or(memory);
+        let used = guest_memory_bytes(self.record.pid).unwrap_or(memory);
         memory.saturating_sub(used)
     }
 }
@@ -290,16 +291,6 @@ impl Registry {
         fs::write(&path, format!("{}\n", id + 1)).map_err(at("cannot write", &path))?;
         Ok(DomId(id))
     }
-}
-
-/// Shared memory that a process uses, in bytes: a domain's is its guest's memory and little else.
-fn shared_bytes(pid: u32) -> Option<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("RssShmem:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib << 10)
 }
 
 fn check_unused(entries: &[Entry], record: &Record, ignored: Option<DomId>) -> Result<()> {

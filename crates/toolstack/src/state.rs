@@ -96,12 +96,14 @@ impl Promised {
 
 #[cfg(test)]
 mod tests {
-    use std::io::BufReader;
+    use std::fs::File;
+    use std::io::{BufReader, Write};
     use std::os::unix::net::UnixListener;
     use std::thread;
     use std::time::Instant;
 
     use hospes_config::Uuid;
+    use rustix::fs::MemfdFlags;
 
     use super::*;
     use crate::protocol::{self, Reply, Request};
@@ -134,9 +136,16 @@ mod tests {
         let mut second = record("b", 1);
         second.uuid = Uuid::from_bytes([2; 16]);
         let second_slot = registry.allocate(&second).expect("free");
-        // Neither has sockets, and both are of this process, which shares little.
+        // Neither has sockets, and both are of this process, which has no guest's memory yet.
         let of_one = promised_bytes(&registry, first.domid()).expect("list");
-        assert!((56 << 20..=64 << 20).contains(&of_one), "{of_one}");
+        assert_eq!(of_one, 64 << 20);
+        let memory = rustix::fs::memfd_create("hospes-guest", MemfdFlags::CLOEXEC);
+        let mut memory = File::from(memory.expect("a file"));
+        memory.write_all(&vec![1; 8 << 20]).expect("memory");
+        // Twice the same file.
+        let _again = memory.try_clone().expect("a descriptor");
+        let of_one = promised_bytes(&registry, first.domid()).expect("list");
+        assert_eq!(of_one, 56 << 20);
         let of_both = promised_bytes(&registry, DomId::HOST).expect("list");
         assert!(of_both > of_one, "{of_both} {of_one}");
         // What a domain says itself counts more.
