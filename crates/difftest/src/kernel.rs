@@ -17,6 +17,8 @@ pub const CODE: u64 = 0x1000;
 pub const HANDLERS: u64 = 0x1800;
 /// What SYSCALL goes to.
 pub const ENTRY: u64 = 0x1c00;
+/// Where page faults are noted.
+pub const PAGE_FAULT: u64 = 0x1d00;
 pub const GDT: u64 = 0x2000;
 pub const TSS: u64 = 0x2100;
 pub const IDT: u64 = 0x2800;
@@ -96,7 +98,7 @@ impl Machine {
             m.put(IDT + 16 * vector, &[low, 0]);
             m.code(at, |a| {
                 if vector == 14 {
-                    skip_fault(a);
+                    a.jmp(PAGE_FAULT).unwrap();
                 } else {
                     a.mov(rax, vector).unwrap();
                     a.vmcall().unwrap();
@@ -104,6 +106,7 @@ impl Machine {
             });
         }
         m.code(ENTRY, |a| a.vmcall().unwrap());
+        m.code(PAGE_FAULT, skip_fault);
         m.put(ROOT, &[ROOT + 0x1000 + (P | W | U | A)]);
         m.put(ROOT + 0x1000, &[ROOT + 0x2000 + (P | W | U | A)]);
         let user = ROOT + 0x3000 + (P | W | U | A);
