@@ -179,7 +179,7 @@ pub struct Started {
     pub vcpu: Box<dyn Vcpu>,
     pub memory: Arc<GuestMemory>,
     /// Its end would stop the vCPU.
-    vm: BtVm,
+    pub vm: BtVm,
 }
 
 impl Started {

@@ -24,6 +24,8 @@ pub(crate) struct Compaction {
     settled: Option<usize>,
     /// Bytes that were in use when the cache was last emptied.
     thrown: usize,
+    /// All has to be made anew, whatever is in use.
+    wanted: bool,
 }
 
 impl Compaction {
@@ -33,11 +35,15 @@ impl Compaction {
             used: 0,
             settled: Some(0),
             thrown: 0,
+            wanted: false,
         }
     }
 
     /// Whether the cache, of which so many bytes are in use, is to be emptied before the next block is made.
     pub fn is_due(&mut self, now: Instant, used: usize) -> bool {
+        if self.wanted {
+            return true;
+        }
         if now.saturating_duration_since(self.since) < WINDOW {
             return false;
         }
@@ -55,11 +61,17 @@ impl Compaction {
     /// The cache has been emptied.
     pub fn emptied(&mut self, now: Instant) {
         self.thrown = self.used;
+        self.wanted = false;
         (self.since, self.used, self.settled) = (now, 0, None);
     }
 }
 
 impl Blocks {
+    /// Has all of it be made anew, before the next block is.
+    pub fn want_empty_cache(&mut self) {
+        self.compaction.wanted = true;
+    }
+
     /// Whether all of it is better made anew.
     pub fn is_compaction_due(&mut self) -> bool {
         let used = self.space.used();

@@ -64,11 +64,21 @@ pub struct Control {
     positions: AtomicU64,
     /// What the vCPU's top table maps kernel code by; 0 where it has none. See `links.rs`.
     kernel_entry: AtomicU64,
+    /// Guest physical address of the vCPU's top table; 0 where it has none. See `kernel_window.rs`.
+    root: AtomicU64,
     sipi_vector: AtomicU32,
     apic_disabled: AtomicBool,
 }
 
 impl Control {
+    pub fn root(&self) -> u64 {
+        self.root.load(Ordering::SeqCst)
+    }
+
+    pub fn set_root(&self, root: u64) {
+        self.root.store(root, Ordering::SeqCst);
+    }
+
     /// Names the vCPU's thread and its `busy`, which stays where it is for as long as the vCPU is in the machine's list.
     pub fn attach(&self, tid: i32, busy: *mut u8) {
         self.busy.store(busy, Ordering::SeqCst);

@@ -257,6 +257,7 @@ mod tests {
                     mode: key.mode,
                     place,
                     connected: false,
+                    sight: None,
                 })
                 .unwrap()
         }

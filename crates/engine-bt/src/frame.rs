@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicU8;
 
 use hospes_engine::{CpuState, Msrs, Segment};
 use hospes_translate::layout::{
-    FrameLayout, KERNEL_JUMPS, TLB_ENTRIES, TlbEntry, USER_JUMPS, jump_mask,
+    FrameLayout, KERNEL_JUMPS, TLB_ENTRIES, TlbEntry, USER_JUMPS, WINDOW_MASK, jump_mask,
 };
 
 use crate::filled::{Filled, LARGE_KNOWN, Memory, NO_REGION};
@@ -76,6 +76,7 @@ pub struct Frame {
     /// Host addresses that a repeated instruction needs in registers.
     pub held: [u64; 16],
     pub jump_masks: [u64; 3],
+    pub window_mask: u64,
     pub operand: u64,
     /// How many more times PAUSE is executed in place.
     pub pauses_left: u32,
@@ -194,6 +195,7 @@ pub const LAYOUT: FrameLayout = {
             (kernel_jumps + jump_bytes) as i32,
         ],
         jump_masks: [masks, masks + 8, masks + 16],
+        window_mask: offset_of!(Frame, window_mask) as i32,
         operand: offset_of!(Frame, operand) as i32,
         pauses_left: offset_of!(Frame, pauses_left) as i32,
         kernel_visits: offset_of!(Frame, kernel_visits) as i32,
@@ -227,6 +229,7 @@ impl FrameBox {
         let frame = unsafe { &mut *p };
         frame.cpu = CpuState::default();
         frame.jump_masks = [0, 1, 2].map(jump_mask);
+        frame.window_mask = WINDOW_MASK;
         frame.host_mxcsr = 0x1f80;
         frame.guest_mxcsr = 0x1f80;
         for (table, miss) in miss.into_iter().enumerate() {

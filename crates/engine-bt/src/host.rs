@@ -21,6 +21,7 @@ use crate::exec::{
 use crate::fpu;
 use crate::frame::FrameBox;
 use crate::jumps::{Entry, Jumps, Mapping};
+use crate::kernel_window::{Asker, KernelWindow};
 use crate::parked::Parked;
 use crate::signal::kick_signal;
 use crate::stubs::ExitKind;
@@ -106,6 +107,22 @@ impl BtHost {
     pub fn cpu_ptr(&self) -> *mut CpuState {
         // SAFETY: the frame is mapped; only an address is formed.
         unsafe { &raw mut (*self.frame.as_ptr()).cpu }
+    }
+
+    /// Lends the kernel window what it has to know of this vCPU.
+    pub fn with_asker<T>(&self, f: impl FnOnce(&KernelWindow, &Asker<'_>) -> T) -> T {
+        let s = &*self.shared;
+        let roots = |each: &mut dyn FnMut(u64)| {
+            let controls = s.controls.read().expect("vCPU list");
+            controls.iter().for_each(|(_, c)| each(c.root()));
+        };
+        let asker = Asker {
+            cpu: &self.frame.cpu,
+            memory: &s.memory,
+            pages: &s.pages,
+            roots: &roots,
+        };
+        f(&s.window, &asker)
     }
 
     /// Enters translated code, unless a request waits; flags are synchronised on both sides.

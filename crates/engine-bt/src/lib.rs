@@ -28,6 +28,7 @@ mod fpu;
 mod frame;
 mod host;
 mod jumps;
+mod kernel_window;
 mod links;
 mod lookup;
 mod miss;
@@ -44,4 +45,5 @@ mod vcpu;
 mod vm;
 mod window;
 
+pub use kernel_window::can_have_kernel_window;
 pub use vm::{BtVm, Execution, Options, Processor};

@@ -24,6 +24,7 @@ use crate::chains::Leaving;
 use crate::exec::walk::{A, ADDR, P};
 use crate::exec::{Access, walk};
 use crate::host::BtHost;
+use crate::kernel_window;
 use crate::vcpu::BtVcpu;
 use crate::vm::Translations;
 
@@ -148,6 +149,8 @@ impl BtHost {
 
     /// CR3 has been loaded, or what it leads to may have changed.
     pub(crate) fn follow_tables(&mut self) {
+        self.control.set_root(kernel_window::root(&self.frame.cpu));
+        self.with_asker(|window, asker| window.follow_root(asker));
         let entry = kernel_entry(&self.shared.memory, &self.frame.cpu);
         if entry == self.control.kernel_entry() {
             return;
@@ -170,6 +173,7 @@ impl BtHost {
 
     /// Global pages of these addresses may have changed: takes jumps apart whose target is not where it was.
     pub(crate) fn check_links(&mut self, range: RangeInclusive<u64>) {
+        self.with_asker(|window, asker| window.check(asker, range.clone()));
         if self.control.kernel_entry() == 0 {
             return;
         }

@@ -1,7 +1,8 @@
 //! From a program counter to translated code, made where there is none yet.
 
-use hospes_translate::layout::KERNEL_CODE;
-use hospes_translate::{Mode, Request};
+use hospes_engine::seg;
+use hospes_translate::layout::{KERNEL_CODE, KERNEL_TABLE};
+use hospes_translate::{Mode, Request, Sight};
 use hospes_units::{Gpa, Gva, PAGE_SIZE};
 
 use crate::blocks::{Block, Key};
@@ -144,6 +145,7 @@ impl BtVcpu {
     pub(crate) fn mark_code(&mut self, t: &mut Translations, gpa: Gpa) {
         let shared = self.host.shared.clone();
         if t.blocks.mark(&shared.pages, gpa.gfn()) {
+            shared.window.protect(&shared.memory, gpa.gfn());
             self.host.drop_write_tags(gpa.gfn());
             shared.forget_writable(Some(self.host.id));
         }
@@ -174,6 +176,15 @@ impl BtVcpu {
         if shared.memory.read(key.gpa, &mut page[..n]).is_err() {
             return Looked::Step;
         }
+        let host = &self.host;
+        let shows = |gva| host.with_asker(|window, asker| window.show(asker, gva));
+        let sight = Sight {
+            gpr: &host.frame.cpu.gpr,
+            gs_base: host.frame.cpu.seg[seg::GS].base,
+            shows: &shows,
+            open: !shared.window.is_empty(),
+            elsewhere: t.elsewhere.of(key.gpa.gfn()),
+        };
         let request = Request {
             bytes: &page[..n],
             crossing: false,
@@ -181,6 +192,7 @@ impl BtVcpu {
             mode: key.mode,
             place,
             connected: by == By::Chain,
+            sight: (key.mode.table() == KERNEL_TABLE).then_some(sight),
         };
         let made = match second {
             None => t.translator.translate(&request),
@@ -210,6 +222,7 @@ impl BtVcpu {
             mode: key.mode,
             place,
             connected: false,
+            sight: None,
         };
         let Some(made) = t.translator.translate(&request) else {
             return Looked::Step;

@@ -1,4 +1,4 @@
-//! What translated code leaves for and soon comes back from: an access that missed the TLB, a jump that is not connected yet.
+//! What translated code leaves for and soon comes back from: an access that missed the TLB or the kernel window, a jump that is not connected yet.
 
 use hospes_engine::Exit;
 use hospes_translate::Mode;
@@ -8,8 +8,9 @@ use hospes_translate::layout::{
 use hospes_units::{Gva, PAGE_SIZE};
 
 use crate::chains::Chain;
-use crate::exec::{Access, Exception, Step, debug_active};
+use crate::exec::{self, Access, Exception, Step, debug_active};
 use crate::frame::LastMiss;
+use crate::kernel_window::Verdict;
 use crate::lookup::By;
 use crate::vcpu::{BtVcpu, Found, canonical};
 
@@ -144,5 +145,40 @@ impl BtVcpu {
             self.host.resume_at = next;
         }
         self.after(|_| step)
+    }
+
+    /// Sees to an access of the kernel's that may have faulted in the window. False where it is to be made again.
+    pub(crate) fn explain_fault(&mut self) -> bool {
+        if self.host.frame.cpu.cpl() != 0 {
+            return true;
+        }
+        // Other faults than those of pages name no address, and none of them is one of the window's.
+        let page_fault = self.host.frame.raw_trap == i32::from(exec::vector::PF);
+        let address = self.host.frame.raw_address * u64::from(page_fault);
+        let verdict = self
+            .host
+            .with_asker(|window, asker| window.faulted(asker, address));
+        match verdict {
+            Verdict::Again => return false,
+            Verdict::Step => {}
+            Verdict::Elsewhere | Verdict::Closed => {
+                let rip = Gva(self.host.frame.cpu.rip);
+                let shared = self.host.shared.clone();
+                let walked = exec::walk(
+                    &self.host.frame.cpu,
+                    &shared.memory,
+                    rip,
+                    Access::exec(false),
+                );
+                if let Ok(code) = walked {
+                    let mut guard = shared.translations.lock().expect("translations");
+                    if verdict == Verdict::Elsewhere {
+                        guard.elsewhere.add(code.gpa);
+                    }
+                    shared.invalidate(&mut guard, code.gpa, 1, Some(self.host.id));
+                }
+            }
+        }
+        true
     }
 }

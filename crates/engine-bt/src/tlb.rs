@@ -140,11 +140,14 @@ impl BtHost {
             }
         }
         self.jumps.flush_page(&mut self.frame, gva);
+        // Whatever size the page had.
+        let first = gva >> LARGE_BITS << LARGE_BITS;
+        let around = first..=(first | ((1 << LARGE_BITS) - 1));
         if gva >= KERNEL_CODE {
             self.follow_tables();
-            // Whatever size the page had.
-            let first = gva >> LARGE_BITS << LARGE_BITS;
-            self.check_links(first..=(first | ((1 << LARGE_BITS) - 1)));
+            self.check_links(around);
+        } else {
+            self.with_asker(|window, asker| window.check(asker, around));
         }
     }
 

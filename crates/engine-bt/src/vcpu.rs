@@ -282,6 +282,9 @@ impl BtVcpu {
         if signal == kick_signal() {
             return None;
         }
+        if signal == libc::SIGSEGV && !self.explain_fault() {
+            return None;
+        }
         self.host.frame.cpu.interrupt_shadow = false;
         self.after(|s| s.step())
     }

@@ -15,6 +15,7 @@ use crate::exec::Vendor;
 use crate::filled::Memory;
 use crate::fpu::Wide;
 use crate::frame::LAYOUT;
+use crate::kernel_window::{Elsewhere, KernelWindow};
 use crate::pages::CodePages;
 use crate::stubs::{self, EntryPoints};
 use crate::vcpu::BtVcpu;
@@ -63,6 +64,7 @@ impl Default for Options {
 pub(crate) struct Translations {
     pub blocks: Blocks,
     pub translator: Translator,
+    pub elsewhere: Elsewhere,
 }
 
 pub(crate) struct Shared {
@@ -74,6 +76,7 @@ pub(crate) struct Shared {
     pub points: EntryPoints,
     pub pages: CodePages,
     pub translations: Mutex<Translations>,
+    pub window: KernelWindow,
     /// The vCPUs made so far, by number.
     pub controls: RwLock<Vec<(VcpuId, Arc<Control>)>>,
     pub max_vcpus: usize,
@@ -213,7 +216,9 @@ impl BtVm {
                 translations: Mutex::new(Translations {
                     blocks: Blocks::new(STUB_BYTES, end),
                     translator,
+                    elsewhere: Elsewhere::default(),
                 }),
+                window: KernelWindow::default(),
                 controls: RwLock::default(),
                 max_vcpus: max_vcpus as usize,
                 linked: AtomicU64::new(0),
@@ -221,6 +226,21 @@ impl BtVm {
                 code,
             }),
         })
+    }
+}
+
+impl BtVm {
+    /// Bytes of kernel addresses that translated code accesses without a check.
+    pub fn kernel_window_bytes(&self) -> u64 {
+        self.shared.window.shown_bytes()
+    }
+
+    /// Has all code be translated again, where that is `wanted`: it goes by whether the kernel window shows anything.
+    fn translate_anew(&self, wanted: bool) {
+        if wanted {
+            let mut t = self.shared.translations.lock().expect("translations");
+            t.blocks.want_empty_cache();
+        }
     }
 }
 
@@ -242,6 +262,7 @@ impl Vm for BtVm {
         // each page, and must not wait for vCPUs that translate.
         fence(Ordering::SeqCst);
         s.memory.log().note(gpa, len);
+        s.window.follow_specials(&s.memory);
         let end = Gpa(gpa.0 + len.max(1) - 1).gfn();
         if !(gpa.gfn().0..=end.0).any(|gfn| s.pages.contains(Gfn(gfn))) {
             return;
@@ -253,6 +274,7 @@ impl Vm for BtVm {
     fn begin_round(&self) -> FrameSet {
         // A vCPU writes unseen only through tags and mappings that it has had since a frame was noted: whatever it still writes through these, until it has forgotten
         // them, goes to frames that are taken here. New ones it gets only for frames that it has noted in the new round.
+        self.translate_anew(self.shared.window.shut());
         let written = self.shared.memory.log().begin_round();
         self.shared.forget_writable(None);
         written
@@ -260,6 +282,7 @@ impl Vm for BtVm {
 
     fn end_rounds(&self) {
         self.shared.memory.log().end();
+        self.translate_anew(self.shared.window.open());
     }
 }
 

@@ -15,7 +15,7 @@ mod written;
 
 use std::os::fd::OwnedFd;
 use std::sync::RwLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use hospes_units::{Gfn, Gpa, PAGE_SIZE};
 use rustix::fs::{FallocateFlags, SeekFrom};
@@ -61,8 +61,10 @@ pub struct GuestMemory {
     ram: Vec<Range>,
     /// Where each range of `ram` begins in the file.
     offsets: Vec<u64>,
-    /// Frames outside `ram` that are backed: special pages placed later (grant frames).
+    /// Frames that show special pages, in RAM and outside (grant frames).
     extra: RwLock<Vec<Gfn>>,
+    /// How many there are.
+    specials: AtomicUsize,
     log: WriteLog,
 }
 
@@ -144,6 +146,7 @@ impl GuestMemory {
             ram: ram.to_vec(),
             offsets,
             extra: RwLock::new(Vec::new()),
+            specials: AtomicUsize::new(0),
             log: WriteLog::new(ram),
         };
         for (r, &offset) in ram.iter().zip(&memory.offsets) {
@@ -248,8 +251,24 @@ impl GuestMemory {
         let mut extra = self.extra.write().expect("extra lock");
         if !extra.contains(&gfn) {
             extra.push(gfn);
+            self.specials.store(extra.len(), Ordering::SeqCst);
         }
         Ok(())
+    }
+
+    /// Frames that show special pages.
+    pub fn special_frames(&self) -> Vec<Gfn> {
+        self.extra.read().expect("extra lock").clone()
+    }
+
+    /// How many frames show special pages; grows as they are placed.
+    pub fn special_count(&self) -> usize {
+        self.specials.load(Ordering::SeqCst)
+    }
+
+    /// Whether a frame shows a special page.
+    pub fn is_special(&self, gfn: Gfn) -> bool {
+        self.extra.read().expect("extra lock").contains(&gfn)
     }
 
     /// Gives the memory of frames that lie in one range of RAM back to the host; they read as zeros afterwards and take memory again when written.
@@ -335,14 +354,14 @@ impl GuestMemory {
 
     /// Where what a frame shows lies in the memory file, in bytes; `None` for special pages.
     pub fn fd_offset(&self, gfn: Gfn) -> Option<u64> {
-        if self.extra.read().expect("extra lock").contains(&gfn) {
+        if self.is_special(gfn) {
             return None;
         }
         self.ram_offset(gfn, 1)
     }
 
-    /// Where frames of one range of RAM lie in the memory file, whatever they show.
-    fn ram_offset(&self, first: Gfn, pages: u64) -> Option<u64> {
+    /// Where frames of one range of RAM lie in the memory file, in bytes, whatever they show.
+    pub fn ram_offset(&self, first: Gfn, pages: u64) -> Option<u64> {
         let start = first.0.checked_mul(PAGE_SIZE)?;
         let end = first.0.checked_add(pages)?.checked_mul(PAGE_SIZE)?;
         let mut ranges = self.ram.iter().zip(&self.offsets);

@@ -2,6 +2,7 @@
 
 use crate::layout::Mode;
 use crate::relocate::Place;
+use crate::sight::Sight;
 
 /// A request to translate the code at one guest address.
 #[derive(Clone, Copy, Debug)]
@@ -17,6 +18,8 @@ pub struct Request<'a> {
     pub place: Placement,
     /// It is wanted for a jump that will be connected with it.
     pub connected: bool,
+    /// For kernel code of a machine with a kernel window.
+    pub sight: Option<Sight<'a>>,
 }
 
 /// Positions in the code cache of a block's two parts, 16-byte aligned: its hot one, which is all that is executed where every check succeeds and every jump is

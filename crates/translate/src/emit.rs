@@ -21,6 +21,7 @@ mod string;
 mod system;
 #[cfg(test)]
 mod tests;
+mod window;
 
 use std::mem;
 
@@ -279,7 +280,17 @@ impl Translator {
         let changes_ac = insns
             .iter()
             .any(|i| matches!(i.kind, Kind::Stac | Kind::Clac));
-        group::survey(&insns, mode.has(Mode::LONG), &mut families, &mut accesses);
+        let sight = request
+            .sight
+            .filter(|_| mode.has(Mode::LONG) && mode.table() == KERNEL_TABLE);
+        group::survey(
+            &insns,
+            mode.has(Mode::LONG),
+            &mut families,
+            &mut accesses,
+            sight,
+            request.pc,
+        );
         let Translation {
             mut code,
             side,

@@ -1,11 +1,16 @@
 //! Any bytes as guest code: what must hold of every translation, checked on the host code itself.
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{
+    Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
+    Register,
+};
 
 use crate::block::{Placement, Request};
 use crate::emit::Translator;
-use crate::layout::{FrameLayout, Mode, Stubs};
+use crate::insn::gpr;
+use crate::layout::{FrameLayout, Mode, Stubs, WINDOW, WINDOW_DISPLACEMENT};
 use crate::relocate::Move;
+use crate::sight::Sight;
 
 const PAGE: usize = 4096;
 /// Bytes that one check may be for, at most.
@@ -42,6 +47,7 @@ pub(crate) const LAYOUT: FrameLayout = FrameLayout {
     exit_chain: 0x210,
     held: 0x218,
     jump_masks: [0x200, 0x2c0, 0x2c8],
+    window_mask: 0x7f00,
     operand: 0x208,
     cr2: 0x2a0,
     cr3: 0x2a8,
@@ -69,6 +75,16 @@ pub fn fuzz_translate(data: &[u8]) {
     } else {
         0x0804_8000 + offset as u64
     };
+    let sighted = choice & 0x4000 != 0;
+    // Half of all addresses are shown.
+    let shows = |gva: u64| (gva >> 12).count_ones().is_multiple_of(2);
+    let sight = Sight {
+        gpr: &[0xffff_8880_0123_4000; 16],
+        gs_base: 0xffff_8880_0765_4000,
+        shows: &shows,
+        open: choice & 0x2000 != 0,
+        elsewhere: None,
+    };
     let mut translator = Translator::new(LAYOUT, Stubs::default());
     let mut request = Request {
         bytes: &code[..code.len().min(room)],
@@ -77,6 +93,7 @@ pub fn fuzz_translate(data: &[u8]) {
         mode,
         place: PLACE,
         connected,
+        sight: sighted.then_some(sight),
     };
     let mut made = translator.translate(&request);
     if made.is_none() && code.len() > room {
@@ -113,8 +130,11 @@ pub fn fuzz_translate(data: &[u8]) {
         }
     }
     let mut decoder = Decoder::with_ip(64, &t.code, PLACE.hot.into(), DecoderOptions::NONE);
+    let mut places = 0;
     while decoder.can_decode() {
-        check(&decoder.decode());
+        let i = decoder.decode();
+        check(&i, places);
+        places = places_after(&i, places);
     }
 }
 
@@ -152,8 +172,29 @@ fn check_copy(translator: &mut Translator, request: &Request<'_>, from: u64, to:
     assert_eq!(copy, made, "a copy differs from a translation");
 }
 
-/// Panics on host code that could reach what is not the guest's.
-fn check(i: &Instruction) {
+/// Which general registers point into the kernel window, behind an instruction.
+fn places_after(i: &Instruction, places: u16) -> u16 {
+    let mut factory = InstructionInfoFactory::new();
+    let written = factory.info(i).used_registers().iter().filter(|r| {
+        !matches!(
+            r.access(),
+            OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess
+        )
+    });
+    let written = written.filter_map(|r| gpr(r.register()));
+    let kept = written.fold(places, |left, r| left & !(1 << r));
+    let by_mask = i.mnemonic() == Mnemonic::Pext
+        && i.memory_segment() == Register::GS
+        && i.memory_displacement64() == LAYOUT.window_mask as u64;
+    let constant = i.mnemonic() == Mnemonic::Mov
+        && i.op1_kind() == OpKind::Immediate64
+        && WINDOW.contains(&i.immediate64());
+    let made = gpr(i.op0_register()).filter(|_| by_mask || constant);
+    kept | made.map_or(0, |r| 1 << r)
+}
+
+/// Panics on host code that could reach what is not the guest's. `places`: registers that point into the kernel window.
+fn check(i: &Instruction, places: u16) {
     use Mnemonic as M;
     assert!(
         !i.is_invalid(),
@@ -216,6 +257,13 @@ fn check(i: &Instruction) {
                 "an open frame access"
             ),
             Register::FS => panic!("the thread's own data is accessed"),
+            // Behind a place in the kernel window, or near it.
+            _ if gpr(base).is_some_and(|r| places >> r & 1 != 0) => assert!(
+                index == Register::None
+                    && (i.memory_displacement64() as i64).unsigned_abs() <= WINDOW_DISPLACEMENT,
+                "an operand far from the kernel window: {:?}",
+                i.code()
+            ),
             // Guest memory: at an address that a check has made, or behind it in the range that the check was for.
             _ => assert!(
                 base.is_gpr64()

@@ -1,5 +1,7 @@
 //! Where translated code finds the vCPU: byte offsets from the GS base, and the shape of the tables in it.
 
+use std::ops::Range;
+
 /// Entries of each data TLB; a power of two.
 pub const TLB_ENTRIES: usize = 4096;
 /// Bytes of a [`TlbEntry`].
@@ -49,6 +51,22 @@ pub const MISS_ANY_WRITE: u32 = 1 << 18;
 pub const MISS_MASKED: u32 = 1 << 19;
 /// The size in bytes.
 pub const MISS_SIZE: u32 = 0xffff;
+
+/// Bits of a guest address that, put together, are its place in the kernel window. All but two of those that canonical addresses differ in: see `kernel_window.rs` of the engine.
+pub const WINDOW_MASK: u64 = ((1 << WINDOW_LOW_BITS) - 1) | 1 << 44 | 1 << 45 | 1 << 47;
+/// The lowest bits of a place, which are those of the address.
+pub const WINDOW_LOW_BITS: u32 = 43;
+/// Host addresses of the window: the places of the upper half's addresses.
+pub const WINDOW: Range<u64> = 1 << 45..1 << 46;
+/// Displacements from a place are not larger, either way.
+pub const WINDOW_DISPLACEMENT: u64 = 1 << 20;
+/// Host addresses that emitted code can reach by way of a place, without those that a process cannot have.
+pub const WINDOW_REACH: Range<u64> = 1 << 16..(1 << 46) + (2 << 20);
+
+/// The place in the window of an address of the upper half.
+pub const fn window_address(gva: u64) -> u64 {
+    gva & ((1 << WINDOW_LOW_BITS) - 1) | (gva >> 44 & 3) << WINDOW_LOW_BITS | WINDOW.start
+}
 
 /// Index of the TLB entry for a guest virtual address.
 pub const fn tlb_index(gva: u64) -> usize {
@@ -131,6 +149,8 @@ pub struct FrameLayout {
     pub jumps: [i32; 3],
     /// 64 bits each: their [`jump_mask`].
     pub jump_masks: [i32; 3],
+    /// 64 bits: [`WINDOW_MASK`].
+    pub window_mask: i32,
     /// 32 bits: how many more times PAUSE is executed before the engine hears that the guest spins.
     pub pauses_left: i32,
     /// 32 bits: counts system calls that translated code has made; wraps.
@@ -156,6 +176,9 @@ pub struct Stubs {
 /// What of the CPU's mode translated code depends on; part of a block's key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Mode(pub u16);
+
+/// Which data TLB and jump cache kernel code uses while it may not access user pages.
+pub const KERNEL_TABLE: usize = 1;
 
 impl Mode {
     /// 64-bit code; otherwise 32-bit code with flat segments.
@@ -195,7 +218,7 @@ impl Mode {
         } else if self.has(Self::AC) {
             2
         } else {
-            1
+            KERNEL_TABLE
         }
     }
 }

@@ -13,9 +13,11 @@ mod fuzz;
 pub mod insn;
 pub mod layout;
 pub mod relocate;
+mod sight;
 
 pub use block::{ChainSite, Divert, Placement, Request, Resume, SideEntry, Translation};
 pub use emit::Translator;
 pub use fuzz::fuzz_translate;
 pub use layout::{FrameLayout, Mode, Stubs, TlbEntry};
 pub use relocate::{Move, Place};
+pub use sight::Sight;

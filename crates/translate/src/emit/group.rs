@@ -14,10 +14,12 @@
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use super::memory::Address;
+use super::window::WINDOW_SPAN;
 use super::{ColdKind, Work, bit};
 use crate::asm::{RAX, RCX, RSP};
 use crate::block::Resume;
 use crate::insn::{Insn, Kind, gpr};
+use crate::sight::Sight;
 
 /// Bytes between the first and the last of a group's accesses. More would make more groups lie across a page boundary.
 const SPAN: i64 = 256;
@@ -33,20 +35,25 @@ pub(super) const STACK: usize = 1;
 /// An access: which family, how far from that family's origin.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Access {
-    family: u16,
-    at: i64,
-    size: u32,
-    write: bool,
+    pub(super) family: u16,
+    pub(super) at: i64,
+    pub(super) size: u32,
+    pub(super) write: bool,
+    /// Through the kernel window.
+    pub(super) window: bool,
 }
 
 /// A checked range whose host address is in a register.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Group {
-    family: u16,
-    low: i64,
-    high: i64,
-    write: bool,
+    pub(super) family: u16,
+    pub(super) low: i64,
+    pub(super) high: i64,
+    pub(super) write: bool,
     pub(super) reg: u8,
+    /// Distance of `low` from where the register points.
+    pub(super) plus: i32,
+    pub(super) window: bool,
 }
 
 /// A host address: what register holds it, and a displacement.
@@ -80,6 +87,8 @@ struct Survey<'a> {
     values: [Value; 16],
     next: u16,
     families: &'a mut Vec<Family>,
+    sight: Option<Sight<'a>>,
+    pc: u64,
 }
 
 /// Instructions that no group outlives: they change rights or segment bases, may take an event, or need low registers.
@@ -109,6 +118,8 @@ pub(super) fn survey(
     long: bool,
     families: &mut Vec<Family>,
     accesses: &mut Vec<[Option<Access>; 2]>,
+    sight: Option<Sight<'_>>,
+    pc: u64,
 ) {
     let mut survey = Survey {
         long,
@@ -118,6 +129,8 @@ pub(super) fn survey(
         }),
         next: 16,
         families,
+        sight,
+        pc,
     };
     for insn in insns {
         accesses.push(survey.accesses(insn));
@@ -146,6 +159,43 @@ impl Survey<'_> {
             at: self.wrap(at),
             size,
             write,
+            window: false,
+        }
+    }
+
+    /// Whether such an access will probably be to memory that the window shows.
+    fn shown(&self, family: &Family, at: i64) -> bool {
+        let Some(sight) = self.sight else {
+            return false;
+        };
+        let (segment, base, index) = match *family {
+            Family::Page(_) => return (sight.shows)(at as u64),
+            Family::Registers {
+                segment,
+                base,
+                index,
+            } => (segment, base, index),
+        };
+        // Stacks are small, and every task has another one.
+        if base == Some(u16::from(RSP)) {
+            return false;
+        }
+        let segment = match segment {
+            None => 0,
+            Some(5) => sight.gs_base,
+            Some(_) => return false,
+        };
+        let value = |number: u16| sight.gpr.get(usize::from(number)).copied();
+        let base = base.map_or(Some(0), value);
+        let index = index.map_or(Some(0), |(n, scale)| {
+            Some(value(n)?.wrapping_mul(u64::from(scale)))
+        });
+        match (base, index) {
+            (Some(base), Some(index)) => {
+                let known = segment.wrapping_add(base).wrapping_add(index);
+                (sight.shows)(known.wrapping_add(at as u64))
+            }
+            _ => sight.open,
         }
     }
 
@@ -164,10 +214,10 @@ impl Survey<'_> {
                     base: None,
                     index: None,
                 };
-                return Some(self.access(family, disp, size, write));
+                return Some(self.through(family, disp, size, write));
             }
             let at = if self.long { disp } else { disp & 0xffff_ffff };
-            return Some(self.access(Family::Page(at & !(PAGE - 1)), at, size, write));
+            return Some(self.through(Family::Page(at & !(PAGE - 1)), at, size, write));
         }
         let width = self.word() as usize;
         if [base, index]
@@ -187,7 +237,15 @@ impl Survey<'_> {
             base: base.map(|v| v.number),
             index: index.map(|v| (v.number, scale)),
         };
-        Some(self.access(family, at, size, write))
+        Some(self.through(family, at, size, write))
+    }
+
+    fn through(&mut self, family: Family, at: i64, size: u32, write: bool) -> Access {
+        let window = self.shown(&family, at);
+        Access {
+            window,
+            ..self.access(family, at, size, write)
+        }
     }
 
     fn stack(&mut self, register: u8, disp: i64, write: bool) -> Option<Access> {
@@ -214,6 +272,16 @@ impl Survey<'_> {
                 }
                 _ => None,
             };
+        }
+        if let Some(a) = &mut operand
+            && let Some(sight) = self.sight
+        {
+            let pc = self.pc.wrapping_add(insn.offset.into());
+            let masked = insn.mem.is_some_and(|m| m.masked);
+            // The segment's base and the displacement are added up in 32 bits.
+            let disp = insn.instr.memory_displacement64() as i64;
+            let far = insn.instr.has_segment_prefix() && disp.unsigned_abs() >= 1 << 30;
+            a.window &= !masked && !far && !sight.is_elsewhere(pc);
         }
         let stack = match insn.kind {
             Kind::Push | Kind::Call(_) | Kind::CallIndirect => self.stack(RSP, -w, true),
@@ -316,11 +384,11 @@ impl Survey<'_> {
 }
 
 /// A group that is worth its register.
-struct Plan {
-    low: i64,
-    high: i64,
-    write: bool,
-    reg: u8,
+pub(super) struct Plan {
+    pub(super) low: i64,
+    pub(super) high: i64,
+    pub(super) write: bool,
+    pub(super) reg: u8,
 }
 
 impl Work<'_> {
@@ -353,10 +421,11 @@ impl Work<'_> {
                     && g.low <= a.at
                     && a.at.saturating_add(a.size.into()) <= g.high
                     && (g.write || !a.write)
+                    && g.window == a.window
             })
             .map(|g| Place {
                 reg: g.reg,
-                disp: (a.at - g.low) as i32,
+                disp: (a.at - g.low) as i32 + g.plus,
             })
     }
 
@@ -370,6 +439,9 @@ impl Work<'_> {
         avoid: u16,
         address: impl FnOnce(&mut Self, Option<u8>, i32) -> Address,
     ) -> Place {
+        if self.windowed(i, which) {
+            return self.through_window(i, which, avoid, address);
+        }
         let Some((a, plan)) = self.plan(i, which, avoid) else {
             let address = address(self, None, 0);
             return Place {
@@ -406,6 +478,8 @@ impl Work<'_> {
             high: plan.high,
             write: plan.write,
             reg: plan.reg,
+            plus: 0,
+            window: a.window,
         });
         Place {
             reg: plan.reg,
@@ -414,7 +488,7 @@ impl Work<'_> {
     }
 
     /// Whether to begin a group with this access, and which.
-    fn plan(&self, i: usize, which: usize, avoid: u16) -> Option<(Access, Plan)> {
+    pub(super) fn plan(&self, i: usize, which: usize, avoid: u16) -> Option<(Access, Plan)> {
         let a = self.accesses[i][which]?;
         if self.single || self.groups.len() >= GROUPS || barrier(&self.insns[i]) {
             return None;
@@ -424,6 +498,11 @@ impl Work<'_> {
             return None;
         }
         let (mut low, mut high, mut write) = (a.at, a.at.checked_add(a.size.into())?, a.write);
+        let most = if self.windowed(i, which) {
+            WINDOW_SPAN
+        } else {
+            SPAN
+        };
         let mut second = None;
         let mut last = i;
         for (j, insn) in self.insns.iter().enumerate().skip(i) {
@@ -431,12 +510,14 @@ impl Work<'_> {
                 break;
             }
             for (n, b) in self.accesses[j].iter().enumerate() {
-                let Some(b) = b.filter(|b| b.family == a.family && (j, n) > (i, which)) else {
+                let Some(b) = b.filter(|b| {
+                    b.family == a.family && b.window == a.window && (j, n) > (i, which)
+                }) else {
                     continue;
                 };
                 let l = low.min(b.at);
                 let h = high.max(b.at.saturating_add(b.size.into()));
-                if h.saturating_sub(l) <= SPAN {
+                if h.saturating_sub(l) <= most {
                     (low, high, write) = (l, h, write || b.write);
                     second.get_or_insert(j);
                     last = j;

@@ -38,7 +38,7 @@ impl Work<'_> {
 
     /// Saves the flags for the check of an access, if there will be one.
     pub(super) fn save_flags_for(&mut self, i: usize, which: usize) {
-        if self.held(i, which).is_none() {
+        if self.held(i, which).is_none() && !self.windowed(i, which) {
             self.save_flags(i, self.live_before(i));
         }
     }

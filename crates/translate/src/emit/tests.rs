@@ -3,12 +3,16 @@
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 
 use crate::fuzz::LAYOUT;
-use crate::{Mode, Placement, Request, Stubs, Translator};
+use crate::{Mode, Placement, Request, Sight, Stubs, Translator};
 
 const USER: u16 = Mode::LONG | Mode::USER;
 
 /// Mnemonics of the host code between the direct entry and its first unconditional jump.
 fn hot(mode: u16, guest: &[&[u8]]) -> Vec<Mnemonic> {
+    hot_with(mode, guest, None)
+}
+
+fn hot_with(mode: u16, guest: &[&[u8]], sight: Option<Sight<'_>>) -> Vec<Mnemonic> {
     let bytes = guest.concat();
     let made = Translator::new(LAYOUT, Stubs::default())
         .translate(&Request {
@@ -21,6 +25,7 @@ fn hot(mode: u16, guest: &[&[u8]]) -> Vec<Mnemonic> {
                 cold: 0x8_0000,
             },
             connected: true,
+            sight,
         })
         .expect("whole instructions");
     let code = &made.code[made.direct_entry as usize..];
@@ -75,6 +80,56 @@ fn translate_a_stack_frame_checks_it_once() {
     assert_eq!(checks(USER, &code), 1);
     // Seven accesses.
     assert_eq!(checks(USER | Mode::SINGLE, &code), 7);
+}
+
+#[test]
+fn translate_what_the_window_shows_needs_no_check() {
+    let mut gpr = [0; 16];
+    // RDI points to what is shown, RSP and RSI do not.
+    gpr[7] = 0xffff_8880_0000_1000;
+    let shows = |gva: u64| gva >> 39 == gpr[7] >> 39;
+    let mut elsewhere = [0; 64];
+    let look = |mode, guest: &[&[u8]], elsewhere: &[u64; 64]| {
+        let sight = Sight {
+            gpr: &gpr,
+            gs_base: 0,
+            shows: &shows,
+            open: true,
+            elsewhere: Some(elsewhere),
+        };
+        let host = hot_with(mode, guest, Some(sight));
+        (count(&host, Mnemonic::Pext), count(&host, Mnemonic::Ja))
+    };
+    let kernel = Mode::LONG;
+    let known = [LOAD_RDI, LOAD_RDI_8, LOAD_RDI_512, LOAD_RSI_8];
+    assert_eq!(look(kernel, &known, &elsewhere), (1, 1));
+    assert_eq!(look(kernel | Mode::AC, &known, &elsewhere), (0, 3));
+    assert_eq!(look(USER, &known, &elsewhere), (0, 3));
+    // What the first load brings is guessed.
+    let loaded = [LOAD_RSI_RDI, LOAD_RSI_8];
+    assert_eq!(look(kernel, &loaded, &elsewhere), (2, 0));
+    assert_eq!(look(kernel, &[LOAD_RSP_LOCAL], &elsewhere), (0, 1));
+    assert_eq!(
+        look(kernel, &[LOAD_RDI, STAC, LOAD_RDI_8], &elsewhere),
+        (1, 1)
+    );
+    // The second instruction has faulted.
+    elsewhere[0] = 1 << LOAD_RSI_RDI.len();
+    assert_eq!(look(kernel, &loaded, &elsewhere), (1, 1));
+    // No flags are saved for what needs no check.
+    let add: &[u8] = &[0x48, 0x01, 0xd0];
+    let je: &[u8] = &[0x74, 0x10];
+    let sight = Sight {
+        gpr: &gpr,
+        gs_base: 0,
+        shows: &shows,
+        open: true,
+        elsewhere: None,
+    };
+    let code = [add, LOAD_RDI_8, je];
+    let host = hot_with(kernel, &code, Some(sight));
+    assert_eq!(count(&host, Mnemonic::Lahf), 0);
+    assert_eq!(count(&hot(kernel, &code), Mnemonic::Lahf), 1);
 }
 
 #[test]

@@ -1,0 +1,472 @@
+//! The kernel window: kernel memory of the guest, shown in the monitor's address space where one instruction leads to from a guest address, without a look into any table.
+//!
+//! Most of what a kernel accesses lies in a linear mapping of all memory, in its own image and in the array that describes its frames: large, global mappings that hardly ever
+//! change. They are mapped here from the guest's memory file, so the host's processor translates and checks instead of emitted code. Whatever is not shown faults
+//! there, and the instruction that did so is translated with a check from then on.
+//!
+//! Invariants
+//! * An *extent* shows consecutive addresses by consecutive frames of RAM, in global pages of the kernel's alone. What flushes global pages, one or all, has the extents walked again before
+//!   the guest goes on; those that have changed go.
+//! * It can be written where the guest's tables allow that with the dirty bit set, but for frames with code: such a frame is made read-only before its bytes are read for translation. While
+//!   written frames are logged nothing is shown.
+//! * Special frames are not shown; what else lies in the memory file at their place never is.
+//! * All vCPUs use the same window, so the top tables of all have the same entries for what it shows, or none. Four addresses 2^43 and 2^46 apart share a place: nothing is shown whose place
+//!   other tables lead to. Both are looked at whenever a vCPU loads a root or flushes.
+//! * Nothing but extents lies in what [`hospes_translate::layout::WINDOW`] says emitted code can reach; a process has one such window, and the first machine that needs it has it.
+
+mod extent;
+
+use std::collections::HashMap;
+use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+use std::sync::{RwLock, RwLockWriteGuard};
+
+use hospes_engine::cr;
+use hospes_memory::GuestMemory;
+use hospes_translate::layout::{WINDOW, WINDOW_REACH};
+use hospes_units::{Gfn, Gpa, PAGE_SIZE};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+
+pub(crate) use extent::{Asker, root};
+use extent::{Extent, Roof, UPPER, guest_addresses, without_code};
+
+/// Most extents.
+const EXTENTS: usize = 64;
+/// Stores of one instruction to frames with code, after which it is one that writes code.
+const CODE_WRITES: u32 = 4;
+/// Instructions that are remembered for that.
+const WRITERS: usize = 4096;
+/// Strikes after which nothing is tried there any more.
+const STRIKES: u32 = 16;
+/// log2 of the bytes that they are counted for, and of how many such regions that is remembered.
+const REGION_BITS: u32 = 21;
+const REGIONS: usize = 4096;
+/// How often vCPUs may load tables that disagree before it is given up.
+const HOPELESS: u32 = 64;
+
+/// The address space that emitted code can reach belongs to a machine of this process.
+static TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// What becomes of an instruction that faulted in the window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// The page is there now.
+    Again,
+    /// It is the instruction semantics' this time.
+    Step,
+    /// It accesses other memory, and is to be translated with a check.
+    Elsewhere,
+    /// Nothing is shown at present: it is to be translated anew.
+    Closed,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// `None` until it is first needed.
+    reserved: Option<bool>,
+    extents: Vec<Extent>,
+    /// What they rely on.
+    roofs: Vec<Roof>,
+    /// Written frames are being logged.
+    shut: bool,
+    /// Something was shown then.
+    shut_something: bool,
+    given_up: bool,
+    disagreements: u32,
+    /// How often something could not be shown or not for long, by address in units of 2 MiB.
+    strikes: HashMap<u64, u32>,
+    /// How often instructions have stored to frames with code, by address.
+    writers: HashMap<u64, u32>,
+}
+
+/// What the machine's window shows. Lock order: after the translations.
+#[derive(Debug, Default)]
+pub(crate) struct KernelWindow {
+    state: RwLock<State>,
+    /// How many extents there are, for those who would find nothing to do.
+    extents: AtomicUsize,
+    /// How many special frames there were when they were last hidden.
+    specials: AtomicUsize,
+}
+
+/// Whether the host's processor has a PEXT that is worth a window: AMD's before Zen 3, and those made after them, take some 250 cycles for this one, which is more than any check does.
+pub fn can_have_kernel_window() -> bool {
+    let [_, b, c, d] = hospes_sys::cpuid(0, 0);
+    let [version, ..] = hospes_sys::cpuid(1, 0);
+    let name = [b, d, c].map(u32::to_le_bytes).concat();
+    let family = (version >> 8 & 15) + (version >> 20 & 255);
+    family >= 0x19 || !matches!(name.as_slice(), b"AuthenticAMD" | b"HygonGenuine")
+}
+
+fn reserve() -> bool {
+    if !can_have_kernel_window() || TAKEN.swap(true, Ordering::SeqCst) {
+        return false;
+    }
+    // SAFETY: the kernel refuses where anything is mapped already; nobody else maps at addresses of their choice.
+    let made = unsafe {
+        rustix::mm::mmap_anonymous(
+            WINDOW_REACH.start as *mut _,
+            (WINDOW_REACH.end - WINDOW_REACH.start) as usize,
+            ProtFlags::empty(),
+            MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE,
+        )
+    };
+    match made {
+        Ok(at) if at as u64 == WINDOW_REACH.start => true,
+        other => {
+            if let Ok(elsewhere) = other {
+                // SAFETY: a kernel that does not know the flag has put it elsewhere, where nobody uses it.
+                let _ = unsafe {
+                    rustix::mm::munmap(elsewhere, (WINDOW_REACH.end - WINDOW_REACH.start) as usize)
+                };
+            }
+            TAKEN.store(false, Ordering::SeqCst);
+            false
+        }
+    }
+}
+
+impl State {
+    /// Takes an extent away.
+    fn remove(&mut self, n: usize) {
+        let e = self.extents.swap_remove(n);
+        // SAFETY: the range lies in the reservation, and nothing but emitted code, which expects faults there, accesses it.
+        let removed = unsafe {
+            rustix::mm::mmap_anonymous(
+                e.host() as *mut _,
+                e.len as usize,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
+            )
+        };
+        // One mapping in the place of many takes nothing that could be lacking.
+        removed.expect("memory of the guest can be taken out of its window");
+    }
+
+    fn close(&mut self) {
+        while !self.extents.is_empty() {
+            self.remove(0);
+        }
+    }
+
+    fn strike(&mut self, gva: u64) {
+        if self.strikes.len() >= REGIONS {
+            self.strikes.clear();
+        }
+        *self.strikes.entry(gva >> REGION_BITS).or_default() += 1;
+    }
+
+    fn is_hopeless(&self, gva: u64) -> bool {
+        let strikes = self.strikes.get(&(gva >> REGION_BITS));
+        strikes.is_some_and(|&n| n >= STRIKES)
+    }
+
+    /// Where the frame is shown so that it could be written.
+    fn places(&self, gfn: Gfn) -> impl Iterator<Item = u64> {
+        let writable = self.extents.iter().filter(|e| e.writable);
+        writable.filter_map(move |e| e.place(gfn))
+    }
+
+    /// Changes what may be done with shown frames; gives the window up where the host has no room for that.
+    fn protect(&mut self, places: &[(u64, u64)], flags: MprotectFlags) {
+        let protected = places.iter().try_for_each(|&(at, len)| {
+            // SAFETY: the range lies in an extent, which only emitted code accesses, and that expects faults there.
+            unsafe { rustix::mm::mprotect(at as *mut _, len as usize, flags) }
+        });
+        if protected.is_err() {
+            self.given_up = true;
+            self.close();
+        }
+    }
+
+    fn hide_specials(&mut self, memory: &GuestMemory) {
+        let mut places = Vec::new();
+        for gfn in memory.special_frames() {
+            let shown = self.extents.iter().filter_map(|e| e.place(gfn));
+            places.extend(shown.map(|at| (at, PAGE_SIZE)));
+        }
+        self.protect(&places, MprotectFlags::empty());
+    }
+
+    fn shows(&self, gva: u64) -> bool {
+        self.extents
+            .iter()
+            .any(|e| gva.checked_sub(e.gva).is_some_and(|into| into < e.len))
+    }
+
+    fn map(&self, e: &Extent, memory: &GuestMemory, offset: u64) -> Result<(), Errno> {
+        let at = e.host() as *mut std::ffi::c_void;
+        // SAFETY: the range lies in the reservation, and no extent is there; only emitted code accesses it.
+        unsafe {
+            // Read-only until it is known which of the frames have code.
+            rustix::mm::mmap(
+                at,
+                e.len as usize,
+                ProtFlags::READ,
+                MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
+                memory.fd(),
+                offset,
+            )?;
+            // The dump of a process that failed has this memory once already.
+            rustix::mm::madvise(at, e.len as usize, Advice::LinuxDontDump)
+        }
+    }
+}
+
+impl KernelWindow {
+    fn lock(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().expect("kernel window")
+    }
+
+    /// To be called when the extents have changed.
+    fn note(&self, state: &mut State) {
+        state.roofs.clear();
+        for e in &state.extents {
+            if !state.roofs.iter_mut().any(|roof| roof.cover(e)) {
+                state.roofs.push(Roof::of(e));
+            }
+        }
+        self.extents.store(state.extents.len(), Ordering::SeqCst);
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.extents.load(Ordering::SeqCst) == 0
+    }
+
+    /// Bytes of guest addresses that are shown.
+    pub fn shown_bytes(&self) -> u64 {
+        self.lock().extents.iter().map(|e| e.len).sum()
+    }
+
+    /// Whether an address is shown, or can be and is from now on.
+    pub fn show(&self, asker: &Asker<'_>, gva: u64) -> bool {
+        if gva < UPPER {
+            return false;
+        }
+        let mut state = self.lock();
+        let state = &mut *state;
+        state.shows(gva) || self.extend(state, asker, gva)
+    }
+
+    /// Shows what lies around an address, if it can be shown.
+    fn extend(&self, state: &mut State, asker: &Asker<'_>, gva: u64) -> bool {
+        if state.is_hopeless(gva) {
+            return false;
+        }
+        let shown = self.try_to_extend(state, asker, gva);
+        if !shown {
+            state.strike(gva);
+        }
+        shown
+    }
+
+    fn try_to_extend(&self, state: &mut State, asker: &Asker<'_>, gva: u64) -> bool {
+        if state.shut
+            || state.given_up
+            || state.extents.len() >= EXTENTS
+            || root(asker.cpu) == 0
+            || asker.cpu.cr4 & cr::CR4_PGE == 0
+        {
+            return false;
+        }
+        let Some(e) = asker.extent(gva) else {
+            return false;
+        };
+        let (first, end) = (e.host(), e.host() + e.len);
+        // Kernels have allocations among small pages, which come and go.
+        let beside = |o: &Extent| o.large && o.slot() == e.slot();
+        if !e.large && !state.extents.iter().any(beside) {
+            return false;
+        }
+        let taken = |o: &Extent| o.host() < end && first < o.host() + o.len;
+        let Some(offset) = asker.memory.ram_offset(Gpa(e.gpa).gfn(), e.len / PAGE_SIZE) else {
+            return false;
+        };
+        if state.extents.iter().any(taken) || !*state.reserved.get_or_insert_with(reserve) {
+            return false;
+        }
+        // A vCPU that loads another root, or flushes, from here on looks at the extents behind that: what another has changed before is seen now.
+        state.extents.push(e);
+        self.note(state);
+        fence(Ordering::SeqCst);
+        let mut agreed = asker.confirms(&e);
+        let roof = Roof::of(&e);
+        (asker.roots)(&mut |root| agreed &= roof.agrees(asker.memory, root));
+        if !agreed || e.top == 0 || state.map(&e, asker.memory, offset).is_err() {
+            state.remove(state.extents.len() - 1);
+            self.note(state);
+            return false;
+        }
+        if e.writable {
+            state.protect(
+                &without_code(&e, asker.pages),
+                MprotectFlags::READ | MprotectFlags::WRITE,
+            );
+        }
+        self.specials
+            .store(asker.memory.special_count(), Ordering::SeqCst);
+        state.hide_specials(asker.memory);
+        self.note(state);
+        !state.given_up
+    }
+
+    /// An access of emitted code of the kernel, the instruction at `rip`, has faulted at a host address.
+    pub fn faulted(&self, asker: &Asker<'_>, host: u64) -> Verdict {
+        if !WINDOW.contains(&host) {
+            return Verdict::Elsewhere;
+        }
+        let mut state = self.lock();
+        let state = &mut *state;
+        let inside = |e: &&Extent| host.checked_sub(e.host()).is_some_and(|into| into < e.len);
+        let Some(e) = state.extents.iter().find(inside).copied() else {
+            let again = guest_addresses(host).any(|gva| self.extend(state, asker, gva));
+            return match again {
+                true => Verdict::Again,
+                false if state.shut => Verdict::Closed,
+                false => Verdict::Elsewhere,
+            };
+        };
+        let gfn = Gpa(e.gpa + (host - e.host())).gfn();
+        if asker.memory.is_special(gfn) {
+            return Verdict::Elsewhere;
+        }
+        if e.writable && !asker.pages.contains(gfn) {
+            // It had code once.
+            let places: Vec<_> = state.places(gfn).map(|at| (at, PAGE_SIZE)).collect();
+            state.protect(&places, MprotectFlags::READ | MprotectFlags::WRITE);
+            self.note(state);
+            return Verdict::Again;
+        }
+        if state.writers.len() >= WRITERS {
+            state.writers.clear();
+        }
+        let times = state.writers.entry(asker.cpu.rip).or_default();
+        *times += 1;
+        if *times > CODE_WRITES {
+            Verdict::Elsewhere
+        } else {
+            Verdict::Step
+        }
+    }
+
+    /// A frame has become one with code: when this returns nobody writes it through the window.
+    pub fn protect(&self, memory: &GuestMemory, gfn: Gfn) {
+        if self.is_empty() {
+            return;
+        }
+        let mut state = self.lock();
+        if memory.is_special(gfn) {
+            return;
+        }
+        let places: Vec<_> = state.places(gfn).map(|at| (at, PAGE_SIZE)).collect();
+        state.protect(&places, MprotectFlags::READ);
+        self.note(&mut state);
+    }
+
+    /// The vCPU that asks has loaded a root.
+    pub fn follow_root(&self, asker: &Asker<'_>) {
+        if self.is_empty() {
+            return;
+        }
+        let root = root(asker.cpu);
+        let agreed = {
+            let state = self.state.read().expect("kernel window");
+            let mut roofs = state.roofs.iter();
+            roofs.all(|roof| roof.agrees(asker.memory, root))
+        };
+        if !agreed {
+            let mut state = self.lock();
+            state.disagreements += 1;
+            state.given_up |= state.disagreements >= HOPELESS;
+            state.close();
+            self.note(&mut state);
+        }
+    }
+
+    /// Global pages of these addresses may have changed.
+    pub fn check(&self, asker: &Asker<'_>, range: RangeInclusive<u64>) {
+        // The guest has changed its tables with plain stores.
+        fence(Ordering::SeqCst);
+        if self.is_empty() {
+            return;
+        }
+        let mut state = self.lock();
+        for n in (0..state.extents.len()).rev() {
+            let e = state.extents[n];
+            let concerned = e.gva <= *range.end() && *range.start() <= e.gva + (e.len - 1);
+            if concerned && !asker.confirms(&e) {
+                state.strike(e.gva);
+                state.remove(n);
+            }
+        }
+        self.note(&mut state);
+    }
+
+    /// Special frames may have been placed.
+    pub fn follow_specials(&self, memory: &GuestMemory) {
+        if self.is_empty() || self.specials.load(Ordering::SeqCst) == memory.special_count() {
+            return;
+        }
+        let mut state = self.lock();
+        self.specials
+            .store(memory.special_count(), Ordering::SeqCst);
+        state.hide_specials(memory);
+        self.note(&mut state);
+    }
+
+    /// Shows nothing, from when this returns until it is opened again. True if anything was shown.
+    pub fn shut(&self) -> bool {
+        let mut state = self.lock();
+        state.shut = true;
+        let any = !state.extents.is_empty();
+        state.shut_something |= any;
+        state.close();
+        self.note(&mut state);
+        any
+    }
+
+    /// Ends that. True if it was shut and something had been shown.
+    pub fn open(&self) -> bool {
+        let mut state = self.lock();
+        state.shut = false;
+        std::mem::take(&mut state.shut_something)
+    }
+}
+
+impl Drop for KernelWindow {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().expect("kernel window");
+        if state.reserved == Some(true) {
+            let bytes = (WINDOW_REACH.end - WINDOW_REACH.start) as usize;
+            // SAFETY: the reservation is this value's, and no translated code of its machine is left.
+            let _ = unsafe { rustix::mm::munmap(WINDOW_REACH.start as *mut _, bytes) };
+            TAKEN.store(false, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Instructions of kernel code that access memory which is not shown, by frame: a bit for each byte.
+#[derive(Debug, Default)]
+pub(crate) struct Elsewhere(HashMap<u64, Box<[u64; 64]>>);
+
+impl Elsewhere {
+    /// Frames that are remembered.
+    const FRAMES: usize = 8192;
+
+    pub fn add(&mut self, at: Gpa) {
+        if self.0.len() >= Self::FRAMES {
+            self.0.clear();
+        }
+        let bits = self
+            .0
+            .entry(at.gfn().0)
+            .or_insert_with(|| Box::new([0; 64]));
+        let at = at.page_offset() as usize;
+        bits[at / 64] |= 1 << (at % 64);
+    }
+
+    pub fn of(&self, gfn: Gfn) -> Option<&[u64; 64]> {
+        self.0.get(&gfn.0).map(|bits| &**bits)
+    }
+}
