@@ -24,7 +24,7 @@ const PIT_OUTPUT_PORT: u16 = 0x61;
 const DEBUG_PORT: u16 = 0xe9;
 
 /// How long a vCPU stays awake for a disk that answers promptly.
-const ATTEND_MOST: Duration = Duration::from_micros(200);
+const ATTEND_MOST: Duration = Duration::from_micros(400);
 
 /// A vCPU and its place in the domain.
 pub struct VcpuThread {

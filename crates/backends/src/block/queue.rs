@@ -32,11 +32,14 @@ const GATHER: Duration = Duration::from_micros(50);
 const GATHER_LOOK: Duration = Duration::from_micros(15);
 
 /// A disk whose requests take no longer than this answers promptly: a vCPU may stay awake for it.
-const PROMPT: Duration = Duration::from_micros(200);
+const PROMPT: Duration = Duration::from_micros(400);
 
-/// So many prompt answers have to find the guest at work before its requests are left to the queue's own thread: one that waits for each may still be
+/// So many prompt answers in a row have to find the guest at work before its requests are left to the queue's own thread: one that waits for each may still be
 /// on its way there when a fast disk has answered.
 pub const WORKS: u32 = 4;
+
+/// What a slow answer counts for among these: a fast disk has one now and then, but hardly two that follow each other.
+const SLOW: u32 = 2;
 
 /// Where the image works on more than this, the queue's own thread does better beside the guest.
 const FEW: usize = 2;
@@ -83,11 +86,13 @@ pub struct Serve {
     silent: bool,
     /// The image worked on something when a silence ended, and the queue's own thread has not slept since: one more look is due.
     doubtful: bool,
-    /// Above 0 where the last read or write was answered promptly, and the guest does one after the other: [`WORKS`] where it had nothing to do
-    /// meanwhile, one less each time it worked.
+    /// Above 0 where reads and writes are answered promptly, and the guest does one after the other: [`WORKS`] where it had nothing to do meanwhile, one
+    /// less each time it worked, [`SLOW`] less for an answer that took long.
     prompt: u32,
     /// Reads and writes among the requests that the image works on.
     transfers: usize,
+    /// A vCPU has stayed awake for one of them for as long as any does.
+    in_vain: bool,
     /// What was found where only a vCPU's thread could hear of it.
     broken: Option<Broken>,
 }
@@ -129,6 +134,7 @@ impl Serve {
             doubtful: false,
             prompt: 0,
             transfers: 0,
+            in_vain: false,
             broken: None,
         }
     }
@@ -177,7 +183,7 @@ impl Serve {
     /// Whether it pays to stay awake for the next answer.
     pub fn is_expected(&mut self) -> bool {
         let few = (1..=FEW).contains(&self.transfers);
-        self.is_prompt() && few && self.queue.peek().is_some()
+        self.is_prompt() && few && !self.in_vain && self.queue.peek().is_some()
     }
 
     /// Has the image tell of completions by its event, or not. Whoever ends the silence takes a turn after that, and calls the queue's own thread
@@ -203,10 +209,10 @@ impl Serve {
         self.gathering.is_some()
     }
 
-    /// A vCPU stayed awake for the image; if `in_vain`, nobody does again before the image shows that it is prompt.
+    /// A vCPU stayed awake for the image; if `in_vain`, nobody does again before it has completed what it works on.
     pub fn waited(&mut self, in_vain: bool) {
         if in_vain {
-            self.prompt = 0;
+            self.in_vain = true;
         }
     }
 
@@ -448,12 +454,13 @@ impl Serve {
         self.free.push(slot);
         if is_transfer(open.op) {
             self.transfers -= 1;
+            self.in_vain = false;
             // With more open in the guest it works on while the image does.
             let alone = self.in_flight() == 0 && self.ring.unpublished() == 0;
             self.prompt = match alone && open.since.elapsed() < PROMPT {
                 true if self.port.target_is_idle() => WORKS,
                 true => self.prompt.saturating_sub(1),
-                false => 0,
+                false => self.prompt.saturating_sub(SLOW),
             };
         }
         if open.barrier {

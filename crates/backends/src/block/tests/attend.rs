@@ -117,6 +117,33 @@ fn answer_after_the_vcpu_went_to_sleep_comes_from_the_queues_thread() {
     assert_eq!(m.receive(0).id, write.id);
 }
 
+/// A request that takes longer than anybody stays awake for.
+fn slow(m: &mut Machine, write: blkif::Request) {
+    m.image.hold(true);
+    m.send(0, &[write]);
+    std::thread::sleep(std::time::Duration::from_millis(2));
+    m.image.hold(false);
+    m.receive(0);
+}
+
+#[test]
+fn slow_answer_now_and_then_leaves_requests_to_who_sends_them() {
+    let mut m = machine();
+    let write = write(&m);
+    // Other work on this machine may make the next one slow as well.
+    wait("a request served by its sender behind a slow one", || {
+        becomes_prompt(&mut m, write);
+        slow(&mut m, write);
+        m.ask(write);
+        m.image.is_served_here()
+    });
+    becomes_prompt(&mut m, write);
+    slow(&mut m, write);
+    slow(&mut m, write);
+    m.ask(write);
+    assert!(!m.image.is_served_here());
+}
+
 #[test]
 fn answer_is_not_lost_when_it_comes_while_the_vcpu_leaves() {
     let mut m = machine();
