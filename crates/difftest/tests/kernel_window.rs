@@ -213,6 +213,18 @@ fn every_form_of_access_reaches_its_bytes() {
     assert!(result.data.len() > 100, "{result:x?}");
 }
 
+#[test]
+fn stack_pointer_is_added_to_a_segments_base() {
+    let result = both(|a| {
+        // From here on nobody knows that it points to a stack.
+        a.and(rsp, -64).unwrap();
+        a.mov(qword_ptr(rsp + 0x40).gs(), rsp).unwrap();
+        a.mov(rax, qword_ptr(rsp + 0x40).gs()).unwrap();
+    });
+    let stored = (DATA + 0x2_0000 + STACK + 0x40, STACK);
+    assert!(result.data.contains(&stored), "{result:x?}");
+}
+
 /// An instruction, with its operand where registers of [`random`] point, or one that makes or reads flags.
 fn emit_any(a: &mut CodeAssembler, rng: &mut Rng) {
     let value = rng.pick(&[rax, rdx, rbp]);

@@ -59,9 +59,9 @@ impl Work<'_> {
             (Some(segment), base, near) => {
                 let s = into.unwrap_or_else(|| self.scratch(i, avoid));
                 self.asm.load(s, self.layout.seg_base[segment]);
-                // Nobody has saved the flags, so nothing is added but by LEA.
+                // Nobody has saved the flags, so nothing is added but by LEA, in which RSP can be the base and nothing else.
                 if let Some(base) = base {
-                    self.asm.lea(true, s, Some(s), Some((base, 1)), 0);
+                    self.asm.lea(true, s, Some(base), Some((s, 1)), 0);
                 }
                 if let Some(index) = gpr(instr.memory_index()) {
                     let scale = instr.memory_index_scale() as u8;
