@@ -449,35 +449,51 @@ fn code_that_is_written_is_seen() {
     assert_eq!(gpr[reg::RAX], (1..=20).sum::<u64>());
 }
 
+/// Maps the other address while the first is shown.
+fn rival_comes(a: &mut CodeAssembler) {
+    load(a);
+    a.mov(rbp, rcx).unwrap();
+    a.mov(rdx, RIVAL_TABLES | P | W | A).unwrap();
+    a.mov(qword_ptr(ROOT + 8 * RIVAL_SLOT), rdx).unwrap();
+    a.btc(rdi, 46).unwrap();
+}
+
+fn load_both(a: &mut CodeAssembler) {
+    load(a);
+    a.mov(rax, rcx).unwrap();
+    a.btc(rdi, 46).unwrap();
+    load(a);
+}
+
 #[test]
 fn addresses_that_share_a_place_are_told_apart() {
-    // The other one comes only while the first is shown, and CR3 is loaded then.
-    let made = || {
-        let m = machine(|a| {
-            load(a);
-            a.mov(rbp, rcx).unwrap();
-            a.mov(rdx, RIVAL_TABLES | P | W | A).unwrap();
-            a.mov(qword_ptr(ROOT + 8 * RIVAL_SLOT), rdx).unwrap();
+    let programs: [Program; 2] = [
+        |a| {
+            rival_comes(a);
             a.mov(rdx, ROOT).unwrap();
             a.mov(cr3, rdx).unwrap();
-            a.btc(rdi, 46).unwrap();
-            load(a);
-            a.mov(rax, rcx).unwrap();
-            a.btc(rdi, 46).unwrap();
-            load(a);
-        });
-        map(&m, OTHER_ROOT, RIVAL_SLOT, RIVAL_TABLES);
-        m.put(
-            entry_of(RIVAL_TABLES, PAGE),
-            &[REPLACED | P | W | A | D | G],
+            load_both(a);
+        },
+        |a| {
+            rival_comes(a);
+            a.invlpg(ptr(rdi)).unwrap();
+            load_both(a);
+        },
+    ];
+    for program in programs {
+        let made = || {
+            let m = machine(program);
+            map(&m, OTHER_ROOT, RIVAL_SLOT, RIVAL_TABLES);
+            let replaced = REPLACED | P | W | A | D | G;
+            m.put(entry_of(RIVAL_TABLES, PAGE), &[replaced]);
+            m
+        };
+        let gpr = both_with(made, 2, |_| {}).gpr;
+        assert_eq!(
+            (gpr[reg::RBP], gpr[reg::RAX], gpr[reg::RCX]),
+            (OLD, NEW, OLD)
         );
-        m
-    };
-    let gpr = both_with(made, 2, |_| {}).gpr;
-    assert_eq!(
-        (gpr[reg::RBP], gpr[reg::RAX], gpr[reg::RCX]),
-        (OLD, NEW, OLD)
-    );
+    }
 }
 
 #[test]

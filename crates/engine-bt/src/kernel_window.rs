@@ -388,9 +388,11 @@ impl KernelWindow {
     pub fn check(&self, asker: &Asker<'_>, range: RangeInclusive<u64>) {
         // The guest has changed its tables with plain stores.
         fence(Ordering::SeqCst);
-        if self.is_empty() {
+        if *range.end() < UPPER || self.is_empty() {
             return;
         }
+        // Nor may what it has flushed be in the place of what is shown.
+        self.follow_root(asker);
         let mut state = self.lock();
         for n in (0..state.extents.len()).rev() {
             let e = state.extents[n];
