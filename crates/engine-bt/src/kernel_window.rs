@@ -15,6 +15,8 @@
 //! * Nothing but extents lies in what [`hospes_translate::layout::WINDOW`] says emitted code can reach; a process has one such window, and the first machine that needs it has it.
 
 mod extent;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -29,7 +31,7 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 
 pub(crate) use extent::{Asker, root};
-use extent::{Extent, Roof, UPPER, guest_addresses, without_code};
+use extent::{Extent, Roof, UPPER, guest_addresses};
 
 /// Most extents.
 const EXTENTS: usize = 64;
@@ -86,7 +88,7 @@ pub(crate) struct KernelWindow {
     state: RwLock<State>,
     /// How many extents there are, for those who would find nothing to do.
     extents: AtomicUsize,
-    /// How many special frames there were when they were last hidden.
+    /// How many special frames are hidden, the first that were placed.
     specials: AtomicUsize,
 }
 
@@ -180,30 +182,21 @@ impl State {
         }
     }
 
-    fn hide_specials(&mut self, memory: &GuestMemory) {
-        let mut places = Vec::new();
-        for gfn in memory.special_frames() {
-            let shown = self.extents.iter().filter_map(|e| e.place(gfn));
-            places.extend(shown.map(|at| (at, PAGE_SIZE)));
-        }
-        self.protect(&places, MprotectFlags::empty());
-    }
-
     fn shows(&self, gva: u64) -> bool {
         self.extents
             .iter()
             .any(|e| gva.checked_sub(e.gva).is_some_and(|into| into < e.len))
     }
 
+    /// Puts an extent in its place, inaccessible as yet.
     fn map(&self, e: &Extent, memory: &GuestMemory, offset: u64) -> Result<(), Errno> {
         let at = e.host() as *mut std::ffi::c_void;
         // SAFETY: the range lies in the reservation, and no extent is there; only emitted code accesses it.
         unsafe {
-            // Read-only until it is known which of the frames have code.
             rustix::mm::mmap(
                 at,
                 e.len as usize,
-                ProtFlags::READ,
+                ProtFlags::empty(),
                 MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
                 memory.fd(),
                 offset,
@@ -298,17 +291,43 @@ impl KernelWindow {
             self.note(state);
             return false;
         }
-        if e.writable {
-            state.protect(
-                &without_code(&e, asker.pages),
-                MprotectFlags::READ | MprotectFlags::WRITE,
-            );
-        }
-        self.specials
-            .store(asker.memory.special_count(), Ordering::SeqCst);
-        state.hide_specials(asker.memory);
+        self.fill(state, &e, asker);
         self.note(state);
         !state.given_up
+    }
+
+    /// Makes accessible what an extent shows.
+    fn fill(&self, state: &mut State, e: &Extent, asker: &Asker<'_>) {
+        // Those that are placed from here on are hidden by who has placed them.
+        let specials = self.hide_specials(state, asker.memory);
+        if state.given_up {
+            return;
+        }
+        let mut hidden: Vec<Gfn> = specials
+            .into_iter()
+            .filter(|&gfn| e.place(gfn).is_some())
+            .collect();
+        hidden.sort_unstable();
+        let is_ram = |gfn| hidden.binary_search(&gfn).is_err();
+        state.protect(&e.runs(is_ram), MprotectFlags::READ);
+        if e.writable && !state.given_up {
+            let writable = e.runs(|gfn| !asker.pages.contains(gfn) && is_ram(gfn));
+            state.protect(&writable, MprotectFlags::READ | MprotectFlags::WRITE);
+        }
+    }
+
+    /// Hides the special frames that have been placed since the last time; gives all there are.
+    fn hide_specials(&self, state: &mut State, memory: &GuestMemory) -> Vec<Gfn> {
+        let all = memory.special_frames();
+        let known = self.specials.load(Ordering::SeqCst);
+        let mut places = Vec::new();
+        for &gfn in &all[known..] {
+            let shown = state.extents.iter().filter_map(|e| e.place(gfn));
+            places.extend(shown.map(|at| (at, PAGE_SIZE)));
+        }
+        state.protect(&places, MprotectFlags::empty());
+        self.specials.store(all.len(), Ordering::SeqCst);
+        all
     }
 
     /// An access of emitted code of the kernel, the instruction at `rip`, has faulted at a host address.
@@ -411,9 +430,7 @@ impl KernelWindow {
             return;
         }
         let mut state = self.lock();
-        self.specials
-            .store(memory.special_count(), Ordering::SeqCst);
-        state.hide_specials(memory);
+        self.hide_specials(&mut state, memory);
         self.note(&mut state);
     }
 

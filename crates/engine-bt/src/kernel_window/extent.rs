@@ -47,6 +47,22 @@ impl Extent {
         let into = gfn.gpa().0.checked_sub(self.gpa)?;
         (into < self.len).then(|| self.host() + into)
     }
+
+    /// Runs of frames for which `takes` holds: host addresses and bytes.
+    pub(super) fn runs(&self, takes: impl Fn(Gfn) -> bool) -> Vec<(u64, u64)> {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for into in (0..self.len).step_by(PAGE_SIZE as usize) {
+            if !takes(Gpa(self.gpa + into).gfn()) {
+                continue;
+            }
+            let at = self.host() + into;
+            match runs.last_mut() {
+                Some((first, len)) if *first + *len == at => *len += PAGE_SIZE,
+                _ => runs.push((at, PAGE_SIZE)),
+            }
+        }
+        runs
+    }
 }
 
 /// The page behind an address: its first frame, how large it is, and whether it can be written and is dirty.
@@ -219,20 +235,4 @@ pub(super) fn guest_addresses(host: u64) -> impl Iterator<Item = u64> {
     [0, 1 << 43, 1 << 46, 1 << 43 | 1 << 46]
         .into_iter()
         .map(move |bits| UPPER | bits | low)
-}
-
-/// Runs of an extent's frames that have no code: host addresses and bytes.
-pub(super) fn without_code(e: &Extent, pages: &CodePages) -> Vec<(u64, u64)> {
-    let mut runs: Vec<(u64, u64)> = Vec::new();
-    for into in (0..e.len).step_by(PAGE_SIZE as usize) {
-        if pages.contains(Gpa(e.gpa + into).gfn()) {
-            continue;
-        }
-        let at = e.host() + into;
-        match runs.last_mut() {
-            Some((first, len)) if *first + *len == at => *len += PAGE_SIZE,
-            _ => runs.push((at, PAGE_SIZE)),
-        }
-    }
-    runs
 }

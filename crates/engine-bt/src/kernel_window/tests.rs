@@ -1,0 +1,109 @@
+//! A window on memory that large pages map in order.
+
+use std::sync::atomic::AtomicBool;
+
+use hospes_engine::CpuState;
+use hospes_memory::Range;
+use hospes_translate::layout::window_address;
+
+use super::*;
+use crate::pages::CodePages;
+
+const LARGE: u64 = 2 << 20;
+const LINEAR: u64 = 0xffff_8880_0000_0000;
+const ROOT: u64 = 0x1000;
+const TABLES: u64 = 0x2000;
+/// Present, writable, accessed, dirty; and for the last level large and global.
+const TABLE: u64 = 0x63;
+const PAGE: u64 = TABLE | 0x180;
+
+struct Bench {
+    memory: GuestMemory,
+    pages: CodePages,
+    cpu: CpuState,
+    window: KernelWindow,
+}
+
+impl Bench {
+    /// All memory, a gigabyte at most, is mapped behind the first of these entries of the top table from [`LINEAR`] on, and once more behind each of the others.
+    fn new(bytes: u64, entries: u64) -> Bench {
+        let all = Range {
+            start: 0,
+            end: bytes,
+        };
+        let memory = GuestMemory::new(&[all]).unwrap();
+        let put = |gpa, entry: u64| memory.write_obj(Gpa(gpa), &entry).unwrap();
+        let first = LINEAR >> 39 & 511;
+        for slot in first..first + entries {
+            put(ROOT + 8 * slot, TABLES | TABLE);
+        }
+        put(TABLES, (TABLES + 0x1000) | TABLE);
+        for n in 0..bytes / LARGE {
+            put(TABLES + 0x1000 + 8 * n, (n * LARGE) | PAGE);
+        }
+        let mut cpu = CpuState {
+            cr0: cr::CR0_PE | cr::CR0_PG | cr::CR0_WP,
+            cr3: ROOT,
+            cr4: cr::CR4_PAE | cr::CR4_PGE,
+            ..CpuState::default()
+        };
+        cpu.msr.efer = cr::EFER_LME | cr::EFER_LMA | cr::EFER_NXE;
+        Bench {
+            memory,
+            pages: CodePages::new(bytes / PAGE_SIZE),
+            cpu,
+            window: KernelWindow::default(),
+        }
+    }
+
+    fn show(&self, gva: u64) -> bool {
+        let roots = |each: &mut dyn FnMut(u64)| each(ROOT);
+        let asker = Asker {
+            cpu: &self.cpu,
+            memory: &self.memory,
+            pages: &self.pages,
+            roots: &roots,
+        };
+        self.window.show(&asker, gva)
+    }
+}
+
+/// Whether an address of this process can be read.
+fn is_readable(address: u64) -> bool {
+    let mut byte = 0u8;
+    let [to, from] = [(&raw mut byte).cast(), address as *mut libc::c_void].map(|at| libc::iovec {
+        iov_base: at,
+        iov_len: 1,
+    });
+    // SAFETY: the kernel writes one byte that is there, and says so where the other is not.
+    let read = unsafe { libc::process_vm_readv(libc::getpid(), &to, 1, &from, 1, 0) };
+    read == 1
+}
+
+#[test]
+fn memory_in_the_place_of_a_special_page_is_never_shown() {
+    let bench = Bench::new(2 * LARGE, 1);
+    let offset = bench.memory.new_special_page().unwrap();
+    bench.memory.place_special(Gfn(700), offset).unwrap();
+    if !bench.show(LINEAR) {
+        assert!(!can_have_kernel_window());
+        return;
+    }
+    let place = window_address(LINEAR + 700 * PAGE_SIZE);
+    assert!(is_readable(place - 1) && is_readable(place + PAGE_SIZE));
+    let done = AtomicBool::new(false);
+    let times = std::thread::scope(|s| {
+        let looks = s.spawn(|| {
+            let looks = std::iter::from_fn(|| (!done.load(Ordering::SeqCst)).then_some(place));
+            looks.filter(|&at| is_readable(at)).count()
+        });
+        for _ in 0..20_000 {
+            bench.window.shut();
+            bench.window.open();
+            assert!(bench.show(LINEAR));
+        }
+        done.store(true, Ordering::SeqCst);
+        looks.join().unwrap()
+    });
+    assert_eq!(times, 0);
+}
