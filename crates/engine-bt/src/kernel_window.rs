@@ -21,7 +21,7 @@ mod tests;
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
-use std::sync::{RwLock, RwLockWriteGuard};
+use std::sync::{PoisonError, RwLock, RwLockWriteGuard};
 
 use hospes_engine::cr;
 use hospes_memory::GuestMemory;
@@ -35,6 +35,12 @@ use extent::{Extent, Roof, UPPER, guest_addresses};
 
 /// Most extents.
 const EXTENTS: usize = 64;
+/// How many times the guest's memory they show at most: its host keeps page tables for each.
+const TIMES_SHOWN: u64 = 4;
+/// Most mappings that they may come apart into. A process has 65,530 by default (proc_sys_vm(5)), for everything.
+const PIECES: usize = 50_000;
+/// As many of these may still come when something is shown; where that alone leaves no room for them the window is given up.
+const PIECES_TO_COME: usize = 8_000;
 /// Stores of one instruction to frames with code, after which it is one that writes code.
 const CODE_WRITES: u32 = 4;
 /// Instructions that are remembered for that.
@@ -129,20 +135,30 @@ fn reserve() -> bool {
     }
 }
 
+/// Has nothing be accessible in an extent's place.
+fn hide(e: &Extent, fixed: MapFlags) -> Result<(), Errno> {
+    // SAFETY: the range lies in the reservation, and nothing but emitted code, which expects faults there, accesses it.
+    unsafe {
+        rustix::mm::mmap_anonymous(
+            e.host() as *mut _,
+            e.len as usize,
+            ProtFlags::empty(),
+            MapFlags::PRIVATE | MapFlags::NORESERVE | fixed,
+        )
+    }?;
+    Ok(())
+}
+
 impl State {
     /// Takes an extent away.
     fn remove(&mut self, n: usize) {
         let e = self.extents.swap_remove(n);
-        // SAFETY: the range lies in the reservation, and nothing but emitted code, which expects faults there, accesses it.
-        let removed = unsafe {
-            rustix::mm::mmap_anonymous(
-                e.host() as *mut _,
-                e.len as usize,
-                ProtFlags::empty(),
-                MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
-            )
-        };
-        // One mapping in the place of many takes nothing that could be lacking.
+        let removed = hide(&e, MapFlags::FIXED).or_else(|_| {
+            // A process that has as many mappings as it may has to give some back first.
+            // SAFETY: the range lies in the reservation, and nothing but emitted code, which expects faults there, accesses it.
+            unsafe { rustix::mm::munmap(e.host() as *mut _, e.len as usize) }?;
+            hide(&e, MapFlags::FIXED_NOREPLACE)
+        });
         removed.expect("memory of the guest can be taken out of its window");
     }
 
@@ -164,22 +180,41 @@ impl State {
         strikes.is_some_and(|&n| n >= STRIKES)
     }
 
-    /// Where the frame is shown so that it could be written.
-    fn places(&self, gfn: Gfn) -> impl Iterator<Item = u64> {
-        let writable = self.extents.iter().filter(|e| e.writable);
-        writable.filter_map(move |e| e.place(gfn))
+    fn pieces(&self) -> usize {
+        self.extents.iter().map(|e| e.pieces).sum()
     }
 
-    /// Changes what may be done with shown frames; gives the window up where the host has no room for that.
-    fn protect(&mut self, places: &[(u64, u64)], flags: MprotectFlags) {
-        let protected = places.iter().try_for_each(|&(at, len)| {
-            // SAFETY: the range lies in an extent, which only emitted code accesses, and that expects faults there.
-            unsafe { rustix::mm::mprotect(at as *mut _, len as usize, flags) }
-        });
-        if protected.is_err() {
-            self.given_up = true;
+    /// Changes what may be done with places of extents. False where nothing is shown any more: the window is given up where the host has no room for that, and closed where it has come
+    /// apart too much, as what is shown again is in as few pieces as can be.
+    fn protect(&mut self, places: &[(u64, u64)], flags: MprotectFlags) -> bool {
+        let fits = self.pieces() <= PIECES;
+        let protected = fits
+            && places.iter().all(|&(at, len)| {
+                // SAFETY: the range lies in an extent, which only emitted code accesses, and that expects faults there.
+                unsafe { rustix::mm::mprotect(at as *mut _, len as usize, flags) }.is_ok()
+            });
+        if !protected {
+            self.given_up |= fits;
             self.close();
         }
+        protected
+    }
+
+    /// Changes what may be done with frames where `concerned` extents show them.
+    fn protect_frames(
+        &mut self,
+        frames: &[Gfn],
+        flags: MprotectFlags,
+        concerned: impl Fn(&Extent) -> bool,
+    ) {
+        let mut places = Vec::new();
+        for e in self.extents.iter_mut().filter(|e| concerned(e)) {
+            let before = places.len();
+            let shown = frames.iter().filter_map(|&gfn| e.place(gfn));
+            places.extend(shown.map(|at| (at, PAGE_SIZE)));
+            e.pieces += 2 * (places.len() - before);
+        }
+        self.protect(&places, flags);
     }
 
     fn shows(&self, gva: u64) -> bool {
@@ -188,22 +223,21 @@ impl State {
             .any(|e| gva.checked_sub(e.gva).is_some_and(|into| into < e.len))
     }
 
-    /// Puts an extent in its place, inaccessible as yet.
-    fn map(&self, e: &Extent, memory: &GuestMemory, offset: u64) -> Result<(), Errno> {
-        let at = e.host() as *mut std::ffi::c_void;
+    /// Puts an extent in its place, inaccessible as yet. False where the host has no room for it; then the place is as it was, or as inaccessible.
+    fn map(&self, e: &Extent, memory: &GuestMemory, offset: u64) -> bool {
+        let (at, bytes) = (e.host() as *mut std::ffi::c_void, e.len as usize);
         // SAFETY: the range lies in the reservation, and no extent is there; only emitted code accesses it.
-        unsafe {
-            rustix::mm::mmap(
-                at,
-                e.len as usize,
-                ProtFlags::empty(),
-                MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
-                memory.fd(),
-                offset,
-            )?;
+        let mapped = unsafe {
+            let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
+            let mapped =
+                rustix::mm::mmap(at, bytes, ProtFlags::empty(), flags, memory.fd(), offset);
             // The dump of a process that failed has this memory once already.
-            rustix::mm::madvise(at, e.len as usize, Advice::LinuxDontDump)
+            mapped.and_then(|_| rustix::mm::madvise(at, bytes, Advice::LinuxDontDump))
+        };
+        if mapped.is_err() {
+            let _ = hide(e, MapFlags::FIXED);
         }
+        mapped.is_ok()
     }
 }
 
@@ -279,6 +313,11 @@ impl KernelWindow {
         if state.extents.iter().any(taken) || !*state.reserved.get_or_insert_with(reserve) {
             return false;
         }
+        let ram = asker.memory.ram().iter().map(|r| r.end - r.start);
+        let shown = state.extents.iter().map(|o| o.len);
+        if shown.sum::<u64>() + e.len > TIMES_SHOWN * ram.sum::<u64>() {
+            return false;
+        }
         // A vCPU that loads another root, or flushes, from here on looks at the extents behind that: what another has changed before is seen now.
         state.extents.push(e);
         self.note(state);
@@ -286,22 +325,22 @@ impl KernelWindow {
         let mut agreed = asker.confirms(&e);
         let roof = Roof::of(&e);
         (asker.roots)(&mut |root| agreed &= roof.agrees(asker.memory, root));
-        if !agreed || e.top == 0 || state.map(&e, asker.memory, offset).is_err() {
-            state.remove(state.extents.len() - 1);
-            self.note(state);
-            return false;
+        let n = state.extents.len() - 1;
+        let shown = agreed && e.top != 0 && self.fill(state, n, asker, offset);
+        if !shown {
+            state.extents.truncate(n);
         }
-        self.fill(state, &e, asker);
         self.note(state);
-        !state.given_up
+        shown
     }
 
-    /// Makes accessible what an extent shows.
-    fn fill(&self, state: &mut State, e: &Extent, asker: &Asker<'_>) {
+    /// Shows what the last extent, number `n`, is to show. False where that cannot be.
+    fn fill(&self, state: &mut State, n: usize, asker: &Asker<'_>, offset: u64) -> bool {
+        let e = state.extents[n];
         // Those that are placed from here on are hidden by who has placed them.
         let specials = self.hide_specials(state, asker.memory);
-        if state.given_up {
-            return;
+        if state.extents.len() <= n {
+            return false;
         }
         let mut hidden: Vec<Gfn> = specials
             .into_iter()
@@ -309,23 +348,30 @@ impl KernelWindow {
             .collect();
         hidden.sort_unstable();
         let is_ram = |gfn| hidden.binary_search(&gfn).is_err();
-        state.protect(&e.runs(is_ram), MprotectFlags::READ);
-        if e.writable && !state.given_up {
-            let writable = e.runs(|gfn| !asker.pages.contains(gfn) && is_ram(gfn));
-            state.protect(&writable, MprotectFlags::READ | MprotectFlags::WRITE);
+        let readable = e.runs(is_ram);
+        let writable = match e.writable {
+            true => e.runs(|gfn| !asker.pages.contains(gfn) && is_ram(gfn)),
+            false => Vec::new(),
+        };
+        let pieces = 2 * (readable.len() + writable.len());
+        if state.pieces() + pieces > PIECES - PIECES_TO_COME {
+            state.given_up |= pieces > PIECES - PIECES_TO_COME;
+            state.close();
+            return false;
         }
+        if !state.map(&e, asker.memory, offset) {
+            return false;
+        }
+        state.extents[n].pieces = pieces;
+        state.protect(&readable, MprotectFlags::READ)
+            && state.protect(&writable, MprotectFlags::READ | MprotectFlags::WRITE)
     }
 
     /// Hides the special frames that have been placed since the last time; gives all there are.
     fn hide_specials(&self, state: &mut State, memory: &GuestMemory) -> Vec<Gfn> {
         let all = memory.special_frames();
         let known = self.specials.load(Ordering::SeqCst);
-        let mut places = Vec::new();
-        for &gfn in &all[known..] {
-            let shown = state.extents.iter().filter_map(|e| e.place(gfn));
-            places.extend(shown.map(|at| (at, PAGE_SIZE)));
-        }
-        state.protect(&places, MprotectFlags::empty());
+        state.protect_frames(&all[known..], MprotectFlags::empty(), |_| true);
         self.specials.store(all.len(), Ordering::SeqCst);
         all
     }
@@ -352,8 +398,8 @@ impl KernelWindow {
         }
         if e.writable && !asker.pages.contains(gfn) {
             // It had code once.
-            let places: Vec<_> = state.places(gfn).map(|at| (at, PAGE_SIZE)).collect();
-            state.protect(&places, MprotectFlags::READ | MprotectFlags::WRITE);
+            let flags = MprotectFlags::READ | MprotectFlags::WRITE;
+            state.protect_frames(&[gfn], flags, |e| e.writable);
             self.note(state);
             return Verdict::Again;
         }
@@ -378,8 +424,7 @@ impl KernelWindow {
         if memory.is_special(gfn) {
             return;
         }
-        let places: Vec<_> = state.places(gfn).map(|at| (at, PAGE_SIZE)).collect();
-        state.protect(&places, MprotectFlags::READ);
+        state.protect_frames(&[gfn], MprotectFlags::READ, |e| e.writable);
         self.note(&mut state);
     }
 
@@ -455,7 +500,7 @@ impl KernelWindow {
 
 impl Drop for KernelWindow {
     fn drop(&mut self) {
-        let state = self.state.get_mut().expect("kernel window");
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         if state.reserved == Some(true) {
             let bytes = (WINDOW_REACH.end - WINDOW_REACH.start) as usize;
             // SAFETY: the reservation is this value's, and no translated code of its machine is left.

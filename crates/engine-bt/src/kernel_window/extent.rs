@@ -31,6 +31,8 @@ pub(super) struct Extent {
     pub(super) large: bool,
     /// The entry of the top table that leads there.
     pub(super) top: u64,
+    /// How many mappings of the host it takes, at most.
+    pub(super) pieces: usize,
 }
 
 impl Extent {
@@ -202,6 +204,7 @@ impl Asker<'_> {
             writable: leaf.writable,
             large: size != PAGE_SIZE,
             top: entry(self.memory, root(self.cpu), slot),
+            pieces: 0,
         };
         let low = extent.host() & ((1 << WINDOW_LOW_BITS) - 1);
         let clear = low >= EDGE && low + len + EDGE <= 1 << WINDOW_LOW_BITS;

@@ -11,6 +11,7 @@ use crate::pages::CodePages;
 
 const LARGE: u64 = 2 << 20;
 const LINEAR: u64 = 0xffff_8880_0000_0000;
+const TOP_BYTES: u64 = 1 << 39;
 const ROOT: u64 = 0x1000;
 const TABLES: u64 = 0x2000;
 /// Present, writable, accessed, dirty; and for the last level large and global.
@@ -106,4 +107,84 @@ fn memory_in_the_place_of_a_special_page_is_never_shown() {
         looks.join().unwrap()
     });
     assert_eq!(times, 0);
+}
+
+#[test]
+fn mappings_of_the_host_are_few_wherever_code_is() {
+    let bytes = 160 * LARGE;
+    let bench = Bench::new(bytes, 1);
+    if !bench.show(LINEAR) {
+        assert!(!can_have_kernel_window());
+        return;
+    }
+    let mappings = || {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines().count()
+    };
+    let mark_every_other = || {
+        let mut most = 0;
+        for gfn in (0..bytes / PAGE_SIZE).step_by(2) {
+            bench.pages.mark(Gfn(gfn));
+            bench.window.protect(&bench.memory, Gfn(gfn));
+            if gfn % 1024 == 0 {
+                most = most.max(mappings());
+            }
+        }
+        most
+    };
+    let most = mark_every_other();
+    assert!((10_000..52_000).contains(&most), "{most}");
+    // It has closed, and is whole when it comes back.
+    bench.pages.clear();
+    assert!(bench.show(LINEAR));
+    assert!(mappings() < 1000);
+    // It would begin with too many.
+    mark_every_other();
+    assert!(!bench.show(LINEAR));
+    assert!(mappings() < 1000);
+    bench.pages.clear();
+    assert!(
+        !bench.show(LINEAR + 9 * LARGE),
+        "it is tried again and again"
+    );
+}
+
+#[test]
+fn memory_is_shown_a_few_times_over() {
+    let bench = Bench::new(2 * LARGE, 12);
+    let places = (0..12).map(|n| LINEAR + n * TOP_BYTES);
+    let shown = places.filter(|&gva| bench.show(gva)).count();
+    if can_have_kernel_window() {
+        assert_eq!(shown, 4);
+    }
+}
+
+#[test]
+fn window_closes_where_the_host_has_no_room_for_a_mapping() {
+    let bench = Bench::new(2 * LARGE, 2);
+    if !bench.show(LINEAR) {
+        assert!(!can_have_kernel_window());
+        return;
+    }
+    // Two that lie side by side cannot become one.
+    let one = |n: usize| {
+        let rights = [ProtFlags::READ, ProtFlags::empty()][n % 2];
+        let (anywhere, bytes) = (std::ptr::null_mut(), PAGE_SIZE as usize);
+        // SAFETY: a new mapping overlaps nothing.
+        unsafe { rustix::mm::mmap_anonymous(anywhere, bytes, rights, MapFlags::PRIVATE) }.ok()
+    };
+    let mut others = Vec::with_capacity(1 << 20);
+    others.extend((0..others.capacity()).map_while(one));
+    let closed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let other = bench.show(LINEAR + TOP_BYTES);
+        bench.window.shut() && !other
+    }));
+    for at in others {
+        // SAFETY: it was made above, and nobody has used it.
+        unsafe { rustix::mm::munmap(at, PAGE_SIZE as usize) }.unwrap();
+    }
+    assert!(closed.is_ok_and(|any| any));
+    assert!(!is_readable(window_address(LINEAR)));
+    bench.window.open();
+    assert!(bench.show(LINEAR));
 }
