@@ -149,12 +149,12 @@ impl BtVcpu {
 
     /// Sees to an access of the kernel's that may have faulted in the window. False where it is to be made again.
     pub(crate) fn explain_fault(&mut self) -> bool {
-        if self.host.frame.cpu.cpl() != 0 {
+        // Other faults than those of pages are none of the window's.
+        let page_fault = self.host.frame.raw_trap == i32::from(exec::vector::PF);
+        if self.host.frame.cpu.cpl() != 0 || !page_fault {
             return true;
         }
-        // Other faults than those of pages name no address, and none of them is one of the window's.
-        let page_fault = self.host.frame.raw_trap == i32::from(exec::vector::PF);
-        let address = self.host.frame.raw_address * u64::from(page_fault);
+        let address = self.host.frame.raw_address;
         let verdict = self
             .host
             .with_asker(|window, asker| window.faulted(asker, address));
