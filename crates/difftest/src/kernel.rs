@@ -198,6 +198,20 @@ pub fn to_user(cpu: &mut CpuState) {
     cpu.gpr[reg::RSP] = STACK + USER;
 }
 
+/// A vCPU belongs to the thread that runs it.
+pub fn on_its_own<T: Send>(f: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|s| s.spawn(f).join().unwrap())
+}
+
+/// Turns global pages off and on again. RDX is lost.
+pub fn flush_global(a: &mut CodeAssembler) {
+    a.mov(rdx, cr4).unwrap();
+    a.and(rdx, !(cr::CR4_PGE as i32)).unwrap();
+    a.mov(cr4, rdx).unwrap();
+    a.or(rdx, cr::CR4_PGE as i32).unwrap();
+    a.mov(cr4, rdx).unwrap();
+}
+
 /// Notes what a page fault says and goes on behind its instruction, which is three bytes long.
 fn skip_fault(a: &mut CodeAssembler) {
     a.mov(r14, cr2).unwrap();

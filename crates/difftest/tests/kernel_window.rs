@@ -6,7 +6,7 @@ use std::sync::mpsc::channel;
 
 use hospes_difftest::kernel::*;
 use hospes_difftest::rng::Rng;
-use hospes_engine::{CpuState, Exit, Vcpu, Vm, cr, reg, seg};
+use hospes_engine::{CpuState, Exit, Vcpu, Vm, reg, seg};
 use hospes_engine_bt::{Execution, can_have_kernel_window};
 use hospes_units::{Gfn, Gpa, PAGE_SIZE};
 use iced_x86::code_asm::*;
@@ -49,6 +49,16 @@ fn map(m: &Machine, root: u64, slot: u64, tables: u64) {
     for gpa in (DATA..DATA + DATA_BYTES).step_by(0x1000) {
         m.put(entry_of(tables, gpa), &[gpa | P | W | A | D | G]);
     }
+}
+
+/// Another root, in which the page is the one that replaces it.
+fn make_other_root(m: &Machine) {
+    map(m, OTHER_ROOT, SLOT, OTHER_TABLES);
+    m.put(
+        entry_of(OTHER_TABLES, PAGE),
+        &[REPLACED | P | W | A | D | G],
+    );
+    m.put(OTHER_ROOT, &[ROOT + 0x1000 + (P | W | A)]);
 }
 
 fn machine(program: Program) -> Machine {
@@ -99,11 +109,6 @@ struct Result {
     /// Words that are not zero, by address.
     data: Vec<(u64, u64)>,
     faults: [u64; 4],
-}
-
-/// A vCPU belongs to the thread that runs it.
-fn on_its_own<T: Send>(f: impl FnOnce() -> T + Send) -> T {
-    std::thread::scope(|s| s.spawn(f).join().unwrap())
 }
 
 fn run_to_vmcall(s: &mut Started) {
@@ -166,14 +171,6 @@ fn load(a: &mut CodeAssembler) {
 /// Stores RBX there.
 fn store(a: &mut CodeAssembler) {
     a.call(STORER).unwrap();
-}
-
-fn flush_global(a: &mut CodeAssembler) {
-    a.mov(rdx, cr4).unwrap();
-    a.and(rdx, !(cr::CR4_PGE as i32)).unwrap();
-    a.mov(cr4, rdx).unwrap();
-    a.or(rdx, cr::CR4_PGE as i32).unwrap();
-    a.mov(cr4, rdx).unwrap();
 }
 
 fn set_entry(a: &mut CodeAssembler, tables: u64, value: u64) {
@@ -365,12 +362,7 @@ fn other_tables_are_seen() {
             flush_global(a);
             load(a);
         });
-        map(&m, OTHER_ROOT, SLOT, OTHER_TABLES);
-        m.put(
-            entry_of(OTHER_TABLES, PAGE),
-            &[REPLACED | P | W | A | D | G],
-        );
-        m.put(OTHER_ROOT, &[ROOT + 0x1000 + (P | W | A)]);
+        make_other_root(&m);
         m
     };
     let gpr = both_with(made, 2, |_| {}).gpr;
@@ -383,12 +375,7 @@ fn other_tables_are_seen() {
 #[test]
 fn each_of_two_vcpus_has_its_own_tables() {
     let m = machine(load);
-    map(&m, OTHER_ROOT, SLOT, OTHER_TABLES);
-    m.put(
-        entry_of(OTHER_TABLES, PAGE),
-        &[REPLACED | P | W | A | D | G],
-    );
-    m.put(OTHER_ROOT, &[ROOT + 0x1000 + (P | W | A)]);
+    make_other_root(&m);
     m.code(OTHER_CODE, |a| {
         a.mov(rdx, OTHER_ROOT).unwrap();
         a.mov(cr3, rdx).unwrap();

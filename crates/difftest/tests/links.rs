@@ -96,11 +96,6 @@ fn begin(cpu: &mut CpuState) {
     cpu.gpr[reg::RAX] = 0;
 }
 
-/// A vCPU belongs to the thread that runs it.
-fn on_its_own<T: Send>(f: impl FnOnce() -> T + Send) -> T {
-    std::thread::scope(|s| s.spawn(f).join().unwrap())
-}
-
 fn to_vmcall(vcpu: &mut dyn Vcpu) -> u64 {
     assert_eq!(vcpu.run().unwrap(), Exit::Hypercall);
     vcpu.state().gpr[reg::RAX]
@@ -134,15 +129,6 @@ fn replace(a: &mut CodeAssembler, bits: u64) {
 fn invalidate(a: &mut CodeAssembler) {
     a.mov(rbx, TOP + 0x1000).unwrap();
     a.invlpg(ptr(rbx)).unwrap();
-}
-
-/// Turns global pages off and on again.
-fn flush_global(a: &mut CodeAssembler) {
-    a.mov(rbx, cr4).unwrap();
-    a.and(rbx, !(cr::CR4_PGE as i32)).unwrap();
-    a.mov(cr4, rbx).unwrap();
-    a.or(rbx, cr::CR4_PGE as i32).unwrap();
-    a.mov(cr4, rbx).unwrap();
 }
 
 fn load(a: &mut CodeAssembler, root: u64) {
