@@ -211,9 +211,7 @@ impl Serve {
 
     /// A vCPU stayed awake for the image; if `in_vain`, nobody does again before it has completed what it works on.
     pub fn waited(&mut self, in_vain: bool) {
-        if in_vain {
-            self.in_vain = true;
-        }
+        self.in_vain |= in_vain;
     }
 
     /// Keeps for the queue's own thread that the guest broke the ring.
