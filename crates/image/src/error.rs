@@ -3,6 +3,10 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
+use crate::files::Identity;
+
 /// Why an image cannot be opened, made or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -57,6 +61,8 @@ pub enum ImageError {
     Locked {
         /// The image.
         path: PathBuf,
+        /// Which file that is.
+        identity: Identity,
         /// A domain or a process.
         holder: String,
         /// What the user can do.
@@ -70,9 +76,43 @@ pub enum ImageError {
         /// What is wrong and what to do.
         reason: String,
     },
+    /// Another process could not open the image.
+    #[error("{}", .0.sentence)]
+    Reported(Report),
+}
+
+/// An [`ImageError`] on its way to another process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    sentence: String,
+    /// What the host said, where it was a call of the host that failed.
+    pub(crate) host: Option<String>,
+    /// The file that somebody else uses.
+    pub(crate) locked: Option<Identity>,
+}
+
+impl From<Report> for ImageError {
+    fn from(report: Report) -> ImageError {
+        ImageError::Reported(report)
+    }
 }
 
 impl ImageError {
+    /// For another process, in which it reads the same.
+    pub fn report(&self) -> Report {
+        let (host, locked) = match self {
+            ImageError::Reported(report) => return report.clone(),
+            ImageError::Host { source, .. } => (Some(source.to_string()), None),
+            ImageError::Locked { identity, .. } => (None, Some(*identity)),
+            _ => (None, None),
+        };
+        Report {
+            sentence: self.to_string(),
+            host,
+            locked,
+        }
+    }
+
     /// For `map_err`: a failed call on `path`.
     pub(crate) fn host<'a>(
         path: &'a Path,

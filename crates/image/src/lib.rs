@@ -11,6 +11,7 @@
 //! Limits: sectors of 512 or 4096 bytes.
 
 mod error;
+mod files;
 mod flush;
 mod hold;
 mod host;
@@ -30,10 +31,11 @@ mod uring;
 #[cfg(test)]
 mod testing;
 
-pub use error::{FlushError, ImageError, IoError};
+pub use error::{FlushError, ImageError, IoError, Report};
+pub use files::{Access, Alignment, Facts, Files, HostFiles, Identity, Keep, Opened};
 pub use flush::flush;
 pub use make::{Info, create_overlay, create_qcow2, create_raw, info};
-pub use open::{Format, OpenSpec, open};
+pub use open::{Format, OpenSpec, backing_chain, open, open_with};
 #[doc(hidden)]
 pub use qcow2::fuzz_qcow2;
 pub use types::{Buffer, Completion, Geometry, Image, Op, Queue, Request, Status};

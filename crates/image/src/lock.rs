@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::ImageError;
+use crate::files::Identity;
 use crate::loops;
 
 const USES: i64 = 100;
@@ -43,17 +44,22 @@ fn records() -> Option<PathBuf> {
     Some(run.join("locks"))
 }
 
-/// A lock, until it is dropped, and the records of who holds it.
+/// Locks, until it is dropped, and the records of who holds them.
 pub(crate) struct Lock {
     files: Vec<File>,
     records: Vec<PathBuf>,
 }
 
+/// Gives up the locks of an open file description, whoever else has it open.
+pub(crate) fn unlock(fd: BorrowedFd<'_>) {
+    let _ = call(fd, libc::F_OFD_SETLK, libc::F_UNLCK, 0, 0);
+}
+
 impl Drop for Lock {
     fn drop(&mut self) {
-        // Closing is not enough: a child that has not yet become its program, or a request that ends in the background, may still hold the file open.
+        // A child that has not yet become its program may still hold the file open.
         for file in &self.files {
-            let _ = call(file.as_fd(), libc::F_OFD_SETLK, libc::F_UNLCK, 0, 0);
+            unlock(file.as_fd());
         }
         for record in &self.records {
             let _ = fs::remove_file(record);
@@ -69,15 +75,20 @@ pub(crate) struct Target<'a> {
     pub(crate) fd: BorrowedFd<'a>,
     /// The same file opened once more, where requests mostly go through that.
     pub(crate) data: Option<BorrowedFd<'a>>,
-    /// Tells files apart: device and inode number, or zero and the device number of a block device.
-    pub(crate) identity: (u64, u64),
+    /// Of the open file.
+    pub(crate) identity: Identity,
 }
 
 impl Target<'_> {
-    /// Locks for reading or for writing.
+    /// Locks for reading or for writing. The locks of the file itself stay with its descriptors, so that they hold as long as somebody works with
+    /// those; what is returned holds the others and the records.
     pub(crate) fn lock(&self, write: bool, owner: &str) -> Result<Lock, ImageError> {
         let sys = Path::new("/sys");
-        let mut lock = self.lock_own(write, owner)?;
+        let mut own = self.lock_own(write, owner)?;
+        let mut lock = Lock {
+            files: Vec::new(),
+            records: Vec::new(),
+        };
         match self.identity {
             (0, device) => {
                 if let Some(path) = loops::backing_of(sys, device)
@@ -101,6 +112,7 @@ impl Target<'_> {
                 {
                     return Err(ImageError::Locked {
                         path: self.path.to_owned(),
+                        identity,
                         holder: format!("the host's loop device {}", device.node),
                         advice: "unmount what is on it, then detach it with `losetup -d`",
                     });
@@ -108,6 +120,7 @@ impl Target<'_> {
             }
         }
         lock.records.extend(self.record(owner));
+        own.files.clear();
         Ok(lock)
     }
 
@@ -193,6 +206,7 @@ impl Target<'_> {
         let own = !owner.is_empty() && holder == owner;
         ImageError::Locked {
             path: self.path.to_owned(),
+            identity: self.identity,
             holder,
             advice: match (write, by_writer) {
                 _ if own => HAS_IT,
@@ -229,7 +243,7 @@ impl Target<'_> {
 /// What a domain is told that wants an image twice.
 pub(crate) const HAS_IT: &str = "it has the image already, as another disk or below one; only disks that are all read-only can share it";
 
-fn prefix(identity: (u64, u64)) -> String {
+fn prefix(identity: Identity) -> String {
     format!("{:x}-{:x}.", identity.0, identity.1)
 }
 
@@ -245,7 +259,7 @@ fn forget_dead(directory: &Path) {
 }
 
 /// Who wrote down that it holds a lock on the file, and still lives.
-pub(crate) fn recorded_holder(identity: (u64, u64)) -> Option<String> {
+pub(crate) fn recorded_holder(identity: Identity) -> Option<String> {
     let directory = records()?;
     forget_dead(&directory);
     let prefix = prefix(identity);
@@ -258,7 +272,7 @@ pub(crate) fn recorded_holder(identity: (u64, u64)) -> Option<String> {
 }
 
 /// Tells files apart, and block devices by what they are rather than by their node.
-pub(crate) fn identity_of(metadata: &fs::Metadata) -> (u64, u64) {
+pub(crate) fn identity_of(metadata: &fs::Metadata) -> Identity {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
     if metadata.file_type().is_block_device() {
         (0, metadata.rdev())

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use crate::error::ImageError;
-use crate::host::{Access, HostFile};
+use crate::files::Access;
+use crate::host::HostFile;
 use crate::open::{Format, OpenSpec, open};
 use crate::qcow2::{self, read_header, write_new};
 use crate::storage::Storage;
@@ -85,7 +86,7 @@ pub fn info(path: &Path) -> Result<Info, ImageError> {
     let access = Access {
         read_only: true,
         direct: false,
-        unit: 512,
+        unit: Some(512),
     };
     let file = HostFile::open(path, access, None)?;
     let host_bytes = {

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use super::{PowerCut, Random};
+use crate::files::HostFiles;
 use crate::open::open_on;
 use crate::storage::Aligned;
 use crate::testing::{Directory, flush, pattern, read, spec, wait, write};
@@ -167,10 +168,10 @@ fn cut_runs(runs: u64, format: Format, make: impl Fn(&Directory, u64) -> (PathBu
         // Early cuts meet tables that are being made.
         let writes = 1 + random.below(if run % 2 == 0 { 30 } else { 200 });
         let name = format!("run {run}, cut at write {writes}");
-        let image = open_on(&spec(&path, format), |storage| {
+        let image = open_on(&spec(&path, format), &HostFiles, |storage| {
             Ok(Arc::new(PowerCut::new(storage, 512, run, writes, || {})?))
-        })
-        .unwrap();
+        });
+        let (image, _) = image.unwrap();
         let mut queue = image.queue().unwrap();
         let model = work(&mut *queue, &mut random);
         drop((queue, image));
@@ -233,12 +234,12 @@ fn flush_completes_after_a_sync_each_time() {
     create_qcow2(&qcow2, 1 << 20).unwrap();
     for (path, format) in [(raw, Format::Raw), (qcow2, Format::Qcow2)] {
         let mut layer = None;
-        let image = open_on(&spec(&path, format), |storage| {
+        let image = open_on(&spec(&path, format), &HostFiles, |storage| {
             let cut = Arc::new(PowerCut::new(storage, 512, 1, u64::MAX, || {})?);
             layer = Some(cut.clone());
             Ok(cut)
-        })
-        .unwrap();
+        });
+        let (image, _) = image.unwrap();
         let layer = layer.unwrap();
         let mut queue = image.queue().unwrap();
         for round in 0..20u64 {

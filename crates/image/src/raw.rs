@@ -247,7 +247,8 @@ impl Image for Raw {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::{Access, HostFile};
+    use crate::files::Access;
+    use crate::host::HostFile;
     use crate::testing::{Directory, discard, flush, pattern, raw, read, spec, write};
     use crate::{Format, open};
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -257,7 +258,7 @@ mod tests {
         let access = Access {
             read_only: false,
             direct: true,
-            unit: 512,
+            unit: Some(512),
         };
         Arc::new(RawFile {
             storage: Arc::new(HostFile::open(path, access, None).unwrap()),

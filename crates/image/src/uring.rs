@@ -414,8 +414,9 @@ mod tests {
     use std::sync::Arc;
 
     use super::{Aligned, End, start};
+    use crate::files::Access;
     use crate::hold::Hold;
-    use crate::host::{Access, HostFile};
+    use crate::host::HostFile;
     use crate::raw::{Raw, RawOptions};
     use crate::storage::Storage;
 
@@ -423,7 +424,7 @@ mod tests {
         let access = Access {
             read_only: false,
             direct: true,
-            unit: 512,
+            unit: Some(512),
         };
         Arc::new(HostFile::open(path, access, Some("the test")).unwrap())
     }
