@@ -159,6 +159,7 @@ pub fn create(
         spec.vcpus,
         Arc::clone(&store),
         Arc::clone(&xen),
+        spec.files,
         spec.log,
     );
     for disk in &spec.disks {

@@ -1,14 +1,13 @@
 //! A domain's devices: what they are made of, and their coming and going.
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
 
 use hospes_backends::block::Block;
 use hospes_backends::frame::{Bus, DeviceError, DeviceId, DeviceInfo, DeviceNodes, Kind, Log};
 use hospes_backends::net::{Net, NetConfig};
-use hospes_image::{Format, Image, ImageError, OpenSpec};
+use hospes_image::{Facts, Files, Format, Image, ImageError, OpenSpec, open_with};
 use hospes_store::StoreAccess;
 use hospes_units::DomId;
 use hospes_xen::Xen;
@@ -72,11 +71,15 @@ pub struct Devices {
     vcpus: u32,
     log: Log,
     bus: Bus,
+    files: Arc<dyn Files>,
     images: Arc<Images>,
 }
 
 /// Images of attached disks, by number; those of detached ones are gone.
 type Images = Mutex<BTreeMap<u32, Weak<dyn Image>>>;
+
+/// An open image, and what is known of its file.
+type Opened = (Arc<dyn Image>, Facts);
 
 impl Devices {
     pub fn new(
@@ -85,6 +88,7 @@ impl Devices {
         vcpus: u32,
         store: Arc<dyn StoreAccess>,
         xen: Arc<Xen>,
+        files: Arc<dyn Files>,
         log: Log,
     ) -> Devices {
         Devices {
@@ -93,6 +97,7 @@ impl Devices {
             vcpus,
             bus: Bus::new(domid, store, xen, log.clone()),
             log,
+            files,
             images: Arc::default(),
         }
     }
@@ -112,11 +117,11 @@ impl Devices {
         if self.bus.list().iter().any(|device| device.id == id) {
             self.bus.detach(id, false)?;
         }
-        opened.map_or(Ok(()), |(disk, image)| self.show(disk, image))
+        opened.map_or(Ok(()), |(disk, opened)| self.show(disk, opened))
     }
 
-    fn open(&self, disk: &DiskSpec) -> Result<Arc<dyn Image>, ImageError> {
-        hospes_image::open(&self.open_spec(disk))
+    fn open(&self, disk: &DiskSpec) -> Result<Opened, ImageError> {
+        open_with(&self.open_spec(disk), &*self.files)
     }
 
     fn open_spec(&self, disk: &DiskSpec) -> OpenSpec {
@@ -132,18 +137,21 @@ impl Devices {
         }
     }
 
-    fn show(&self, disk: &DiskSpec, image: Arc<dyn Image>) -> Result<(), AttachError> {
+    fn show(&self, disk: &DiskSpec, (image, facts): Opened) -> Result<(), AttachError> {
         let id = disk_id(disk.devid);
         let seen = Arc::downgrade(&image);
         let (images, open, devid) = (Arc::clone(&self.images), self.open_spec(disk), disk.devid);
+        let files = Arc::clone(&self.files);
         let reopen = move || {
-            let image = hospes_image::open(&open).map_err(|fault| fault.to_string())?;
+            let opened = open_with(&open, &*files);
+            let (image, _) = opened.map_err(|fault| fault.to_string())?;
             lock(&images).insert(devid, Arc::downgrade(&image));
             Ok(image)
         };
         let block = Block::new(image, disk.cdrom, self.vcpus, self.log.clone())
             .with_reopen(Box::new(reopen));
-        self.bus.attach(id, &disk_nodes(disk), Box::new(block))?;
+        self.bus
+            .attach(id, &disk_nodes(disk, &facts), Box::new(block))?;
         lock(&self.images).insert(disk.devid, seen);
         Ok(())
     }
@@ -211,15 +219,12 @@ fn disk_id(devid: u32) -> DeviceId {
 }
 
 /// What libxl writes of a disk.
-fn disk_nodes(disk: &DiskSpec) -> DeviceNodes {
+fn disk_nodes(disk: &DiskSpec, facts: &Facts) -> DeviceNodes {
     let node = |name: &str, value: String| (name.to_owned(), value);
     let flag = |set: bool| u8::from(set).to_string();
     let read_only = disk.read_only || disk.cdrom;
     let device_type = if disk.cdrom { "cdrom" } else { "disk" };
     let target = disk.target.display();
-    let device = std::fs::metadata(&disk.target)
-        .ok()
-        .filter(|metadata| metadata.file_type().is_block_device());
     let mut back = vec![
         node("removable", flag(disk.cdrom)),
         node("bootable", "1".to_owned()),
@@ -229,9 +234,8 @@ fn disk_nodes(disk: &DiskSpec) -> DeviceNodes {
         node("discard-enable", flag(disk.discard && !read_only)),
         node("direct-io-safe", flag(disk.direct)),
     ];
-    match device {
-        Some(device) if disk.format != Format::Qcow2 => {
-            let number = device.rdev();
+    match facts.device() {
+        Some(number) if disk.format != Format::Qcow2 => {
             let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
             back.extend([
                 node("type", "phy".to_owned()),

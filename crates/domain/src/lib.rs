@@ -49,6 +49,7 @@ use hospes_backends::frame::{DeviceInfo, Kind, Log};
 use hospes_cpuid::CpuidTable;
 pub use hospes_cpuid::{Level, Wish};
 use hospes_engine::{EngineError, Vm};
+use hospes_image::Files;
 use hospes_memory::GuestMemory;
 use hospes_store::{DomainStore, Membership, StoreAccess};
 use hospes_units::{DomId, VcpuId};
@@ -103,6 +104,8 @@ pub struct DomainSpec {
     pub store: Arc<dyn DomainStore>,
     /// Gets all console output, from a thread that does nothing else; may block for a while, but the guest waits when it does.
     pub console: Box<dyn Write + Send>,
+    /// Opens the images of disks.
+    pub files: Arc<dyn Files>,
     pub disks: Vec<DiskSpec>,
     pub vifs: Vec<VifSpec>,
     /// Gets a line now and then about the domain's devices.

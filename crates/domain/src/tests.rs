@@ -81,6 +81,7 @@ fn spec(
         nomigrate: false,
         store: Arc::new(hospes_store::LocalStore::default()),
         console: Box::new(sink),
+        files: Arc::new(hospes_image::HostFiles),
         disks: Vec::new(),
         vifs: Vec::new(),
         log: Arc::new(|_| {}),

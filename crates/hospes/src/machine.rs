@@ -114,6 +114,7 @@ fn make(
         nomigrate: true,
         store: Arc::new(spec.store.clone()),
         console,
+        files: Arc::new(hospes_image::HostFiles),
         disks,
         vifs,
         log: Arc::new(toolstack::log_line),
