@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::sync::Arc;
 
 use hospes_units::DomId;
 
 use crate::Waker;
 use crate::outbox::{Message, Outbox};
+use crate::restriction::{self, Restriction};
 use crate::transaction::Transaction;
 use crate::watch::{Watch, WatchEvent};
 use crate::wire::{self, HEADER_BYTES, ProtocolError, Request, kind};
@@ -16,6 +18,8 @@ const HOST_EVENTS_MAX: usize = 16384;
 
 pub struct Connection {
     pub domid: DomId,
+    /// `None` where it has all rights of its domain.
+    pub restriction: Option<Arc<Restriction>>,
     waker: Waker,
     input: Vec<u8>,
     output: Outbox,
@@ -30,6 +34,7 @@ impl Connection {
     pub fn new(domid: DomId, waker: Waker) -> Connection {
         Connection {
             domid,
+            restriction: None,
             waker,
             input: Vec::new(),
             output: Outbox::default(),
@@ -59,7 +64,11 @@ impl Connection {
         if path.len() + token.len() + 2 > wire::PAYLOAD_MAX {
             return;
         }
-        if self.output.events() >= limit.unwrap_or(HOST_EVENTS_MAX) {
+        let most = match self.restriction {
+            Some(_) => restriction::QUOTA.events,
+            None => HOST_EVENTS_MAX,
+        };
+        if self.output.events() >= limit.unwrap_or(most) {
             self.overrun |= limit.is_none();
             return;
         }
@@ -103,7 +112,25 @@ impl Connection {
 
     pub fn reset(&mut self) {
         let (domid, waker) = (self.domid, self.waker.clone());
+        let restriction = self.restriction.take();
         *self = Connection::new(domid, waker);
+        self.restriction = restriction;
+    }
+
+    pub fn restrict(&mut self, restriction: Restriction) {
+        self.restriction = Some(Arc::new(restriction));
+    }
+
+    /// Its restriction, if it is one to this domain.
+    pub fn restriction_to(&self, domid: DomId) -> Option<Arc<Restriction>> {
+        self.restriction.clone().filter(|r| r.domid == domid)
+    }
+
+    /// Forgets what open transactions did: their end is that they have to be tried again.
+    pub fn lose_transactions(&mut self) {
+        for transaction in self.transactions.values_mut() {
+            *transaction = Transaction::lost();
+        }
     }
 
     pub fn start_transaction(&mut self) -> u32 {

@@ -26,6 +26,7 @@ mod populate;
 mod quota;
 mod record;
 mod request;
+mod restriction;
 mod transaction;
 mod tree;
 mod watch;

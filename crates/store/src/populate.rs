@@ -159,9 +159,11 @@ impl Store {
         let mut gone = vec![domain_path(domid), format!("/libxl/{domid}")];
         gone.extend(self.own_vms(domid));
         for server in self.list("/local/domain").unwrap_or_default() {
-            let backends = format!("/local/domain/{server}/backend");
-            for kind in self.list(&backends).unwrap_or_default() {
-                gone.push(format!("{backends}/{kind}/{domid}"));
+            for directory in ["backend", "error/backend"] {
+                let backends = format!("/local/domain/{server}/{directory}");
+                for kind in self.list(&backends).unwrap_or_default() {
+                    gone.push(format!("{backends}/{kind}/{domid}"));
+                }
             }
         }
         for path in gone {
@@ -176,17 +178,24 @@ impl Store {
 
     /// The paths by UUID that are a domain's alone: the one it was made known with, and the one it names now.
     fn own_vms(&self, domid: DomId) -> Vec<String> {
-        let of = |id: DomId| {
-            let known = self.introduced.get(&id).into_iter().flatten();
-            let named = self.read(&format!("{}/vm", domain_path(id)));
-            let named = named.ok().and_then(|vm| String::from_utf8(vm).ok());
-            known.map(|uuid| format!("/vm/{uuid}")).chain(named)
-        };
-        let others = self.introduced.keys().filter(|id| **id != domid);
-        let shared: Vec<String> = others.flat_map(|id| of(*id)).collect();
-        of(domid)
-            .filter(|vm| vm.starts_with("/vm/") && !shared.contains(vm))
+        // Whoever serves the domain may have written there what it likes, a path inside another's for one.
+        let is_whole = |vm: &String| path::split(vm).is_some_and(|(parent, _)| parent == "/vm");
+        self.vms(domid)
+            .filter(is_whole)
+            .filter(|vm| !self.is_anothers_vm(domid, vm))
             .collect()
+    }
+
+    fn vms(&self, domid: DomId) -> impl Iterator<Item = String> + '_ {
+        let known = self.introduced.get(&domid).into_iter().flatten();
+        let named = self.read_text(&format!("{}/vm", domain_path(domid)));
+        known.map(|uuid| format!("/vm/{uuid}")).chain(named)
+    }
+
+    /// Whether a path by UUID belongs to a domain other than this one.
+    pub(crate) fn is_anothers_vm(&self, domid: DomId, vm: &str) -> bool {
+        let mut others = self.introduced.keys().filter(|id| **id != domid);
+        others.any(|id| self.vms(*id).any(|own| own == vm))
     }
 
     /// Takes a removed domain off the permissions of the nodes that stay: its id may be another's later.
@@ -218,9 +227,13 @@ impl Store {
     }
 
     fn enter(&mut self, domid: DomId, uuid: Option<String>) {
+        self.know(domid, uuid);
+        self.fire(&[Change::special("@introduceDomain")]);
+    }
+
+    pub(crate) fn know(&mut self, domid: DomId, uuid: Option<String>) {
         self.introduced.insert(domid, uuid.clone());
         self.tree.record(|| Record::Domain { domid, uuid });
-        self.fire(&[Change::special("@introduceDomain")]);
     }
 
     /// Tells everybody who watches for it that a domain has gone.

@@ -9,6 +9,9 @@ use crate::node::{Node, Perms};
 use crate::transaction::Transaction;
 use crate::{ConnId, Error, Store, path};
 
+/// Transactions of a connection that are opened again: more than a guest has, unless an administrator lets it.
+const REOPENED_MAX: usize = 1024;
+
 /// A change to the tree or to the domains that are known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
@@ -122,10 +125,11 @@ impl Store {
     }
 
     /// Opens a transaction again that was open before the store was restored: it can be used, but its end is that it has to be tried again.
-    /// Does nothing where the connection has a transaction with this number.
+    /// Does nothing where the connection has a transaction with this number, or very many.
     pub fn reopen_transaction(&mut self, conn: ConnId, id: u32) {
         if let Some(connection) = self.connections.get_mut(&conn)
             && id != 0
+            && connection.transactions.len() < REOPENED_MAX
         {
             connection
                 .transactions

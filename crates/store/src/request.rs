@@ -5,11 +5,35 @@ use std::sync::Arc;
 use hospes_units::DomId;
 
 use crate::node::{Perm, Perms};
+use crate::quota::Quota;
+use crate::restriction::Restriction;
 use crate::tree::{Caller, Error, View};
 use crate::wire::{self, PAYLOAD_MAX, Request, kind};
-use crate::{ConnId, Store, path};
+use crate::{ConnId, Store, path, restriction};
 
 const OK: &[u8] = b"OK\0";
+
+/// What a connection may do, and how much.
+struct Rights {
+    domid: DomId,
+    target: Option<DomId>,
+    quota: Quota,
+    restriction: Option<Arc<Restriction>>,
+    /// The restriction's domain is known by the restriction's UUID.
+    is_known: bool,
+}
+
+impl Rights {
+    fn caller(&self) -> Caller<'_> {
+        let restriction = self.restriction.as_deref();
+        Caller {
+            domid: self.domid,
+            target: self.target,
+            reach: restriction.map(|r| r.reach(self.is_known)),
+            quota: &self.quota,
+        }
+    }
+}
 
 impl Store {
     pub(crate) fn handle(&mut self, conn: ConnId, request: Request) {
@@ -17,6 +41,9 @@ impl Store {
             return;
         };
         let domid = connection.domid;
+        if connection.restriction.is_some() && !restriction::allows(request.kind) {
+            return self.reply(conn, &request, Err(Error::Access));
+        }
         let result = match request.kind {
             kind::DIRECTORY
             | kind::READ
@@ -92,11 +119,8 @@ impl Store {
         domid: DomId,
         request: &Request,
     ) -> (Result<Vec<u8>, Error>, Vec<crate::tree::Change>) {
-        let caller = Caller {
-            domid,
-            target: self.targets.get(&domid).copied(),
-            quota: &self.quota,
-        };
+        let rights = self.rights(conn, domid);
+        let caller = rights.caller();
         let mut changes = Vec::new();
         if request.transaction == 0 {
             let mut view = View::direct(&mut self.tree, &mut changes);
@@ -112,7 +136,7 @@ impl Store {
             return (Err(Error::NoEntry), changes);
         };
         // The limit on bytes is on all of them together.
-        let mut quota = self.quota;
+        let mut quota = rights.quota;
         let others = bytes - transaction.overlay.bytes();
         quota.transaction_bytes = quota.transaction_bytes.saturating_sub(others);
         let caller = Caller {
@@ -125,6 +149,21 @@ impl Store {
             &mut transaction.changes,
         );
         (node_operation(&mut view, &caller, request), changes)
+    }
+
+    fn rights(&self, conn: ConnId, domid: DomId) -> Rights {
+        let connection = self.connections.get(&conn);
+        let restriction = connection.and_then(|c| c.restriction.clone());
+        Rights {
+            domid,
+            target: self.targets.get(&domid).copied(),
+            quota: match restriction {
+                Some(_) => restriction::QUOTA,
+                None => self.quota,
+            },
+            is_known: restriction.as_ref().is_some_and(|r| self.knows(r)),
+            restriction,
+        }
     }
 
     fn on_watch(&mut self, conn: ConnId, request: &Request) -> Result<Vec<u8>, Error> {
@@ -151,8 +190,12 @@ impl Store {
             return Err(Error::Busy);
         }
         let connection = self.connections.get_mut(&conn).ok_or(Error::Invalid)?;
-        let privileged = connection.domid == DomId::HOST;
-        if !privileged && connection.transactions.len() >= self.quota.transactions {
+        let most = match connection.restriction {
+            Some(_) => restriction::QUOTA.transactions,
+            None if connection.domid == DomId::HOST => usize::MAX,
+            None => self.quota.transactions,
+        };
+        if connection.transactions.len() >= most {
             return Err(Error::NoSpace);
         }
         Ok(wire::join([connection.start_transaction().to_string()]))
@@ -177,12 +220,8 @@ impl Store {
         if !commit {
             return Ok(Vec::new());
         }
-        let caller = Caller {
-            domid,
-            target: self.targets.get(&domid).copied(),
-            quota: &self.quota,
-        };
-        transaction.commit(&mut self.tree, &caller)
+        let rights = self.rights(conn, domid);
+        transaction.commit(&mut self.tree, &rights.caller())
     }
 
     fn on_domains(&mut self, caller: DomId, request: &Request) -> Result<Vec<u8>, Error> {
@@ -246,6 +285,7 @@ fn node_operation(
     let (path, rest) = request.payload.split_at(end.ok_or(Error::Invalid)?);
     let path = std::str::from_utf8(path).map_err(|_| Error::Invalid)?;
     let path = &path::absolute(path, caller.domid)?;
+    caller.check_reach(path)?;
     let rest = &rest[1..];
     if rest.is_empty()
         || matches!(

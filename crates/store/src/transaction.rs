@@ -41,7 +41,7 @@ impl Overlay {
         path: &str,
     ) -> Result<Option<&Node>, Error> {
         if !self.touched.contains_key(path) {
-            if !caller.is_privileged() && self.touched.len() >= caller.quota.transaction_nodes {
+            if caller.is_limited() && self.touched.len() >= caller.quota.transaction_nodes {
                 return Err(Error::NoSpace);
             }
             let node = tree.get(path);
@@ -66,7 +66,7 @@ impl Overlay {
 
     /// Whether this many bytes more may be held.
     pub fn check_room(&self, caller: &Caller<'_>, more: usize) -> Result<(), Error> {
-        if !caller.is_privileged() && self.bytes + more > caller.quota.transaction_bytes {
+        if caller.is_limited() && self.bytes + more > caller.quota.transaction_bytes {
             return Err(Error::NoSpace);
         }
         Ok(())
@@ -97,6 +97,12 @@ impl Overlay {
             less += owns(t.found_owner);
         }
         (tree.owned_by(domid) + more).saturating_sub(less)
+    }
+
+    /// Nodes that there would be after the commit and are not before it.
+    fn created(&self) -> usize {
+        let is_new = |t: &&Touched| t.found.is_none() && t.now.is_some();
+        self.touched.values().filter(is_new).count()
     }
 
     /// Whether every node touched is as it was found.
@@ -136,6 +142,9 @@ impl Transaction {
             && after > tree.owned_by(caller.domid)
         {
             return Err(Error::NoSpace);
+        }
+        if let Some(reach) = caller.reach {
+            reach.check_nodes(tree, self.overlay.created())?;
         }
         for (path, t) in self.overlay.touched {
             match t.now {

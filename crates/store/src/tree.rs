@@ -8,6 +8,7 @@ use crate::node::{Access, Node, Perms};
 use crate::path;
 use crate::quota::Quota;
 use crate::record::Record;
+use crate::restriction::Reach;
 use crate::transaction::Overlay;
 
 /// Why a request failed; the wire carries the name (`public/io/xs_wire.h`).
@@ -83,6 +84,8 @@ pub struct Caller<'a> {
     pub domid: DomId,
     /// Whose rights it has as well.
     pub target: Option<DomId>,
+    /// What it may reach; `None` where permissions alone decide.
+    pub reach: Option<Reach<'a>>,
     pub quota: &'a Quota,
 }
 
@@ -92,12 +95,26 @@ impl<'a> Caller<'a> {
         Caller {
             domid: DomId::HOST,
             target: None,
+            reach: None,
             quota,
         }
     }
 
     pub fn is_privileged(&self) -> bool {
         self.domid == DomId::HOST
+    }
+
+    /// Whether its transactions are limited.
+    pub fn is_limited(&self) -> bool {
+        !self.is_privileged() || self.reach.is_some()
+    }
+
+    /// Refuses a path that is out of its reach.
+    pub fn check_reach(&self, path: &str) -> Result<(), Error> {
+        match self.reach {
+            Some(reach) if !reach.holds(path) => Err(Error::Access),
+            _ => Ok(()),
+        }
     }
 
     /// What it may do to a node with these permissions.
@@ -192,6 +209,14 @@ impl Tree {
     /// All nodes, parents before their children.
     pub fn nodes(&self) -> impl Iterator<Item = (&String, &Node)> {
         self.nodes.iter()
+    }
+
+    /// How many nodes there are at a path and below it.
+    pub fn count_within(&self, path: &str) -> usize {
+        // The character behind the slash.
+        let below = (format!("{path}/"), format!("{path}0"));
+        let below = self.nodes.range(below.0..below.1).count();
+        usize::from(self.nodes.contains_key(path)) + below
     }
 
     pub fn owned_by(&self, domid: DomId) -> usize {
@@ -394,6 +419,10 @@ impl<'a> View<'a> {
             new.push((path, node));
         }
         self.check_room(caller, new.iter().map(|(_, node)| node.bytes()).sum())?;
+        // Of a transaction they are counted at its end.
+        if let (Some(reach), Nodes::Direct(tree)) = (caller.reach, &self.nodes) {
+            reach.check_nodes(tree, names.len())?;
+        }
         for (path, node) in new {
             self.put(&path, node);
         }
@@ -471,6 +500,14 @@ impl<'a> View<'a> {
         perms: Perms,
     ) -> Result<(), Error> {
         let mut node = self.readable(caller, path)?.clone();
+        if let Some(reach) = caller.reach {
+            if !reach.may_give_to(perms.owner) {
+                return Err(Error::Access);
+            }
+            if perms.exceptions.len() + 1 > caller.quota.perms {
+                return Err(Error::NoSpace);
+            }
+        }
         if !caller.is_privileged() {
             if node.perms.owner != caller.domid || perms.owner != caller.domid {
                 return Err(Error::Access);

@@ -1,6 +1,7 @@
 //! Watches: who is told of which change.
 
 use crate::path;
+use crate::restriction;
 use crate::tree::{Change, Error};
 use crate::{ConnId, Store};
 
@@ -75,8 +76,17 @@ impl Store {
         token: &str,
     ) -> Result<(), Error> {
         let connection = self.connections.get(&conn).ok_or(Error::Invalid)?;
-        let privileged = connection.domid == hospes_units::DomId::HOST;
-        let limit = (!privileged).then_some(self.quota.watches);
+        let limit = match connection.restriction.clone() {
+            Some(restriction) => {
+                let path = path::watchable(given, connection.domid)?;
+                let reach = restriction.reach(self.knows(&restriction));
+                if !reach.holds(&path) {
+                    return Err(Error::Access);
+                }
+                Some(restriction::QUOTA.watches)
+            }
+            None => (connection.domid != hospes_units::DomId::HOST).then_some(self.quota.watches),
+        };
         self.add_watch_within(limit, conn, given, token)
     }
 

@@ -12,6 +12,7 @@ use crate::*;
 
 mod limits;
 mod records;
+mod restriction;
 
 struct Client {
     conn: ConnId,
