@@ -8,7 +8,7 @@ use std::time::Duration;
 use hospes_store::wire;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
-use crate::place::Place;
+use crate::place::Connector;
 
 const RETRY_MIN: Duration = Duration::from_millis(5);
 const RETRY_MAX: Duration = Duration::from_millis(250);
@@ -53,10 +53,10 @@ impl Bell {
 }
 
 /// A connection to the store process, however long it takes; `None` when it is not wanted any more.
-pub fn connect(place: &Place, is_wanted: impl Fn() -> bool) -> Option<UnixStream> {
+pub fn connect(connector: &dyn Connector, is_wanted: impl Fn() -> bool) -> Option<UnixStream> {
     let mut pause = RETRY_MIN;
     while is_wanted() {
-        if let Ok(stream) = place.connect() {
+        if let Ok(stream) = connector.connect() {
             return Some(stream);
         }
         std::thread::sleep(pause);

@@ -12,14 +12,14 @@ use std::time::{Duration, Instant};
 use hospes_store::wire::{self, PAYLOAD_MAX, kind};
 use hospes_store::{
     DomainStore, Error, GuestLink, Membership, NewNode, Perms, StoreAccess, Waker, Watch,
-    WatchListener,
+    WatchListener, identity_nodes,
 };
 use hospes_units::DomId;
 
 use crate::bell::{Bell, connect, use_stream};
 use crate::guest::Guest;
-use crate::place::Place;
-use crate::protocol::{self, REMOVE};
+use crate::place::Connector;
+use crate::protocol::{self, IDENTIFY, REMOVE};
 
 /// How long an answer may take, with all attempts to start a store process.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -43,7 +43,7 @@ pub struct StoreClient {
 struct Thread(Arc<Shared>);
 
 struct Shared {
-    place: Place,
+    connector: Arc<dyn Connector>,
     state: Mutex<State>,
     answered: Condvar,
     bell: Bell,
@@ -166,10 +166,11 @@ impl State {
 }
 
 impl StoreClient {
-    /// A client of the store process at a place, which is started when there is something to ask it.
-    pub fn new(place: Place) -> std::io::Result<StoreClient> {
+    /// A client of the store process that a connector leads to: it connects when there is something to ask. A [`Place`](crate::Place) is the
+    /// ordinary connector.
+    pub fn new(connector: impl Connector + 'static) -> std::io::Result<StoreClient> {
         let shared = Arc::new(Shared {
-            place,
+            connector: Arc::new(connector),
             state: Mutex::default(),
             answered: Condvar::new(),
             bell: Bell::new()?,
@@ -192,6 +193,13 @@ impl StoreClient {
             hasty: true,
             ..self
         }
+    }
+
+    /// Gives a domain another name and UUID: what connections restricted to the domain may reach goes with them, and what was kept by the old UUID is
+    /// removed. Not for a client whose own connections are restricted.
+    pub fn change_identity(&self, domid: DomId, uuid: &str, name: &str) -> Result<(), Error> {
+        self.call(IDENTIFY, &protocol::identity(domid, uuid))?;
+        self.write_all(&identity_nodes(domid, uuid, name))
     }
 
     fn call(&self, kind: u32, payload: &[u8]) -> Result<Vec<u8>, Error> {
@@ -243,7 +251,7 @@ impl StoreClient {
             let waited = self.shared.answered.wait_timeout(state, pause);
             let (now, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
             state = now;
-            if self.hasty && timeout.timed_out() && self.shared.place.is_full() {
+            if self.hasty && timeout.timed_out() && self.shared.connector.is_full() {
                 gives_up = Error::Full;
                 break;
             }
@@ -429,7 +437,7 @@ impl DomainStore for StoreClient {
         uuid: &str,
         waker: Waker,
     ) -> Result<(Box<dyn GuestLink>, Membership), Error> {
-        let guest = Guest::open(&self.shared.place, domid, uuid, waker)?;
+        let guest = Guest::open(&self.shared.connector, domid, uuid, waker)?;
         let (session, end) = (guest.session(), guest.ender());
         let client = self.clone();
         let membership = Membership::new(move || {
@@ -451,7 +459,7 @@ impl Drop for Thread {
 
 impl fmt::Debug for StoreClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "StoreClient({:?})", self.shared.place)
+        write!(f, "StoreClient({:?})", self.shared.connector)
     }
 }
 
@@ -469,7 +477,7 @@ fn converse(shared: &Shared) {
             drop(state);
             shared.bell.wait(None);
         }
-        let Some(stream) = connect(&shared.place, || !lock(shared).ended) else {
+        let Some(stream) = connect(&*shared.connector, || !lock(shared).ended) else {
             return;
         };
         lock(shared).begin_connection();
@@ -517,11 +525,7 @@ fn take_answer(shared: &Shared, message: wire::Request) {
         return;
     };
     let answer = match message.kind {
-        kind::ERROR => {
-            let name = wire::strings(&message.payload);
-            let name = name.and_then(|n| n.first().copied()).unwrap_or_default();
-            Err(Error::from_name(name))
-        }
+        kind::ERROR => Err(protocol::error_of(&message)),
         _ => Ok(message.payload),
     };
     let token = call.token.clone().filter(|_| answer.is_ok());

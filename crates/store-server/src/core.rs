@@ -173,6 +173,23 @@ impl Core {
         self.store.connect(DomId::HOST, Arc::new(|| {}))
     }
 
+    /// A connection of domain 0 for what belongs to one domain.
+    pub fn connect_restricted(&mut self, domid: DomId, uuid: &str) -> Result<ConnId, Error> {
+        self.store.connect_restricted(domid, uuid, Arc::new(|| {}))
+    }
+
+    /// The domain that a connection is restricted to, if it is.
+    pub fn restricted_to(&self, conn: ConnId) -> Result<Option<DomId>, Error> {
+        self.store.restricted_to(conn)
+    }
+
+    /// Has a domain known by another UUID.
+    pub fn change_uuid(&mut self, domid: DomId, uuid: &str) -> Result<(), Error> {
+        let result = self.store.change_uuid(domid, uuid);
+        self.settle(None);
+        result
+    }
+
     pub fn disconnect_host(&mut self, conn: ConnId) {
         self.store.disconnect(conn);
     }
@@ -233,7 +250,7 @@ impl Core {
             // The domain of that number before has ended: its process let go of the number.
             let old = self.sessions().find(|(_, domid)| *domid == hello.domid);
             if let Some((session, domid)) = old {
-                self.remove(domid, session);
+                self.take_out(domid, session);
             }
             self.open(hello.session, hello.domid, 1);
             self.step.push(Entry::Session {
@@ -261,11 +278,31 @@ impl Core {
         Ok(())
     }
 
-    /// Ends a session and removes its domain. Does nothing where it has ended.
-    pub fn remove(&mut self, domid: DomId, session: u64) {
-        if self.sessions.get(&session).is_none_or(|s| s.domid != domid) {
-            return;
+    /// The same from a restricted connection, which becomes the session's: the domain is known by the UUID of the restriction, whatever is asked for.
+    pub fn hello_restricted(&mut self, conn: ConnId, hello: &Hello) -> Result<(), Error> {
+        if self.store.restricted_to(conn)? != Some(hello.domid) {
+            return Err(Error::Access);
         }
+        let mut hello = hello.clone();
+        if !self.sessions.contains_key(&hello.session) {
+            hello.uuid = self.store.may_introduce(conn, hello.domid)?;
+        }
+        self.hello(&hello)?;
+        self.store.disconnect(conn);
+        Ok(())
+    }
+
+    /// Ends a session and removes its domain, and with it what connections restricted to it may do. Does nothing where it has ended; whether it did.
+    pub fn remove(&mut self, domid: DomId, session: u64) -> bool {
+        if self.sessions.get(&session).is_none_or(|s| s.domid != domid) {
+            return false;
+        }
+        self.take_out(domid, session);
+        self.store.end_restricted(domid);
+        true
+    }
+
+    fn take_out(&mut self, domid: DomId, session: u64) {
         if let Some(s) = self.sessions.remove(&session) {
             self.store.disconnect(s.conn);
         }
@@ -395,201 +432,4 @@ fn watch_change(session: u64, request: &Request) -> Option<Entry> {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::entry::tests::entry;
-
-    fn hello(session: u64, domid: u16) -> Hello {
-        Hello {
-            session,
-            domid: DomId(domid),
-            uuid: format!("uuid-{domid}"),
-            seen: None,
-            transactions: Vec::new(),
-        }
-    }
-
-    fn request(kind: u32, id: u32, transaction: u32, payload: &str) -> Request {
-        Request {
-            kind,
-            id,
-            transaction,
-            payload: payload.as_bytes().to_vec(),
-        }
-    }
-
-    /// All that a core has, but for answers: those to requests that changed nothing are not written down.
-    fn contents(core: &Core) -> Vec<Entry> {
-        let mut entries = core.snapshot();
-        entries.retain(|e| !matches!(e, Entry::Done { .. }));
-        entries
-    }
-
-    fn restored(journal: &[Vec<Entry>]) -> Core {
-        let mut core = Core::new();
-        for step in journal {
-            assert!(core.restore(step), "{step:?}");
-        }
-        core.begin();
-        core
-    }
-
-    /// A guest with one node and a watch on it, and the journal so far.
-    fn guest() -> (Core, Vec<Vec<Entry>>) {
-        let mut core = restored(&[]);
-        let mut journal = vec![core.snapshot()];
-        core.hello(&hello(1, 5)).expect("a session");
-        let host = core.connect_host();
-        let mut steps = vec![core.take_step()];
-        let data = "/local/domain/5/data\0";
-        core.host_request(host, request(kind::WRITE, 0, 0, &format!("{data}v")));
-        steps.push(core.take_step());
-        core.host_request(host, request(kind::SET_PERMS, 0, 0, &format!("{data}n5\0")));
-        steps.push(core.take_step());
-        core.guest_request(1, request(kind::WATCH, 1, 0, "data\0t\0"));
-        steps.push(core.take_step());
-        journal.extend(steps);
-        (core, journal)
-    }
-
-    #[test]
-    fn repeated_request_is_answered_and_not_done_again() {
-        let (mut core, mut journal) = guest();
-        assert!(core.guest_output(1).is_some());
-        let watch = request(kind::WATCH, 2, 0, "data/x\0u\0");
-        core.guest_request(1, watch.clone());
-        journal.push(core.take_step());
-        let first = core.guest_output(1);
-        // In the same process, and in the next.
-        core.guest_request(1, watch.clone());
-        assert_eq!(
-            (core.guest_output(1), core.take_step()),
-            (first.clone(), vec![])
-        );
-        let mut next = restored(&journal);
-        next.hello(&hello(1, 5)).expect("the session");
-        next.guest_request(1, watch);
-        assert_eq!((next.guest_output(1), next.take_step()), (first, vec![]));
-    }
-
-    #[test]
-    fn watches_beyond_the_default_limit_are_restored() {
-        let (mut core, _) = guest();
-        core.hello(&hello(2, 6)).expect("a session");
-        let host = core.connect_host();
-        let raise = "quota\0set\0watches\x00300\0";
-        core.host_request(host, request(kind::CONTROL, 0, 0, raise));
-        for number in 0..200 {
-            let payload = format!("data\0{number}\0");
-            core.guest_request(1, request(kind::WATCH, 2 + number, 0, &payload));
-        }
-        core.guest_request(2, request(kind::WATCH, 1, 0, "data\0t\0"));
-        let watches = |core: &Core| {
-            let entries = contents(core).into_iter();
-            entries.filter(|e| matches!(e, Entry::Watch { .. })).count()
-        };
-        assert_eq!(watches(&core), 202);
-        let next = restored(&[core.snapshot()]);
-        assert_eq!(contents(&next), contents(&core));
-    }
-
-    #[test]
-    fn entry_that_does_not_fit_takes_nothing_else_with_it() {
-        let (mut core, _) = guest();
-        core.hello(&hello(2, 6)).expect("a session");
-        core.guest_request(2, request(kind::WATCH, 1, 0, "data\0t\0"));
-        let mut step = core.snapshot();
-        let first = |e: &Entry| matches!(e, Entry::Session { .. });
-        let at = step.iter().position(first).expect("a session");
-        step.insert(at, Entry::NoWatches { session: 9 });
-        let mut next = Core::new();
-        assert!(!next.restore(&step));
-        assert_eq!(contents(&next), contents(&core));
-    }
-
-    #[test]
-    fn event_that_comes_before_the_guest_is_back_is_not_merged_away() {
-        let (mut core, mut journal) = guest();
-        journal.push(core.take_step());
-        let mut next = restored(&journal);
-        let host = next.connect_host();
-        let write = request(kind::WRITE, 0, 0, "/local/domain/5/data\0w");
-        next.host_request(host, write);
-        // The watch's first event, number 1, had arrived.
-        let mut hello = hello(1, 5);
-        hello.seen = Some(1);
-        next.hello(&hello).expect("the session");
-        let event = next.guest_output(1).expect("an event");
-        assert_eq!(&event[HEADER_BYTES..], b"data\0t\0");
-        assert_eq!(next.guest_output(1), None);
-    }
-
-    #[test]
-    fn hello_of_another_session_takes_the_domain_over_empty() {
-        let (mut core, _) = guest();
-        core.hello(&hello(2, 5)).expect("a session");
-        assert_eq!(core.sessions().collect::<Vec<_>>(), [(2, DomId(5))]);
-        assert!(core.store.read("/local/domain/5/data").is_err());
-        assert_eq!(core.hello(&hello(2, 6)), Err(Error::Access));
-        assert_eq!(core.hello(&hello(3, 0)), Err(Error::Invalid));
-        core.remove(DomId(6), 2);
-        assert_eq!(core.sessions().count(), 1);
-        core.remove(DomId(5), 2);
-        assert_eq!(core.sessions().count(), 0);
-    }
-
-    type Operation = (u8, u8, u32, String, u8);
-
-    fn operations() -> impl Strategy<Value = Vec<Operation>> {
-        prop::collection::vec(
-            (0u8..3, 0u8..9, 0u32..3, "[a-c](/[a-c])?", any::<u8>()),
-            0..60,
-        )
-    }
-
-    proptest! {
-        /// Whatever was done, the journal leads to the same store, sessions, watches and events.
-        #[test]
-        fn journal_leads_to_the_same_contents(operations in operations()) {
-            let (mut core, mut journal) = guest();
-            core.hello(&hello(2, 6)).expect("a session");
-            journal.push(core.take_step());
-            let host = core.connect_host();
-            for (number, (who, op, tx, name, value)) in operations.into_iter().enumerate() {
-                let path = format!("/local/domain/5/data/{name}");
-                let (kind, payload) = match op {
-                    0 | 1 => (kind::WRITE, format!("{path}\0{value}")),
-                    2 => (kind::RM, format!("{path}\0")),
-                    3 => (kind::WATCH, format!("{path}\0{}\0", value % 4)),
-                    4 => (kind::UNWATCH, format!("{path}\0{}\0", value % 4)),
-                    5 => (kind::TRANSACTION_START, "\0".to_owned()),
-                    6 => (kind::TRANSACTION_END, "T\0".to_owned()),
-                    7 if value < 60 => (RESET, "\0".to_owned()),
-                    7 => (kind::READ, format!("{path}\0")),
-                    _ => (kind::RESET_WATCHES, "\0".to_owned()),
-                };
-                let r = request(kind, number as u32 + 10, tx, &payload);
-                match who {
-                    0 if kind != RESET => core.host_request(host, r),
-                    0 => core.remove(DomId(6), 2),
-                    who => core.guest_request(u64::from(who), r),
-                }
-                journal.push(core.take_step());
-                while core.host_output(host, &mut [0; 4096]) > 0 {}
-            }
-            prop_assert_eq!(contents(&restored(&journal)), contents(&core));
-            prop_assert_eq!(contents(&restored(&[core.snapshot()])), contents(&core));
-        }
-
-        #[test]
-        fn any_step_is_survived(steps in prop::collection::vec(entry(), 0..20)) {
-            let mut bytes = Vec::new();
-            for e in &steps {
-                crate::entry::encode(e, &mut bytes);
-            }
-            crate::fuzz_journal(&bytes);
-        }
-    }
-}
+mod tests;

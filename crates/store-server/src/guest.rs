@@ -5,7 +5,7 @@
 //! sent waits meanwhile, and the guest notices nothing.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -16,8 +16,8 @@ use hospes_units::DomId;
 
 use crate::bell::{Bell, connect, use_stream};
 use crate::client::PATIENCE;
-use crate::place::Place;
-use crate::protocol::{GUEST_KIND_MAX, HELLO, Hello, RESET, SEEN};
+use crate::place::Connector;
+use crate::protocol::{self, GUEST_KIND_MAX, HELLO, Hello, RESET, SEEN};
 
 /// The guest's end.
 pub struct Guest {
@@ -25,7 +25,7 @@ pub struct Guest {
 }
 
 struct Shared {
-    place: Place,
+    connector: Arc<dyn Connector>,
     session: u64,
     domid: DomId,
     uuid: String,
@@ -72,12 +72,17 @@ fn lock(shared: &Shared) -> MutexGuard<'_, State> {
 
 impl Guest {
     /// Makes a domain known to the store process and opens its guest's connection.
-    pub fn open(place: &Place, domid: DomId, uuid: &str, waker: Waker) -> Result<Guest, Error> {
+    pub fn open(
+        connector: &Arc<dyn Connector>,
+        domid: DomId,
+        uuid: &str,
+        waker: Waker,
+    ) -> Result<Guest, Error> {
         let mut session = [0; 8];
         rustix::rand::getrandom(&mut session, rustix::rand::GetRandomFlags::empty())
             .map_err(|_| Error::Unreachable)?;
         let shared = Arc::new(Shared {
-            place: place.clone(),
+            connector: Arc::clone(connector),
             session: u64::from_ne_bytes(session),
             domid,
             uuid: uuid.to_owned(),
@@ -317,7 +322,7 @@ impl State {
 
 /// The thread.
 fn converse(shared: &Shared) {
-    while let Some(stream) = connect(&shared.place, || !lock(shared).ended) {
+    while let Some(stream) = connect(&*shared.connector, || !lock(shared).ended) {
         match open(shared, &stream) {
             Some(Ok(())) => use_connection(shared, &stream),
             Some(Err(error)) => {
@@ -336,19 +341,9 @@ fn converse(shared: &Shared) {
 fn open(shared: &Shared, mut stream: &UnixStream) -> Option<Result<(), Error>> {
     let hello = lock(shared).hello(shared);
     stream.write_all(&hello).ok()?;
-    let mut input = Vec::new();
-    let mut buf = [0; 1];
-    let answer = loop {
-        // Byte by byte: what follows is not for here.
-        stream.read_exact(&mut buf).ok()?;
-        input.extend(buf);
-        if let Some(answer) = wire::decode(&mut input).ok()? {
-            break answer;
-        }
-    };
+    let answer = protocol::read_answer(stream).ok()?;
     if answer.kind != HELLO {
-        let name = wire::strings(&answer.payload)?;
-        return Some(Err(Error::from_name(name.first()?)));
+        return Some(Err(protocol::error_of(&answer)));
     }
     lock(shared).opened.get_or_insert(Ok(()));
     shared.opened.notify_all();

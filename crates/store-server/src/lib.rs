@@ -19,7 +19,8 @@
 //! end with EAGAIN. Watches of domain 0's clients are set again and fire once.
 //!
 //! Trust: a peer has to have the same user id or be root; all of them act as domain 0 but for guests' sessions, which a peer opens for a
-//! domain and which have that domain's rights only.
+//! domain and which have that domain's rights only, and for restricted connections: a process that serves one domain gets them from a trusted one,
+//! and reaches by them what belongs to that domain ([`Place::connect_restricted`], [`Connector`]).
 //!
 //! Refuses: to keep anything over a reboot of the host.
 //!
@@ -39,7 +40,7 @@ mod protocol;
 mod server;
 
 pub use client::StoreClient;
-pub use place::{Place, is_full};
+pub use place::{Connector, Place, is_full};
 pub use server::{ServerError, Surroundings, serve};
 
 /// Takes arbitrary bytes for a step of a journal, without its checksum, for fuzzing. Panics only where the reader has a bug.

@@ -1,7 +1,8 @@
 //! Where the store process of a run-time directory is, and how one is started.
 
+use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -9,10 +10,25 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
 
+use hospes_store::wire;
+use hospes_units::DomId;
 use rustix::fs::{FlockOperation, flock};
+
+use crate::client::PATIENCE;
+use crate::protocol::{self, RESTRICT};
 
 /// Starts a store process and returns when it listens, or has given up because another does.
 pub type Starter = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
+
+/// The way to the store process. What a client needs of the host beside its connection is here, so that a process that has no access to
+/// files and sockets can have it from another.
+pub trait Connector: fmt::Debug + Send + Sync {
+    /// A new connection to the store process, which is started where there is none. It is called again, after a pause, where it fails.
+    fn connect(&self) -> io::Result<UnixStream>;
+
+    /// Whether the store process waits for room on the file system, as it has to with the next change.
+    fn is_full(&self) -> bool;
+}
 
 /// The directory `<run>/xenstored` with the socket, the lock and the journal of a store process, and the way to start one.
 #[derive(Clone)]
@@ -55,8 +71,7 @@ impl Place {
         self.dir.join("journal")
     }
 
-    /// A connection to the store process, which is started where there is none.
-    pub(crate) fn connect(&self) -> io::Result<UnixStream> {
+    fn connect_or_start(&self) -> io::Result<UnixStream> {
         let connect = || UnixStream::connect(self.socket());
         if let Ok(stream) = connect() {
             return Ok(stream);
@@ -72,9 +87,23 @@ impl Place {
         connect()
     }
 
-    /// Whether the store process waits for room, as it has to with the next change.
-    pub(crate) fn is_full(&self) -> bool {
-        is_full(&self.dir)
+    /// A connection, to be passed on, that has domain 0's rights for what belongs to one domain, and no other rights; the store process is started
+    /// where there is none. `uuid` is what the domain has now. Fails where the store process does not answer for half a minute, and where the domain
+    /// has many connections already.
+    pub fn connect_restricted(&self, domid: DomId, uuid: &str) -> io::Result<UnixStream> {
+        let mut stream = self.connect_or_start()?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let request = wire::encode(RESTRICT, 0, 0, &protocol::identity(domid, uuid));
+        stream.write_all(&request)?;
+        let answer = protocol::read_answer(&stream)?;
+        if answer.kind != RESTRICT {
+            let error = protocol::error_of(&answer);
+            return Err(io::Error::other(format!(
+                "the store does not restrict a connection to domain {domid}: {error}"
+            )));
+        }
+        stream.set_read_timeout(None)?;
+        Ok(stream)
     }
 
     /// A connection to the store process if there is one.
@@ -138,8 +167,18 @@ fn open_lock(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-impl std::fmt::Debug for Place {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl Connector for Place {
+    fn connect(&self) -> io::Result<UnixStream> {
+        self.connect_or_start()
+    }
+
+    fn is_full(&self) -> bool {
+        is_full(&self.dir)
+    }
+}
+
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Place({})", self.dir.display())
     }
 }

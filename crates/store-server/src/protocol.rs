@@ -3,6 +3,12 @@
 //! A guest's session begins with HELLO on a new connection. From then on that connection carries the guest's requests, one at a time, with
 //! numbers of their own in place of the guest's; answers carry the same number. Events carry a number, too, and SEEN acknowledges all up
 //! to one. RESET forgets the guest's watches, transactions and events. REMOVE, on a connection of domain 0, takes a domain out.
+//!
+//! RESTRICT, as the first message on a connection, takes from it for good what does not belong to one domain: a HELLO may follow for that domain
+//! only, or requests for the domain's nodes. IDENTIFY, on a connection of domain 0 that is not restricted, changes the UUID of a domain.
+
+use std::io::{self, Read};
+use std::os::unix::net::UnixStream;
 
 use hospes_store::{Error, Request, wire};
 use hospes_units::DomId;
@@ -14,6 +20,11 @@ pub const SEEN: u32 = 0x4853_0002;
 pub const RESET: u32 = 0x4853_0003;
 /// Domain number and session, as text: ends the session and removes the domain.
 pub const REMOVE: u32 = 0x4853_0004;
+
+/// Domain number and UUID, as text, of the domain that the connection is for.
+pub const RESTRICT: u32 = 0x4853_0005;
+/// Domain number and new UUID, as text.
+pub const IDENTIFY: u32 = 0x4853_0006;
 
 pub const OK: &[u8] = b"OK\0";
 
@@ -76,6 +87,18 @@ pub fn parse_removal(payload: &[u8]) -> Option<(DomId, u64)> {
     }
 }
 
+/// The payload of a RESTRICT or an IDENTIFY.
+pub fn identity(domid: DomId, uuid: &str) -> Vec<u8> {
+    wire::join([&domid.to_string(), uuid])
+}
+
+pub fn parse_identity(payload: &[u8]) -> Option<(DomId, &str)> {
+    match wire::strings(payload)?[..] {
+        [domid, uuid] => Some((DomId(domid.parse().ok()?), uuid)),
+        _ => None,
+    }
+}
+
 /// The answer to a request as bytes of the wire.
 pub fn answer(request: &Request, result: Result<&[u8], Error>) -> Vec<u8> {
     let (kind, payload) = match result {
@@ -83,6 +106,25 @@ pub fn answer(request: &Request, result: Result<&[u8], Error>) -> Vec<u8> {
         Err(error) => (wire::kind::ERROR, wire::join([error.name()])),
     };
     wire::encode(kind, request.id, request.transaction, &payload)
+}
+
+/// Waits for one message and leaves what follows it in the connection.
+pub fn read_answer(mut stream: &UnixStream) -> io::Result<Request> {
+    let mut input = Vec::new();
+    let mut buf = [0; 1];
+    loop {
+        stream.read_exact(&mut buf)?;
+        input.extend(buf);
+        if let Some(answer) = wire::decode(&mut input).map_err(io::Error::other)? {
+            return Ok(answer);
+        }
+    }
+}
+
+/// What an answer that is none says.
+pub fn error_of(answer: &Request) -> Error {
+    let name = wire::strings(&answer.payload).and_then(|n| n.first().copied());
+    Error::from_name(name.unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -105,6 +147,11 @@ mod tests {
             assert_eq!(Hello::decode(&request.payload), Some(hello));
         }
         assert_eq!(parse_removal(&removal(DomId(3), 4)), Some((DomId(3), 4)));
+        assert_eq!(
+            parse_identity(&identity(DomId(3), "u")),
+            Some((DomId(3), "u"))
+        );
+        assert_eq!(parse_identity(b"3\0u\0v\0"), None);
         for bad in [&b"1\x002\0u\0"[..], b"1\0x\0u\0\0", b"", b"1\x001\0u\0x\0"] {
             assert_eq!(Hello::decode(bad), None);
             assert_eq!(parse_removal(bad), None);

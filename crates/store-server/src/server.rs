@@ -12,17 +12,19 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use hospes_store::{ConnId, HEADER_BYTES, wire};
+use hospes_store::{ConnId, Error, HEADER_BYTES, Request, wire};
 use hospes_units::DomId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::core::Core;
 use crate::journal::Journal;
 use crate::place::Place;
-use crate::protocol::{self, HELLO, Hello, REMOVE, SEEN};
+use crate::protocol::{self, HELLO, Hello, IDENTIFY, REMOVE, RESTRICT, SEEN};
 
 /// Most connections; below the usual limit of 1024 file descriptors.
 const PEERS_MAX: usize = 900;
+/// Most connections that are restricted to the same domain: it needs two, and those that it lost may still be there.
+const RESTRICTED_MAX: usize = 8;
 /// Bytes read from a connection at a time.
 const CHUNK: usize = 16 << 10;
 /// Bytes of answers that wait for a connection to read them before more are fetched for it.
@@ -62,6 +64,8 @@ pub struct Surroundings<'a> {
 enum Role {
     /// Nothing has come yet that says.
     Unknown,
+    /// A restriction, and nothing more yet.
+    Restricted(ConnId),
     Host(ConnId),
     Guest(u64),
 }
@@ -69,6 +73,8 @@ enum Role {
 struct Peer {
     stream: UnixStream,
     role: Role,
+    /// The domain that it is restricted to.
+    restricted: Option<DomId>,
     input: Vec<u8>,
     output: Vec<u8>,
 }
@@ -233,7 +239,7 @@ impl<'a> Server<'a> {
         patient
             && match peer.role {
                 Role::Host(conn) => self.core.host_state(conn).0,
-                Role::Unknown | Role::Guest(_) => true,
+                Role::Unknown | Role::Restricted(_) | Role::Guest(_) => true,
             }
     }
 
@@ -249,6 +255,7 @@ impl<'a> Server<'a> {
             let peer = Peer {
                 stream,
                 role: Role::Unknown,
+                restricted: None,
                 input: Vec::new(),
                 output: Vec::new(),
             };
@@ -287,20 +294,20 @@ impl<'a> Server<'a> {
             let Some(request) = request else { break };
             any = true;
             match (peer.role, request.kind) {
-                (Role::Unknown, HELLO) => {
-                    let hello = Hello::decode(&request.payload);
-                    let result = hello
-                        .ok_or(hospes_store::Error::Invalid)
-                        .and_then(|hello| self.core.hello(&hello).map(|()| hello.session));
-                    let answer = result.map(|_| protocol::OK);
-                    peer.output.extend(protocol::answer(&request, answer));
-                    if let Ok(session) = result {
-                        peer.role = Role::Guest(session);
-                        self.supersede(id, session);
-                    }
+                (_, RESTRICT) => {
+                    let result = self.restrict(id, &request.payload);
+                    self.answer(id, &request, result);
+                }
+                (Role::Unknown | Role::Restricted(_), HELLO) => {
+                    let result = self.hello(id, &request.payload);
+                    self.answer(id, &request, result);
                 }
                 (Role::Unknown, _) => {
                     let conn = self.core.connect_host();
+                    peer.role = Role::Host(conn);
+                    self.host_request(id, conn, request);
+                }
+                (Role::Restricted(conn), _) => {
                     peer.role = Role::Host(conn);
                     self.host_request(id, conn, request);
                 }
@@ -313,20 +320,80 @@ impl<'a> Server<'a> {
         any
     }
 
-    fn host_request(&mut self, id: u64, conn: ConnId, request: hospes_store::Request) {
-        if request.kind != REMOVE {
-            return self.core.host_request(conn, request);
-        }
-        let removal = protocol::parse_removal(&request.payload);
-        let result = match removal {
-            Some((domid, session)) => {
-                self.core.remove(domid, session);
-                Ok(protocol::OK)
-            }
-            None => Err(hospes_store::Error::Invalid),
-        };
+    fn answer(&mut self, id: u64, request: &Request, result: Result<(), Error>) {
         if let Some(peer) = self.peers.get_mut(&id) {
-            peer.output.extend(protocol::answer(&request, result));
+            let result = result.map(|()| protocol::OK);
+            peer.output.extend(protocol::answer(request, result));
+        }
+    }
+
+    /// Only the first message restricts a connection: later ones would come from whoever it was given to.
+    fn restrict(&mut self, id: u64, payload: &[u8]) -> Result<(), Error> {
+        let (domid, uuid) = protocol::parse_identity(payload).ok_or(Error::Invalid)?;
+        let same = |peer: &&Peer| peer.restricted == Some(domid);
+        let is_many = self.peers.values().filter(same).count() >= RESTRICTED_MAX;
+        let peer = self.peers.get_mut(&id).ok_or(Error::Invalid)?;
+        if peer.role != Role::Unknown {
+            return Err(Error::Access);
+        }
+        if is_many {
+            return Err(Error::NoSpace);
+        }
+        peer.role = Role::Restricted(self.core.connect_restricted(domid, uuid)?);
+        peer.restricted = Some(domid);
+        Ok(())
+    }
+
+    fn hello(&mut self, id: u64, payload: &[u8]) -> Result<(), Error> {
+        let hello = Hello::decode(payload).ok_or(Error::Invalid)?;
+        let peer = self.peers.get_mut(&id).ok_or(Error::Invalid)?;
+        match peer.role {
+            Role::Restricted(conn) => self.core.hello_restricted(conn, &hello)?,
+            _ => self.core.hello(&hello)?,
+        }
+        peer.role = Role::Guest(hello.session);
+        self.supersede(id, hello.session);
+        Ok(())
+    }
+
+    fn host_request(&mut self, id: u64, conn: ConnId, request: Request) {
+        let result = match request.kind {
+            REMOVE => self.remove(id, conn, &request.payload),
+            IDENTIFY => self.identify(conn, &request.payload),
+            _ => return self.core.host_request(conn, request),
+        };
+        self.answer(id, &request, result);
+    }
+
+    fn remove(&mut self, id: u64, conn: ConnId, payload: &[u8]) -> Result<(), Error> {
+        let (domid, session) = protocol::parse_removal(payload).ok_or(Error::Invalid)?;
+        let restricted = self.core.restricted_to(conn)?;
+        if restricted.is_some_and(|own| own != domid) {
+            return Err(Error::Access);
+        }
+        if self.core.remove(domid, session) {
+            self.close_restricted(domid, Some(id));
+        }
+        Ok(())
+    }
+
+    fn identify(&mut self, conn: ConnId, payload: &[u8]) -> Result<(), Error> {
+        if self.core.restricted_to(conn)?.is_some() {
+            return Err(Error::Access);
+        }
+        let (domid, uuid) = protocol::parse_identity(payload).ok_or(Error::Invalid)?;
+        self.core.change_uuid(domid, uuid)
+    }
+
+    /// Closes what is restricted to a domain that was taken out, but for the one that still has to be answered.
+    fn close_restricted(&mut self, domid: DomId, except: Option<u64>) {
+        let of_it = |(id, peer): (&u64, &Peer)| {
+            let is_its = peer.restricted == Some(domid) && except != Some(*id);
+            is_its.then_some(*id)
+        };
+        let closing: Vec<u64> = self.peers.iter().filter_map(of_it).collect();
+        for id in closing {
+            self.close(id);
         }
     }
 
@@ -338,7 +405,7 @@ impl<'a> Server<'a> {
 
     fn close(&mut self, id: u64) {
         if let Some(peer) = self.peers.remove(&id)
-            && let Role::Host(conn) = peer.role
+            && let Role::Restricted(conn) | Role::Host(conn) = peer.role
         {
             self.core.disconnect_host(conn);
         }
@@ -432,6 +499,7 @@ impl<'a> Server<'a> {
         }
         for (session, domid) in dead {
             self.core.remove(domid, session);
+            self.close_restricted(domid, None);
             self.journal.append(&self.core.take_step());
         }
     }
@@ -439,7 +507,7 @@ impl<'a> Server<'a> {
 
 fn fetch(core: &mut Core, peer: &mut Peer) {
     match peer.role {
-        Role::Unknown => {}
+        Role::Unknown | Role::Restricted(_) => {}
         Role::Host(conn) => {
             let mut buf = [0; CHUNK];
             while peer.output.len() < OUTPUT_MAX {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use hospes_store::wire::{self, kind};
 use hospes_store::{DomainStore, GuestLink, Membership};
-use hospes_store_server::{Place, StoreClient};
+use hospes_store_server::{Connector, Place, StoreClient};
 use hospes_units::DomId;
 use rustix::fs::{FlockOperation, flock};
 
@@ -84,6 +84,15 @@ impl Bench {
         StoreClient::new(self.place()).expect("a client")
     }
 
+    /// A client that is restricted to a domain, as [`Guest::new`] makes it.
+    pub fn restricted(&self, domid: u16) -> StoreClient {
+        let keeper = Keeper {
+            place: self.place(),
+            domid: DomId(domid),
+        };
+        StoreClient::new(keeper).expect("a client")
+    }
+
     /// The store process, if there is one.
     pub fn store_pid(&self) -> Option<rustix::process::Pid> {
         let stream = UnixStream::connect(self.place().socket()).ok()?;
@@ -145,6 +154,29 @@ impl Bench {
         assert!(output.status.success(), "{name} {arguments:?}: {output:?}");
         String::from_utf8(output.stdout).expect("text")
     }
+}
+
+/// Connects for whoever serves a domain.
+#[derive(Debug)]
+struct Keeper {
+    place: Place,
+    domid: DomId,
+}
+
+impl Connector for Keeper {
+    fn connect(&self) -> std::io::Result<UnixStream> {
+        let uuid = uuid(self.domid.0);
+        self.place.connect_restricted(self.domid, &uuid)
+    }
+
+    fn is_full(&self) -> bool {
+        self.place.is_full()
+    }
+}
+
+/// The UUID that [`Guest::new`] gives a domain.
+pub fn uuid(domid: u16) -> String {
+    format!("00000000-0000-0000-0000-0000000000{domid:02}")
 }
 
 /// Whether a living process holds the lock of a domain's directory.
@@ -215,7 +247,7 @@ impl Guest {
         flock(&lock, FlockOperation::LockExclusive).expect("a lock");
         let (waker, woken) = channel();
         let waker = Mutex::new(waker);
-        let uuid = format!("00000000-0000-0000-0000-0000000000{domid:02}");
+        let uuid = uuid(domid);
         let wake = move || {
             let _ = waker.lock().expect("no panics").send(());
         };

@@ -4,3 +4,4 @@ mod common;
 mod debian_tools;
 mod guests;
 mod killed;
+mod restricted;
