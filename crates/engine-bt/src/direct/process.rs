@@ -147,8 +147,7 @@ impl Process {
     }
 
     fn prepare(&mut self) -> Result<()> {
-        let options =
-            libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACESECCOMP;
+        let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
         ptrace(
             libc::PTRACE_SETOPTIONS,
             self.pid,
@@ -283,28 +282,30 @@ impl Process {
         stop
     }
 
-    /// What the status means of a process that has stopped with these registers.
-    fn stop(&self, status: c_int, regs: &Registers) -> Result<Stop> {
+    /// What the status means of a process that has stopped with these registers. They become what they were at a vsyscall, from which the host has returned.
+    fn stop(&self, status: c_int, regs: &mut Registers) -> Result<Stop> {
         const VSYSCALL: u64 = 0xffff_ffff_ff60_0000;
+        const SYS_SECCOMP: i32 = 1;
         if !libc::WIFSTOPPED(status) {
             return Ok(Stop::Dead);
         }
         Ok(match libc::WSTOPSIG(status) {
             signal if signal == libc::SIGTRAP | 0x80 => Stop::Syscall,
-            libc::SIGTRAP if status >> 16 != 0 => {
-                if regs.rip & !(PAGE as u64 - 1) == VSYSCALL {
-                    Stop::Vsyscall
-                } else {
-                    Stop::Syscall
-                }
-            }
             KICK => Stop::Kick,
             signal => {
                 let (code, address) = self.fault()?;
-                Stop::Fault {
-                    signal,
-                    code,
-                    address,
+                match (signal, code) {
+                    (libc::SIGSYS, SYS_SECCOMP) if address & !(PAGE as u64 - 1) == VSYSCALL => {
+                        regs.rip = address;
+                        regs.rsp = regs.rsp.wrapping_sub(8);
+                        Stop::Vsyscall
+                    }
+                    (libc::SIGSYS, SYS_SECCOMP) => Stop::Syscall,
+                    _ => Stop::Fault {
+                        signal,
+                        code,
+                        address,
+                    },
                 }
             }
         })

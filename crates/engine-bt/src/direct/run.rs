@@ -372,7 +372,7 @@ impl BtVcpu {
                 }
                 Stop::Vsyscall => {
                     if self.called_by_rax(regs.rsp) {
-                        // The host has put an error number there before it asks us.
+                        // The host has put the number of a system call there.
                         regs.rax = regs.rip;
                     }
                     self.store_native(space, regs)?;

@@ -381,3 +381,66 @@ fn signals_to_all_processes_of_a_session_do_not_stop_guest_code() {
         assert_eq!((regs.rax, regs.rip), (1, CODE + 6));
     }
 }
+
+#[test]
+fn vsyscall_stops_where_it_was_called() {
+    if !std::fs::read_to_string("/proc/self/maps")
+        .unwrap()
+        .contains("[vsyscall]")
+    {
+        eprintln!("skipped: this host has no vsyscalls");
+        return;
+    }
+    const GETTIMEOFDAY: u64 = 0xffff_ffff_ff60_0000;
+    // call rax; int3
+    let (mut process, _memory) = with_code(&[0xff, 0xd0, 0xcc]);
+    for queued in [false, true] {
+        let mut regs = start(&process, CODE);
+        let top = CODE + 2 * PAGE as u64;
+        (regs.rax, regs.rsp) = (GETTIMEOFDAY, top);
+        if queued {
+            remap(&mut process);
+        }
+        assert_eq!(process.run(&mut regs).unwrap(), Stop::Vsyscall);
+        assert_eq!((regs.rip, regs.rsp), (GETTIMEOFDAY, top - 8));
+    }
+}
+
+/// Asserts the same of system calls that a confined process does not get: its own are refused, the guest's stop.
+#[test]
+fn guest_code_of_a_confined_process_stops_at_every_call() {
+    // mov eax, SYS_socket; syscall; mov eax, SYS_clone3; syscall; mov eax, 1; int 0x80
+    let code = [
+        0xb8, 41, 0, 0, 0, 0x0f, 0x05, 0xb8, 0xb3, 1, 0, 0, 0x0f, 0x05, 0xb8, 1, 0, 0, 0, 0xcd,
+        0x80,
+    ];
+    let work = || {
+        let keep = hospes_sandbox::Keep {
+            read: &["/proc".into()],
+            user: Some(4_190_711),
+        };
+        hospes_sandbox::confine(&keep).unwrap();
+        let (mut process, _memory) = with_code(&code);
+        for queued in [false, true] {
+            let mut regs = start(&process, CODE);
+            for (call, rip) in [(41, 7), (435, 14), (1, 21)] {
+                if queued {
+                    remap(&mut process);
+                }
+                assert_eq!(process.run(&mut regs).unwrap(), Stop::Syscall);
+                assert_eq!((regs.orig_rax, regs.rip), (call, CODE + rip));
+                regs.orig_rax = u64::MAX;
+            }
+        }
+    };
+    // SAFETY: plain system calls. The child has this thread alone, which ends in it.
+    unsafe {
+        let child = libc::fork();
+        assert!(child >= 0);
+        if child == 0 {
+            let done = std::panic::catch_unwind(work);
+            libc::_exit(i32::from(done.is_err()));
+        }
+        assert_eq!(wait(child).unwrap(), 0);
+    }
+}
