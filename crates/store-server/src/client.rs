@@ -36,11 +36,28 @@ pub struct StoreClient {
     shared: Arc<Shared>,
     /// Gives up where the store process waits for room on the file system.
     hasty: bool,
-    _thread: Arc<Thread>,
+    thread: Arc<Thread>,
 }
 
-/// Ends the thread.
-struct Thread(Arc<Shared>);
+/// The thread, which is started with the first request and ended when this is dropped.
+struct Thread {
+    shared: Arc<Shared>,
+    started: Mutex<bool>,
+}
+
+impl Thread {
+    fn start(&self) -> std::io::Result<()> {
+        let mut started = self.started.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*started {
+            let shared = Arc::clone(&self.shared);
+            std::thread::Builder::new()
+                .name("store-client".to_owned())
+                .spawn(move || converse(&shared))?;
+            *started = true;
+        }
+        Ok(())
+    }
+}
 
 struct Shared {
     connector: Arc<dyn Connector>,
@@ -166,7 +183,7 @@ impl State {
 }
 
 impl StoreClient {
-    /// A client of the store process that a connector leads to: it connects when there is something to ask. A [`Place`](crate::Place) is the
+    /// A client of the store process that a connector leads to: it connects, by a thread of its own, when there is something to ask. A [`Place`](crate::Place) is the
     /// ordinary connector.
     pub fn new(connector: impl Connector + 'static) -> std::io::Result<StoreClient> {
         let shared = Arc::new(Shared {
@@ -175,15 +192,14 @@ impl StoreClient {
             answered: Condvar::new(),
             bell: Bell::new()?,
         });
-        let serving = Arc::clone(&shared);
-        std::thread::Builder::new()
-            .name("store-client".to_owned())
-            .spawn(move || converse(&serving))?;
-        let thread = Arc::new(Thread(Arc::clone(&shared)));
+        let thread = Arc::new(Thread {
+            shared: Arc::clone(&shared),
+            started: Mutex::new(false),
+        });
         Ok(StoreClient {
             shared,
             hasty: false,
-            _thread: thread,
+            thread,
         })
     }
 
@@ -227,6 +243,7 @@ impl StoreClient {
         if payload.len() > PAYLOAD_MAX {
             return Err(Error::TooBig);
         }
+        self.thread.start().map_err(|_| Error::Unreachable)?;
         let number = lock(&self.shared).queue(kind, transaction, payload, token, true);
         self.shared.bell.ring();
         Ok(number)
@@ -452,8 +469,8 @@ impl DomainStore for StoreClient {
 
 impl Drop for Thread {
     fn drop(&mut self) {
-        lock(&self.0).ended = true;
-        self.0.bell.ring();
+        lock(&self.shared).ended = true;
+        self.shared.bell.ring();
     }
 }
 
