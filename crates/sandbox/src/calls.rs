@@ -192,7 +192,6 @@ const ONE_OF: &[(c_long, u8, &[c_ulong])] = &[
             libc::PR_GET_TIMERSLACK as c_ulong,
             libc::PR_SET_NAME as c_ulong,
             libc::PR_SET_NO_NEW_PRIVS as c_ulong,
-            libc::PR_SET_PDEATHSIG as c_ulong,
             libc::PR_SET_TIMERSLACK as c_ulong,
             libc::PR_SET_VMA as c_ulong,
         ],
@@ -301,6 +300,10 @@ fn program(process: u32) -> Result<BpfProgram, BackendError> {
         libc::SYS_openat,
         vec![is(2, MaskedEq(writing as u64), libc::O_RDONLY as u64)?],
     )?;
+    // It may end with its parent and not outlive it.
+    let parents_end = is(0, Eq, libc::PR_SET_PDEATHSIG as u64)?;
+    let killed = is(1, Eq, libc::SIGKILL as u64)?;
+    allow(libc::SYS_prctl, vec![parents_end, killed])?;
     // A filter more only ever refuses more, and no flag asks for a descriptor of it.
     let more = u64::from(libc::SECCOMP_SET_MODE_FILTER);
     allow(libc::SYS_seccomp, vec![is(0, Eq, more)?, is(1, Eq, 0)?])?;

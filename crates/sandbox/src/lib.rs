@@ -1,12 +1,12 @@
 //! Takes from the calling process what it does not need, for good: files, the network, other processes, other users' rights, and most of the kernel's system calls.
 //!
-//! Four walls, each of which holds where another is missing. Landlock: no files but those for reading that the caller names, no TCP, no signal and no abstract socket to
+//! Five walls, each of which holds where another is missing. Landlock: no files but those for reading that the caller names, no TCP, no signal and no abstract socket to
 //! anybody outside. A filter of system calls, a list of what is allowed ([`confine`] says what is not). No capabilities, none to be had by executing a file. As root, a user
-//! id that owns nothing. Descriptors that are open stay usable for what they were opened for: what is given to a confined process is how it is meant to reach the host.
+//! id that owns nothing, and a network namespace that leads nowhere. Descriptors that are open stay usable for what they were opened for: what is given to a confined process is how it is meant to reach the host.
 //!
 //! What stays possible. `kill` and pidfds, because processes of direct execution are ended with them: Landlock (6 and later) and the own user id say whom that reaches. CPU sets and
 //! priorities of other processes of the same user, where it has no id of its own. io_uring makes its requests past the filter: it can make sockets, of which Landlock refuses TCP
-//! (4 and later), connecting to a path (9) and UDP (10); before these, datagrams go anywhere and connections to the paths that the file system lets the user write to. Threads and processes
+//! (4 and later), connecting to a path (9) and UDP (10); before these, datagrams go anywhere where the host's networks could not be left, and connections to the paths that the file system lets the user write to. Threads and processes
 //! can be made without number, and memory taken: limits are for the one who starts the process. Whoever keeps `/proc` reads there what it shows to everybody.
 //!
 //! Refuses: to decide what a process needs to read or who it becomes, and to go on where it has other threads, which would stay outside. A kernel without one of the walls is no error: [`Walls`] tells.
@@ -34,6 +34,8 @@ pub struct Walls {
     pub landlock_abi: u32,
     /// Whether system calls are filtered.
     pub seccomp: bool,
+    /// Whether no network of the host is to be reached, whatever makes a socket: only who has CAP_SYS_ADMIN can see to that.
+    pub networkless: bool,
     /// The user and group that the process has become.
     pub user: Option<u32>,
     /// The user that the kernel did not let it become, and the error's number: a user namespace has no such id.
@@ -50,6 +52,9 @@ impl fmt::Display for Walls {
         }
         let calls = if self.seccomp { "" } else { "not " };
         write!(f, ", system calls {calls}filtered, no capabilities")?;
+        if self.networkless {
+            write!(f, ", no network")?;
+        }
         match (self.user, self.user_refused) {
             (Some(user), _) => write!(f, ", user {user}"),
             (None, Some((user, number))) => {
@@ -97,6 +102,7 @@ pub fn confine(keep: &Keep<'_>) -> Result<Walls, Error> {
     }
     rights::no_new_privileges()?;
     let landlock_abi = files::restrict(keep.read)?;
+    let networkless = rights::leave_networks();
     let bounded = rights::bound();
     let (user, user_refused) = match keep.user.map(rights::become_user).transpose()? {
         Some(rights::Became::Own(user)) => (Some(user), None),
@@ -108,6 +114,7 @@ pub fn confine(keep: &Keep<'_>) -> Result<Walls, Error> {
     Ok(Walls {
         landlock_abi,
         seccomp,
+        networkless,
         user,
         user_refused,
         bounded,

@@ -28,6 +28,12 @@ pub(crate) fn no_new_privileges() -> Result<(), Error> {
     set_no_new_privs(true).map_err(failed("give up new privileges"))
 }
 
+/// Leaves the host's networks for one that leads nowhere; whether it could, for which it takes CAP_SYS_ADMIN.
+pub(crate) fn leave_networks() -> bool {
+    // SAFETY: a system call on a number; the process has one thread.
+    unsafe { libc::unshare(libc::CLONE_NEWNET) == 0 }
+}
+
 /// Bounds what can ever be had by executing files or by being root; whether it could, for which it takes CAP_SETPCAP.
 pub(crate) fn bound() -> bool {
     // A change of the user takes capabilities away as ever, and that is locked as well.

@@ -53,12 +53,21 @@ fn keep(read: &[PathBuf]) -> Keep<'_> {
 /// The kernel's walls, as a confined process is told.
 fn walls() -> Walls {
     let words = confined(&keep(&[]), |walls| {
-        format!("{} {}", walls.landlock_abi, walls.seccomp)
+        let Walls {
+            landlock_abi,
+            seccomp,
+            networkless,
+            ..
+        } = walls;
+        format!("{landlock_abi} {seccomp} {networkless}")
     });
-    let (landlock, seccomp) = words.split_once(' ').unwrap();
+    let [landlock, seccomp, networkless] = words.split(' ').collect::<Vec<_>>()[..] else {
+        panic!("{words}");
+    };
     Walls {
         landlock_abi: landlock.parse().unwrap(),
         seccomp: seccomp.parse().unwrap(),
+        networkless: networkless.parse().unwrap(),
         user: None,
         user_refused: None,
         bounded: false,

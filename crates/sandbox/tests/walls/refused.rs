@@ -176,6 +176,37 @@ fn tcp() {
 }
 
 #[test]
+fn networks_by_datagrams() {
+    if !has_rings() {
+        return;
+    }
+    let listener = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let to = libc::sockaddr_in {
+        sin_family: libc::AF_INET as u16,
+        sin_port: port.to_be(),
+        sin_addr: libc::in_addr {
+            s_addr: u32::from_be_bytes([127, 0, 0, 1]).to_be(),
+        },
+        sin_zero: [0; 8],
+    };
+    refused(
+        -i64::from(libc::ENETUNREACH),
+        |walls| walls.networkless,
+        || {
+            let socket = opcode::Socket::new(libc::AF_INET, libc::SOCK_DGRAM, 0);
+            let socket = by_ring(socket.build());
+            assert!(socket >= 0, "io_uring made no socket: {socket}");
+            let bytes = size_of_val(&to) as u32;
+            let send = opcode::Send::new(types::Fd(socket as i32), b"x".as_ptr(), 1)
+                .dest_addr((&raw const to).cast())
+                .dest_addr_len(bytes);
+            by_ring(send.build())
+        },
+    );
+}
+
+#[test]
 fn sockets_but_connected_pairs() {
     let mut pair = [0i32; 2];
     let at = pair.as_mut_ptr() as usize;
@@ -268,6 +299,13 @@ fn other_processes() {
         libc::SYS_prlimit64,
         [parent, libc::RLIMIT_CORE as usize, 0, 0, 0],
     );
+    // Nor to outlive the parent, alone or in a group that is not ended with it.
+    unknown(
+        libc::SYS_prctl,
+        [libc::PR_SET_PDEATHSIG as usize, 0, 0, 0, 0],
+    );
+    unknown(libc::SYS_setpgid, [0; 5]);
+    unknown(libc::SYS_setsid, [0; 5]);
 }
 
 #[test]
