@@ -124,6 +124,21 @@ impl<W: Write> Writer<W> {
         Ok(writer)
     }
 
+    /// Goes on where another writer has written the beginning, and counts the pages from here on.
+    pub fn continued(to: W) -> Writer<W> {
+        Writer { to, pages: 0 }
+    }
+
+    /// Writes records of another writer that goes on here, as they are. Their pages are still to be counted.
+    pub fn pass(&mut self, records: &[u8]) -> io::Result<()> {
+        self.to.write_all(records)
+    }
+
+    /// Counts pages of records that were passed.
+    pub fn count(&mut self, pages: u64) {
+        self.pages = self.pages.saturating_add(pages);
+    }
+
     /// Writes what is no page.
     pub fn machine(&mut self, text: &[u8]) -> io::Result<()> {
         self.record(Kind::Machine, &[text])
@@ -238,6 +253,11 @@ impl<R: Read> Reader<R> {
             machines: 0,
             pages: 0,
         }
+    }
+
+    /// Where it reads from.
+    pub fn into_inner(self) -> R {
+        self.from
     }
 
     /// The next record; after [`Record::End`] there is none to be asked for.

@@ -34,3 +34,14 @@ pub(crate) fn handle(signal: c_int, handler: extern "C" fn(c_int), flags: c_int)
         Err(io::Error::last_os_error())
     }
 }
+
+/// Has this process ignore what asks it to end: SIGTERM, SIGINT, SIGHUP and SIGQUIT. Programs that it starts inherit that.
+pub fn ignore_termination() -> io::Result<()> {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+        // SAFETY: to ignore a signal runs no code of ours.
+        if unsafe { libc::signal(signal, libc::SIG_IGN) } == libc::SIG_ERR {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}

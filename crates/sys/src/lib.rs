@@ -7,6 +7,7 @@ mod action;
 pub mod terminal;
 mod termination;
 
+pub use action::ignore_termination;
 pub use termination::Termination;
 
 /// Reads the time-stamp counter, not before earlier loads have completed. Ticks.
