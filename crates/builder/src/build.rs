@@ -29,7 +29,7 @@ const LOW_MEMORY_END: u64 = 1 << 20;
 const PIECE_BYTES: usize = 1 << 20;
 
 /// What to build.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct BuildSpec<'a> {
     /// bzImage or ELF image.
     pub kernel: &'a Path,
@@ -41,7 +41,12 @@ pub struct BuildSpec<'a> {
     pub vcpus: u32,
     /// From [`crate::memory_layout`]; the memory given to [`build`] was created with its `backed` ranges.
     pub layout: &'a Layout,
+    /// Opens the kernel and the ramdisk for reading.
+    pub open: Open<'a>,
 }
+
+/// See [`BuildSpec::open`].
+pub type Open<'a> = &'a dyn Fn(&Path) -> std::io::Result<File>;
 
 /// A domain that is ready to run.
 #[derive(Clone, Debug)]
@@ -65,11 +70,14 @@ pub struct Boot {
 /// Fills `memory` for the first instruction of the guest.
 pub fn build(memory: &GuestMemory, spec: &BuildSpec) -> Result<Boot, BuildError> {
     check(spec)?;
-    let file = std::fs::read(spec.kernel).map_err(|source| BuildError::Read {
-        what: "kernel",
-        path: spec.kernel.to_owned(),
-        source,
-    })?;
+    let mut file = Vec::new();
+    (spec.open)(spec.kernel)
+        .and_then(|mut kernel| kernel.read_to_end(&mut file))
+        .map_err(|source| BuildError::Read {
+            what: "kernel",
+            path: spec.kernel.to_owned(),
+            source,
+        })?;
     let kernel = load::load(&file, memory, spec.layout).map_err(|reason| BuildError::Kernel {
         path: spec.kernel.to_owned(),
         reason,
@@ -81,7 +89,7 @@ pub fn build(memory: &GuestMemory, spec: &BuildSpec) -> Result<Boot, BuildError>
     }];
     let ramdisk = match spec.ramdisk {
         Some(path) => {
-            let (at, bytes) = load_ramdisk(path, memory, spec.layout, &kernel)?;
+            let (at, bytes) = load_ramdisk(path, spec.open, memory, spec.layout, &kernel)?;
             used.push(Range {
                 start: at,
                 end: at + bytes,
@@ -156,6 +164,7 @@ fn too_little(layout: &Layout, used: &[Range], more: u64) -> BuildError {
 /// Copies the ramdisk behind the kernel, or below it where there is no room behind; its address and size.
 fn load_ramdisk(
     path: &Path,
+    open: Open<'_>,
     memory: &GuestMemory,
     layout: &Layout,
     kernel: &Kernel,
@@ -165,7 +174,7 @@ fn load_ramdisk(
         path: path.to_owned(),
         source,
     };
-    let mut file = File::open(path).map_err(failed)?;
+    let mut file = open(path).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     let bytes = metadata.len();
     if !metadata.is_file() || bytes == 0 {
@@ -241,6 +250,7 @@ mod tests {
                     cmdline,
                     vcpus: 3,
                     layout: &layout,
+                    open: &|path| File::open(path),
                 },
             )
             .unwrap();
@@ -291,6 +301,7 @@ mod tests {
             cmdline: "",
             vcpus: 1,
             layout,
+            open: &|path| File::open(path),
         }
     }
 

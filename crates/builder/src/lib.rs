@@ -28,7 +28,7 @@ mod testing;
 mod unpack;
 
 pub use acpi::{MAX_VCPUS, POWER_OFF_REQUEST, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, apic_id};
-pub use build::{Boot, BuildSpec, CMDLINE_LENGTH_MAX, build};
+pub use build::{Boot, BuildSpec, CMDLINE_LENGTH_MAX, Open, build};
 pub use cpu::{ap_cpu_state, bsp_cpu_state};
 pub use error::{BuildError, ImageError};
 pub use fuzz::fuzz_kernel;

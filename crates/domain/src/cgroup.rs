@@ -70,12 +70,11 @@ const GONE_TRIES: u32 = 20;
 const GONE_WAIT: Duration = Duration::from_millis(1);
 
 impl Group {
-    /// Makes a group and moves the given threads of this process into it.
-    pub fn new(threads: &[i32]) -> io::Result<Group> {
-        let read = |path: &str| fs::read_to_string(path);
-        let place = find(&read("/proc/self/mounts")?, &read("/proc/self/cgroup")?)
-            .ok_or(io::ErrorKind::NotFound)?;
-        Group::make(&place, std::process::id(), threads)
+    /// Makes a group and moves the given threads of a process into it.
+    pub fn new(process: u32, threads: &[i32]) -> io::Result<Group> {
+        let read = |name: &str| fs::read_to_string(format!("/proc/{process}/{name}"));
+        let place = find(&read("mounts")?, &read("cgroup")?).ok_or(io::ErrorKind::NotFound)?;
+        Group::make(&place, process, threads)
     }
 
     fn make(place: &Place, process: u32, threads: &[i32]) -> io::Result<Group> {

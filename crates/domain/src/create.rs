@@ -57,6 +57,7 @@ pub fn create(
     };
     room(spec.memory_bytes)?;
     let memory = Arc::new(GuestMemory::new(&layout.backed)?);
+    (spec.confine)(&memory).map_err(CreateError::Confine)?;
     let content = fill(&spec, &layout, &memory, saved, &room)?;
     let tsc = calibration.finish(CALIBRATION);
     let cpuid = CpuidTable::new(
@@ -182,7 +183,7 @@ pub fn create(
         run,
         devices,
         placement,
-        sharing: Sharing::new(),
+        sharing: Sharing::new(spec.scheduler),
         memory_use: MemoryUse::new(spec.memory_bytes / 1024),
         console,
         threads: Vec::new(),
@@ -245,6 +246,7 @@ fn fill(
             cmdline: &spec.cmdline,
             vcpus: spec.vcpus,
             layout,
+            open: &*spec.open,
         },
     )?;
     let first = std::iter::once(boot.cpu_state);

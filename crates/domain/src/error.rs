@@ -42,6 +42,8 @@ pub enum CreateError {
     Device(#[from] AttachError),
     #[error("cannot start a thread of the domain: {0}")]
     Thread(std::io::Error),
+    #[error("cannot give up what the domain's process has no use for: {0}")]
+    Confine(String),
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -27,6 +27,7 @@ mod placement;
 mod portrait;
 mod run;
 mod saved;
+mod scheduler;
 mod services;
 mod share;
 mod signal;
@@ -39,8 +40,9 @@ mod testing;
 mod tests;
 
 use std::fmt;
-use std::io::Write;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -68,7 +70,8 @@ pub use run::EndReason;
 pub use saved::{RestoreError, SaveError, SaveStream, SavedStream};
 
 use devices::Devices;
-pub use share::{Share, ShareError};
+pub use scheduler::{HostScheduler, Scheduler, ShareGroup};
+pub use share::{Share, ShareError, nice_of};
 
 use memory::MemoryUse;
 use placement::Placement;
@@ -78,6 +81,12 @@ use share::Sharing;
 /// Makes the engine's virtual machine for a new domain: its memory, its CPUID and the number of its vCPUs.
 pub type EngineFactory<'a> =
     Box<dyn FnOnce(Arc<GuestMemory>, CpuidTable, u32) -> Result<Arc<dyn Vm>, EngineError> + 'a>;
+
+/// See [`DomainSpec::open`].
+pub type OpenFile = Box<dyn Fn(&Path) -> io::Result<File>>;
+
+/// See [`DomainSpec::confine`].
+pub type Confine = Box<dyn Fn(&GuestMemory) -> Result<(), String>>;
 
 /// What to make.
 pub struct DomainSpec {
@@ -110,6 +119,13 @@ pub struct DomainSpec {
     pub vifs: Vec<VifSpec>,
     /// Gets a line now and then about the domain's devices.
     pub log: Log,
+    /// Opens kernel and ramdisk for reading.
+    pub open: OpenFile,
+    /// Called when the guest's memory is there, and before anything of the guest's is looked at or a thread is started. What it says
+    /// is why the domain cannot be made.
+    pub confine: Confine,
+    /// What the domain's share of the host's CPUs is had from.
+    pub scheduler: Arc<dyn HostScheduler>,
 }
 
 /// What the guest is asked to do.

@@ -5,8 +5,6 @@
 //! vCPUs when they have used up theirs. Where the kernel has a group for each session (autogroup), nice values of threads count inside of it only: the
 //! session of the domain's process gets the same one.
 
-use std::io::Write;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -15,12 +13,11 @@ use std::{fs, io};
 
 use hospes_units::VcpuId;
 use hospes_xen::Xen;
-use rustix::io::Errno;
-use rustix::process::{Pid, getpid, getpriority_process, getsid, setpriority_process};
+use rustix::process::{Pid, getpriority_process};
 
-use crate::cgroup::Group;
 use crate::lock;
 use crate::run::Run;
+use crate::scheduler::{HostScheduler, ShareGroup};
 
 /// A domain's share of the host's CPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,11 +52,6 @@ pub enum ShareError {
     Host(#[from] io::Error),
 }
 
-/// The nice value of the process's session. Whoever is not root may write it every tenth of a second only.
-const AUTOGROUP: &str = "/proc/self/autogroup";
-const AUTOGROUP_TRIES: u32 = 20;
-const AUTOGROUP_WAIT: Duration = Duration::from_millis(20);
-
 /// Time that the calling thread has run, as the limit's thread reads it of the vCPUs' threads.
 const TIME: &str = "/proc/thread-self/schedstat";
 
@@ -75,8 +67,9 @@ pub struct Sharing {
 
 #[derive(Debug)]
 struct State {
+    scheduler: Arc<dyn HostScheduler>,
     share: Share,
-    group: Option<Group>,
+    group: Option<Box<dyn ShareGroup>>,
     limiter: Option<Limiter>,
     /// The nice value that the vCPU threads start with, and the steps that they are away from it.
     nice: i32,
@@ -85,9 +78,10 @@ struct State {
 
 impl Sharing {
     /// To be made where the vCPU threads are started: they inherit this thread's nice value.
-    pub fn new() -> Sharing {
+    pub fn new(scheduler: Arc<dyn HostScheduler>) -> Sharing {
         Sharing {
             state: Mutex::new(State {
+                scheduler,
                 share: Share::default(),
                 group: None,
                 limiter: None,
@@ -130,8 +124,7 @@ impl State {
     /// False where the host's scheduler does not take it. A domain that does something by itself stays with that.
     fn set_by_group(&mut self, share: Share, threads: &[Pid]) -> bool {
         if self.group.is_none() && self.limiter.is_none() && self.steps == 0 {
-            let numbers: Vec<i32> = threads.iter().map(|t| t.as_raw_nonzero().get()).collect();
-            self.group = Group::new(&numbers).ok();
+            self.group = self.scheduler.group(&numbers(threads)).ok();
         }
         let vcpus = threads.len() as u32;
         let done = self
@@ -193,9 +186,11 @@ impl State {
             _ => ShareError::Host(error),
         };
         let nice = (self.nice + steps).clamp(-20, 19);
-        renice(threads, nice).map_err(|error| refused(error.into(), nice))?;
-        if let Err(error) = renice_session(steps) {
-            let _ = renice(threads, self.nice + self.steps);
+        let threads = numbers(threads);
+        let renice = |nice| self.scheduler.renice(&threads, nice);
+        renice(nice).map_err(|error| refused(error, nice))?;
+        if let Err(error) = self.scheduler.renice_session(steps) {
+            let _ = renice(self.nice + self.steps);
             return Err(refused(error, steps));
         }
         self.steps = steps;
@@ -207,45 +202,17 @@ impl Drop for State {
     fn drop(&mut self) {
         // The threads end with the domain; the process may go on with the guest's next start.
         if self.steps != 0 {
-            let _ = renice_session(0);
+            let _ = self.scheduler.renice_session(0);
         }
     }
 }
 
-fn renice(threads: &[Pid], nice: i32) -> Result<(), Errno> {
-    threads
-        .iter()
-        .try_for_each(|thread| setpriority_process(Some(*thread), nice))
-}
-
-/// Does nothing to a session that is not this process's own.
-fn renice_session(nice: i32) -> io::Result<()> {
-    if getsid(None) == Ok(getpid()) {
-        write_autogroup(Path::new(AUTOGROUP), nice)
-    } else {
-        Ok(())
-    }
-}
-
-/// Fine where there is no such file: the kernel knows no groups of sessions then.
-fn write_autogroup(path: &Path, nice: i32) -> io::Result<()> {
-    let mut file = match fs::File::options().write(true).open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        file => file?,
-    };
-    let mut tries = 0..AUTOGROUP_TRIES;
-    loop {
-        match file.write_all(nice.to_string().as_bytes()) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && tries.next().is_some() => {
-                std::thread::sleep(AUTOGROUP_WAIT);
-            }
-            done => return done,
-        }
-    }
+fn numbers(threads: &[Pid]) -> Vec<i32> {
+    threads.iter().map(|t| t.as_raw_nonzero().get()).collect()
 }
 
 /// The nice value whose weight in Linux's scheduler is nearest, each step being a factor of 1.25.
-fn nice_of(weight: u16) -> i32 {
+pub fn nice_of(weight: u16) -> i32 {
     let steps = (f64::from(weight) / 256.0).ln() / 1.25f64.ln();
     (-steps.round()).clamp(-20.0, 19.0) as i32
 }
@@ -349,6 +316,8 @@ mod tests {
     use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
     use super::*;
+    use crate::scheduler::Scheduler;
+    use rustix::process::setpriority_process;
 
     #[test]
     fn nice_follows_the_weight() {
@@ -374,7 +343,13 @@ mod tests {
             inheritable: CapabilitySet::empty(),
         };
         set_capabilities(None, none).unwrap();
-        (Sharing::new().state.into_inner().unwrap(), me)
+        (
+            Sharing::new(Arc::new(Scheduler::of(std::process::id())))
+                .state
+                .into_inner()
+                .unwrap(),
+            me,
+        )
     }
 
     #[test]
@@ -403,17 +378,6 @@ mod tests {
         })
         .join()
         .unwrap();
-    }
-
-    #[test]
-    fn session_gets_its_nice_value_where_sessions_are_groups() {
-        let path = std::env::temp_dir().join(format!("hospes-autogroup-{}", std::process::id()));
-        write_autogroup(&path, 3).unwrap();
-        assert!(!path.exists(), "the kernel knows none");
-        fs::write(&path, "").unwrap();
-        write_autogroup(&path, 3).unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "3");
-        fs::remove_file(&path).unwrap();
     }
 
     #[test]

@@ -85,6 +85,9 @@ fn spec(
         disks: Vec::new(),
         vifs: Vec::new(),
         log: Arc::new(|_| {}),
+        open: Box::new(|path| std::fs::File::open(path)),
+        confine: Box::new(|_| Ok(())),
+        scheduler: Arc::new(crate::Scheduler::of(std::process::id())),
     }
 }
 

@@ -46,4 +46,4 @@ mod vm;
 mod window;
 
 pub use kernel_window::can_have_kernel_window;
-pub use vm::{BtVm, Execution, Options, Processor};
+pub use vm::{BtVm, CodeCache, Execution, Options, Processor};

@@ -173,6 +173,19 @@ pub(crate) fn host_error(what: &str, why: impl ToString) -> EngineError {
     }
 }
 
+/// Memory for translated code, for a machine that is still to be made.
+#[derive(Debug)]
+pub struct CodeCache(CodeMemory);
+
+impl CodeCache {
+    /// So many bytes. A process that has given up its rights may not be able to have them in huge pages.
+    pub fn new(bytes: usize) -> Result<CodeCache, EngineError> {
+        let memory = CodeMemory::new(bytes);
+        let memory = memory.map_err(|e| host_error("memory for translated code", e))?;
+        Ok(CodeCache(memory))
+    }
+}
+
 impl BtVm {
     /// Prepares the code cache for up to `max_vcpus` vCPUs. Fails where the host's processor lacks what the translator itself uses.
     pub fn new(
@@ -181,14 +194,24 @@ impl BtVm {
         max_vcpus: u32,
         options: Options,
     ) -> Result<BtVm, EngineError> {
+        let code = CodeCache::new(options.code_bytes)?;
+        BtVm::with_code(memory, processor, max_vcpus, options, code)
+    }
+
+    /// The same with a code cache that is there already, of as many bytes as the options say.
+    pub fn with_code(
+        memory: Arc<GuestMemory>,
+        processor: Arc<dyn Processor>,
+        max_vcpus: u32,
+        options: Options,
+        CodeCache(code): CodeCache,
+    ) -> Result<BtVm, EngineError> {
         if !(std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("bmi2")) {
             return Err(host_error(
                 "AVX2 and BMI2",
                 "the processor is older than x86-64-v3",
             ));
         }
-        let code = CodeMemory::new(options.code_bytes)
-            .map_err(|e| host_error("memory for translated code", e))?;
         let nobody = CpuState::default();
         let wide = Wide::new(|n| processor.cpuid(VcpuId(0), &nobody, 0xd, n))
             .map_err(|e| host_error("AVX-512", e))?;

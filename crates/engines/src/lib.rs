@@ -8,9 +8,18 @@ use std::sync::Arc;
 
 use hospes_cpuid::{CpuidTable, Dynamic, Vendor};
 use hospes_engine::{CpuState, EngineError, Vm, cr};
-use hospes_engine_bt::{BtVm, Execution, Options, Processor, exec};
+use hospes_engine_bt::{BtVm, CodeCache, Execution, Options, Processor, exec};
 use hospes_memory::GuestMemory;
 use hospes_units::VcpuId;
+
+/// What of a machine has to be made while its process has rights that it is to give up.
+#[derive(Debug)]
+pub struct Prepared(CodeCache);
+
+/// Prepares a machine with this memory.
+pub fn prepare(memory: &GuestMemory) -> Result<Prepared, EngineError> {
+    CodeCache::new(code_bytes(memory.reserved_bytes())).map(Prepared)
+}
 
 /// A virtual machine for the given memory, what CPUID shows, the number of vCPUs, and whether long-running user code may be executed natively. Refuses a host that no engine runs on.
 pub fn create_vm(
@@ -18,10 +27,11 @@ pub fn create_vm(
     cpuid: CpuidTable,
     vcpus: u32,
     direct: bool,
+    prepared: Prepared,
 ) -> Result<Arc<dyn Vm>, EngineError> {
     let processor = Arc::new(TableProcessor(cpuid));
     let code_bytes = code_bytes(memory.reserved_bytes());
-    Ok(Arc::new(BtVm::new(
+    Ok(Arc::new(BtVm::with_code(
         memory,
         processor,
         vcpus,
@@ -33,6 +43,7 @@ pub fn create_vm(
             },
             code_bytes,
         },
+        prepared.0,
     )?))
 }
 

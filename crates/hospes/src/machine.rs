@@ -1,44 +1,60 @@
 //! Domains as the tool stack's machines.
 
-use std::io::Write;
-use std::path::Path;
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hospes_config::{CpuLevel, DiskConfig, DomainConfig, FeatureWish, Pinning, Uuid, VifConfig};
+use hospes_config::{CpuLevel, DiskConfig, DomainConfig, FeatureWish, Pinning, VifConfig};
 use hospes_domain::frame::Kind;
 use hospes_domain::{
     Domain, DomainSpec, EndReason, EngineFactory, Level, Live, LivePolicy, Share, ShutdownKind,
-    Wish,
+    VifSpec, Wish,
 };
-use hospes_hostnet::Script;
+use hospes_migration::Reader;
+use hospes_sandbox::Keep;
 use hospes_toolstack::{
-    self as toolstack, Affinity, DeviceKind, LiveRound, Machine, MachineError, MachineInfo,
+    self as toolstack, Affinity, Asker, DeviceKind, LiveRound, Machine, MachineError, MachineInfo,
     MachineSpec, Piece, SaveStream, SavedStream, Traffic, VcpuInfo, Waiting,
 };
 use hospes_units::VcpuId;
 
 use crate::devices;
-use crate::vifs::{self, Plug};
+use crate::host::Host;
+use crate::keeper::{Chains, HostKeeper};
+use crate::vifs;
 
-/// Makes domains on the engine that suits this host.
-pub struct Domains;
+/// The machine process of a number is this user and the number, where root has started it: nobody else is, nor owns anything. Linux gives processes numbers below 2^22, and
+/// distributions use other users.
+const USERS: u32 = 0x7e00_0000;
 
-impl toolstack::MachineFactory for Domains {
-    fn create(
+/// Makes domains on the engine that suits this host, each in a process of its own.
+#[derive(Debug, Default)]
+pub struct Domains {
+    /// What lies below the images of the domain that this process keeps.
+    chains: Arc<Chains>,
+}
+
+impl toolstack::Program for Domains {
+    fn keeper(
         &self,
         spec: &MachineSpec<'_>,
-        console: Box<dyn Write + Send>,
-    ) -> Result<Arc<dyn Machine>, MachineError> {
-        make(spec, None, console)
+        process: u32,
+    ) -> Result<Arc<dyn toolstack::Keeper>, MachineError> {
+        let keeper = HostKeeper::new(spec.domid, spec.config, process, &self.chains)?;
+        Ok(Arc::new(keeper))
     }
 
-    fn restore(
+    fn build(
         &self,
         spec: &MachineSpec<'_>,
-        saved: SavedStream,
+        saved: Option<SavedStream>,
         console: Box<dyn Write + Send>,
+        asker: Asker,
     ) -> Result<Arc<dyn Machine>, MachineError> {
-        make(spec, Some(saved), console)
+        make(spec, saved, console, Host::new(asker))
     }
 
     fn admit(&self, spec: &MachineSpec<'_>, passport: &str) -> Result<(), MachineError> {
@@ -82,20 +98,32 @@ fn make(
     spec: &MachineSpec<'_>,
     saved: Option<SavedStream>,
     console: Box<dyn Write + Send>,
+    host: Host,
 ) -> Result<Arc<dyn Machine>, MachineError> {
     let config = spec.config;
     let mut disks = Vec::new();
     for disk in &config.disks {
         disks.extend(devices::disk_spec(disk)?);
     }
-    let plug = Plug::new(spec.domid, config)?;
+    let plug = |vifs: &[VifConfig]| -> Result<(Vec<VifSpec>, Vec<u64>), MachineError> {
+        let (mut specs, mut scripts) = (Vec::new(), Vec::new());
+        for vif in vifs {
+            let (spec, script) = host.plug(vif)?;
+            specs.push(spec);
+            scripts.extend(script);
+        }
+        Ok((specs, scripts))
+    };
     // One that comes back is plugged in when it is all there: until then another process may have what its interfaces stand for.
     let (vifs, mut scripts) = match saved {
-        None => plug.all(&config.vifs)?,
+        None => plug(&config.vifs)?,
         Some(_) => Default::default(),
     };
     let direct = config.engine_direct;
     let promised = spec.promised.clone();
+    let boot = BootFiles::open(config);
+    let prepared = Rc::new(Cell::new(None));
+    let filled = Rc::clone(&prepared);
     let spec = DomainSpec {
         domid: spec.domid,
         uuid: *spec.uuid.as_bytes(),
@@ -114,18 +142,36 @@ fn make(
         nomigrate: true,
         store: Arc::new(spec.store.clone()),
         console,
-        files: Arc::new(hospes_image::HostFiles),
         disks,
         vifs,
         log: Arc::new(toolstack::log_line),
+        open: Box::new(move |path| boot.get(path)),
+        confine: Box::new(move |memory| {
+            let machine = hospes_engines::prepare(memory).map_err(|fault| fault.to_string())?;
+            filled.set(Some(machine));
+            let keep = Keep {
+                read: &[PathBuf::from("/proc"), PathBuf::from("/sys/devices/system")],
+                user: Some(USERS + std::process::id()),
+            };
+            let walls = hospes_sandbox::confine(&keep).map_err(|fault| fault.to_string())?;
+            toolstack::log_line(&format!("The machine process is confined: {walls}"));
+            Ok(())
+        }),
+        files: Arc::new(host.clone()),
+        scheduler: Arc::new(host.clone()),
     };
     let engine: EngineFactory<'_> = Box::new(move |memory, cpuid, vcpus| {
-        hospes_engines::create_vm(memory, cpuid, vcpus, direct)
+        let prepared = match prepared.take() {
+            Some(prepared) => prepared,
+            None => hospes_engines::prepare(&memory)?,
+        };
+        hospes_engines::create_vm(memory, cpuid, vcpus, direct, prepared)
     });
     let domain = match saved {
         Some(saved) => {
-            let domain = Domain::restore(spec, saved, engine)?;
-            let (vifs, late) = plug.all(&config.vifs)?;
+            let saved = Box::new(saved.into_inner()) as Box<dyn Read + Send>;
+            let domain = Domain::restore(spec, Reader::continued(saved), engine)?;
+            let (vifs, late) = plug(&config.vifs)?;
             scripts = late;
             for vif in vifs {
                 domain.attach_vif(vif)?;
@@ -145,10 +191,31 @@ fn make(
     })?;
     Ok(Arc::new(Running {
         domain,
-        plug,
+        host,
         live: Mutex::default(),
         scripts,
     }))
+}
+
+/// Kernel and ramdisk, opened with the rights of the user, and read without any.
+struct BootFiles(Vec<(PathBuf, io::Result<File>)>);
+
+impl BootFiles {
+    fn open(config: &DomainConfig) -> BootFiles {
+        let paths = std::iter::once(&config.kernel).chain(&config.ramdisk);
+        BootFiles(paths.map(|path| (path.clone(), File::open(path))).collect())
+    }
+
+    fn get(&self, path: &Path) -> io::Result<File> {
+        match self.0.iter().find(|(opened, _)| opened == path) {
+            Some((_, Ok(file))) => file.try_clone(),
+            Some((_, Err(fault))) => Err(match fault.raw_os_error() {
+                Some(number) => io::Error::from_raw_os_error(number),
+                None => fault.kind().into(),
+            }),
+            None => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
 }
 
 fn level(config: &DomainConfig) -> Level {
@@ -199,10 +266,10 @@ fn place(domain: &Domain, config: &DomainConfig) -> Result<(), MachineError> {
 
 struct Running {
     domain: Domain,
-    plug: Plug,
+    host: Host,
     live: Mutex<Option<Live>>,
-    /// Of the interfaces that it is made with.
-    scripts: Vec<Script>,
+    /// Of the interfaces that it is made with, by their numbers.
+    scripts: Vec<u64>,
 }
 
 impl Running {
@@ -214,7 +281,7 @@ impl Running {
 
 impl Machine for Running {
     fn make_ready(&self) -> Result<(), MachineError> {
-        vifs::bring_online(&self.scripts)
+        self.host.bring_online(self.scripts.iter().copied())
     }
 
     fn unpause(&self) {
@@ -234,7 +301,6 @@ impl Machine for Running {
     }
 
     fn destroy(&self) {
-        self.plug.hurry();
         self.domain.destroy();
     }
 
@@ -328,11 +394,6 @@ impl Machine for Running {
         Ok(())
     }
 
-    fn become_another(&self, name: &str, uuid: Uuid) -> Result<(), MachineError> {
-        let nodes = hospes_store::identity_nodes(self.domain.info().domid, &uuid.to_string(), name);
-        Ok(self.domain.store().write_all(&nodes)?)
-    }
-
     fn vcpus(&self) -> Vec<VcpuInfo> {
         let text = |affinity: &Affinity| affinity.as_ref().map(ToString::to_string);
         let vcpus = self.domain.vcpus().into_iter();
@@ -389,10 +450,10 @@ impl Machine for Running {
     }
 
     fn attach_vif(&self, vif: &VifConfig) -> Result<(), MachineError> {
-        let (vif, script) = self.plug.one(vif)?;
+        let (vif, script) = self.host.plug(vif)?;
         let devid = vif.devid;
         self.domain.attach_vif(vif)?;
-        vifs::bring_online(&script).inspect_err(|_| {
+        self.host.bring_online(script).inspect_err(|_| {
             // The error that counts is the script's.
             let _ = self.domain.detach(Kind::Vif, devid, true);
         })

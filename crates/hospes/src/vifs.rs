@@ -1,15 +1,12 @@
-//! Network interfaces of a configuration: plugged into the host's networks, and as the domain takes them.
+//! Network interfaces of a configuration, plugged into the host's networks.
 
 use std::borrow::Cow;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
 
 use hospes_config::{DomainConfig, VifConfig, VifKind};
-use hospes_domain::VifSpec;
-use hospes_domain::net::{Again, Guard, NetConfig, Rate, Renew, Wire};
-use hospes_hostnet::{self as hostnet, Action, Haste, Network, Request, Script};
+use hospes_domain::net::Guard;
+use hospes_hostnet::{self as hostnet, Haste, Network, Port, Request, Script};
 use hospes_toolstack::{self as toolstack, MachineError, Paths};
 use hospes_units::DomId;
 
@@ -19,13 +16,23 @@ const XEN_BRIDGE: &str = "xenbr0";
 const QUEUES_MAX: u32 = 4;
 
 /// What the interfaces of one domain have in common.
-#[derive(Clone)]
 pub struct Plug {
     domid: DomId,
     domain: String,
     vcpus: u32,
     run_directory: PathBuf,
     haste: Haste,
+}
+
+/// An interface that is plugged in.
+pub struct Plugged {
+    pub port: Port,
+    /// To run once the domain has it, and when it goes.
+    pub script: Option<Script>,
+    pub mac: [u8; 6],
+    pub guard: Option<Guard>,
+    /// Whether it can be plugged in anew where it was let go of: a network in user space is the domain's own, and nobody waits for it.
+    pub returns: bool,
 }
 
 impl Plug {
@@ -47,20 +54,8 @@ impl Plug {
         self.haste.hurry();
     }
 
-    /// All interfaces of a configuration, and the scripts to run once the domain has them.
-    pub fn all(&self, vifs: &[VifConfig]) -> Result<(Vec<VifSpec>, Vec<Script>), MachineError> {
-        let mut specs = Vec::new();
-        let mut scripts = Vec::new();
-        for vif in vifs {
-            let (spec, script) = self.one(vif)?;
-            specs.push(spec);
-            scripts.extend(script);
-        }
-        Ok((specs, scripts))
-    }
-
     /// Plugs an interface in; the error is a sentence for the user.
-    pub fn one(&self, vif: &VifConfig) -> Result<(VifSpec, Vec<Script>), MachineError> {
+    pub fn one(&self, vif: &VifConfig) -> Result<Plugged, MachineError> {
         let vif = &*without_bridge_script(vif, Script::is_installed);
         let devid = vif.devid.unwrap_or(0);
         if !matches!(vif.backend.as_str(), "" | "0" | "Domain-0") {
@@ -105,63 +100,13 @@ impl Plug {
         let own_v4 = port.ip.map(|ip| (ip.into(), 32));
         let own_v6 = port.network_v6.map(|(ip, prefix)| (ip.into(), prefix));
         let own = own_v4.into_iter().chain(own_v6);
-        let guard = guard(&network, vif, mac, own, port.host_v6);
-        let scripts: Vec<Script> = script.clone().into_iter().collect();
-        let spec = VifSpec {
-            devid,
+        let guard = guard(&network, vif, mac, own, port.host_v6.clone());
+        Ok(Plugged {
+            port,
+            script,
             mac,
-            interface: port.interface,
-            bridge: port.bridge.or(vif.bridge.clone()),
-            ip: vif.ip.clone(),
-            script: script
-                .as_ref()
-                .map(|script| script.program().display().to_string()),
-            gateway_device: vif.netdev.clone(),
-            trusted: vif.trusted,
-            scripted: script.is_some(),
-            net: NetConfig {
-                wire: match port.wire {
-                    hostnet::Wire::Tap => Wire::Frames,
-                    hostnet::Wire::Stream => Wire::Stream,
-                },
-                queues: port.queues,
-                mtu: port.mtu,
-                rate: vif.rate.map(|rate| Rate {
-                    bytes: rate.bytes_per_interval(),
-                    interval: Duration::from_micros(rate.interval_us.into()),
-                }),
-                guard,
-                leave: script.map(|script| {
-                    let leave = move || {
-                        if let Err(error) = script.run(Action::Offline) {
-                            toolstack::log_line(&error.to_string());
-                        }
-                    };
-                    Box::new(leave) as Box<dyn FnOnce() + Send>
-                }),
-                renew: port.guard.renewal().map(|renewal| {
-                    let renew = move || renewal().map_err(|error| error.to_string());
-                    Arc::new(renew) as Renew
-                }),
-                // A network in user space is the domain's own, and nobody waits for it.
-                again: (network != Network::User).then(|| self.again(vif)),
-                keep: Box::new(port.guard),
-                log: Arc::new(toolstack::log_line),
-            },
-        };
-        Ok((spec, scripts))
-    }
-
-    /// Plugs an interface in that was let go of while its device stayed.
-    fn again(&self, vif: &VifConfig) -> Again {
-        let (plug, vif) = (self.clone(), vif.clone());
-        Box::new(move || {
-            let again = || -> Result<NetConfig, MachineError> {
-                let (spec, scripts) = plug.one(&vif)?;
-                bring_online(&scripts)?;
-                Ok(spec.net)
-            };
-            again().map_err(|fault| fault.to_string())
+            guard,
+            returns: network != Network::User,
         })
     }
 }
@@ -272,14 +217,6 @@ fn guard(
         Network::Bridge(_) | Network::Script => return None,
     };
     Some(Guard { mac, ip, host_v6 })
-}
-
-/// Runs the scripts of interfaces that the domain has now.
-pub fn bring_online(scripts: &[Script]) -> Result<(), MachineError> {
-    for script in scripts {
-        script.run(Action::Online)?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -91,6 +91,17 @@ pub struct Report {
     pub(crate) locked: Option<Identity>,
 }
 
+impl Report {
+    /// Of what is no error of this crate's: a sentence for the user.
+    pub fn new(sentence: String) -> Report {
+        Report {
+            sentence,
+            host: None,
+            locked: None,
+        }
+    }
+}
+
 impl From<Report> for ImageError {
     fn from(report: Report) -> ImageError {
         ImageError::Reported(report)

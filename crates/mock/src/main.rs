@@ -12,7 +12,8 @@
 #![forbid(unsafe_code)]
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,9 +22,11 @@ use hospes_config::{DiskConfig, VifConfig};
 use hospes_migration::Record;
 use hospes_store::{DomainEntry, DomainStore, GuestLink, Membership, StoreAccess};
 use hospes_toolstack::{
-    Affinity, DeviceKind, EndReason, Machine, MachineError, MachineFactory, MachineInfo,
-    MachineSpec, Piece, SaveStream, SavedStream, Share, ShutdownKind, Traffic, Trigger, VcpuInfo,
+    Affinity, Apart, Asker, Device, DeviceKind, EndReason, Keeper, MACHINE_SUBCOMMAND, Machine,
+    MachineError, MachineInfo, MachineSpec, Piece, Program, SaveStream, SavedStream, Share,
+    ShutdownKind, Traffic, Trigger, VcpuInfo, machine_process,
 };
+use serde_json::Value;
 
 /// What the host of these domains has.
 const HOST_BYTES: u64 = 1 << 40;
@@ -435,25 +438,48 @@ impl Machine for Mock {
 
 struct Factory;
 
-impl MachineFactory for Factory {
-    fn create(
-        &self,
-        spec: &MachineSpec<'_>,
-        console: Box<dyn Write + Send>,
-    ) -> Result<Arc<dyn Machine>, MachineError> {
-        let kernel = &spec.config.kernel;
-        if !kernel.is_file() {
-            return Err(format!("the kernel {} is no file: give another", kernel.display()).into());
-        }
-        make(spec, String::new(), console)
+/// What such a machine asks its keeper for: nothing.
+struct NoKeeper;
+
+impl Keeper for NoKeeper {
+    fn answer(&self, ask: Value) -> Result<(Value, Vec<OwnedFd>), MachineError> {
+        Err(format!("nobody asks {ask}").into())
     }
 
-    fn restore(
+    fn permit(&self, _: Device<'_>) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn revoke(&self, _: DeviceKind, _: u32) {}
+
+    fn share(&self, _: Share) {}
+
+    fn hurry(&self) {}
+
+    fn release(&self) {}
+}
+
+impl Program for Factory {
+    fn keeper(&self, _: &MachineSpec<'_>, _: u32) -> Result<Arc<dyn Keeper>, MachineError> {
+        Ok(Arc::new(NoKeeper))
+    }
+
+    fn build(
         &self,
         spec: &MachineSpec<'_>,
-        mut saved: SavedStream,
+        saved: Option<SavedStream>,
         mut console: Box<dyn Write + Send>,
+        _: Asker,
     ) -> Result<Arc<dyn Machine>, MachineError> {
+        let Some(mut saved) = saved else {
+            let kernel = &spec.config.kernel;
+            if !kernel.is_file() {
+                return Err(
+                    format!("the kernel {} is no file: give another", kernel.display()).into(),
+                );
+            }
+            return make(spec, String::new(), console);
+        };
         let mut heard = String::new();
         loop {
             match saved.next()? {
@@ -482,6 +508,10 @@ impl MachineFactory for Factory {
 
     fn shutdown_patience(&self) -> Duration {
         Duration::from_secs(2)
+    }
+
+    fn sweep(&self, _: &Path) -> Result<(), MachineError> {
+        Ok(())
     }
 }
 
@@ -556,5 +586,11 @@ fn enter(spec: &MachineSpec<'_>) -> Result<(Box<dyn GuestLink>, Membership), Mac
 }
 
 fn main() -> ExitCode {
-    hospes_cli::run(std::env::args_os(), &Factory)
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|word| word == MACHINE_SUBCOMMAND)
+    {
+        return machine_process(&Factory);
+    }
+    hospes_cli::run(std::env::args_os(), &Apart(Factory))
 }

@@ -9,7 +9,7 @@ use hospes_config::{CpuList, DiskConfig, DomainConfig, Uuid, VifConfig};
 use hospes_store_server::{StoreClient, is_full};
 use hospes_units::DomId;
 
-use crate::each::{Answer, check_goes_on};
+use crate::each::{Answer, check_goes_on, check_keeper_goes_on};
 use crate::error::{Error, Result};
 use crate::launch::{self, CreateRequest, Created};
 use crate::paths::Paths;
@@ -283,7 +283,7 @@ impl Host {
 
     fn destroy_entry(&self, mut entry: Entry) -> Result<()> {
         for _ in 0..RETRIES {
-            let answer = check_goes_on(&entry).and_then(|()| destroy_answered(&entry));
+            let answer = check_keeper_goes_on(&entry).and_then(|()| destroy_answered(&entry));
             let ended = match answer.and_then(done) {
                 Err(Error::Unmade { .. }) => self.end_unmade(&entry),
                 Err(Error::Unreachable { .. } | Error::Stopped { .. }) => self.kill(&entry),

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::protocol::{DomainInfo, Reply, Request};
 use crate::registry::{Entry, is_locked};
 use crate::scheduling::{Share, VcpuInfo};
-use crate::state::process_stat;
+use crate::state::is_stopped;
 
 /// What one of several domains said.
 #[derive(Debug)]
@@ -57,15 +57,24 @@ impl Host {
     }
 }
 
-/// Whether a domain's process can answer at all: one that somebody has stopped is not waited for.
+/// Whether a domain's processes can answer at all: those that somebody has stopped are not waited for.
 pub(crate) fn check_goes_on(entry: &Entry) -> Result<()> {
-    let pid = entry.record.pid;
-    match process_stat(pid) {
-        Some(stat) if stat.starts_with('T') && is_locked(&entry.dir) => Err(Error::Stopped {
+    check_keeper_goes_on(entry)?;
+    check_process(entry, entry.record.guest_process())
+}
+
+/// The same of its domain process alone, which ends a machine process that does not answer.
+pub(crate) fn check_keeper_goes_on(entry: &Entry) -> Result<()> {
+    check_process(entry, entry.record.pid)
+}
+
+fn check_process(entry: &Entry, pid: u32) -> Result<()> {
+    match is_stopped(pid) && is_locked(&entry.dir) {
+        true => Err(Error::Stopped {
             domid: entry.domid,
             pid,
         }),
-        _ => Ok(()),
+        false => Ok(()),
     }
 }
 

@@ -8,13 +8,14 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
 
 use crate::client::{ANSWER_PATIENCE, Host, ask, connect, done};
-use crate::each::check_goes_on;
+use crate::each::check_keeper_goes_on;
 use crate::error::{Error, Result};
 use crate::protocol::Request;
 use crate::registry::{Entry, is_locked};
+use crate::state::process_stat;
 
 /// How often it is looked whether a process has ended.
 const MOMENT: Duration = Duration::from_millis(5);
@@ -26,7 +27,7 @@ impl Host {
         signal(entry, &process, Signal::TERM)?;
         let deadline = Instant::now() + ANSWER_PATIENCE;
         while is_locked(&entry.dir) && Instant::now() < deadline {
-            let answer = check_goes_on(entry)
+            let answer = check_keeper_goes_on(entry)
                 .and_then(|()| ask(entry, &Request::Destroy, Duration::ZERO, ANSWER_PATIENCE));
             match answer.and_then(done) {
                 Err(Error::Unmade { .. }) => thread::sleep(MOMENT),
@@ -59,6 +60,7 @@ impl Host {
 
     fn kill_process(&self, entry: &Entry, process: &OwnedFd) -> Result<()> {
         if is_locked(&entry.dir) {
+            kill_machine(entry);
             signal(entry, process, Signal::KILL)?;
         }
         let deadline = Instant::now() + ANSWER_PATIENCE;
@@ -70,6 +72,22 @@ impl Host {
         }
         // Removes what it left.
         self.entries().map(drop)
+    }
+}
+
+/// Ends the machine process and what it has started, which a guest that has broken out may have kept from ending with the domain process.
+fn kill_machine(entry: &Entry) {
+    let machine = entry.record.machine;
+    let is_its_child = |pid: &u32| {
+        let parent = process_stat(*pid).and_then(|stat| stat.split(' ').nth(1)?.parse().ok());
+        parent == Some(entry.record.pid)
+    };
+    let pid = machine
+        .filter(is_its_child)
+        .and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+    if let Some(pid) = pid {
+        // One that has ended just now is what is wanted.
+        let _ = kill_process_group(pid, Signal::KILL);
     }
 }
 

@@ -16,6 +16,7 @@
 //! sends is bounded and checked. What the guest prints is bounded too: history, queues and log files have limits.
 #![forbid(unsafe_code)]
 
+mod apart;
 mod busy;
 mod client;
 mod clock;
@@ -50,6 +51,7 @@ mod supervisor;
 mod target;
 mod traffic;
 
+pub use apart::{Apart, Asker, Device, Keeper, Program, machine_process};
 pub use client::{Host, Watch};
 pub use each::{Answer, Answers};
 pub use error::{Error, Result};
@@ -57,7 +59,8 @@ pub use handover::{MoveOptions, MoveWatcher};
 pub use hospes_migration::LiveRound;
 pub use launch::{CreateRequest, Created, random_uuid};
 pub use machine::{
-    Machine, MachineError, MachineFactory, MachineInfo, MachineSpec, Piece, SaveStream, SavedStream,
+    Machine, MachineError, MachineFactory, MachineInfo, MachineSpec, Piece, SaveStream, SavedInput,
+    SavedStream,
 };
 pub use paths::Paths;
 pub use process::domain_process;
@@ -77,6 +80,8 @@ pub use traffic::Traffic;
 pub const DOMAIN_SUBCOMMAND: &str = "__domain";
 /// The same for the store process.
 pub const STORE_SUBCOMMAND: &str = "__store";
+/// The same for a machine process.
+pub const MACHINE_SUBCOMMAND: &str = "__machine";
 
 /// A line in the log of a domain, which is the standard error of its process.
 pub fn log_line(text: &str) {

@@ -2,15 +2,18 @@
 //! without a guest.
 
 use std::error::Error;
+use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
 use hospes_migration::{LiveRound, Reader, Writer};
-use hospes_store_server::StoreClient;
+use hospes_store_server::{Place, StoreClient};
 use hospes_units::DomId;
+use serde::{Deserialize, Serialize};
 
 use crate::protocol::{DeviceKind, EndReason, ShutdownKind, Trigger, Waiting};
 use crate::scheduling::{Affinity, Share, VcpuInfo};
@@ -20,7 +23,43 @@ use crate::traffic::Traffic;
 pub type MachineError = Box<dyn Error + Send + Sync>;
 
 /// The stream that a machine comes back from, behind its configuration.
-pub type SavedStream = Reader<Box<dyn Read + Send>>;
+pub type SavedStream = Reader<SavedInput>;
+
+/// Where a saved stream is read from: a descriptor, and what was read of it ahead.
+#[derive(Debug)]
+pub struct SavedInput {
+    ahead: io::Cursor<Vec<u8>>,
+    rest: File,
+}
+
+impl SavedInput {
+    pub fn new(ahead: Vec<u8>, rest: OwnedFd) -> SavedInput {
+        SavedInput {
+            ahead: io::Cursor::new(ahead),
+            rest: File::from(rest),
+        }
+    }
+
+    /// What was read ahead and is still to be read.
+    pub(crate) fn ahead(&self) -> &[u8] {
+        let read = self.ahead.position() as usize;
+        self.ahead.get_ref().get(read..).unwrap_or_default()
+    }
+
+    /// Where all that comes behind it is.
+    pub(crate) fn rest(&self) -> BorrowedFd<'_> {
+        self.rest.as_fd()
+    }
+}
+
+impl Read for SavedInput {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self.ahead.read(bytes)? {
+            0 => self.rest.read(bytes),
+            read => Ok(read),
+        }
+    }
+}
 
 /// A stream that a machine is saved to.
 pub type SaveStream<'a> = Writer<&'a mut dyn Write>;
@@ -38,10 +77,12 @@ pub struct MachineSpec<'a> {
     pub promised: Promised,
     /// Where the domain is entered.
     pub store: &'a StoreClient,
+    /// Where connections to the store come from; `None` where a keeper gives them.
+    pub place: Option<&'a Place>,
 }
 
 /// The state of a machine at one moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineInfo {
     /// Memory the guest has now, in KiB.
     pub memory_kib: u64,
@@ -59,6 +100,11 @@ pub struct MachineInfo {
 
 /// One machine. It is made paused. All methods may be called from any thread and, but for [`Machine::wait`] and [`Machine::make_ready`], return soon.
 pub trait Machine: Send + Sync {
+    /// The process that the guest is in.
+    fn process(&self) -> u32 {
+        std::process::id()
+    }
+
     /// Does what is left to do before the guest may start, and what may take long: once, when commands reach the machine already. [`Machine::destroy`] cuts it short.
     fn make_ready(&self) -> Result<(), MachineError> {
         Ok(())

@@ -1,7 +1,7 @@
 //! The domain process.
 
 use std::fs::File;
-use std::io::{BufReader, Read, Stdin, stderr, stdin, stdout};
+use std::io::{self, BufReader, Stdin, stderr, stdin, stdout};
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::hub::ConsoleHub;
 use crate::log::log;
 use crate::logfile::{LOG_MAX_BYTES, LogFile};
-use crate::machine::{MachineFactory, SavedStream};
+use crate::machine::{MachineFactory, SavedInput, SavedStream};
 use crate::protocol::{self, Arrival, Launch, Launched};
 use crate::store;
 use crate::supervisor::{Current, Supervisor};
@@ -64,9 +64,15 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
         }
     };
     let supervisor = Supervisor::new(factory, paths, hub, ending, launch.config, uuid, store);
-    let saved: Option<SavedStream> = launch
-        .restore
-        .then(|| Reader::continued(Box::new(input) as Box<dyn Read + Send>));
+    let saved = match launch.restore.then(|| saved_stream(&input)).transpose() {
+        Ok(saved) => saved,
+        Err(fault) => {
+            answer(&Launched::Error {
+                message: Error::Spawn(fault).to_string(),
+            });
+            return ExitCode::FAILURE;
+        }
+    };
     let next = launch.next.map(|next| *next);
     let accepted = || {
         // Where nobody hears it the stream ends as well.
@@ -181,6 +187,13 @@ fn read_launch(input: &mut BufReader<Stdin>) -> Result<Launch> {
             "this subcommand is started by create, not by hand".into(),
         )),
     }
+}
+
+/// The stream that follows the launch.
+fn saved_stream(input: &BufReader<Stdin>) -> io::Result<SavedStream> {
+    let rest = rustix::io::fcntl_dupfd_cloexec(stdin(), 3)?;
+    let ahead = input.buffer().to_vec();
+    Ok(Reader::continued(SavedInput::new(ahead, rest)))
 }
 
 /// Whether somebody waits for the answer.

@@ -21,6 +21,7 @@ use crate::guest_memory::guest_memory_bytes;
 use crate::log::log;
 use crate::logfile::{LOG_MAX_BYTES, LogFile};
 use crate::paths::Paths;
+use crate::state::wait_for_machine;
 
 /// The first id that Xen reserves (`DOMID_FIRST_RESERVED`): ids are below it.
 const FIRST_RESERVED_ID: u16 = 0x7ff0;
@@ -39,6 +40,9 @@ pub struct Record {
     pub uuid: Uuid,
     /// The domain process.
     pub pid: u32,
+    /// The process that the guest is in, where that is another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<u32>,
     /// When the domain was created, in seconds since 1970.
     pub created_unix_s: u64,
     /// What it has now, with all that was attached and taken away.
@@ -55,10 +59,16 @@ impl Record {
             name: config.name.clone(),
             uuid,
             pid: std::process::id(),
+            machine: None,
             created_unix_s: Utc::now().unix_s(),
             config: config.clone(),
             next: None,
         }
+    }
+
+    /// The process that the guest is in.
+    pub(crate) fn guest_process(&self) -> u32 {
+        self.machine.unwrap_or(self.pid)
     }
 }
 
@@ -75,7 +85,7 @@ impl Entry {
     pub(crate) fn promised_bytes(&self) -> u64 {
         let memory = self.record.config.memory_kib() << 10;
         // A process that is gone by now needs no more.
-        let used = guest_memory_bytes(self.record.pid).unwrap_or(memory);
+        let used = guest_memory_bytes(self.record.guest_process()).unwrap_or(memory);
         memory.saturating_sub(used)
     }
 }
@@ -163,6 +173,13 @@ impl Registry {
             };
             let dir = item.path();
             if !is_locked(&dir) {
+                if let Ok(Record {
+                    machine: Some(machine),
+                    ..
+                }) = read_record(&dir)
+                {
+                    wait_for_machine(machine);
+                }
                 self.note_death(&dir);
                 fs::remove_dir_all(&dir)
                     .map_err(at("cannot remove what is left of a dead domain in", &dir))?;

@@ -1,10 +1,13 @@
 //! The state of domains, by what they say themselves and, where they do not answer, by what is seen from outside.
 
+use std::fmt;
 use std::fs;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use hospes_units::DomId;
 
+use crate::MACHINE_SUBCOMMAND;
 use crate::each::{Answer, infos};
 use crate::error::Result;
 use crate::protocol::DomainInfo;
@@ -13,6 +16,9 @@ use crate::traffic::Traffic;
 
 /// How long all answers together may take where somebody waits for their sum.
 const SUM_PATIENCE: Duration = Duration::from_millis(500);
+/// How long the end of a guest's process is waited for that must come, and how often it is looked for.
+const DEATH_PATIENCE: Duration = Duration::from_secs(3);
+const DEATH_LOOK: Duration = Duration::from_millis(2);
 
 impl Entry {
     /// What the record alone says of a domain's state, and what is seen of its process.
@@ -24,7 +30,7 @@ impl Entry {
             memory_kib: self.record.config.memory_kib(),
             promised_kib: self.promised_bytes() >> 10,
             vcpus_online: self.record.config.vcpus,
-            cpu_time_ns: cpu_time_ns(self.record.pid).unwrap_or(0),
+            cpu_time_ns: cpu_time_ns(self.record.guest_process()).unwrap_or(0),
             running: false,
             blocked: false,
             paused: false,
@@ -46,6 +52,24 @@ impl Entry {
 pub(crate) fn process_stat(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     Some(stat.rsplit_once(") ")?.1.to_owned())
+}
+
+/// Waits for the end of a process that a guest was in and that dies of its keeper's death: until then it has what the domain had.
+pub(crate) fn wait_for_machine(pid: u32) {
+    let path = format!("/proc/{pid}/cmdline");
+    let is_there = || {
+        let words = fs::read(&path).unwrap_or_default();
+        words.split(|byte| *byte == 0).nth(1) == Some(MACHINE_SUBCOMMAND.as_bytes())
+    };
+    let deadline = Instant::now() + DEATH_PATIENCE;
+    while is_there() && Instant::now() < deadline {
+        std::thread::sleep(DEATH_LOOK);
+    }
+}
+
+/// Whether somebody has stopped a process.
+pub(crate) fn is_stopped(pid: u32) -> bool {
+    process_stat(pid).is_some_and(|stat| stat.starts_with('T'))
 }
 
 /// The time that a process has used by itself and in the kernel.
@@ -74,23 +98,30 @@ pub(crate) fn promised_bytes(registry: &Registry, except: DomId) -> Result<u64> 
 }
 
 /// What other domains may still take of the host's memory. It is asked anew whenever it counts, for they come, grow and go.
-#[derive(Clone, Debug)]
-pub struct Promised {
-    registry: Registry,
-    except: DomId,
-}
+#[derive(Clone)]
+pub struct Promised(Arc<dyn Fn() -> u64 + Send + Sync>);
 
 impl Promised {
     pub(crate) fn to_others_than(domid: DomId, registry: &Registry) -> Promised {
-        Promised {
-            registry: registry.clone(),
-            except: domid,
-        }
+        let registry = registry.clone();
+        // Where that cannot be found out, all is taken.
+        Promised::by(move || promised_bytes(&registry, domid).unwrap_or(u64::MAX))
     }
 
-    /// In bytes. Where that cannot be found out, all is taken.
+    /// By somebody who knows.
+    pub(crate) fn by(who: impl Fn() -> u64 + Send + Sync + 'static) -> Promised {
+        Promised(Arc::new(who))
+    }
+
+    /// In bytes.
     pub fn bytes(&self) -> u64 {
-        promised_bytes(&self.registry, self.except).unwrap_or(u64::MAX)
+        (self.0)()
+    }
+}
+
+impl fmt::Debug for Promised {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Promised")
     }
 }
 
@@ -100,7 +131,6 @@ mod tests {
     use std::io::{BufReader, Write};
     use std::os::unix::net::UnixListener;
     use std::thread;
-    use std::time::Instant;
 
     use hospes_config::Uuid;
     use rustix::fs::MemfdFlags;

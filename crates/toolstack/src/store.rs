@@ -30,7 +30,7 @@ const SWEEP_PAUSES: [Duration; 3] = [
 const PUBLIC_SOCKET: &str = "/var/run/xenstored/socket";
 
 /// The store process of these directories, which is started where it is needed and not there.
-fn place(paths: &Paths) -> Place {
+pub(crate) fn place(paths: &Paths) -> Place {
     let at = paths.clone();
     Place::new(&paths.run, Place::starter(move || command(&at)))
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hospes_config::{DomainConfig, EventAction, EventActions, Uuid};
-use hospes_store_server::StoreClient;
+use hospes_store_server::{Place, StoreClient};
 use hospes_units::DomId;
 
 use crate::clock::Utc;
@@ -23,6 +23,7 @@ use crate::registry::{Entry, Record, Registry, Slot};
 use crate::server::Server;
 use crate::standing::Standing;
 use crate::state::Promised;
+use crate::store;
 
 /// A domain that ended sooner than this after its start is restarted only then, so that one that cannot start does not
 /// take the whole host's time. xl waits as long before every restart.
@@ -76,6 +77,7 @@ pub(crate) enum StartError {
 pub(crate) struct Supervisor<'a> {
     factory: &'a dyn MachineFactory,
     store: StoreClient,
+    place: Place,
     paths: Paths,
     registry: Registry,
     hub: Arc<ConsoleHub>,
@@ -123,6 +125,7 @@ impl<'a> Supervisor<'a> {
         Supervisor {
             factory,
             store,
+            place: store::place(&paths),
             registry: Registry::new(&paths),
             paths,
             hub,
@@ -261,7 +264,7 @@ impl<'a> Supervisor<'a> {
     fn build(
         &self,
         slot: &Slot,
-        record: Record,
+        mut record: Record,
         saved: Option<SavedStream>,
         standing: Standing,
     ) -> std::result::Result<(Server, Arc<Instance>), StartError> {
@@ -272,6 +275,8 @@ impl<'a> Supervisor<'a> {
             None => self.factory.create(&spec, console),
         };
         let machine = machine.map_err(StartError::Machine)?;
+        record.machine = Some(machine.process()).filter(|process| *process != record.pid);
+        self.registry.update(slot.domid(), &record)?;
         self.hub.connect(Some(machine.clone()));
         let instance = Arc::new(Instance::new(
             slot.domid(),
@@ -292,6 +297,7 @@ impl<'a> Supervisor<'a> {
             config,
             promised: Promised::to_others_than(slot.domid(), &self.registry),
             store: &self.store,
+            place: Some(&self.place),
         }
     }
 

@@ -39,9 +39,18 @@ impl Bench {
 
     /// The process of a domain.
     pub fn pid(&self, id: u32) -> i32 {
+        self.process(id, "pid")
+    }
+
+    /// The process that the guest is in.
+    pub fn machine(&self, id: u32) -> i32 {
+        self.process(id, "machine")
+    }
+
+    fn process(&self, id: u32, which: &str) -> i32 {
         let text = std::fs::read(self.domain_dir(id).join("domain.json")).expect("a record");
         let record: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
-        i32::try_from(record["pid"].as_i64().expect("a pid")).expect("a pid")
+        i32::try_from(record[which].as_i64().expect("a pid")).expect("a pid")
     }
 
     pub fn command(&self) -> Command {

@@ -10,7 +10,11 @@ use crate::common::Bench;
 const SOON: Duration = Duration::from_millis(1500);
 
 fn signal(bench: &Bench, domid: u32, signal: Signal) {
-    let pid = Pid::from_raw(bench.pid(domid)).expect("not 0");
+    signal_process(bench.pid(domid), signal);
+}
+
+fn signal_process(pid: i32, signal: Signal) {
+    let pid = Pid::from_raw(pid).expect("not 0");
     kill_process(pid, signal).expect("its own child");
 }
 
@@ -57,5 +61,32 @@ fn lists_go_on_without_domains_that_are_stopped() {
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
     signal(&bench, 1, Signal::CONT);
     assert!(bench.ok(&["vcpu-list", "one"]).contains("one "));
+    assert!(bench.row("two").is_none());
+}
+
+#[test]
+fn domains_whose_machine_process_is_stopped_are_not_waited_for() {
+    let bench = Bench::new();
+    for name in ["one", "two"] {
+        bench.create(name, &[]);
+    }
+    let (first, second) = (bench.machine(1), bench.machine(2));
+    let begun = Instant::now();
+    signal_process(first, Signal::STOP);
+    signal_process(second, Signal::STOP);
+    let hint = format!(
+        "domain 1 does not answer: its process {first} is stopped; `kill -CONT {first}` lets it go on"
+    );
+    let listed = bench.run(&["list"]);
+    assert_eq!(listed.status.code(), Some(0));
+    let said = String::from_utf8(listed.stderr).expect("text");
+    assert!(said.contains(&hint), "{said}");
+    let said = bench.fails(1, &["pause", "one"]);
+    assert!(said.contains(&hint), "{said}");
+    bench.ok(&["destroy", "two"]);
+    // Less than the domain process waits for its machine process.
+    assert!(begun.elapsed() < SOON * 2, "{:?}", begun.elapsed());
+    signal_process(first, Signal::CONT);
+    bench.ok(&["pause", "one"]);
     assert!(bench.row("two").is_none());
 }

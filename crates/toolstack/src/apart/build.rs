@@ -1,0 +1,235 @@
+//! Starting a machine process, and answering what it asks.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use hospes_config::Uuid;
+use hospes_store_server::{Connector, Place, StoreClient};
+use hospes_units::DomId;
+
+use super::call::{Answer, Ask, Build, Call};
+use super::machine::{RemoteMachine, Silence};
+use super::process::Process;
+use super::wire::{Line, Wire};
+use super::{Keeper, Program, speech};
+use crate::MACHINE_SUBCOMMAND;
+use crate::error::Error;
+use crate::instance::lock;
+use crate::log::log;
+use crate::machine::{Machine, MachineError, MachineFactory, MachineSpec, SavedStream};
+use crate::state::Promised;
+
+/// Most questions that are answered at a time: a machine process has a thread for each device that may ask.
+const QUESTIONS_MAX: usize = 64;
+/// Bytes of a guest's output that are taken at a time.
+const OUTPUT_BYTES: usize = 16 << 10;
+
+/// Builds machines in processes of their own.
+pub struct Apart<P>(pub P);
+
+impl<P: Program> MachineFactory for Apart<P> {
+    fn create(
+        &self,
+        spec: &MachineSpec<'_>,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Arc<dyn Machine>, MachineError> {
+        self.start(spec, None, console)
+    }
+
+    fn restore(
+        &self,
+        spec: &MachineSpec<'_>,
+        saved: SavedStream,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Arc<dyn Machine>, MachineError> {
+        self.start(spec, Some(saved), console)
+    }
+
+    fn admit(&self, spec: &MachineSpec<'_>, passport: &str) -> Result<(), MachineError> {
+        self.0.admit(spec, passport)
+    }
+
+    fn shutdown_patience(&self) -> Duration {
+        self.0.shutdown_patience()
+    }
+
+    fn sweep(&self, run: &Path) -> Result<(), MachineError> {
+        self.0.sweep(run)
+    }
+}
+
+impl<P: Program> Apart<P> {
+    fn start(
+        &self,
+        spec: &MachineSpec<'_>,
+        saved: Option<SavedStream>,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Arc<dyn Machine>, MachineError> {
+        let (here, there) = UnixStream::pair()?;
+        let mut command = Command::new("/proc/self/exe");
+        command
+            .arg0(
+                std::env::args_os()
+                    .next()
+                    .unwrap_or_else(|| "hospes".into()),
+            )
+            .arg(MACHINE_SUBCOMMAND)
+            .arg(&spec.config.name)
+            .stdin(OwnedFd::from(there))
+            .stdout(Stdio::null());
+        let speech = speech::pass_on(&mut command)?;
+        let process = Process::start(&mut command).map_err(Error::Spawn)?;
+        // Its end of the pipe goes with it.
+        drop(command);
+        let keeper = self.0.keeper(spec, process.id())?;
+        let line = Arc::new(Line::keepers(here)?);
+        let identity = Arc::new(Identity {
+            domid: spec.domid,
+            uuid: Mutex::new(spec.uuid),
+            store: spec.store.clone(),
+        });
+        let questions = Questions {
+            keeper: Arc::clone(&keeper),
+            place: spec.place.cloned().ok_or("there is no store")?,
+            promised: spec.promised.clone(),
+            identity: Arc::clone(&identity),
+        };
+        let answering = answer_all(Arc::clone(&line), questions);
+        let silence = Arc::new(Silence::default());
+        let output = listen(console, Arc::clone(&silence))?;
+        let machine = RemoteMachine::new(
+            process,
+            line,
+            keeper,
+            identity,
+            spec.config.memory_max_kib(),
+            silence,
+            [answering, speech],
+        );
+        let saved = saved.map(SavedStream::into_inner);
+        let mut descriptors: Vec<BorrowedFd<'_>> = vec![output.as_fd()];
+        descriptors.extend(saved.as_ref().map(|saved| saved.rest()));
+        let ahead = saved.as_ref().map(|saved| saved.ahead()).unwrap_or(&[]);
+        let build = Build {
+            domid: spec.domid.0,
+            uuid: spec.uuid,
+            config: spec.config.clone(),
+            ahead: saved.is_some().then_some(ahead.len() as u32),
+        };
+        let wire = machine.call(&Call::Build(Box::new(build)), &descriptors)?;
+        wire.stream().write_all(ahead)?;
+        machine.answer::<()>(&wire)?;
+        Ok(Arc::new(machine))
+    }
+}
+
+/// Gives what a guest prints to `console`, in a thread. Returns where it is to be written.
+fn listen(mut console: Box<dyn Write + Send>, silence: Arc<Silence>) -> io::Result<UnixStream> {
+    let (mut here, there) = UnixStream::pair()?;
+    thread::Builder::new()
+        .name("output".into())
+        .spawn(move || {
+            let mut buffer = [0; OUTPUT_BYTES];
+            // The sink does not fail.
+            while let Ok(bytes @ 1..) = here.read(&mut buffer)
+                && console.write_all(&buffer[..bytes]).is_ok()
+            {}
+            silence.reach();
+        })?;
+    Ok(there)
+}
+
+/// What a machine process may ask.
+struct Questions {
+    keeper: Arc<dyn Keeper>,
+    place: Place,
+    promised: Promised,
+    identity: Arc<Identity>,
+}
+
+/// By what the store knows the domain.
+pub(super) struct Identity {
+    domid: DomId,
+    uuid: Mutex<Uuid>,
+    store: StoreClient,
+}
+
+impl Identity {
+    /// The domain gets another name and UUID.
+    pub(super) fn change(&self, name: &str, uuid: Uuid) -> Result<(), MachineError> {
+        let mut own = lock(&self.uuid);
+        self.store
+            .change_identity(self.domid, &uuid.to_string(), name)?;
+        *own = uuid;
+        Ok(())
+    }
+}
+
+/// Answers the questions of a machine process, until it is gone or sends what it must not.
+fn answer_all(line: Arc<Line>, questions: Questions) -> JoinHandle<()> {
+    let questions = Arc::new(questions);
+    let under_way = Arc::new(AtomicUsize::new(0));
+    thread::spawn(move || {
+        loop {
+            let (ask, wire) = match line.next::<Ask>() {
+                Ok(Some((ask, wire, _))) => (ask, wire),
+                Ok(None) => break,
+                Err(fault) => {
+                    log!("the machine process does not keep to the protocol: {fault}");
+                    break;
+                }
+            };
+            if under_way.fetch_add(1, Ordering::Relaxed) >= QUESTIONS_MAX {
+                under_way.fetch_sub(1, Ordering::Relaxed);
+                continue;
+            }
+            let (questions, counted) = (Arc::clone(&questions), Arc::clone(&under_way));
+            let answered = thread::Builder::new().spawn(move || {
+                questions.answer(ask, &wire);
+                counted.fetch_sub(1, Ordering::Relaxed);
+            });
+            if let Err(fault) = answered {
+                under_way.fetch_sub(1, Ordering::Relaxed);
+                log!("a question of the machine process stays without an answer: {fault}");
+            }
+        }
+        line.close();
+    })
+}
+
+impl Questions {
+    fn answer(&self, ask: Ask, wire: &Wire) {
+        let (answer, descriptors): (Answer, Vec<OwnedFd>) = match self.find(ask) {
+            Ok((value, descriptors)) => (Ok(value), descriptors),
+            Err(fault) => (Err(fault.to_string()), Vec::new()),
+        };
+        let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+        // A process that is gone needs no answer.
+        let _ = wire.send(&answer, &descriptors);
+    }
+
+    fn find(&self, ask: Ask) -> Result<(serde_json::Value, Vec<OwnedFd>), MachineError> {
+        let none = Vec::new();
+        Ok(match ask {
+            Ask::Store => {
+                let identity = &self.identity;
+                let uuid = lock(&identity.uuid);
+                let stream = self
+                    .place
+                    .connect_restricted(identity.domid, &uuid.to_string())?;
+                (serde_json::Value::Null, vec![OwnedFd::from(stream)])
+            }
+            Ask::StoreIsFull => (self.place.is_full().into(), none),
+            Ask::Promised => (self.promised.bytes().into(), none),
+            Ask::Program(ask) => self.keeper.answer(ask)?,
+        })
+    }
+}
