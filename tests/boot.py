@@ -11,6 +11,7 @@ the exit status is 0 when nothing failed.
 import functools
 import os
 import pathlib
+import re
 import signal
 import sys
 import tempfile
@@ -165,12 +166,12 @@ def listed(bench, name):
     return next((row for row in rows if row[0] == name), None)
 
 
-def domain_process(bench):
-    """The process of the only domain of this run."""
+def process(bench, subcommand):
+    """The process of the only domain of this run with this hidden subcommand."""
     for pid in bench.run.processes():
-        if b"__domain" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+        if subcommand in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
             return pid
-    raise Failure("the domain has no process")
+    raise Failure(f"the domain has no process {subcommand.decode()}")
 
 
 def obeys_commands(bench):
@@ -194,7 +195,7 @@ def obeys_commands(bench):
 
 
 def is_quiet_after_a_stop(bench, seconds):
-    """The domain process does not run for a while: time goes on, and the guest's watchdogs stay calm."""
+    """The machine process does not run for a while: time goes on, and the guest's watchdogs stay calm."""
     with bench.boot(command_line="quiet hospes.do=shell", name="stopped") as guest:
         guest.wait_for("guest# ", BOOT_S)
         # The clocks of the kernel and of user space, without a rest.
@@ -202,10 +203,10 @@ def is_quiet_after_a_stop(bench, seconds):
         guest.wait_for("guest# ", END_S)
         guest.send("echo up $(cut -d. -f1 /proc/uptime) before\n")
         before = int(guest.wait_for(r"\nup (\d+) before", END_S).group(1))
-        process = domain_process(bench)
-        os.kill(process, signal.SIGSTOP)
+        machine = process(bench, b"__machine")
+        os.kill(machine, signal.SIGSTOP)
         time.sleep(seconds)
-        os.kill(process, signal.SIGCONT)
+        os.kill(machine, signal.SIGCONT)
         # Long enough for the guest's watchdogs, which look every few seconds.
         time.sleep(6)
         guest.send("dmesg -r; echo up $(cut -d. -f1 /proc/uptime) after\n")
@@ -268,13 +269,59 @@ def leaves_nothing_when_killed(bench):
         with bench.boot(command_line="quiet hospes.do=idle", name="killed") as guest:
             guest.wait_for("HOSPES-GUEST ready", BOOT_S)
             if attempt == 0:
-                os.kill(domain_process(bench), signal.SIGKILL)
+                os.kill(process(bench, b"__domain"), signal.SIGKILL)
                 expect(guest.wait(END_S) == 1, "the domain process was killed and `create -c` ends well")
                 expect("SIGKILL" in guest.errors, f"`create -c` does not say what happened: {guest.errors}")
                 bench.expect_no_domain("killed")
             else:
                 obey(bench, "destroy", "killed")
                 expect(guest.wait(END_S) == 0, f"the domain was destroyed and `create -c` fails\n{guest.tail()}")
+
+
+def crashes_with_its_machine_process(bench):
+    """The guest's process is killed: the domain process lives on, says so and does what is to be done about a crash."""
+    with bench.boot(command_line="quiet hospes.do=idle", name="twice", settings=('on_crash="restart"',)) as guest:
+        guest.wait_for("HOSPES-GUEST ready", BOOT_S)
+        keeper, first = process(bench, b"__domain"), process(bench, b"__machine")
+        os.kill(first, signal.SIGKILL)
+        guest.wait_for("HOSPES-GUEST ready", BOOT_S)
+        expect(process(bench, b"__domain") == keeper, "the domain process is another")
+        expect(process(bench, b"__machine") != first, "the guest has come back in the process that was killed")
+        log = "".join(path.read_text(errors="replace") for path in pathlib.Path(bench.run.path).rglob("twice.log"))
+        expect("machine process has ended (signal: 9" in log, f"the log does not say how the guest ended: {log[-1000:]}")
+        obey(bench, "destroy", "twice")
+        guest.wait(END_S)
+    bench.expect_no_domain("twice")
+
+
+# What a machine process may have open beside memory and what has no path.
+OWN_FILES = ("/memfd:", "socket:", "pipe:", "anon_inode:", "/dev/null", "/proc/")
+
+
+def has_no_rights(bench):
+    """What the kernel shows of the process that the guest is in."""
+    with tempfile.TemporaryDirectory(prefix="hospes-wall-") as directory:
+        disk = image(directory, "disk.img", bytes(1 << 20))
+        with bench.boot(command_line="quiet hospes.do=idle", name="walled", disks=(vm.Disk(disk),)) as guest:
+            guest.wait_for("HOSPES-GUEST ready", BOOT_S)
+            machine = pathlib.Path("/proc") / str(process(bench, b"__machine"))
+            status = (machine / "status").read_text()
+            none = "\t" + 16 * "0" + "\n"
+            for wanted in ("Seccomp:\t2\n", "NoNewPrivs:\t1\n", f"CapEff:{none}", f"CapPrm:{none}", f"CapBnd:{none}", f"CapAmb:{none}"):
+                expect(wanted in status or os.geteuid() != 0 and "CapBnd" in wanted, f"the process's status has no {wanted!r}:\n{status}")
+            if os.geteuid() == 0:
+                users = re.search(r"\nUid:\t(\d+)\t(\d+)\t(\d+)\t(\d+)\nGid:\t(\d+)\t(\d+)\t(\d+)\t(\d+)\n", status).groups()
+                expect(len(set(users)) == 1 and int(users[0]) >= 0x7E000000, f"the process is the users and groups {users}")
+                expect("\nGroups:\t \n" in status, f"the process is in other groups:\n{status}")
+            tasks = [(task / "status").read_text() for task in (machine / "task").iterdir()]
+            expect(all("Seccomp:\t2\n" in task for task in tasks), "a thread of the process is not confined")
+            files = {os.readlink(entry) for entry in (machine / "fd").iterdir()}
+            others = {file for file in files if not file.startswith(OWN_FILES) and not file.endswith("walled.log")}
+            expect(others == {disk}, f"the process has these files open: {sorted(others)}")
+            log = "".join(path.read_text(errors="replace") for path in pathlib.Path(bench.run.path).rglob("walled.log"))
+            expect("The machine process is confined: " in log, f"the log does not tell what confines the process: {log}")
+            obey(bench, "destroy", "walled")
+            guest.wait(END_S)
 
 
 # ---- wrong input ----------------------------------------------------------------------------------------------------
@@ -367,6 +414,8 @@ def tests(boots):
     yield "is_quiet_after_a_stop", False, part(is_quiet_after_a_stop, seconds=10)
     yield "survives_a_killed_store", False, survives_a_killed_store
     yield "leaves_nothing_when_killed", False, leaves_nothing_when_killed
+    yield "crashes_with_its_machine_process", False, crashes_with_its_machine_process
+    yield "has_no_rights", False, has_no_rights
     for case in BAD_KERNELS:
         yield f"refuses_kernel_{case}", False, part(refuses_kernel, case=case)
     for case, settings in BAD_SETTINGS.items():

@@ -411,7 +411,7 @@ def total_mib(shell):
 def host_mib(bench, name):
     """What the host has given a domain for its guest's memory: the file's blocks, and what the process has of all shared memory."""
     directory = pathlib.Path(bench.run.environment()["HOSPES_RUN_DIR"]) / "domains" / bench.hospes("domid", name).strip()
-    process = pathlib.Path("/proc") / str(json.loads((directory / "domain.json").read_text())["pid"])
+    process = pathlib.Path("/proc") / str(json.loads((directory / "domain.json").read_text())["machine"])
     files = {
         os.stat(link).st_ino: os.stat(link).st_blocks for link in (process / "fd").iterdir() if "memfd:hospes-guest" in os.readlink(link)
     }
@@ -689,7 +689,7 @@ def processes_asked_to_end_shut_their_guests_down(bench):
     # As systemd ends a session: all processes at the same time, but for the command that tells us of the end.
     every = [
         pid for pid in bench.run.processes()
-        if {b"__domain", b"__store"} & set(pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+        if {b"__domain", b"__machine", b"__store"} & set(pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
     ]
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCONT):
         for pid in bench.run.address_spaces() + every:
