@@ -137,6 +137,18 @@ fn sockets_by_path() {
     std::fs::remove_file(&path).unwrap();
 }
 
+/// A port of this machine's own address.
+fn on_loopback(port: u16) -> libc::sockaddr_in {
+    libc::sockaddr_in {
+        sin_family: libc::AF_INET as u16,
+        sin_port: port.to_be(),
+        sin_addr: libc::in_addr {
+            s_addr: u32::from_be_bytes([127, 0, 0, 1]).to_be(),
+        },
+        sin_zero: [0; 8],
+    }
+}
+
 #[test]
 fn tcp() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -152,14 +164,7 @@ fn tcp() {
     if !has_rings() {
         return;
     }
-    let to = libc::sockaddr_in {
-        sin_family: libc::AF_INET as u16,
-        sin_port: port.to_be(),
-        sin_addr: libc::in_addr {
-            s_addr: u32::from_be_bytes([127, 0, 0, 1]).to_be(),
-        },
-        sin_zero: [0; 8],
-    };
+    let to = on_loopback(port);
     refused(
         NO_ACCESS,
         |walls| walls.landlock_abi >= 4,
@@ -182,14 +187,7 @@ fn networks_by_datagrams() {
     }
     let listener = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
-    let to = libc::sockaddr_in {
-        sin_family: libc::AF_INET as u16,
-        sin_port: port.to_be(),
-        sin_addr: libc::in_addr {
-            s_addr: u32::from_be_bytes([127, 0, 0, 1]).to_be(),
-        },
-        sin_zero: [0; 8],
-    };
+    let to = on_loopback(port);
     refused(
         -i64::from(libc::ENETUNREACH),
         |walls| walls.networkless,
