@@ -175,6 +175,17 @@ pub(crate) fn receive(
     })
 }
 
+/// A command that runs this program with a hidden subcommand.
+pub(crate) fn own_program(subcommand: &str) -> Command {
+    // The name by which this process was started may mean another program by now.
+    let mut command = Command::new("/proc/self/exe");
+    let name = std::env::args_os().next();
+    command
+        .arg0(name.unwrap_or_else(|| "hospes".into()))
+        .arg(subcommand);
+    command
+}
+
 /// Starts a domain process and waits for its answer.
 pub(crate) fn start_process(launch: &Launch) -> Result<Created> {
     start(launch, None)
@@ -208,14 +219,7 @@ impl Starting {
             .and_then(|mut log| log.append(b""))
             .map_err(at("cannot open the log", &log_path))?;
         let log = open_append(&log_path).map_err(at("cannot open the log", &log_path))?;
-        // The name by which the process was started may mean another program by now.
-        let mut child = Command::new("/proc/self/exe")
-            .arg0(
-                std::env::args_os()
-                    .next()
-                    .unwrap_or_else(|| "hospes".into()),
-            )
-            .arg(DOMAIN_SUBCOMMAND)
+        let mut child = own_program(DOMAIN_SUBCOMMAND)
             .arg(&name)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -1,7 +1,6 @@
 //! The store process of a run-time directory: where it is, how it is started, what it does.
 
 use std::io::{self, Write};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::thread;
@@ -13,6 +12,7 @@ use rustix::fs::Mode;
 
 use crate::STORE_SUBCOMMAND;
 use crate::error::{Error, Result};
+use crate::launch::own_program;
 use crate::log::log;
 use crate::logfile::{LOG_MAX_BYTES, LogFile, open_append};
 use crate::machine::MachineFactory;
@@ -40,15 +40,8 @@ fn command(paths: &Paths) -> io::Result<Command> {
     let log = paths.log.join("store.log");
     // Moves a log that has become too long out of the way.
     LogFile::open(&log, LOG_MAX_BYTES).and_then(|mut log| log.append(b""))?;
-    // The name by which this process was started may mean another program by now.
-    let mut command = Command::new("/proc/self/exe");
+    let mut command = own_program(STORE_SUBCOMMAND);
     command
-        .arg0(
-            std::env::args_os()
-                .next()
-                .unwrap_or_else(|| "hospes".into()),
-        )
-        .arg(STORE_SUBCOMMAND)
         .env(RUN_VARIABLE, &paths.run)
         .env(LOG_VARIABLE, &paths.log)
         .stderr(open_append(&log)?);

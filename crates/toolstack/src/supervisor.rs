@@ -38,7 +38,7 @@ enum Next {
     Preserve,
 }
 
-/// The action for an end. A core dump cannot be written yet; the rest of such an action is done.
+/// The action for an end, and what comes behind it.
 fn choose(reason: &EndReason, on: &EventActions) -> (Option<EventAction>, Next) {
     let action = match reason {
         EndReason::Poweroff => on.poweroff,

@@ -3,9 +3,8 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -23,6 +22,7 @@ use super::{Keeper, Program, speech};
 use crate::MACHINE_SUBCOMMAND;
 use crate::error::Error;
 use crate::instance::lock;
+use crate::launch::own_program;
 use crate::log::log;
 use crate::machine::{Machine, MachineError, MachineFactory, MachineSpec, SavedStream};
 use crate::state::Promised;
@@ -74,14 +74,8 @@ impl<P: Program> Apart<P> {
         console: Box<dyn Write + Send>,
     ) -> Result<Arc<dyn Machine>, MachineError> {
         let (here, there) = UnixStream::pair()?;
-        let mut command = Command::new("/proc/self/exe");
+        let mut command = own_program(MACHINE_SUBCOMMAND);
         command
-            .arg0(
-                std::env::args_os()
-                    .next()
-                    .unwrap_or_else(|| "hospes".into()),
-            )
-            .arg(MACHINE_SUBCOMMAND)
             .arg(&spec.config.name)
             .stdin(OwnedFd::from(there))
             .stdout(Stdio::null());

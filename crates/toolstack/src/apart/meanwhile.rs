@@ -23,6 +23,9 @@ pub(super) struct Meanwhile<'a, 'b> {
     pub(super) piece: Option<Piece<'a>>,
 }
 
+/// What to say of a connection that has ended too soon.
+type Lost<'a> = &'a dyn Fn(io::Error) -> MachineError;
+
 impl Meanwhile<'_, '_> {
     /// Nothing.
     pub(super) fn none() -> Self {
@@ -35,12 +38,7 @@ impl Meanwhile<'_, '_> {
             piece: None,
         }
     }
-}
 
-/// What to say of a connection that has ended too soon.
-type Lost<'a> = &'a dyn Fn(io::Error) -> MachineError;
-
-impl Meanwhile<'_, '_> {
     /// Does what a message says, with the bytes that follow it.
     pub(super) fn obey(
         &mut self,
