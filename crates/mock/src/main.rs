@@ -38,6 +38,9 @@ struct State {
     line: Vec<u8>,
     started: bool,
     paused: bool,
+    ready: bool,
+    /// What it was asked for before it was ready to start: no guest ends before.
+    asked: Option<EndReason>,
     end: Option<EndReason>,
     /// The last line that was no command.
     heard: String,
@@ -126,7 +129,14 @@ impl Machine for Mock {
         wait_while(|| self.unready.exists() && !self.has_ended());
         match self.has_ended() {
             true => Err("it has ended before it was ready".into()),
-            false => Ok(()),
+            false => {
+                let mut state = self.lock();
+                state.ready = true;
+                if let Some(reason) = state.asked.take() {
+                    self.end(&mut state, reason);
+                }
+                Ok(())
+            }
         }
     }
 
@@ -152,7 +162,10 @@ impl Machine for Mock {
             ShutdownKind::Poweroff => EndReason::Poweroff,
             ShutdownKind::Reboot => EndReason::Reboot,
         };
-        self.end(&mut state, reason);
+        match state.ready {
+            true => self.end(&mut state, reason),
+            false => state.asked = Some(reason),
+        }
         Ok(())
     }
 
@@ -535,6 +548,8 @@ fn make(
             console,
             line: Vec::new(),
             started: false,
+            ready: false,
+            asked: None,
             paused: true,
             end: None,
             heard,

