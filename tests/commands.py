@@ -10,6 +10,7 @@ note. The last line is "N passed, N failed"; the exit status is 0 when nothing f
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -70,6 +71,8 @@ class Bench(Place):
 class Shell(network.Shell):
     """A guest with a shell on its console and the drivers of all devices."""
 
+    COUNTS = itertools.count(1000, 1000)
+
     def __init__(self, bench, name, **more):
         more.setdefault("memory_mb", 256)
         self.spec = vm.Spec(ramdisk="initramfs-devices.cpio", command_line="quiet", name=name, **more)
@@ -88,8 +91,8 @@ class Shell(network.Shell):
         shell = cls.__new__(cls)
         vm.Guest.__init__(shell, bench.command(vm.hospes_binary(), "console", name), bench.run.environment())
         bench.stack.enter_context(shell)
-        # Behind the last output, which is shown first.
-        shell.name, shell.count = name, 1000
+        # Behind the last output, which is shown first, with the marks of others.
+        shell.name, shell.count = name, next(cls.COUNTS)
         return shell
 
     def until(self, condition):

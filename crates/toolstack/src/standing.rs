@@ -1,5 +1,7 @@
 //! Where a domain stands between two hosts, and so who may let its guest run.
 
+use std::time::{Duration, Instant};
+
 use hospes_config::Uuid;
 
 use crate::ending::Ending;
@@ -19,6 +21,10 @@ pub(crate) enum Standing {
     /// The user decides, for this reason. As before, name and UUID are those that it had.
     Held(String, Option<(String, Uuid)>),
 }
+
+/// How long a held domain that is to go on waits for its devices, and how often it tries.
+const PATIENCE: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What is said to those who want something of a domain that is not here yet.
 const ARRIVING: &str = "it is on its way here from another host: try again when it has arrived";
@@ -80,8 +86,20 @@ impl Instance {
         Ok(())
     }
 
-    /// Unpauses the domain. One that is held goes on here, as the user says that it runs nowhere else.
+    /// Unpauses the domain. One that is held goes on here, as the user says that it runs nowhere else; who had its devices may be about to end.
     pub(crate) fn unpause(&self) -> std::result::Result<(), ChangeError> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.unpause_now() {
+                Err(ChangeError::Machine(_)) if Instant::now() < deadline => {
+                    std::thread::sleep(LOOK);
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn unpause_now(&self) -> std::result::Result<(), ChangeError> {
         let mut standing = lock(&self.standing);
         match &mut *standing {
             Standing::Arriving => return Err(ChangeError::Moving(ARRIVING)),
@@ -90,11 +108,19 @@ impl Instance {
             Standing::Here | Standing::Leaving(Some(_)) => self.machine().unpause(),
             Standing::Held(_, identity) => {
                 // Where it runs on this host after all, this is what is refused.
-                if let Some((name, uuid)) = identity {
-                    self.become_another(name, *uuid)?;
-                    *identity = None;
+                if let Some((name, _)) = identity {
+                    self.check_free(name)?;
                 }
                 self.machine().take_again().map_err(ChangeError::Machine)?;
+                if let Some((name, uuid)) = identity
+                    && let Err(fault) = self.become_another(name, *uuid)
+                {
+                    // It stays as it was.
+                    if let Err(fault) = self.machine().let_go() {
+                        log!("The devices are not let go of: {fault}");
+                    }
+                    return Err(fault);
+                }
                 *standing = Standing::Here;
                 log!("The domain goes on here, as the user wishes");
                 self.machine().unpause();

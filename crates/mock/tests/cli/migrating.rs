@@ -290,7 +290,18 @@ fn domain_that_does_not_run_there_goes_on_here_when_the_user_says_so() {
         names(&bench) == ["one--migratedaway"]
     });
     assert_eq!(said(&bench, "resumed"), 0);
-    bench.ok(&["unpause", "one--migratedaway"]);
+    // It stays held as it is while its devices cannot be had.
+    let taken = bench.path("kernel.taken");
+    fs::write(&taken, "").expect("writable");
+    let refused = bench.fails(1, &["unpause", "one--migratedaway"]);
+    assert!(refused.contains("the disk is taken"), "{refused}");
+    assert_eq!(names(&bench), ["one--migratedaway"]);
+    assert_eq!(said(&bench, "resumed"), 0);
+    // Who has them may be about to end.
+    let mut unpausing = bench.spawn(&["unpause", "one--migratedaway"]);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    fs::remove_file(&taken).expect("it was there");
+    assert_eq!(unpausing.wait(), Some(0));
     assert_eq!(names(&bench), ["one"]);
     assert_eq!(bench.row("one").expect("it runs")[4], "-b----");
     until_said(&bench, "resumed", 1);
