@@ -28,7 +28,8 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use hospes_toolstack::{
-    DOMAIN_SUBCOMMAND, MachineFactory, STORE_SUBCOMMAND, domain_process, store_process,
+    DOMAIN_SUBCOMMAND, MACHINE_SUBCOMMAND, Program, STORE_SUBCOMMAND, domain_process,
+    machine_process, store_process,
 };
 use lexopt::Arg;
 
@@ -68,10 +69,7 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 pub(crate) type Outcome = Result<(), Failure>;
 
 /// The program: `arguments` begin with its own name, by which it calls itself in messages.
-pub fn run(
-    arguments: impl IntoIterator<Item = OsString>,
-    factory: &dyn MachineFactory,
-) -> ExitCode {
+pub fn run(arguments: impl IntoIterator<Item = OsString>, machines: &dyn Program) -> ExitCode {
     let mut arguments = arguments.into_iter();
     let program = arguments
         .next()
@@ -112,8 +110,9 @@ pub fn run(
         }
     };
     match command.as_str() {
-        DOMAIN_SUBCOMMAND => return domain_process(factory),
-        STORE_SUBCOMMAND => return store_process(factory),
+        DOMAIN_SUBCOMMAND => return domain_process(machines),
+        MACHINE_SUBCOMMAND => return machine_process(machines),
+        STORE_SUBCOMMAND => return store_process(machines),
         _ => {}
     }
     let Some(command) = table::find(&command) else {

@@ -22,14 +22,14 @@ use std::time::Duration;
 
 use hospes_migration::Record;
 use hospes_toolstack::{
-    Apart, Asker, Device, DeviceKind, Keeper, MACHINE_SUBCOMMAND, Machine, MachineError,
-    MachineSpec, Program, SavedStream, Share, machine_process,
+    Asker, Device, DeviceKind, Keeper, Machine, MachineError, MachineSpec, Program, SavedStream,
+    Share,
 };
 use serde_json::Value;
 
 use machine::{HOST_BYTES, make};
 
-struct Factory;
+struct Mocks;
 
 /// What such a machine asks its keeper for: nothing.
 struct NoKeeper;
@@ -52,7 +52,7 @@ impl Keeper for NoKeeper {
     fn release(&self) {}
 }
 
-impl Program for Factory {
+impl Program for Mocks {
     fn keeper(&self, _: &MachineSpec<'_>, _: u32) -> Result<Arc<dyn Keeper>, MachineError> {
         Ok(Arc::new(NoKeeper))
     }
@@ -109,11 +109,5 @@ impl Program for Factory {
 }
 
 fn main() -> ExitCode {
-    if std::env::args_os()
-        .nth(1)
-        .is_some_and(|word| word == MACHINE_SUBCOMMAND)
-    {
-        return machine_process(&Factory);
-    }
-    hospes_cli::run(std::env::args_os(), &Apart(Factory))
+    hospes_cli::run(std::env::args_os(), &Mocks)
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use hospes_config::{DiskConfig, DomainConfig, Uuid, Vdev, VifConfig};
 use hospes_units::DomId;
 
+use crate::apart::RemoteMachine;
 use crate::busy::Line;
 use crate::error::{Error, Result};
 use crate::hub::ConsoleHub;
@@ -49,7 +50,7 @@ pub(crate) struct Instance {
     pub(crate) deaf: Mutex<bool>,
     pub(crate) line: Mutex<Line>,
     pub(crate) standing: Mutex<Standing>,
-    machine: Arc<dyn Machine>,
+    machine: Arc<RemoteMachine>,
     hub: Arc<ConsoleHub>,
     progress: Mutex<Progress>,
     changed: Condvar,
@@ -91,7 +92,7 @@ impl Instance {
         domid: DomId,
         registry: Registry,
         record: Record,
-        machine: Arc<dyn Machine>,
+        machine: Arc<RemoteMachine>,
         hub: Arc<ConsoleHub>,
     ) -> Instance {
         Instance {

@@ -10,7 +10,7 @@
 //! | `console.sock` | the console's bytes, both ways, beginning with the last output |
 //!
 //! [`Host`] is the side of the commands, [`domain_process`] the side of the domain. The machine itself is behind
-//! [`Machine`] and [`MachineFactory`]: nothing here knows how a guest is executed.
+//! [`Machine`] and [`Program`]: nothing here knows how a guest is executed.
 //!
 //! Trust: directories are 0700 and sockets 0600; a peer has to have the same user id or be root, and everything it
 //! sends is bounded and checked. What the guest prints is bounded too: history, queues and log files have limits.
@@ -51,7 +51,7 @@ mod supervisor;
 mod target;
 mod traffic;
 
-pub use apart::{Apart, Asker, Device, Keeper, Program, machine_process};
+pub use apart::{Asker, Device, Keeper, Program, machine_process};
 pub use client::{Host, Watch};
 pub use each::{Answer, Answers};
 pub use error::{Error, Result};
@@ -59,8 +59,7 @@ pub use handover::{MoveOptions, MoveWatcher};
 pub use hospes_migration::LiveRound;
 pub use launch::{CreateRequest, Created, random_uuid};
 pub use machine::{
-    Machine, MachineError, MachineFactory, MachineInfo, MachineSpec, Piece, SaveStream, SavedInput,
-    SavedStream,
+    Machine, MachineError, MachineInfo, MachineSpec, Piece, SaveStream, SavedInput, SavedStream,
 };
 pub use paths::Paths;
 pub use process::domain_process;

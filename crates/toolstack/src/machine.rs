@@ -5,13 +5,10 @@ use std::error::Error;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
 
 use hospes_config::{DiskConfig, DomainConfig, Uuid, VifConfig};
 use hospes_migration::{LiveRound, Reader, Writer};
-use hospes_store_server::{Place, StoreClient};
+use hospes_store_server::StoreClient;
 use hospes_units::DomId;
 use serde::{Deserialize, Serialize};
 
@@ -77,8 +74,6 @@ pub struct MachineSpec<'a> {
     pub promised: Promised,
     /// Where the domain is entered.
     pub store: &'a StoreClient,
-    /// Where connections to the store come from; `None` where a keeper gives them.
-    pub place: Option<&'a Place>,
 }
 
 /// The state of a machine at one moment.
@@ -100,11 +95,6 @@ pub struct MachineInfo {
 
 /// One machine. It is made paused. All methods may be called from any thread and, but for [`Machine::wait`] and [`Machine::make_ready`], return soon.
 pub trait Machine: Send + Sync {
-    /// The process that the guest is in.
-    fn process(&self) -> u32 {
-        std::process::id()
-    }
-
     /// Does what is left to do before the guest may start, and what may take long: once, when commands reach the machine already. [`Machine::destroy`] cuts it short.
     fn make_ready(&self) -> Result<(), MachineError> {
         Ok(())
@@ -194,12 +184,6 @@ pub trait Machine: Send + Sync {
         Ok(())
     }
 
-    /// As [`Machine::rename`], of a machine whose UUID goes to another as well.
-    fn become_another(&self, name: &str, uuid: Uuid) -> Result<(), MachineError> {
-        let _ = (name, uuid);
-        Ok(())
-    }
-
     /// Gives a core file of the guest, which may run on meanwhile or have ended, in pieces; returns its size in bytes.
     fn dump_core(&self, piece: Piece<'_>) -> Result<u64, MachineError> {
         let _ = piece;
@@ -275,7 +259,7 @@ pub trait Machine: Send + Sync {
         Err(cannot("be saved"))
     }
 
-    /// What the machine shows of itself to the host it is to move to, for [`MachineFactory::admit`]. Refuses what could not be moved now.
+    /// What the machine shows of itself to the host it is to move to, for [`Program::admit`](crate::Program::admit). Refuses what could not be moved now.
     fn passport(&self) -> Result<String, MachineError> {
         Err(cannot("be migrated"))
     }
@@ -305,43 +289,4 @@ pub trait Machine: Send + Sync {
 
 fn cannot(what: &str) -> MachineError {
     format!("this kind of domain cannot {what}").into()
-}
-
-/// Builds machines.
-pub trait MachineFactory: Send + Sync {
-    /// Builds a machine, paused. What the guest prints goes to `console`, which never blocks for long. The error is a
-    /// sentence for the user.
-    fn create(
-        &self,
-        spec: &MachineSpec<'_>,
-        console: Box<dyn Write + Send>,
-    ) -> Result<Arc<dyn Machine>, MachineError>;
-
-    /// Builds a machine, paused, that goes on where another was saved.
-    fn restore(
-        &self,
-        spec: &MachineSpec<'_>,
-        saved: SavedStream,
-        console: Box<dyn Write + Send>,
-    ) -> Result<Arc<dyn Machine>, MachineError> {
-        let _ = (spec, saved, console);
-        Err(cannot("be restored"))
-    }
-
-    /// Whether a machine with this passport could come here now, as far as can be told before it does.
-    fn admit(&self, spec: &MachineSpec<'_>, passport: &str) -> Result<(), MachineError> {
-        let _ = (spec, passport);
-        Ok(())
-    }
-
-    /// How long a guest may take to shut down when its process is asked to end: less than systemd waits before it kills (90 s).
-    fn shutdown_patience(&self) -> Duration {
-        Duration::from_secs(60)
-    }
-
-    /// Removes from the host what machines left whose processes were killed; those that live keep what they have.
-    fn sweep(&self, run: &Path) -> Result<(), MachineError> {
-        let _ = run;
-        Ok(())
-    }
 }

@@ -9,12 +9,13 @@ use hospes_migration::Reader;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::Mode;
 
+use crate::apart::Program;
 use crate::ending::Ending;
 use crate::error::{Error, Result};
 use crate::hub::ConsoleHub;
 use crate::log::log;
 use crate::logfile::{LOG_MAX_BYTES, LogFile};
-use crate::machine::{MachineFactory, SavedInput, SavedStream};
+use crate::machine::{SavedInput, SavedStream};
 use crate::protocol::{self, Arrival, Launch, Launched};
 use crate::store;
 use crate::supervisor::{Current, Supervisor};
@@ -23,9 +24,9 @@ use crate::supervisor::{Current, Supervisor};
 const INPUT_BUFFER: usize = 1 << 20;
 
 /// What the hidden subcommand [`crate::DOMAIN_SUBCOMMAND`] does: one domain, until it has ended.
-pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
+pub fn domain_process(program: &dyn Program) -> ExitCode {
     detach();
-    let ending = Ending::new(factory.shutdown_patience());
+    let ending = Ending::new(program.shutdown_patience());
     ending.listen();
     let mut input = BufReader::with_capacity(INPUT_BUFFER, stdin());
     let launch = match read_launch(&mut input) {
@@ -63,7 +64,7 @@ pub fn domain_process(factory: &dyn MachineFactory) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let supervisor = Supervisor::new(factory, paths, hub, ending, launch.config, uuid, store);
+    let supervisor = Supervisor::new(program, paths, hub, ending, launch.config, uuid, store);
     let saved = match launch.restore.then(|| saved_stream(&input)).transpose() {
         Ok(saved) => saved,
         Err(fault) => {

@@ -40,7 +40,7 @@ pub struct Record {
     pub uuid: Uuid,
     /// The domain process.
     pub pid: u32,
-    /// The process that the guest is in, where that is another.
+    /// The machine process, once there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<u32>,
     /// When the domain was created, in seconds since 1970.

@@ -11,11 +11,11 @@ use hospes_units::DomId;
 use rustix::fs::Mode;
 
 use crate::STORE_SUBCOMMAND;
+use crate::apart::Program;
 use crate::error::{Error, Result};
 use crate::launch::own_program;
 use crate::log::log;
 use crate::logfile::{LOG_MAX_BYTES, LogFile, open_append};
-use crate::machine::MachineFactory;
 use crate::paths::{DEFAULT_RUN, LOG_VARIABLE, Paths, RUN_VARIABLE};
 use crate::registry::is_locked;
 
@@ -55,7 +55,7 @@ pub(crate) fn client(paths: &Paths) -> Result<StoreClient> {
 }
 
 /// What the hidden subcommand [`STORE_SUBCOMMAND`] does: the store, for as long as somebody needs it.
-pub fn store_process(factory: &dyn MachineFactory) -> ExitCode {
+pub fn store_process(program: &dyn Program) -> ExitCode {
     // Fails for the leader of a process group: then a shell started it, by hand.
     let _ = rustix::process::setsid();
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
@@ -76,7 +76,7 @@ pub fn store_process(factory: &dyn MachineFactory) -> ExitCode {
     let place = place(&paths);
     let result = thread::scope(|scope| {
         let sweep = || {
-            scope.spawn(|| sweep(factory, &paths));
+            scope.spawn(|| sweep(program, &paths));
         };
         let around = Surroundings {
             is_alive: &|domid: DomId| is_locked(&paths.run.join("domains").join(domid.to_string())),
@@ -103,10 +103,10 @@ pub fn store_process(factory: &dyn MachineFactory) -> ExitCode {
 /// Removes what killed domains left of the host's devices. Another process would do that with its next domain: there may be none.
 ///
 /// A killed process lets go of what it had one after the other, so it is looked again.
-fn sweep(factory: &dyn MachineFactory, paths: &Paths) {
+fn sweep(program: &dyn Program, paths: &Paths) {
     for pause in SWEEP_PAUSES {
         thread::sleep(pause);
-        if let Err(fault) = factory.sweep(&paths.run) {
+        if let Err(fault) = program.sweep(&paths.run) {
             log!("cannot remove what a killed domain left: {fault}");
         }
     }

@@ -8,6 +8,7 @@ use hospes_config::{DomainConfig, EventAction, EventActions, Uuid};
 use hospes_store_server::{Place, StoreClient};
 use hospes_units::DomId;
 
+use crate::apart::{self, Program};
 use crate::clock::Utc;
 use crate::dumping;
 use crate::ending::{Ending, Unmade};
@@ -16,7 +17,7 @@ use crate::hub::ConsoleHub;
 use crate::instance::{ChangeError, FAREWELL, Instance};
 use crate::launch;
 use crate::log::log;
-use crate::machine::{MachineError, MachineFactory, MachineSpec, SavedStream};
+use crate::machine::{MachineError, MachineSpec, SavedStream};
 use crate::paths::Paths;
 use crate::protocol::{EndReason, Launch, incoming_name};
 use crate::registry::{Entry, Record, Registry, Slot};
@@ -75,7 +76,7 @@ pub(crate) enum StartError {
 
 /// The domain of this process, through all its restarts.
 pub(crate) struct Supervisor<'a> {
-    factory: &'a dyn MachineFactory,
+    program: &'a dyn Program,
     store: StoreClient,
     place: Place,
     paths: Paths,
@@ -114,7 +115,7 @@ impl StartError {
 
 impl<'a> Supervisor<'a> {
     pub(crate) fn new(
-        factory: &'a dyn MachineFactory,
+        program: &'a dyn Program,
         paths: Paths,
         hub: Arc<ConsoleHub>,
         ending: Arc<Ending>,
@@ -123,7 +124,7 @@ impl<'a> Supervisor<'a> {
         store: StoreClient,
     ) -> Supervisor<'a> {
         Supervisor {
-            factory,
+            program,
             store,
             place: store::place(&paths),
             registry: Registry::new(&paths),
@@ -202,7 +203,7 @@ impl<'a> Supervisor<'a> {
 
     fn admit(&self, slot: &Slot, passport: &str) -> std::result::Result<(), StartError> {
         let spec = self.spec(slot, &self.config);
-        let admitted = self.factory.admit(&spec, passport);
+        let admitted = self.program.admit(&spec, passport);
         admitted.map_err(StartError::Machine)
     }
 
@@ -269,13 +270,10 @@ impl<'a> Supervisor<'a> {
         standing: Standing,
     ) -> std::result::Result<(Server, Arc<Instance>), StartError> {
         let spec = self.spec(slot, &record.config);
-        let console = self.hub.writer();
-        let machine = match saved {
-            Some(saved) => self.factory.restore(&spec, saved, console),
-            None => self.factory.create(&spec, console),
-        };
-        let machine = machine.map_err(StartError::Machine)?;
-        record.machine = Some(machine.process()).filter(|process| *process != record.pid);
+        let (place, console) = (self.place.clone(), self.hub.writer());
+        let machine = apart::start(self.program, &spec, place, saved, console);
+        let machine = Arc::new(machine.map_err(StartError::Machine)?);
+        record.machine = Some(machine.process());
         self.registry.update(slot.domid(), &record)?;
         self.hub.connect(Some(machine.clone()));
         let instance = Arc::new(Instance::new(
@@ -297,7 +295,6 @@ impl<'a> Supervisor<'a> {
             config,
             promised: Promised::to_others_than(slot.domid(), &self.registry),
             store: &self.store,
-            place: Some(&self.place),
         }
     }
 

@@ -3,12 +3,10 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use hospes_config::Uuid;
 use hospes_store_server::{Connector, Place, StoreClient};
@@ -24,7 +22,7 @@ use crate::error::Error;
 use crate::instance::lock;
 use crate::launch::own_program;
 use crate::log::log;
-use crate::machine::{Machine, MachineError, MachineFactory, MachineSpec, SavedStream};
+use crate::machine::{MachineError, MachineSpec, SavedStream};
 use crate::state::Promised;
 
 /// Most questions that are answered at a time: a machine process has a thread for each device that may ask.
@@ -32,99 +30,64 @@ const QUESTIONS_MAX: usize = 64;
 /// Bytes of a guest's output that are taken at a time.
 const OUTPUT_BYTES: usize = 16 << 10;
 
-/// Builds machines in processes of their own.
-pub struct Apart<P>(pub P);
-
-impl<P: Program> MachineFactory for Apart<P> {
-    fn create(
-        &self,
-        spec: &MachineSpec<'_>,
-        console: Box<dyn Write + Send>,
-    ) -> Result<Arc<dyn Machine>, MachineError> {
-        self.start(spec, None, console)
-    }
-
-    fn restore(
-        &self,
-        spec: &MachineSpec<'_>,
-        saved: SavedStream,
-        console: Box<dyn Write + Send>,
-    ) -> Result<Arc<dyn Machine>, MachineError> {
-        self.start(spec, Some(saved), console)
-    }
-
-    fn admit(&self, spec: &MachineSpec<'_>, passport: &str) -> Result<(), MachineError> {
-        self.0.admit(spec, passport)
-    }
-
-    fn shutdown_patience(&self) -> Duration {
-        self.0.shutdown_patience()
-    }
-
-    fn sweep(&self, run: &Path) -> Result<(), MachineError> {
-        self.0.sweep(run)
-    }
+/// Builds a machine, as it says at [`Program::build`], in a process of its own, which is given connections to the store at `place`.
+pub(crate) fn start(
+    program: &dyn Program,
+    spec: &MachineSpec<'_>,
+    place: Place,
+    saved: Option<SavedStream>,
+    console: Box<dyn Write + Send>,
+) -> Result<RemoteMachine, MachineError> {
+    let (here, there) = UnixStream::pair()?;
+    let mut command = own_program(MACHINE_SUBCOMMAND);
+    command
+        .arg(&spec.config.name)
+        .stdin(OwnedFd::from(there))
+        .stdout(Stdio::null());
+    let speech = speech::pass_on(&mut command)?;
+    let process = Process::start(&mut command).map_err(Error::Spawn)?;
+    // Its end of the pipe goes with it.
+    drop(command);
+    let keeper = program.keeper(spec, process.id())?;
+    let line = Arc::new(Line::keepers(here)?);
+    let identity = Arc::new(Identity {
+        domid: spec.domid,
+        uuid: Mutex::new(spec.uuid),
+        store: spec.store.clone(),
+    });
+    let questions = Questions {
+        keeper: Arc::clone(&keeper),
+        place,
+        promised: spec.promised.clone(),
+        identity: Arc::clone(&identity),
+    };
+    let answering = answer_all(Arc::clone(&line), questions);
+    let silence = Arc::new(Silence::default());
+    let output = listen(console, Arc::clone(&silence))?;
+    let machine = RemoteMachine::new(
+        process,
+        line,
+        keeper,
+        identity,
+        spec.config.memory_max_kib(),
+        silence,
+        [answering, speech],
+    );
+    let saved = saved.map(SavedStream::into_inner);
+    let mut descriptors: Vec<BorrowedFd<'_>> = vec![output.as_fd()];
+    descriptors.extend(saved.as_ref().map(|saved| saved.rest()));
+    let ahead = saved.as_ref().map(|saved| saved.ahead()).unwrap_or(&[]);
+    let build = Build {
+        domid: spec.domid.0,
+        uuid: spec.uuid,
+        config: spec.config.clone(),
+        ahead: saved.is_some().then_some(ahead.len() as u32),
+    };
+    let wire = machine.call(&Call::Build(Box::new(build)), &descriptors)?;
+    wire.stream().write_all(ahead)?;
+    machine.answer::<()>(&wire)?;
+    Ok(machine)
 }
-
-impl<P: Program> Apart<P> {
-    fn start(
-        &self,
-        spec: &MachineSpec<'_>,
-        saved: Option<SavedStream>,
-        console: Box<dyn Write + Send>,
-    ) -> Result<Arc<dyn Machine>, MachineError> {
-        let (here, there) = UnixStream::pair()?;
-        let mut command = own_program(MACHINE_SUBCOMMAND);
-        command
-            .arg(&spec.config.name)
-            .stdin(OwnedFd::from(there))
-            .stdout(Stdio::null());
-        let speech = speech::pass_on(&mut command)?;
-        let process = Process::start(&mut command).map_err(Error::Spawn)?;
-        // Its end of the pipe goes with it.
-        drop(command);
-        let keeper = self.0.keeper(spec, process.id())?;
-        let line = Arc::new(Line::keepers(here)?);
-        let identity = Arc::new(Identity {
-            domid: spec.domid,
-            uuid: Mutex::new(spec.uuid),
-            store: spec.store.clone(),
-        });
-        let questions = Questions {
-            keeper: Arc::clone(&keeper),
-            place: spec.place.cloned().ok_or("there is no store")?,
-            promised: spec.promised.clone(),
-            identity: Arc::clone(&identity),
-        };
-        let answering = answer_all(Arc::clone(&line), questions);
-        let silence = Arc::new(Silence::default());
-        let output = listen(console, Arc::clone(&silence))?;
-        let machine = RemoteMachine::new(
-            process,
-            line,
-            keeper,
-            identity,
-            spec.config.memory_max_kib(),
-            silence,
-            [answering, speech],
-        );
-        let saved = saved.map(SavedStream::into_inner);
-        let mut descriptors: Vec<BorrowedFd<'_>> = vec![output.as_fd()];
-        descriptors.extend(saved.as_ref().map(|saved| saved.rest()));
-        let ahead = saved.as_ref().map(|saved| saved.ahead()).unwrap_or(&[]);
-        let build = Build {
-            domid: spec.domid.0,
-            uuid: spec.uuid,
-            config: spec.config.clone(),
-            ahead: saved.is_some().then_some(ahead.len() as u32),
-        };
-        let wire = machine.call(&Call::Build(Box::new(build)), &descriptors)?;
-        wire.stream().write_all(ahead)?;
-        machine.answer::<()>(&wire)?;
-        Ok(Arc::new(machine))
-    }
-}
-
 /// Gives what a guest prints to `console`, in a thread. Returns where it is to be written.
 fn listen(mut console: Box<dyn Write + Send>, silence: Arc<Silence>) -> io::Result<UnixStream> {
     let (mut here, there) = UnixStream::pair()?;

@@ -66,7 +66,7 @@ impl Silence {
 }
 
 /// A machine in a process of its own.
-pub(super) struct RemoteMachine {
+pub(crate) struct RemoteMachine {
     line: Arc<Line>,
     keeper: Arc<dyn Keeper>,
     identity: Arc<Identity>,
@@ -101,6 +101,16 @@ impl RemoteMachine {
             silence,
             threads: threads.into(),
         }
+    }
+
+    /// The number of the process.
+    pub(crate) fn process(&self) -> u32 {
+        self.pid
+    }
+
+    /// As [`Machine::rename`], of a machine whose UUID goes to another as well: the store changes both at once.
+    pub(crate) fn become_another(&self, name: &str, uuid: Uuid) -> Result<(), MachineError> {
+        self.identity.change(name, uuid)
     }
 
     /// Begins a call. It ends by itself where the process does.
@@ -248,10 +258,6 @@ fn died(status: ExitStatus) -> String {
 }
 
 impl Machine for RemoteMachine {
-    fn process(&self) -> u32 {
-        self.pid
-    }
-
     fn make_ready(&self) -> Result<(), MachineError> {
         self.ask(&Call::MakeReady)
     }
@@ -362,10 +368,6 @@ impl Machine for RemoteMachine {
 
     fn rename(&self, name: &str) -> Result<(), MachineError> {
         self.ask(&Call::Rename(name.into()))
-    }
-
-    fn become_another(&self, name: &str, uuid: Uuid) -> Result<(), MachineError> {
-        self.identity.change(name, uuid)
     }
 
     fn dump_core(&self, piece: Piece<'_>) -> Result<u64, MachineError> {

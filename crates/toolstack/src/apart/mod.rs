@@ -26,7 +26,8 @@ use std::time::Duration;
 use hospes_config::{DiskConfig, VifConfig};
 use serde_json::Value;
 
-pub use build::Apart;
+pub(crate) use build::start;
+pub(crate) use machine::RemoteMachine;
 pub use serve::{Asker, machine_process};
 
 use crate::machine::{Machine, MachineError, MachineSpec, SavedStream};
@@ -61,14 +62,15 @@ pub trait Keeper: Send + Sync {
     fn release(&self);
 }
 
-/// A program whose machines are in processes of their own.
+/// What a program brings along: its machines, each in a process of its own.
 pub trait Program: Send + Sync {
-    /// What does for a machine to be built what that has no right to.
+    /// What does for a machine to be built what that has no right to. `process` is the number of the machine process.
     fn keeper(&self, spec: &MachineSpec<'_>, process: u32)
     -> Result<Arc<dyn Keeper>, MachineError>;
 
-    /// In the machine process: builds a machine, as it says at [`MachineFactory`](crate::MachineFactory), and gives up all rights before it reads anything
-    /// of a guest's. The process has one thread until then.
+    /// In the machine process: builds a machine, paused, which goes on where another was saved if there is `saved`, and gives up all rights before it reads
+    /// anything of a guest's. The process has one thread until then. What the guest prints goes to `console`, which never blocks for long. The error is a
+    /// sentence for the user.
     fn build(
         &self,
         spec: &MachineSpec<'_>,
@@ -77,15 +79,15 @@ pub trait Program: Send + Sync {
         asker: Asker,
     ) -> Result<Arc<dyn Machine>, MachineError>;
 
-    /// As [`MachineFactory::admit`](crate::MachineFactory::admit).
+    /// Whether a machine with this passport could come here now, as far as can be told before it does.
     fn admit(&self, spec: &MachineSpec<'_>, passport: &str) -> Result<(), MachineError>;
 
-    /// As [`MachineFactory::shutdown_patience`](crate::MachineFactory::shutdown_patience).
+    /// How long a guest may take to shut down when its process is asked to end: less than systemd waits before it kills (90 s).
     fn shutdown_patience(&self) -> Duration {
         Duration::from_secs(60)
     }
 
-    /// As [`MachineFactory::sweep`](crate::MachineFactory::sweep).
+    /// Removes from the host what machines left whose processes were killed; those that live keep what they have.
     fn sweep(&self, run: &Path) -> Result<(), MachineError>;
 }
 

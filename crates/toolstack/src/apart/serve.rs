@@ -147,7 +147,6 @@ fn make(
         // Who is not told how much is promised trusts that it is all.
         promised: Promised::by(move || to_count.number(&Ask::Promised).unwrap_or(u64::MAX)),
         store: &store,
-        place: None,
     };
     program.build(&spec, saved, Box::new(console), asker.clone())
 }
