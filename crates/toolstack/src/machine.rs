@@ -96,9 +96,7 @@ pub struct MachineInfo {
 /// One machine. It is made paused. All methods may be called from any thread and, but for [`Machine::wait`] and [`Machine::make_ready`], return soon.
 pub trait Machine: Send + Sync {
     /// Does what is left to do before the guest may start, and what may take long: once, when commands reach the machine already. [`Machine::destroy`] cuts it short.
-    fn make_ready(&self) -> Result<(), MachineError> {
-        Ok(())
-    }
+    fn make_ready(&self) -> Result<(), MachineError>;
 
     fn unpause(&self);
 
@@ -111,9 +109,7 @@ pub trait Machine: Send + Sync {
     fn destroy(&self);
 
     /// Takes a machine that has ended, or ends now, out of the host: its devices and its part of the store are gone when this returns.
-    fn leave(&self) {
-        self.destroy();
-    }
+    fn leave(&self);
 
     /// Gives up the devices of a machine that has ended and is kept to be looked at: another may use what they stood for when this returns.
     fn give_up_devices(&self) {}
@@ -127,9 +123,7 @@ pub trait Machine: Send + Sync {
     fn info(&self) -> MachineInfo;
 
     /// What its devices have carried.
-    fn traffic(&self) -> Traffic {
-        Traffic::default()
-    }
+    fn traffic(&self) -> Traffic;
 
     /// Devices whose requests wait for something that the host lacks.
     fn waiting(&self) -> Vec<Waiting> {
@@ -137,46 +131,25 @@ pub trait Machine: Send + Sync {
     }
 
     /// Adds a disk while the guest runs. Returns when the back end is there; the guest takes the disk when it likes.
-    fn attach_disk(&self, disk: &DiskConfig) -> Result<(), MachineError> {
-        let _ = disk;
-        Err(cannot("have disks attached"))
-    }
+    fn attach_disk(&self, disk: &DiskConfig) -> Result<(), MachineError>;
 
     /// Adds a network interface while the guest runs; it has its number.
-    fn attach_vif(&self, vif: &VifConfig) -> Result<(), MachineError> {
-        let _ = vif;
-        Err(cannot("have network interfaces attached"))
-    }
+    fn attach_vif(&self, vif: &VifConfig) -> Result<(), MachineError>;
 
     /// Takes a device away: after the guest has let go of it, or at once with `force`. An error leaves it attached.
-    fn detach_device(&self, kind: DeviceKind, devid: u32, force: bool) -> Result<(), MachineError> {
-        let _ = (kind, devid, force);
-        Err(cannot("have devices detached"))
-    }
+    fn detach_device(&self, kind: DeviceKind, devid: u32, force: bool) -> Result<(), MachineError>;
 
     /// Makes a disk larger or smaller, in bytes; the guest is told.
-    fn resize_disk(&self, devid: u32, bytes: u64) -> Result<(), MachineError> {
-        let _ = (devid, bytes);
-        Err(cannot("have disks resized"))
-    }
+    fn resize_disk(&self, devid: u32, bytes: u64) -> Result<(), MachineError>;
 
     /// Puts another medium into a CD-ROM drive, or none.
-    fn change_medium(&self, disk: &DiskConfig) -> Result<(), MachineError> {
-        let _ = disk;
-        Err(cannot("have media changed"))
-    }
+    fn change_medium(&self, disk: &DiskConfig) -> Result<(), MachineError>;
 
     /// Asks the guest's kernel for the magic SysRq function of a key.
-    fn send_sysrq(&self, key: char) -> Result<(), MachineError> {
-        let _ = key;
-        Err(cannot("be sent magic SysRq keys"))
-    }
+    fn send_sysrq(&self, key: char) -> Result<(), MachineError>;
 
     /// Raises an event at a vCPU.
-    fn trigger(&self, trigger: Trigger, vcpu: u32) -> Result<(), MachineError> {
-        let _ = vcpu;
-        Err(cannot(&format!("be sent the trigger {}", trigger.as_str())))
-    }
+    fn trigger(&self, trigger: Trigger, vcpu: u32) -> Result<(), MachineError>;
 
     /// Tells the guest its new name, which the tool stack has written down already.
     fn rename(&self, name: &str) -> Result<(), MachineError> {
@@ -185,10 +158,7 @@ pub trait Machine: Send + Sync {
     }
 
     /// Gives a core file of the guest, which may run on meanwhile or have ended, in pieces; returns its size in bytes.
-    fn dump_core(&self, piece: Piece<'_>) -> Result<u64, MachineError> {
-        let _ = piece;
-        Err(cannot("have its core dumped"))
-    }
+    fn dump_core(&self, piece: Piece<'_>) -> Result<u64, MachineError>;
 
     /// What is known of the inside, for somebody who looks for a fault; lines of text.
     fn describe(&self) -> String {
@@ -216,27 +186,16 @@ pub trait Machine: Send + Sync {
 
     /// Asks the guest to have this much memory, and lets it have no more. `promised` tells what other domains may still take of the host's, in
     /// bytes: what the host cannot give is refused.
-    fn set_memory_target(&self, kib: u64, promised: &dyn Fn() -> u64) -> Result<(), MachineError> {
-        let _ = (kib, promised);
-        Err(cannot("have its memory changed"))
-    }
+    fn set_memory_target(&self, kib: u64, promised: &dyn Fn() -> u64) -> Result<(), MachineError>;
 
     /// Lets the guest have this much memory, of which it is not told.
-    fn set_memory_max(&self, kib: u64, promised: &dyn Fn() -> u64) -> Result<(), MachineError> {
-        let _ = (kib, promised);
-        Err(cannot("have its memory changed"))
-    }
+    fn set_memory_max(&self, kib: u64, promised: &dyn Fn() -> u64) -> Result<(), MachineError>;
 
     /// Has the guest suspend itself and returns when it can be saved. Asks `given_up` now and then whether to go on waiting.
-    fn suspend(&self, given_up: &dyn Fn() -> bool) -> Result<(), MachineError> {
-        let _ = given_up;
-        Err(cannot("be saved"))
-    }
+    fn suspend(&self, given_up: &dyn Fn() -> bool) -> Result<(), MachineError>;
 
     /// Whether the guest is suspended and stays so before [`Machine::resume`]. That of a machine that has ended is not.
-    fn is_suspended(&self) -> bool {
-        false
-    }
+    fn is_suspended(&self) -> bool;
 
     /// Sends most of the memory of a machine that runs, in rounds, each of which is told to `progress`: [`Machine::save`], into the same stream, sends what is left
     /// then. Asks `given_up` now and then whether to go on.
@@ -254,39 +213,24 @@ pub trait Machine: Send + Sync {
     fn forget_live(&self) {}
 
     /// Writes all of a suspended machine but its configuration.
-    fn save(&self, to: &mut SaveStream<'_>) -> Result<(), MachineError> {
-        let _ = to;
-        Err(cannot("be saved"))
-    }
+    fn save(&self, to: &mut SaveStream<'_>) -> Result<(), MachineError>;
 
     /// What the machine shows of itself to the host it is to move to, for [`Program::admit`](crate::Program::admit). Refuses what could not be moved now.
-    fn passport(&self) -> Result<String, MachineError> {
-        Err(cannot("be migrated"))
-    }
+    fn passport(&self) -> Result<String, MachineError>;
 
     /// Lets go of what the devices of a suspended guest stand for: another process may have it when this returns, and all that was written is durable. Whatever it
     /// returns, the guest must not go on before [`Machine::take_again`].
-    fn let_go(&self) -> Result<(), MachineError> {
-        Err(cannot("be migrated"))
-    }
+    fn let_go(&self) -> Result<(), MachineError>;
 
     /// Takes all again that was let go of. After an error the guest must not go on, and this may be called again.
-    fn take_again(&self) -> Result<(), MachineError> {
-        Ok(())
-    }
+    fn take_again(&self) -> Result<(), MachineError>;
 
     /// Lets a suspended guest go on here. Does nothing to others.
-    fn resume(&self) {}
+    fn resume(&self);
 
     /// Ends a machine whose guest is suspended, for it is somewhere else now; false where the guest has gone on.
-    fn end_saved(&self) -> bool {
-        false
-    }
+    fn end_saved(&self) -> bool;
 
     /// Input for the guest's console; returns how many bytes were taken, 0 where there is no room now.
     fn console_input(&self, bytes: &[u8]) -> usize;
-}
-
-fn cannot(what: &str) -> MachineError {
-    format!("this kind of domain cannot {what}").into()
 }
