@@ -46,7 +46,7 @@ pub type Piece<'a> = &'a mut dyn FnMut(u64, &[u8]) -> io::Result<()>;
 impl Domain {
     /// Gives the core file in pieces; returns its size in bytes. A guest that runs goes on.
     pub fn dump_core(&self, piece: Piece<'_>) -> Result<u64, DumpError> {
-        let states = self.run.portrait().take(|| self.run.look());
+        let states = self.run.vcpu_states();
         let memory = self.xen.memory();
         let mut notes = Vec::new();
         for (state, id) in states.iter().zip(1..) {

@@ -1,4 +1,4 @@
-//! The registers of a guest, running or not: each vCPU leaves a copy when it is asked to and goes on, and its last one when its thread ends.
+//! The registers of a guest, running or not: each vCPU leaves a copy when it is asked to and goes on where it is not held, and its last one when its thread ends.
 
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Condvar, Mutex, PoisonError};

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 
-use hospes_engine::VcpuControl;
+use hospes_engine::{CpuState, VcpuControl};
 use hospes_units::VcpuId;
 use hospes_xen::Host;
 
@@ -178,6 +178,11 @@ impl Run {
 
     pub fn portrait(&self) -> &Portrait {
         &self.portrait
+    }
+
+    /// The states of all vCPUs, by number, as [`Portrait::take`] gives them.
+    pub fn vcpu_states(&self) -> Vec<Option<CpuState>> {
+        self.portrait.take(|| self.look())
     }
 
     pub fn rings(&self) -> &Gate {

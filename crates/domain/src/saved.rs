@@ -9,12 +9,13 @@ use hospes_cpuid::{CpuidTable, SavedFeatures};
 use hospes_engine::{CpuState, XsaveImage};
 use hospes_memory::{GuestMemory, MemoryError};
 use hospes_migration::{Reader, Record, StreamError, Writer};
-use hospes_units::PAGE_SIZE;
+use hospes_units::{PAGE_SIZE, VcpuId};
 use hospes_xen::Balloon;
 use serde::{Deserialize, Serialize};
 
 use crate::live::Live;
 use crate::pages::{OTHER_PAGES_MAX, Received, Sent, stream_pages_max};
+use crate::suspend::Suspension;
 use crate::{CreateError, Domain, EndReason, RequestError};
 
 /// The stream that a domain comes back from, behind its configuration.
@@ -258,7 +259,11 @@ impl Domain {
         };
         let left = deadline.saturating_duration_since(Instant::now());
         if suspension.wait(left, || !is_free || asked.is_err() || given_up()) {
-            return Ok(());
+            // A vCPU that has left a copy since then is held.
+            self.run.vcpu_states();
+            if !self.run.has_ended() {
+                return Ok(());
+            }
         }
         // Where it is suspended by now, that is over.
         self.resume();
@@ -301,9 +306,24 @@ impl Domain {
     /// Writes all of a suspended guest but its configuration: with what [`Domain::send_live`] has come to, into the same stream, what that has left. Refuses what would
     /// not be restored.
     pub fn save(&self, to: &mut SaveStream<'_>, live: Option<Live>) -> Result<(), SaveError> {
-        let states = self.run.suspension().states().ok_or(SaveError::Running)?;
-        check_vcpus(&states, &self.processor)?;
-        write(self, states, to, live)
+        let vcpus = self.held_vcpus().ok_or(SaveError::Running)?;
+        check_vcpus(&vcpus, &self.processor)?;
+        write(self, vcpus, to, live)
+    }
+
+    /// The vCPUs of a suspended guest, as they go on in a new domain.
+    fn held_vcpus(&self) -> Option<Vec<SavedVcpu>> {
+        let caller = self.run.suspension().caller()?;
+        let states = (0..).map(VcpuId).zip(self.run.vcpu_states());
+        let saved = states.map(|(id, state)| {
+            let mut state = state?;
+            if id == caller {
+                Suspension::set_done(&mut state);
+            }
+            let up = self.xen.is_up(id);
+            Some(SavedVcpu { up, state })
+        });
+        saved.collect()
     }
 
     /// Whether the vCPUs are held because the guest is suspended; a domain that has ended is not.

@@ -1,5 +1,5 @@
-//! How a guest suspends itself when it is asked to: it makes a hypercall on one vCPU, all vCPUs are held where they are and leave their states, and then
-//! the guest goes on here, or as another domain.
+//! How a guest suspends itself when it is asked to: it makes a hypercall on one vCPU, all vCPUs are held where they are, and then the guest goes on here, or as
+//! another domain.
 
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -9,12 +9,12 @@ use hospes_engine::{CpuState, reg};
 use hospes_units::VcpuId;
 
 use crate::lock;
-use crate::saved::SavedVcpu;
 
 /// How often who waits for a guest looks whether that still has a purpose.
 const MOMENT: Duration = Duration::from_millis(100);
 
-/// What the hypercall returns in a domain that goes on after all. In a new one it returns 0.
+/// What the hypercall returns in a new domain, and in one that goes on after all.
+const DONE: u64 = 0;
 const CANCELLED: u64 = 1;
 
 /// What becomes of a guest that has suspended itself.
@@ -40,9 +40,8 @@ enum Wish {
 #[derive(Debug, Default)]
 struct Inner {
     wish: Wish,
+    /// The vCPU whose hypercall it was, where the guest is suspended.
     caller: Option<VcpuId>,
-    /// What the vCPUs have left, by number; empty where the guest is not suspended.
-    states: Vec<Option<SavedVcpu>>,
 }
 
 /// Where a domain stands between running and suspended.
@@ -69,16 +68,16 @@ impl Suspension {
         free
     }
 
-    /// The guest's hypercall, on the thread of the vCPU that made it; `vcpus` is how many the domain has.
-    pub fn asked_by(&self, caller: VcpuId, vcpus: u32) -> Verdict {
+    /// The guest's hypercall, on the thread of the vCPU that made it.
+    pub fn asked_by(&self, caller: VcpuId) -> Verdict {
         let mut inner = lock(&self.inner);
         match std::mem::take(&mut inner.wish) {
             Wish::None => Verdict::End,
             Wish::TooLate => Verdict::GoOn,
             Wish::Awaited => {
                 inner.caller = Some(caller);
-                inner.states = (0..vcpus).map(|_| None).collect();
                 self.held.store(true, SeqCst);
+                self.changed.notify_all();
                 Verdict::Hold
             }
         }
@@ -89,42 +88,22 @@ impl Suspension {
         state.gpr[reg::RAX] = CANCELLED;
     }
 
-    /// Whether this vCPU has still to leave its state.
-    pub fn wants(&self, id: VcpuId) -> bool {
-        self.is_held() && {
-            let inner = lock(&self.inner);
-            inner.states.get(id.0 as usize).is_some_and(Option::is_none)
-        }
+    /// Prepares the registers of the same one for a new domain.
+    pub fn set_done(state: &mut CpuState) {
+        state.gpr[reg::RAX] = DONE;
     }
 
-    /// Takes the state of a vCPU.
-    pub fn leave(&self, id: VcpuId, up: bool, state: &CpuState) {
-        let mut inner = lock(&self.inner);
-        let mut state = state.clone();
-        if inner.caller == Some(id) {
-            state.gpr[reg::RAX] = 0;
-        }
-        if let Some(place) = inner.states.get_mut(id.0 as usize) {
-            *place = Some(SavedVcpu { up, state });
-        }
-        drop(inner);
-        self.changed.notify_all();
-    }
-
-    /// Waits until all vCPUs have left their states; false where that has not come about after `patience` or when `given_up` says so. Then a guest that
-    /// suspends itself later goes on at once.
+    /// Waits until the guest has suspended itself; false where it has not after `patience` or when `given_up` says so. Then one that does it later goes on
+    /// at once.
     pub fn wait(&self, patience: Duration, given_up: impl Fn() -> bool) -> bool {
         let deadline = Instant::now() + patience;
         let mut inner = lock(&self.inner);
         loop {
-            if self.is_held() && inner.states.iter().all(Option::is_some) {
+            if self.is_held() {
                 return true;
             }
-            // Once it is held it is a matter of moments.
-            if !self.is_held() && Instant::now() >= deadline || given_up() {
-                if !self.is_held() {
-                    inner.wish = Wish::TooLate;
-                }
+            if Instant::now() >= deadline || given_up() {
+                inner.wish = Wish::TooLate;
                 return false;
             }
             inner = self
@@ -135,13 +114,9 @@ impl Suspension {
         }
     }
 
-    /// The states of all vCPUs of a guest that is suspended.
-    pub fn states(&self) -> Option<Vec<SavedVcpu>> {
-        let inner = lock(&self.inner);
-        if !self.is_held() {
-            return None;
-        }
-        inner.states.iter().cloned().collect()
+    /// The vCPU whose hypercall it was; `None` where the guest is not suspended.
+    pub fn caller(&self) -> Option<VcpuId> {
+        lock(&self.inner).caller
     }
 
     /// Does something while the vCPUs stay held; false where they are not.
@@ -157,7 +132,6 @@ impl Suspension {
     /// Lets the vCPUs go on; they have still to be woken. False where they were not held.
     pub fn release(&self) -> bool {
         let mut inner = lock(&self.inner);
-        inner.states.clear();
         inner.caller = None;
         self.held.swap(false, SeqCst)
     }
@@ -182,7 +156,7 @@ mod tests {
     #[test]
     fn nobody_asked_ends_the_domain() {
         let s = Suspension::default();
-        assert_eq!(s.asked_by(VcpuId(0), 1), Verdict::End);
+        assert_eq!(s.asked_by(VcpuId(0)), Verdict::End);
     }
 
     #[test]
@@ -191,8 +165,8 @@ mod tests {
         assert!(s.begin());
         assert!(!s.begin(), "asked already");
         assert!(!s.wait(SHORT, || false));
-        assert_eq!(s.asked_by(VcpuId(0), 1), Verdict::GoOn);
-        assert_eq!(s.asked_by(VcpuId(0), 1), Verdict::End);
+        assert_eq!(s.asked_by(VcpuId(0)), Verdict::GoOn);
+        assert_eq!(s.asked_by(VcpuId(0)), Verdict::End);
     }
 
     #[test]
@@ -201,19 +175,11 @@ mod tests {
         assert!(s.begin());
         assert!(!s.wait(Duration::from_secs(60), || true));
         assert!(s.begin());
-        assert_eq!(s.asked_by(VcpuId(1), 2), Verdict::Hold);
-        assert!(s.wants(VcpuId(0)) && s.wants(VcpuId(1)) && !s.wants(VcpuId(2)));
-        let mut state = CpuState::default();
-        state.gpr[reg::RAX] = 7;
-        s.leave(VcpuId(0), false, &state);
-        assert!(s.states().is_none());
-        s.leave(VcpuId(1), true, &state);
-        assert!(s.wait(SHORT, || false));
-        let states = s.states().expect("all are there");
-        assert_eq!(states[0].state.gpr[reg::RAX], 7);
-        assert_eq!(states[1].state.gpr[reg::RAX], 0, "a new domain");
-        assert!(!states[0].up && states[1].up);
+        assert_eq!(s.asked_by(VcpuId(1)), Verdict::Hold);
+        assert!(s.wait(SHORT, || true), "it has come about");
+        assert_eq!(s.caller(), Some(VcpuId(1)));
         assert!(s.release());
         assert!(!s.release());
+        assert_eq!(s.caller(), None);
     }
 }

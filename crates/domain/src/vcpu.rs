@@ -97,12 +97,7 @@ impl Loop {
                 self.leave_portrait();
             }
             if self.run.is_held() {
-                if self.run.suspension().wants(self.id) {
-                    self.leave_state();
-                }
-                self.sleep(Activity::Held, |s| {
-                    !s.run.is_held() || s.run.suspension().wants(s.id)
-                });
+                self.sleep(Activity::Held, |s| !s.run.is_held());
             } else if !self.xen.is_up(self.id) {
                 self.go_down(true, |s| s.xen.is_up(s.id));
             } else if self.run.is_limited() {
@@ -143,15 +138,7 @@ impl Loop {
         }
     }
 
-    /// The guest is suspended: leaves what this vCPU is to whoever saves the domain.
-    fn leave_state(&mut self) {
-        self.vcpu.fetch_fpu();
-        let up = self.xen.is_up(self.id);
-        let state = self.vcpu.state();
-        self.run.suspension().leave(self.id, up, state);
-    }
-
-    /// Leaves a copy of what this vCPU is.
+    /// Leaves a copy of what this vCPU is, to whoever saves the domain or dumps its core.
     fn leave_portrait(&mut self) {
         self.vcpu.fetch_fpu();
         let state = self.vcpu.state();
@@ -160,8 +147,7 @@ impl Loop {
 
     /// The guest has suspended itself.
     fn suspended(&mut self) {
-        let vcpus = self.run.activities().len() as u32;
-        match self.run.suspension().asked_by(self.id, vcpus) {
+        match self.run.suspension().asked_by(self.id) {
             Verdict::End => self.run.end(EndReason::Suspend),
             Verdict::GoOn => Suspension::set_cancelled(self.vcpu.state()),
             Verdict::Hold => {
