@@ -279,7 +279,8 @@ impl BtHost {
     pub fn flush(&mut self, cpu: &CpuState, what: TlbFlush) {
         let current = pcid(cpu);
         if !matches!(what, TlbFlush::Page(_) | TlbFlush::PageOfPcid { .. }) {
-            self.direct.entered(&self.shared.memory, cpu.cr3);
+            let visits = self.frame.kernel_visits;
+            self.direct.entered(&self.shared.memory, cpu.cr3, visits);
             self.follow_tables();
             if cpu.cr4 & cr::CR4_PGE == 0 && what != TlbFlush::All {
                 // Nothing is global.

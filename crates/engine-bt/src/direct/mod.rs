@@ -15,6 +15,7 @@
 //! cover, the program is back in the translator, which knows no such instructions, from the next burst on.
 
 mod alone;
+mod duel;
 mod fill;
 mod guards;
 mod mirror;
@@ -117,6 +118,8 @@ pub(crate) struct Direct {
     /// Interrupts.
     ticks: u32,
     roam: Roam,
+    /// Host CPU time of all processes so far, ns.
+    native_ns: u64,
 }
 
 /// Until when, and for one run at least, the vCPU's thread may go to another host CPU.
@@ -150,6 +153,7 @@ impl Direct {
             stay: None,
             ticks: 0,
             roam: Roam::default(),
+            native_ns: 0,
         }
     }
 
@@ -180,9 +184,18 @@ impl Direct {
         }
     }
 
+    /// What the policy has to know of the time that passes: the vCPU is in an address space, and has entered its kernel so often by now.
+    fn pass(&mut self, root: u64, visits: u32) {
+        if self.policy.counts() {
+            let ns = thread_time_ns() + self.native_ns;
+            self.policy.pass(root, ns, visits);
+        }
+    }
+
     /// CR3 has been loaded. Where a program is about to begin, what is known of the one that had these tables before is worth nothing.
-    pub fn entered(&mut self, memory: &GuestMemory, cr3: u64) {
+    pub fn entered(&mut self, memory: &GuestMemory, cr3: u64, visits: u32) {
         let root = cr3 & ROOT;
+        self.pass(root, visits);
         if self.enabled && self.policy.knows(root) && tables::begins(memory, root) {
             self.policy.forget(root);
             for space in self.spaces.iter_mut().filter(|s| s.root == root) {
@@ -211,6 +224,12 @@ impl Direct {
             space.mirror.flush_page(gva.0 >> 12);
         }
     }
+}
+
+/// Host CPU time of this thread, ns.
+fn thread_time_ns() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 /// Whether the host gives user code what guests are told: FS and GS base instructions, and an XSAVE image of the same layout.

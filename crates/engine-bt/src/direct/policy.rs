@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use hospes_units::Gfn;
 
+use super::duel::{Duel, Winner};
+
 /// Translated, user code takes up to so many times as long: interpreters, and code that is executed seldom. Compute loops take 2 to 3 times, but stop too seldom for that to matter.
 const TRANSLATED: i64 = 8;
 /// The same of a short burst among others: much of what it takes beyond [`STOP`] is caches that the switch has left cold, which the translator would have found warm.
@@ -52,6 +54,15 @@ const MOST_TICKS: u32 = 128;
 const MOST_INHERITED: u32 = 32;
 /// Address spaces, and programs, remembered.
 const REMEMBERED: usize = 512;
+
+/// A mean below that asks which way of running the program is faster, after so many bursts.
+const MEAN_IN_DOUBT: Duration = Duration::from_micros(50);
+const BURSTS_IN_DOUBT: u32 = 64;
+/// How long a program that runs faster natively is not asked again, in time of its bursts: at first, and at most, as it is twice as long each time.
+const SETTLED: Duration = Duration::from_millis(500);
+const MOST_SETTLED: Duration = Duration::from_secs(8);
+/// A program that has so much of the vCPU's time without being met again is not waited for, ns.
+const MOST_ELSEWHERE: u64 = 500_000_000;
 
 /// What a burst was.
 #[derive(Clone, Copy, Debug, Default)]
@@ -107,6 +118,11 @@ struct Heat {
     before: i64,
     /// User code for each stop of late, ns.
     mean: i64,
+    /// Bursts since it became hot.
+    bursts: u32,
+    /// For so long it is known to be faster natively, ns, and for so long it was when that was found out.
+    settled: i64,
+    was_settled: i64,
 }
 
 impl Heat {
@@ -125,6 +141,19 @@ impl Heat {
     }
 }
 
+/// An address space whose program runs natively and translated in turn.
+#[derive(Debug)]
+struct Contest {
+    root: u64,
+    duel: Duel,
+    /// Whether the vCPU is in that address space.
+    inside: bool,
+    /// The time of the vCPU, ns, and the visits, up to which all is counted.
+    counted: Option<(u64, u32)>,
+    /// Time in others since it was there, ns.
+    elsewhere: u64,
+}
+
 #[derive(Debug)]
 pub struct Policy {
     /// By root of the address space's tables.
@@ -134,6 +163,7 @@ pub struct Policy {
     always: bool,
     /// When an interrupt last counted, how many visits there had been, and in which address space.
     last: Option<(Instant, u32, u64)>,
+    contest: Option<Contest>,
 }
 
 impl Policy {
@@ -144,11 +174,76 @@ impl Policy {
             programs: HashMap::new(),
             always,
             last: None,
+            contest: None,
         }
     }
 
     pub fn is_hot(&self, root: u64) -> bool {
-        self.always || self.heats.get(&root).is_some_and(|h| h.hot)
+        self.always || self.heats.get(&root).is_some_and(|h| h.hot) && !self.is_translated_now(root)
+    }
+
+    /// Whether it is translated code's turn there.
+    fn is_translated_now(&self, root: u64) -> bool {
+        let contest = self.contest.as_ref().filter(|c| c.root == root);
+        contest.is_some_and(|c| !c.duel.is_native())
+    }
+
+    /// Whether the time that address spaces take is to be counted.
+    pub fn counts(&self) -> bool {
+        self.contest.is_some()
+    }
+
+    /// The vCPU has had so much host CPU time, ns, and so many visits by now, and is in this address space from now on.
+    pub fn pass(&mut self, root: u64, ns: u64, visits: u32) {
+        let Some(contest) = &mut self.contest else {
+            return;
+        };
+        let (from, before) = contest
+            .counted
+            .replace((ns, visits))
+            .unwrap_or((ns, visits));
+        let passed = ns.saturating_sub(from);
+        if std::mem::replace(&mut contest.inside, root == contest.root) {
+            contest.elsewhere = 0;
+            contest.duel.add(passed, visits.wrapping_sub(before));
+        } else {
+            contest.elsewhere += passed;
+        }
+        if contest.elsewhere > MOST_ELSEWHERE {
+            self.contest = None;
+        }
+    }
+
+    /// A turn may be over. True if an address space becomes one to run natively.
+    pub fn turn(&mut self) -> bool {
+        let Some(contest) = &mut self.contest else {
+            return false;
+        };
+        let was_native = contest.duel.is_native();
+        let Some(winner) = contest.duel.turn() else {
+            return !was_native && contest.duel.is_native();
+        };
+        let root = contest.root;
+        self.contest = None;
+        let Some(heat) = self.heats.get_mut(&root) else {
+            return false;
+        };
+        match winner {
+            Winner::Native => {
+                heat.was_settled = (heat.was_settled * 2).clamp(ns(SETTLED), ns(MOST_SETTLED));
+                heat.settled = heat.was_settled;
+                !was_native
+            }
+            Winner::Translated => {
+                heat.was_settled = 0;
+                heat.total = heat.total.min(0);
+                heat.before = heat.before.min(0);
+                heat.end();
+                let heat = *heat;
+                self.learn(heat);
+                false
+            }
+        }
     }
 
     /// Whether something is known of an address space.
@@ -158,6 +253,7 @@ impl Policy {
 
     /// The tables belong to another program now.
     pub fn forget(&mut self, root: u64) {
+        self.contest.take_if(|c| c.root == root);
         if let Some(mut heat) = self.heats.remove(&root)
             && heat.hot
         {
@@ -228,6 +324,9 @@ impl Policy {
                 total: 0,
                 before: 0,
                 mean: ns(FIRST_MEAN),
+                bursts: 0,
+                settled: 0,
+                was_settled: 0,
             }
         });
         heat.ticks += quiet;
@@ -238,6 +337,8 @@ impl Policy {
             heat.credit = HOPE;
             heat.total = 0;
             heat.mean = ns(FIRST_MEAN);
+            heat.bursts = 0;
+            heat.settled = 0;
         }
         becomes
     }
@@ -248,8 +349,23 @@ impl Policy {
             return;
         };
         heat.mean += (burst.user_of_stop().min(ns(MOST_IN_MEAN)) - heat.mean) / MEAN_OF;
+        heat.bursts = heat.bursts.saturating_add(1);
+        heat.settled -= ns(burst.whole);
+        if heat.settled > 0 {
+            return;
+        }
+        let is_in_doubt = heat.mean < ns(MEAN_IN_DOUBT) && heat.bursts >= BURSTS_IN_DOUBT;
         let value = burst.value(heat.mean);
         self.count(root, value, value.max(LEAST));
+        if is_in_doubt && self.contest.is_none() && self.is_hot(root) && !self.always {
+            self.contest = Some(Contest {
+                root,
+                duel: Duel::default(),
+                inside: false,
+                counted: None,
+                elsewhere: 0,
+            });
+        }
     }
 
     /// An interrupt found a hot address space in code that has to stay translated, which is slow there.
@@ -281,266 +397,4 @@ impl Policy {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const PERIOD: Duration = Duration::from_millis(4);
-    /// Visits in a period that leave just enough quiet.
-    const BARELY_QUIET: u32 = 60;
-    /// A page fault of the program.
-    const SHORT: Burst = Burst {
-        native: Duration::from_micros(11),
-        whole: Duration::from_micros(40),
-        stops: 1,
-    };
-    const LONG: Burst = Burst {
-        native: Duration::from_micros(1000),
-        whole: Duration::from_micros(1020),
-        stops: 1,
-    };
-    /// Much of it went into mapping what the program needs.
-    const WARM_UP: Burst = Burst {
-        native: Duration::from_micros(300),
-        whole: Duration::from_micros(4000),
-        stops: 15,
-    };
-
-    /// A guest whose timer ticks, and so many visits to its kernel in each period.
-    struct Guest {
-        policy: Policy,
-        now: Instant,
-        visits: u32,
-    }
-
-    impl Guest {
-        fn new() -> Guest {
-            Guest {
-                policy: Policy::new(false),
-                now: Instant::now(),
-                visits: u32::MAX - 5,
-            }
-        }
-
-        fn tick_of(&mut self, program: u64, root: u64, visits: u32) -> bool {
-            self.now += PERIOD;
-            self.visits = self.visits.wrapping_add(visits);
-            let program = || Some(Gfn(program));
-            self.policy.tick(root, self.now, self.visits, program)
-        }
-
-        /// Every address space has a program of its own.
-        fn tick(&mut self, root: u64, visits: u32) -> bool {
-            self.tick_of(root, root, visits)
-        }
-
-        /// Ticks until it becomes hot.
-        fn heat_of(&mut self, program: u64, root: u64) -> u32 {
-            1 + (0..1000)
-                .take_while(|_| !self.tick_of(program, root, BARELY_QUIET))
-                .count() as u32
-        }
-
-        fn heat(&mut self, root: u64) -> u32 {
-            self.heat_of(root, root)
-        }
-
-        /// Bursts of a kind until it cools.
-        fn cool(&mut self, root: u64, burst: Burst) -> u32 {
-            for n in 0..1000 {
-                if !self.policy.is_hot(root) {
-                    return n;
-                }
-                self.policy.burst(root, burst);
-            }
-            panic!("it stays hot");
-        }
-    }
-
-    #[test]
-    fn tick_makes_hot_after_some() {
-        let mut guest = Guest::new();
-        assert!(!guest.tick(1, 0));
-        assert!(guest.tick(1, 0));
-        assert!(guest.policy.is_hot(1) && !guest.policy.is_hot(2));
-    }
-
-    #[test]
-    fn short_bursts_cool_and_are_tried_ever_more_rarely() {
-        let mut guest = Guest::new();
-        let mut attempts = Vec::new();
-        for _ in 0..5 {
-            attempts.push(guest.heat(1));
-            guest.cool(1, SHORT);
-        }
-        assert_eq!(attempts, [2, 8, 32, 128, 128]);
-    }
-
-    #[test]
-    fn bursts_that_are_short_all_the_time_cool() {
-        // What a server's system calls looked like: nearly all of it is the switches, and one in four found cold caches.
-        let quick = Burst {
-            native: Duration::from_micros(13),
-            whole: Duration::from_micros(16),
-            stops: 1,
-        };
-        let cold = Burst {
-            native: Duration::from_micros(26),
-            whole: Duration::from_micros(29),
-            stops: 1,
-        };
-        let mut guest = Guest::new();
-        guest.heat(1);
-        let all = [quick, cold, quick, quick];
-        assert!(
-            all.iter().cycle().take(3000).any(|burst| {
-                guest.policy.burst(1, *burst);
-                !guest.policy.is_hot(1)
-            }),
-            "it stays hot"
-        );
-        // Among longer ones the same are worth something: a compiler's page faults.
-        guest.heat(2);
-        let mixed = [quick, cold, LONG, cold];
-        for burst in mixed.iter().cycle().take(3000) {
-            guest.policy.burst(2, *burst);
-            assert!(guest.policy.is_hot(2));
-        }
-    }
-
-    #[test]
-    fn attempts_that_paid_are_made_again_at_once() {
-        let mut guest = Guest::new();
-        for _ in 0..3 {
-            guest.heat(1);
-            guest.cool(1, SHORT);
-        }
-        assert_eq!(guest.heat(1), 128);
-        for _ in 0..20 {
-            guest.policy.burst(1, LONG);
-        }
-        guest.cool(1, SHORT);
-        let mut attempts = Vec::new();
-        for _ in 0..6 {
-            attempts.push(guest.heat(1));
-            guest.cool(1, SHORT);
-        }
-        // As long as all of them together have paid.
-        assert_eq!(attempts, [1, 2, 4, 8, 8, 8]);
-    }
-
-    #[test]
-    fn pages_that_are_needed_first_do_not_cool() {
-        let mut guest = Guest::new();
-        guest.heat(1);
-        for _ in 0..5 {
-            guest.policy.burst(1, WARM_UP);
-        }
-        assert!(guest.policy.is_hot(1));
-        // All the time is another matter.
-        assert!(guest.cool(1, WARM_UP) < 50);
-    }
-
-    #[test]
-    fn programs_are_known_again() {
-        let (mut guest, good, bad) = (Guest::new(), 100, 200);
-        assert_eq!((guest.heat_of(good, 1), guest.heat_of(bad, 2)), (2, 2));
-        guest.policy.burst(1, LONG);
-        // It ends before it has cooled.
-        guest.policy.forget(1);
-        guest.cool(2, SHORT);
-        assert_eq!(guest.heat_of(good, 3), GOOD_TICKS);
-        assert_eq!(guest.heat_of(bad, 4), 8);
-        guest.policy.burst(4, SHORT);
-        guest.policy.forget(4);
-        assert_eq!(guest.heat_of(bad, 5), MOST_INHERITED);
-        guest.cool(5, SHORT);
-        assert_eq!(guest.heat_of(bad, 6), MOST_INHERITED);
-        for _ in 0..10 {
-            guest.policy.burst(6, LONG);
-        }
-        guest.cool(6, SHORT);
-        assert_eq!(guest.heat_of(bad, 7), GOOD_TICKS);
-    }
-
-    #[test]
-    fn busy_kernels_do_not_count() {
-        let mut guest = Guest::new();
-        guest.tick(1, 0);
-        for _ in 0..100 {
-            assert!(!guest.tick(1, 80));
-        }
-        assert!(guest.tick(1, 40));
-    }
-
-    #[test]
-    fn longer_quiet_counts_more() {
-        for (visits, ticks) in [(60, 128), (30, 64), (10, 22), (8, 16), (0, 16)] {
-            let mut guest = Guest::new();
-            for _ in 0..4 {
-                guest.heat(1);
-                guest.cool(1, SHORT);
-            }
-            let waited = 1 + (0..1000).take_while(|_| !guest.tick(1, visits)).count();
-            assert_eq!(waited, ticks, "{visits} visits in a period");
-        }
-        let mut guest = Guest::new();
-        assert!(!guest.tick(1, 0) && !guest.tick(2, 0) && guest.tick(1, 0));
-    }
-
-    #[test]
-    fn interrupts_in_quick_succession_count_once() {
-        let mut guest = Guest::new();
-        guest.tick(1, 0);
-        for _ in 0..100 {
-            assert!(!guest.policy.tick(1, guest.now, guest.visits, || None));
-        }
-        assert!(guest.tick(1, 0));
-    }
-
-    #[test]
-    fn another_program_begins_anew() {
-        let mut guest = Guest::new();
-        for _ in 0..3 {
-            guest.heat(1);
-            guest.cool(1, SHORT);
-        }
-        assert!(guest.policy.knows(1));
-        guest.policy.forget(1);
-        assert!(!guest.policy.knows(1));
-        assert_eq!(guest.heat_of(2, 1), 2);
-    }
-
-    #[test]
-    fn code_that_stays_translated_cools() {
-        let mut guest = Guest::new();
-        guest.heat(1);
-        for _ in 0..100 {
-            guest.policy.burst(1, LONG);
-        }
-        for _ in 0..5 {
-            assert!(guest.policy.is_hot(1));
-            guest.policy.stayed(1);
-        }
-        for _ in 0..5 {
-            guest.policy.stayed(1);
-        }
-        assert!(!guest.policy.is_hot(1));
-    }
-
-    #[test]
-    fn phases_of_short_bursts_do_not_cool() {
-        let mut guest = Guest::new();
-        guest.heat(1);
-        for _ in 0..10 {
-            for _ in 0..3 {
-                guest.policy.burst(1, LONG);
-            }
-            for _ in 0..60 {
-                guest.policy.burst(1, SHORT);
-            }
-            assert!(guest.policy.is_hot(1));
-        }
-        // Whatever it has been worth before.
-        assert!(guest.cool(1, SHORT) < 200);
-    }
-}
+mod tests;

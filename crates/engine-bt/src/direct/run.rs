@@ -129,10 +129,17 @@ impl BtVcpu {
         if direct.ticks.is_multiple_of(STAY_TICKS) {
             direct.let_go(Duration::ZERO);
         }
+        let root = cpu.cr3 & ROOT;
+        let visits = host.frame.kernel_visits;
+        direct.pass(root, visits);
+        if direct.policy.turn() {
+            host.flush_jumps_all();
+        }
+        let direct = &mut host.direct;
+        let cpu = &host.frame.cpu;
         if !suits(cpu, direct.components) {
             return;
         }
-        let root = cpu.cr3 & ROOT;
         if direct.policy.is_hot(root) {
             if direct.excludes(root, cpu.rip) {
                 direct.policy.stayed(root);
@@ -141,7 +148,6 @@ impl BtVcpu {
             return;
         }
         let program = || lowest(&host.shared.memory, root);
-        let visits = host.frame.kernel_visits;
         if direct.policy.tick(root, Instant::now(), visits, program) {
             // From now on every return to user code is to be seen.
             host.flush_jumps_all();
@@ -179,6 +185,7 @@ impl BtVcpu {
         let used_ns = space.process.cpu_time_ns();
         let used = Duration::from_nanos(used_ns.saturating_sub(space.accounted_ns));
         space.accounted_ns = used_ns;
+        self.host.direct.native_ns += used.as_nanos() as u64;
         let switches = SWITCHES * spent.stops;
         let waited = spent.time.saturating_sub(used + switches);
         self.host.control.add_direct(used, waited);
@@ -209,6 +216,8 @@ impl BtVcpu {
             stops: spent.stops,
         };
         direct.policy.burst(root, burst);
+        direct.pass(root, self.host.frame.kernel_visits);
+        direct.policy.turn();
         if std::mem::take(&mut space.foreign) {
             direct.policy.give_up(root);
         }
