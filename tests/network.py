@@ -443,6 +443,42 @@ def script_is_called_as_xen_calls_it(run):
     expect_clean(run)
 
 
+def script_finds_what_the_operator_said(run):
+    log, script = os.path.join(run.path, "log"), os.path.join(run.path, "vif-test")
+    names, mac = ("frontend-id", "handle", "type", "mac", "bridge", "script", "vifname"), "00:16:3e:00:00:07"
+    with open(script, "w", encoding="utf-8") as handle:
+        handle.write(f'#!/bin/sh\nexport XENSTORED_PATH={run.path}/run/xenstored/socket\n'
+                     f'said=$1; for name in {" ".join(names)}; do said="$said $(xenstore-read $XENBUS_PATH/$name || echo -)"; done\n'
+                     f'echo "$said" >>{log}\nxenstore-write $XENBUS_PATH/hotplug-status connected\n')
+    os.chmod(script, 0o755)
+    spec = f"script={script},bridge=br7,mac={mac}"
+
+    def nodes(domid):
+        environment = dict(os.environ, XENSTORED_PATH=f"{run.path}/run/xenstored/socket")
+        listed = subprocess.run(["xenstore-ls", f"/local/domain/0/backend/vif/{domid}"], env=environment, capture_output=True, text=True, check=False)
+        return listed.stdout
+
+    def done(*command):
+        said = run.hospes(*command)
+        expect(said.returncode == 0, f"{command[0]} failed: {said.stderr}")
+
+    with Shell(run, "scripted", f"'{spec}'") as guest:
+        for domid in ("1", "2"):
+            expect('hotplug-status = "connected"' in nodes(domid) and 'state = "' in nodes(domid), f"the nodes are {nodes(domid)}")
+            done("network-detach", "scripted", "0")
+            expect("bridge" not in nodes(domid), f"after network-detach there is {nodes(domid)}")
+            done("network-attach", "scripted", spec)
+            if domid == "1":
+                guest.send("reboot -f\n")
+                guest.wait_for("HOSPES-GUEST ready", BOOT_S)
+                guest.wait_for("guest# ", BOOT_S)
+        guest.off()
+    lines = pathlib.Path(log).read_text(encoding="utf-8").splitlines()
+    expected = [f"{what} {domid} 0 vif {mac} br7 {script} -" for domid in "12" for what in ("online", "offline") * 2]
+    expect(lines == expected, f"the script saw {lines}")
+    expect_clean(run)
+
+
 def script_that_hangs_ends_with_its_domain(run):
     script, started = os.path.join(run.path, "vif-hangs"), pathlib.Path(run.path, "started")
     for when, why in (("online", "its domain was destroyed"), ("offline", "its domain was destroyed and it did not end soon")):
@@ -552,8 +588,8 @@ def comes_and_goes_while_the_guest_runs(run):
 TESTS = (
     guests_find_host_and_each_other, carries_much_and_unharmed, top_shows_what_guests_send_and_receive, rate_is_what_one_flow_gets,
     outside_is_reached_but_does_not_reach, guest_speaks_for_itself_only, killed_leave_nothing_for_good, reboot_keeps_the_address, bridge_is_used_as_it_is,
-    bridge_of_xen_needs_no_script, script_is_called_as_xen_calls_it, script_that_hangs_ends_with_its_domain,
-    script_ends_with_a_killed_process, user_mode_needs_no_interface,
+    bridge_of_xen_needs_no_script, script_is_called_as_xen_calls_it, script_finds_what_the_operator_said,
+    script_that_hangs_ends_with_its_domain, script_ends_with_a_killed_process, user_mode_needs_no_interface,
     driver_starts_over, comes_and_goes_while_the_guest_runs,
 )
 

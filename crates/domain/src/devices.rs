@@ -5,10 +5,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
 
 use hospes_backends::block::Block;
-use hospes_backends::frame::{Bus, DeviceError, DeviceId, DeviceInfo, DeviceNodes, Kind, Log};
-use hospes_backends::net::{Net, NetConfig};
+use hospes_backends::frame::{
+    Bus, DeviceError, DeviceId, DeviceInfo, DeviceNodes, Kind, Log, back_directory, back_path,
+    back_paths,
+};
+use hospes_backends::net::{Net, NetConfig, Rate};
 use hospes_image::{Facts, Files, Format, Image, ImageError, OpenSpec, open_with};
-use hospes_store::StoreAccess;
+use hospes_store::{NewNode, StoreAccess};
 use hospes_units::DomId;
 use hospes_xen::Xen;
 
@@ -35,23 +38,33 @@ pub struct DiskSpec {
     pub trusted: bool,
 }
 
-/// A network interface to be attached. It is used once: what it is plugged into goes with it.
-#[derive(Debug)]
-pub struct VifSpec {
+/// What tools and scripts are told of a network interface.
+#[derive(Clone, Debug)]
+pub struct VifFacts {
     /// Its place, from 0 on.
     pub devid: u32,
     pub mac: [u8; 6],
+    pub mtu: u32,
     /// The host's interface; a user-mode network has none.
     pub interface: Option<String>,
     pub bridge: Option<String>,
-    /// As they were configured, for tools and scripts.
+    /// As they were configured.
     pub ip: Vec<String>,
+    pub rate: Option<Rate>,
+    /// What makes it ready, and says so.
     pub script: Option<String>,
     pub gateway_device: Option<String>,
+}
+
+/// A network interface to be attached. It is used once: what it is plugged into goes with it.
+///
+/// Scripts of the host read what they are to do in the directory of its back end, which is therefore not made here: who runs them makes it as [`VifFacts::directory`] says,
+/// before the interface is attached, and removes it when it is detached.
+#[derive(Debug)]
+pub struct VifSpec {
+    pub facts: VifFacts,
     /// Whether the guest is told to trust the back end.
     pub trusted: bool,
-    /// The script says when the device is ready, not we.
-    pub scripted: bool,
     pub net: NetConfig,
 }
 
@@ -159,10 +172,7 @@ impl Devices {
     /// Shows a network interface to the guest.
     pub fn attach_vif(&self, vif: VifSpec) -> Result<(), AttachError> {
         let nodes = vif_nodes(&vif);
-        let id = DeviceId {
-            kind: Kind::Vif,
-            devid: vif.devid,
-        };
+        let id = vif_id(vif.facts.devid);
         Ok(self.bus.attach(id, &nodes, Box::new(Net::new(vif.net)))?)
     }
 
@@ -218,6 +228,13 @@ fn disk_id(devid: u32) -> DeviceId {
     }
 }
 
+fn vif_id(devid: u32) -> DeviceId {
+    DeviceId {
+        kind: Kind::Vif,
+        devid,
+    }
+}
+
 /// What libxl writes of a disk.
 fn disk_nodes(disk: &DiskSpec, facts: &Facts) -> DeviceNodes {
     let node = |name: &str, value: String| (name.to_owned(), value);
@@ -265,46 +282,70 @@ fn disk_nodes(disk: &DiskSpec, facts: &Facts) -> DeviceNodes {
             node("trusted", flag(disk.trusted)),
         ],
         back,
+        kept: false,
     }
+}
+
+impl VifFacts {
+    /// The directory of the interface's back end, parents first.
+    pub fn directory(&self, domid: DomId) -> Vec<NewNode> {
+        back_directory(domid, vif_id(self.devid), &self.back())
+    }
+
+    /// Where that is.
+    pub fn path(domid: DomId, devid: u32) -> String {
+        back_path(domid, vif_id(devid))
+    }
+
+    /// Where those of all interfaces of a domain are.
+    pub fn paths(domid: DomId) -> String {
+        back_paths(domid, Kind::Vif)
+    }
+
+    /// What libxl writes of a network interface.
+    fn back(&self) -> Vec<(String, String)> {
+        let is_ready = self.script.is_none();
+        // Xen's scripts give the interface this name, and end with an error where there is one of that name: here it has it from the start.
+        let name = self.interface.clone().filter(|_| is_ready);
+        let rate = self
+            .rate
+            .map(|rate| format!("{},{}", rate.bytes, rate.interval.as_micros()));
+        let nodes = [
+            ("handle", Some(self.devid.to_string())),
+            ("mac", Some(mac_text(self.mac))),
+            ("mtu", Some(self.mtu.to_string())),
+            ("type", Some("vif".to_owned())),
+            ("script", self.script.clone()),
+            ("bridge", self.bridge.clone()),
+            ("vifname", name),
+            ("gatewaydev", self.gateway_device.clone()),
+            ("ip", (!self.ip.is_empty()).then(|| self.ip.join(" "))),
+            ("rate", rate),
+            ("hotplug-status", is_ready.then(|| "connected".to_owned())),
+        ];
+        let nodes = nodes.into_iter();
+        nodes
+            .filter_map(|(name, value)| Some((name.to_owned(), value?)))
+            .collect()
+    }
+}
+
+fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 /// What libxl writes of a network interface.
 fn vif_nodes(vif: &VifSpec) -> DeviceNodes {
     let node = |name: &str, value: String| (name.to_owned(), value);
-    let mac = vif.mac.map(|byte| format!("{byte:02x}")).join(":");
-    let front = vec![
-        node("handle", vif.devid.to_string()),
-        node("trusted", u8::from(vif.trusted).to_string()),
-        node("mac", mac.clone()),
-        node("mtu", vif.net.mtu.to_string()),
-    ];
-    let mut back = vec![
-        node("handle", vif.devid.to_string()),
-        node("mac", mac),
-        node("mtu", vif.net.mtu.to_string()),
-        node("type", "vif".to_owned()),
-    ];
-    let optional = [
-        ("script", vif.script.clone()),
-        ("bridge", vif.bridge.clone()),
-        ("vifname", vif.interface.clone()),
-        ("gatewaydev", vif.gateway_device.clone()),
-        ("ip", (!vif.ip.is_empty()).then(|| vif.ip.join(" "))),
-        (
-            "rate",
-            vif.net
-                .rate
-                .map(|rate| format!("{},{}", rate.bytes, rate.interval.as_micros())),
-        ),
-        (
-            "hotplug-status",
-            (!vif.scripted).then(|| "connected".to_owned()),
-        ),
-    ];
-    back.extend(
-        optional
-            .into_iter()
-            .filter_map(|(name, value)| Some(node(name, value?))),
-    );
-    DeviceNodes { front, back }
+    let facts = &vif.facts;
+    DeviceNodes {
+        front: vec![
+            node("handle", facts.devid.to_string()),
+            node("trusted", u8::from(vif.trusted).to_string()),
+            node("mac", mac_text(facts.mac)),
+            node("mtu", facts.mtu.to_string()),
+        ],
+        back: facts.back(),
+        kept: true,
+    }
 }

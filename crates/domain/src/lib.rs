@@ -59,7 +59,7 @@ use hospes_xen::{ClockThread, Xen};
 
 pub use console::{Console, Subscription};
 pub use core_dump::{DumpError, Piece};
-pub use devices::{AttachError, DiskSpec, VifSpec};
+pub use devices::{AttachError, DiskSpec, VifFacts, VifSpec};
 pub use error::{CreateError, RequestError};
 pub use hospes_backends::{frame, net};
 pub use hospes_image::Format as ImageFormat;

@@ -4,10 +4,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use hospes_config::VifConfig;
-use hospes_domain::net::{Again, NetConfig, Rate, Renew, Wire};
+use hospes_domain::net::{Again, NetConfig, Renew, Wire};
 use hospes_domain::{HostScheduler, ShareGroup, VifSpec};
 use hospes_image::{self as image, Access, Files, ImageError, Report};
 use hospes_toolstack::{self as toolstack, Asker, MachineError};
@@ -54,32 +53,23 @@ impl Host {
 
     /// Plugs an interface in, and says by which number its script is run where it has one.
     pub fn plug(&self, vif: &VifConfig) -> Result<(VifSpec, Option<u64>), MachineError> {
-        let devid = vif.devid.unwrap_or(0);
-        let (plugged, queues): (Plugged, _) = self.ask(&Want::Plug(devid))?;
+        let want = Want::Plug(vif.devid.unwrap_or(0));
+        let (plugged, queues): (Plugged, _) = self.ask(&want)?;
         let id = plugged.id;
-        let scripted = plugged.script.is_some();
-        let script = scripted.then_some(id);
+        let script = plugged.script.is_some().then_some(id);
+        let facts = plugged.facts(vif);
+        let (mtu, rate) = (facts.mtu, facts.rate);
         let spec = VifSpec {
-            devid,
-            mac: plugged.mac,
-            interface: plugged.interface,
-            bridge: plugged.bridge.or(vif.bridge.clone()),
-            ip: vif.ip.clone(),
-            script: plugged.script,
-            gateway_device: vif.netdev.clone(),
+            facts,
             trusted: vif.trusted,
-            scripted,
             net: NetConfig {
                 wire: match plugged.is_stream {
                     false => Wire::Frames,
                     true => Wire::Stream,
                 },
                 queues,
-                mtu: plugged.mtu,
-                rate: vif.rate.map(|rate| Rate {
-                    bytes: rate.bytes_per_interval(),
-                    interval: Duration::from_micros(rate.interval_us.into()),
-                }),
+                mtu,
+                rate,
                 guard: plugged.guard.map(Into::into),
                 leave: script.map(|id| {
                     let left = self.until(Want::Offline(id));

@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hospes_config::{DomainConfig, VifConfig};
-use hospes_domain::{DiskSpec, HostScheduler, Scheduler, ShareGroup, nice_of};
+use hospes_config::VifConfig;
+use hospes_domain::{DiskSpec, HostScheduler, Scheduler, ShareGroup, VifFacts, nice_of};
 use hospes_hostnet::{Action, Guard, Script, Wire};
 use hospes_image::{Access, Files, HostFiles, Keep, backing_chain};
-use hospes_toolstack::{self as toolstack, Device, DeviceKind, MachineError};
+use hospes_store::{DomainStore, StoreAccess};
+use hospes_toolstack::{self as toolstack, Device, DeviceKind, MachineError, MachineSpec};
 use hospes_units::DomId;
 use serde::Serialize;
 use serde_json::Value;
@@ -54,6 +55,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// What a machine process gets of the host.
 pub struct HostKeeper {
+    domid: DomId,
+    /// With the rights that the machine process does not have.
+    store: Arc<dyn StoreAccess>,
     /// For whom files are locked.
     owner: String,
     plug: Plug,
@@ -133,12 +137,14 @@ impl Hook {
 impl HostKeeper {
     /// For the machine process with this number.
     pub fn new(
-        domid: DomId,
-        config: &DomainConfig,
+        spec: &MachineSpec<'_>,
         process: u32,
         chains: &Arc<Chains>,
     ) -> Result<HostKeeper, MachineError> {
+        let (domid, config) = (spec.domid, spec.config);
         let keeper = HostKeeper {
+            domid,
+            store: spec.store.access(),
             owner: format!("domain {domid} ({})", config.name),
             plug: Plug::new(domid, config)?,
             scheduler: Scheduler::of(process),
@@ -237,6 +243,9 @@ impl HostKeeper {
             renews: port.guard.renewal().is_some(),
             returns: plugged.returns,
         };
+        self.store
+            .write_all(&told.facts(&vif).directory(self.domid))
+            .map_err(|fault| format!("Network interface {devid}: the xenstore: {fault}"))?;
         let interface = Interface {
             devid,
             guard: port.guard,
@@ -247,6 +256,15 @@ impl HostKeeper {
         };
         state.ports.insert(id, Arc::new(interface));
         answer(&told, port.queues)
+    }
+
+    /// Removes what scripts read of an interface, or of all. It goes with the domain where the store does not answer.
+    fn forget_vifs(&self, devid: Option<u32>) {
+        let path = match devid {
+            Some(devid) => VifFacts::path(self.domid, devid),
+            None => VifFacts::paths(self.domid),
+        };
+        let _ = self.store.remove(&path);
     }
 
     fn port(&self, id: u64) -> Result<Arc<Interface>, MachineError> {
@@ -387,7 +405,19 @@ impl toolstack::Keeper for HostKeeper {
         let mut state = self.state();
         match kind {
             DeviceKind::Disk => drop(state.disks.remove(&devid)),
-            DeviceKind::Vif => drop(state.vifs.remove(&devid)),
+            DeviceKind::Vif => {
+                state.vifs.remove(&devid);
+                // What a machine process has not given back is taken from it, while its script still has its nodes.
+                let ports = std::mem::take(&mut state.ports).into_iter();
+                let (left, others): (BTreeMap<_, _>, _) =
+                    ports.partition(|(_, port)| port.devid == devid);
+                state.ports = others;
+                drop(state);
+                for port in left.values() {
+                    port.hook.offline();
+                }
+                self.forget_vifs(Some(devid));
+            }
         }
     }
 
@@ -405,6 +435,9 @@ impl toolstack::Keeper for HostKeeper {
         let state = std::mem::take(&mut *self.state());
         for port in state.ports.values() {
             port.hook.offline();
+        }
+        if !state.vifs.is_empty() {
+            self.forget_vifs(None);
         }
     }
 }

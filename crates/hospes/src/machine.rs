@@ -43,7 +43,7 @@ impl toolstack::Program for Domains {
         spec: &MachineSpec<'_>,
         process: u32,
     ) -> Result<Arc<dyn toolstack::Keeper>, MachineError> {
-        let keeper = HostKeeper::new(spec.domid, spec.config, process, &self.chains)?;
+        let keeper = HostKeeper::new(spec, process, &self.chains)?;
         Ok(Arc::new(keeper))
     }
 
@@ -451,7 +451,7 @@ impl Machine for Running {
 
     fn attach_vif(&self, vif: &VifConfig) -> Result<(), MachineError> {
         let (vif, script) = self.host.plug(vif)?;
-        let devid = vif.devid;
+        let devid = vif.facts.devid;
         self.domain.attach_vif(vif)?;
         self.host.bring_online(script).inspect_err(|_| {
             // The error that counts is the script's.

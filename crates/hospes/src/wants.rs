@@ -2,8 +2,11 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::PathBuf;
+use std::time::Duration;
 
-use hospes_domain::net::Guard;
+use hospes_config::VifConfig;
+use hospes_domain::VifFacts;
+use hospes_domain::net::{Guard, Rate};
 use hospes_image::{Access, Facts, Report};
 use serde::{Deserialize, Serialize};
 
@@ -63,6 +66,26 @@ pub struct Plugged {
     pub renews: bool,
     /// It can be plugged in anew.
     pub returns: bool,
+}
+
+impl Plugged {
+    /// What tools and scripts are told of an interface of this configuration.
+    pub fn facts(&self, vif: &VifConfig) -> VifFacts {
+        VifFacts {
+            devid: vif.devid.unwrap_or(0),
+            mac: self.mac,
+            mtu: self.mtu,
+            interface: self.interface.clone(),
+            bridge: self.bridge.clone().or_else(|| vif.bridge.clone()),
+            ip: vif.ip.clone(),
+            rate: vif.rate.map(|rate| Rate {
+                bytes: rate.bytes_per_interval(),
+                interval: Duration::from_micros(rate.interval_us.into()),
+            }),
+            script: self.script.clone(),
+            gateway_device: vif.netdev.clone(),
+        }
+    }
 }
 
 /// What the guest may claim to be; a [`Guard`].

@@ -25,6 +25,15 @@ struct Session {
     reply: Option<Vec<u8>>,
 }
 
+/// Of whoever has a domain taken out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rights {
+    /// Domain 0's.
+    All,
+    /// Those for this domain.
+    Restricted,
+}
+
 pub struct Core {
     store: Store,
     sessions: BTreeMap<u64, Session>,
@@ -243,6 +252,10 @@ impl Core {
 
     /// Opens a session, or takes it up where it stands.
     pub fn hello(&mut self, hello: &Hello) -> Result<(), Error> {
+        self.hello_by(Rights::All, hello)
+    }
+
+    fn hello_by(&mut self, rights: Rights, hello: &Hello) -> Result<(), Error> {
         if hello.domid == DomId::HOST {
             return Err(Error::Invalid);
         }
@@ -250,7 +263,7 @@ impl Core {
             // The domain of that number before has ended: its process let go of the number.
             let old = self.sessions().find(|(_, domid)| *domid == hello.domid);
             if let Some((session, domid)) = old {
-                self.take_out(domid, session);
+                self.take_out(rights, domid, session);
             }
             self.open(hello.session, hello.domid, 1);
             self.step.push(Entry::Session {
@@ -287,27 +300,30 @@ impl Core {
         if !self.sessions.contains_key(&hello.session) {
             hello.uuid = self.store.may_introduce(conn, hello.domid)?;
         }
-        self.hello(&hello)?;
+        self.hello_by(Rights::Restricted, &hello)?;
         self.store.disconnect(conn);
         Ok(())
     }
 
     /// Ends a session and removes its domain, and with it what connections restricted to it may do. Does nothing where it has ended; whether it did.
-    pub fn remove(&mut self, domid: DomId, session: u64) -> bool {
+    pub fn remove(&mut self, rights: Rights, domid: DomId, session: u64) -> bool {
         if self.sessions.get(&session).is_none_or(|s| s.domid != domid) {
             return false;
         }
-        self.take_out(domid, session);
+        self.take_out(rights, domid, session);
         self.store.end_restricted(domid);
         true
     }
 
-    fn take_out(&mut self, domid: DomId, session: u64) {
+    fn take_out(&mut self, rights: Rights, domid: DomId, session: u64) {
         if let Some(s) = self.sessions.remove(&session) {
             self.store.disconnect(s.conn);
         }
         self.step.push(Entry::NoSession { session });
-        self.store.remove_domain(domid);
+        match rights {
+            Rights::All => self.store.remove_domain(domid),
+            Rights::Restricted => self.store.remove_domain_restricted(domid),
+        }
         self.settle(None);
     }
 

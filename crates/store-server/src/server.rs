@@ -16,7 +16,7 @@ use hospes_store::{ConnId, Error, HEADER_BYTES, Request, wire};
 use hospes_units::DomId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::core::Core;
+use crate::core::{Core, Rights};
 use crate::journal::Journal;
 use crate::place::Place;
 use crate::protocol::{self, HELLO, Hello, IDENTIFY, REMOVE, RESTRICT, SEEN};
@@ -371,7 +371,11 @@ impl<'a> Server<'a> {
         if restricted.is_some_and(|own| own != domid) {
             return Err(Error::Access);
         }
-        if self.core.remove(domid, session) {
+        let rights = match restricted {
+            Some(_) => Rights::Restricted,
+            None => Rights::All,
+        };
+        if self.core.remove(rights, domid, session) {
             self.close_restricted(domid, Some(id));
         }
         Ok(())
@@ -498,7 +502,7 @@ impl<'a> Server<'a> {
             (self.around.orphaned)();
         }
         for (session, domid) in dead {
-            self.core.remove(domid, session);
+            self.core.remove(Rights::All, domid, session);
             self.close_restricted(domid, None);
             self.journal.append(&self.core.take_step());
         }

@@ -5,6 +5,7 @@ use hospes_units::DomId;
 use crate::access::NewNode;
 use crate::node::{Perm, Perms};
 use crate::record::Record;
+use crate::restriction::scripted_path;
 use crate::tree::Change;
 use crate::{Store, path};
 
@@ -156,6 +157,15 @@ impl Store {
 
     /// Removes a domain: its home, its devices in the domains that serve them, and what the tools keep about it.
     pub fn remove_domain(&mut self, domid: DomId) {
+        self.remove_all_but(domid, None);
+    }
+
+    /// The same for a connection that is restricted to the domain: what it may not change stays, for whoever has made it.
+    pub fn remove_domain_restricted(&mut self, domid: DomId) {
+        self.remove_all_but(domid, Some(&scripted_path(domid)));
+    }
+
+    fn remove_all_but(&mut self, domid: DomId, kept: Option<&str>) {
         let mut gone = vec![domain_path(domid), format!("/libxl/{domid}")];
         gone.extend(self.own_vms(domid));
         for server in self.list("/local/domain").unwrap_or_default() {
@@ -166,6 +176,7 @@ impl Store {
                 }
             }
         }
+        gone.retain(|path| Some(&path[..]) != kept);
         for path in gone {
             // Absent ones are as they should be.
             if self.read(&path).is_ok() {

@@ -286,6 +286,12 @@ fn node_operation(
     let path = std::str::from_utf8(path).map_err(|_| Error::Invalid)?;
     let path = &path::absolute(path, caller.domid)?;
     caller.check_reach(path)?;
+    if matches!(
+        request.kind,
+        kind::WRITE | kind::MKDIR | kind::RM | kind::SET_PERMS
+    ) {
+        caller.check_change(path)?;
+    }
     let rest = &rest[1..];
     if rest.is_empty()
         || matches!(

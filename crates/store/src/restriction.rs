@@ -14,6 +14,9 @@ use crate::{ConnId, Error, Store, Waker, domain_path, path};
 /// The kinds of devices that have a back end. A fixed list: the directories of the kinds are shared by all domains and outlive them.
 const DEVICE_KINDS: [&str; 2] = ["vbd", "vif"];
 
+/// The kind of devices whose scripts, which may be root's, read what they are to do in the directory of the back end.
+const SCRIPTED_KIND: &str = "vif";
+
 const UUID_MAX: usize = 64;
 
 /// What a restricted connection may use of the store: more than any domain needs, and little enough that the store goes on.
@@ -40,6 +43,8 @@ pub(crate) struct Restriction {
     ended: bool,
     /// What is always the domain's.
     roots: Vec<String>,
+    /// Where the back ends of its devices with scripts are.
+    scripted: String,
     /// What is the domain's as long as the store knows it by this UUID.
     vm: String,
 }
@@ -49,6 +54,7 @@ pub(crate) struct Restriction {
 pub(crate) struct Reach<'a> {
     domid: DomId,
     roots: &'a [String],
+    scripted: &'a str,
     vm: Option<&'a str>,
 }
 
@@ -65,6 +71,7 @@ impl Restriction {
             uuid: uuid.to_owned(),
             ended: false,
             roots,
+            scripted: scripted_path(domid),
             vm: vm_path(uuid),
         }
     }
@@ -78,6 +85,7 @@ impl Restriction {
         Reach {
             domid: self.domid,
             roots,
+            scripted: &self.scripted,
             vm,
         }
     }
@@ -88,11 +96,32 @@ fn vm_path(uuid: &str) -> String {
     format!("/vm/{uuid}")
 }
 
+/// Where the back ends of a domain's devices with scripts are.
+pub(crate) fn scripted_path(domid: DomId) -> String {
+    let host = domain_path(DomId::HOST);
+    format!("{host}/backend/{SCRIPTED_KIND}/{domid}")
+}
+
+/// Whether a node of a back end's directory says how it serves the device: scripts have no use for that.
+fn is_of_service(name: &str) -> bool {
+    matches!(name, "state" | "online" | "multi-queue-max-queues") || name.starts_with("feature-")
+}
+
 impl Reach<'_> {
     /// Whether an absolute path is in reach.
     pub fn holds(&self, path: &str) -> bool {
         let mut roots = self.roots.iter().map(String::as_str).chain(self.vm);
         roots.any(|root| path::is_within(path, root))
+    }
+
+    /// Whether what is in reach at an absolute path may be changed. Not what scripts read to know what they are to do, nor the directories that it is in:
+    /// whoever could change who may use those, or remove them, could change what is in them.
+    pub fn may_change(&self, path: &str) -> bool {
+        if !path::is_within(path, self.scripted) {
+            return true;
+        }
+        let mut below = path[self.scripted.len()..].split('/').skip(2);
+        below.next().is_some_and(is_of_service)
     }
 
     /// Whether nodes may be given to a domain: another's would count for its quota.

@@ -117,6 +117,14 @@ impl<'a> Caller<'a> {
         }
     }
 
+    /// Refuses a path in its reach that it may only look at.
+    pub fn check_change(&self, path: &str) -> Result<(), Error> {
+        match self.reach {
+            Some(reach) if !reach.may_change(path) => Err(Error::Access),
+            _ => Ok(()),
+        }
+    }
+
     /// What it may do to a node with these permissions.
     fn access(&self, perms: &Perms) -> Access {
         perms.access_with(self.domid, self.target)

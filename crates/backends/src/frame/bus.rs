@@ -150,7 +150,7 @@ impl Bus {
         if devices.contains_key(&id) {
             return Err(DeviceError::Exists(id));
         }
-        let paths = Paths::new(self.domid, id);
+        let paths = Paths::new(self.domid, id, nodes.kept);
         let store = |fault| DeviceError::Store(id, fault);
         let all = paths.make(self.domid, nodes, &backend.features());
         self.store.write_all(&all).map_err(store)?;
@@ -162,7 +162,7 @@ impl Bus {
                 Ok(())
             }
             Err(fault) => {
-                for path in [&paths.front, &paths.back, &paths.tools] {
+                for path in paths.own() {
                     let _ = self.store.remove(path);
                 }
                 Err(fault)

@@ -410,7 +410,7 @@ impl Device {
         }
         self.backend.disconnect();
         self.backend.leave();
-        for path in [&self.paths.front, &self.paths.back, &self.paths.tools] {
+        for path in self.paths.own() {
             match self.store.remove(path) {
                 Ok(()) | Err(Error::NoEntry) => {}
                 failed => self.report(failed),

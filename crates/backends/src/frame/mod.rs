@@ -21,7 +21,7 @@ use hospes_xen::{EventError, GrantError};
 
 pub use bus::{Bus, DeviceError, DeviceInfo};
 pub use frontend::Frontend;
-pub use nodes::{DeviceNodes, Node};
+pub use nodes::{DeviceNodes, Node, back_directory, back_path, back_paths};
 pub use pages::RingPages;
 pub use wake::Wake;
 

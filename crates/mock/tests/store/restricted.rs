@@ -140,6 +140,34 @@ fn domain_lives_by_a_restricted_connection() {
 }
 
 #[test]
+fn what_scripts_read_outlives_its_restricted_connection() {
+    let bench = Bench::new();
+    let host = bench.client();
+    let place = bench.place();
+    let restricted = || place.connect_restricted(DomId(1), &uuid(1)).expect("one");
+    let bridge = "/local/domain/0/backend/vif/1/0/bridge";
+    let write = [bridge.as_bytes(), b"\0other"].concat();
+    let first = restricted();
+    assert_eq!(ask(&first, HELLO, &hello(11, 1)), ok());
+    host.write(bridge, b"br0").expect("an interface");
+    let tools = restricted();
+    assert_eq!(ask(&tools, kind::WRITE, &write), denied());
+    // Another session takes the place of the first, and then the domain is taken out.
+    let second = restricted();
+    assert_eq!(ask(&second, HELLO, &hello(12, 1)), ok());
+    assert_eq!(host.read_text(bridge).as_deref(), Some("br0"));
+    assert_eq!(ask(&tools, REMOVE, &pair(1, "12")), ok());
+    assert_eq!(host.read_text(bridge).as_deref(), Some("br0"));
+    assert_eq!(ask(&tools, kind::WRITE, &write), denied());
+    // Whoever has domain 0's rights removes them with the domain.
+    let third = restricted();
+    assert_eq!(ask(&third, HELLO, &hello(13, 1)), ok());
+    let removed = ask(&connect(&bench), REMOVE, &pair(1, "13"));
+    assert_eq!(removed, ok());
+    assert_eq!(host.read(bridge), Err(Error::NoEntry));
+}
+
+#[test]
 fn restricted_domain_outlives_the_process() {
     let bench = Bench::new();
     let host = bench.client();

@@ -138,9 +138,9 @@ fn hello_of_another_session_takes_the_domain_over_empty() {
     assert!(core.store.read("/local/domain/5/data").is_err());
     assert_eq!(core.hello(&hello(2, 6)), Err(Error::Access));
     assert_eq!(core.hello(&hello(3, 0)), Err(Error::Invalid));
-    core.remove(DomId(6), 2);
+    core.remove(Rights::All, DomId(6), 2);
     assert_eq!(core.sessions().count(), 1);
-    core.remove(DomId(5), 2);
+    core.remove(Rights::All, DomId(5), 2);
     assert_eq!(core.sessions().count(), 0);
 }
 
@@ -172,7 +172,7 @@ fn restricted_hello_is_for_its_domain_and_uuid() {
     // The session that stands, whatever the domain's UUID was when it began.
     core.hello_restricted(conn, &hello(1, 5))
         .expect("the session");
-    assert!(core.remove(DomId(5), 1) && !core.remove(DomId(5), 1));
+    assert!(core.remove(Rights::All, DomId(5), 1) && !core.remove(Rights::All, DomId(5), 1));
     // A new one is known by the UUID of the restriction.
     let conn = core.connect_restricted(DomId(5), "mine").expect("one");
     core.hello_restricted(conn, &hello(3, 5))
@@ -191,7 +191,7 @@ fn restriction_ends_with_the_session_and_not_with_a_new_one() {
     core.hello_restricted(conn, &hello(3, 5))
         .expect("a session");
     assert_eq!(core.restricted_to(other), Ok(Some(DomId(5))));
-    core.remove(DomId(5), 3);
+    core.remove(Rights::All, DomId(5), 3);
     assert_eq!(core.restricted_to(other), Err(Error::Access));
     assert_eq!(
         core.hello_restricted(other, &hello(4, 5)),
@@ -278,7 +278,7 @@ proptest! {
             let r = request(kind, number as u32 + 10, tx, &payload);
             match who {
                 0 if kind != RESET => core.host_request(host, r),
-                0 => drop(core.remove(DomId(6), 2)),
+                0 => drop(core.remove(Rights::All, DomId(6), 2)),
                 who => core.guest_request(u64::from(who), r),
             }
             journal.push(core.take_step());
@@ -327,7 +327,7 @@ proptest! {
         // Nor does it when the domain goes.
         let session = core.sessions().find(|(_, domid)| *domid == DomId(5));
         if let Some((session, _)) = session {
-            core.remove(DomId(5), session);
+            core.remove(Rights::All, DomId(5), session);
         }
         let nodes = |entries: Vec<Entry>| {
             let nodes = entries.into_iter().filter(|e| matches!(e, Entry::Store(_)));

@@ -47,7 +47,7 @@ fn restricted_connection_reaches_what_is_its_domains() {
     for root in [
         "/local/domain/5",
         "/local/domain/0/backend/vbd/5",
-        "/local/domain/0/backend/vif/5",
+        "/local/domain/0/backend/vif/5/0/feature-x",
         "/local/domain/0/error/backend/vbd/5",
         "/libxl/5",
         "/vm/u-5",
@@ -70,6 +70,79 @@ fn restricted_connection_reaches_what_is_its_domains() {
             ask(&mut s, &c, kind::UNWATCH, 0, &format!("{path}\0t\0")).unwrap();
         }
     }
+}
+
+/// What Xen's scripts read of an interface, and what they write.
+const OF_SCRIPTS: [&str; 14] = [
+    "frontend",
+    "frontend-id",
+    "handle",
+    "mac",
+    "mtu",
+    "type",
+    "script",
+    "bridge",
+    "vifname",
+    "gatewaydev",
+    "ip",
+    "rate",
+    "hotplug-status",
+    "hotplug-error",
+];
+
+#[test]
+fn restricted_connection_changes_nothing_that_scripts_read() {
+    let (mut s, c) = restricted();
+    let all = "/local/domain/0/backend/vif/5";
+    let own = format!("{all}/0");
+    let guests = Perms::read_only(DomId(5));
+    s.write_all(&[NewNode::new(&own, "", &guests)]).unwrap();
+    for name in &OF_SCRIPTS[..7] {
+        let node = NewNode::new(format!("{own}/{name}"), "told", &guests);
+        s.write_all(&[node]).unwrap();
+    }
+    let before = s.snapshot();
+    let open = transaction(&mut s, &c);
+    let mut paths = vec![all.to_owned(), own.clone(), format!("{all}/1")];
+    for name in OF_SCRIPTS {
+        paths.push(format!("{own}/{name}"));
+        paths.push(format!("{own}/{name}/below"));
+        paths.push(format!("{all}/1/{name}"));
+    }
+    paths.extend(["/state", "/feature-x"].map(|end| format!("{own}/mac{end}")));
+    for path in &paths {
+        for id in [0, open] {
+            for (request, rest) in [
+                (kind::WRITE, "mine"),
+                (kind::MKDIR, ""),
+                (kind::RM, ""),
+                (kind::SET_PERMS, "b5\0"),
+            ] {
+                let got = ask(&mut s, &c, request, id, &format!("{path}\0{rest}"));
+                assert_eq!(got, denied(), "{request} {path}");
+            }
+        }
+    }
+    ask(&mut s, &c, kind::TRANSACTION_END, open, "T\0").unwrap();
+    assert_eq!(s.snapshot(), before);
+    // It sees them, and says how it serves the interface.
+    let mac = format!("{own}/mac");
+    let got = ask(&mut s, &c, kind::READ, 0, &format!("{mac}\0"));
+    assert_eq!(got, Ok("told".into()));
+    ask(&mut s, &c, kind::WATCH, 0, &format!("{own}\0t\0")).unwrap();
+    for name in ["state", "online", "feature-sg", "multi-queue-max-queues"] {
+        let path = format!("{own}/{name}");
+        ask(&mut s, &c, kind::WRITE, 0, &format!("{path}\x001")).unwrap();
+        let perms = format!("{path}\0n0\0r5\0");
+        ask(&mut s, &c, kind::SET_PERMS, 0, &perms).unwrap();
+        ask(&mut s, &c, kind::RM, 0, &format!("{path}\0")).unwrap();
+    }
+    // Nor with the domain.
+    s.remove_domain_restricted(DomId(5));
+    assert_eq!(s.read(&mac), Ok(b"told".to_vec()));
+    assert_eq!(s.read("/local/domain/5"), Err(Error::NoEntry));
+    s.remove_domain(DomId(5));
+    assert_eq!(s.read(all), Err(Error::NoEntry));
 }
 
 #[test]
