@@ -26,10 +26,6 @@ use crate::host::Host;
 use crate::keeper::{Chains, HostKeeper};
 use crate::vifs;
 
-/// The machine process of a number is this user and the number, where root has started it: nobody else is, nor owns anything. Linux gives processes numbers below 2^22, and
-/// distributions use other users.
-const USERS: u32 = 0x7e00_0000;
-
 /// Makes domains on the engine that suits this host, each in a process of its own.
 #[derive(Debug, Default)]
 pub struct Domains {
@@ -151,7 +147,7 @@ fn make(
             filled.set(Some(machine));
             let keep = Keep {
                 read: &[PathBuf::from("/proc"), PathBuf::from("/sys/devices/system")],
-                user: Some(USERS + std::process::id()),
+                user: Some(toolstack::machine_user(std::process::id())),
             };
             let walls = hospes_sandbox::confine(&keep).map_err(|fault| fault.to_string())?;
             toolstack::log_line(&format!("The machine process is confined: {walls}"));

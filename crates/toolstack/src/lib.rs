@@ -36,6 +36,7 @@ mod log;
 mod logfile;
 mod machine;
 mod migrating;
+mod orphans;
 mod paths;
 mod process;
 pub mod protocol;
@@ -61,6 +62,7 @@ pub use launch::{CreateRequest, Created, random_uuid};
 pub use machine::{
     Machine, MachineError, MachineInfo, MachineSpec, Piece, SaveStream, SavedInput, SavedStream,
 };
+pub use orphans::machine_user;
 pub use paths::Paths;
 pub use process::domain_process;
 pub use protocol::{

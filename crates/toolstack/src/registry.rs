@@ -20,8 +20,8 @@ use crate::error::{Error, Result, at};
 use crate::guest_memory::guest_memory_bytes;
 use crate::log::log;
 use crate::logfile::{LOG_MAX_BYTES, LogFile};
+use crate::orphans::end_machine;
 use crate::paths::Paths;
-use crate::state::wait_for_machine;
 
 /// The first id that Xen reserves (`DOMID_FIRST_RESERVED`): ids are below it.
 const FIRST_RESERVED_ID: u16 = 0x7ff0;
@@ -178,7 +178,7 @@ impl Registry {
                     ..
                 }) = read_record(&dir)
                 {
-                    wait_for_machine(machine);
+                    end_machine(machine);
                 }
                 self.note_death(&dir);
                 fs::remove_dir_all(&dir)

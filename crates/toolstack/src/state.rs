@@ -3,11 +3,10 @@
 use std::fmt;
 use std::fs;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hospes_units::DomId;
 
-use crate::MACHINE_SUBCOMMAND;
 use crate::each::{Answer, infos};
 use crate::error::Result;
 use crate::protocol::DomainInfo;
@@ -16,9 +15,6 @@ use crate::traffic::Traffic;
 
 /// How long all answers together may take where somebody waits for their sum.
 const SUM_PATIENCE: Duration = Duration::from_millis(500);
-/// How long the end of a guest's process is waited for that must come, and how often it is looked for.
-const DEATH_PATIENCE: Duration = Duration::from_secs(3);
-const DEATH_LOOK: Duration = Duration::from_millis(2);
 
 impl Entry {
     /// What the record alone says of a domain's state, and what is seen of its process.
@@ -52,19 +48,6 @@ impl Entry {
 pub(crate) fn process_stat(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     Some(stat.rsplit_once(") ")?.1.to_owned())
-}
-
-/// Waits for the end of a process that a guest was in and that dies of its keeper's death: until then it has what the domain had.
-pub(crate) fn wait_for_machine(pid: u32) {
-    let path = format!("/proc/{pid}/cmdline");
-    let is_there = || {
-        let words = fs::read(&path).unwrap_or_default();
-        words.split(|byte| *byte == 0).nth(1) == Some(MACHINE_SUBCOMMAND.as_bytes())
-    };
-    let deadline = Instant::now() + DEATH_PATIENCE;
-    while is_there() && Instant::now() < deadline {
-        std::thread::sleep(DEATH_LOOK);
-    }
 }
 
 /// Whether somebody has stopped a process.
@@ -131,6 +114,7 @@ mod tests {
     use std::io::{BufReader, Write};
     use std::os::unix::net::UnixListener;
     use std::thread;
+    use std::time::Instant;
 
     use hospes_config::Uuid;
     use rustix::fs::MemfdFlags;

@@ -17,7 +17,7 @@ use crate::launch::own_program;
 use crate::log::log;
 use crate::logfile::{LOG_MAX_BYTES, LogFile, open_append};
 use crate::paths::{DEFAULT_RUN, LOG_VARIABLE, Paths, RUN_VARIABLE};
-use crate::registry::is_locked;
+use crate::registry::{Registry, is_locked};
 
 /// After so long each it is looked for leftovers of killed domains.
 const SWEEP_PAUSES: [Duration; 3] = [
@@ -100,12 +100,16 @@ pub fn store_process(program: &dyn Program) -> ExitCode {
     }
 }
 
-/// Removes what killed domains left of the host's devices. Another process would do that with its next domain: there may be none.
+/// Removes what killed domains left: their records, with the processes that their guests may have started, and of the host's devices. Another process would do that
+/// with the next command: there may be none.
 ///
 /// A killed process lets go of what it had one after the other, so it is looked again.
 fn sweep(program: &dyn Program, paths: &Paths) {
     for pause in SWEEP_PAUSES {
         thread::sleep(pause);
+        if let Err(fault) = Registry::new(paths).entries() {
+            log!("cannot remove what a killed domain left: {fault}");
+        }
         if let Err(fault) = program.sweep(&paths.run) {
             log!("cannot remove what a killed domain left: {fault}");
         }

@@ -1,9 +1,11 @@
 //! Domains from their creation to their end.
 
 use crate::common::{Bench, process_fields, until};
+use hospes_toolstack::machine_user;
 use rustix::process::{Pid, Signal, kill_process};
 use std::os::unix::fs::{DirBuilderExt, symlink};
-use std::process::Stdio;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, Stdio};
 
 fn signal(pid: i32, signal: Signal) {
     kill_process(Pid::from_raw(pid).expect("a pid"), signal).expect("it lives");
@@ -154,6 +156,27 @@ fn list_after_sigkill_shows_nothing_and_frees_the_name() {
     assert!(bench.row("two").is_some());
     bench.create("one", &[]);
     assert_eq!(bench.row("one").expect("listed")[1], "3");
+}
+
+#[test]
+fn what_a_guest_has_started_ends_with_its_killed_domain() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    // As one that has broken out can; the mock's machine process itself stays root's.
+    let user = machine_user(bench.machine(1).cast_unsigned());
+    let mut started = Command::new("sleep")
+        .arg("1000")
+        .uid(user)
+        .spawn()
+        .expect("a process");
+    signal(bench.pid(1), Signal::KILL);
+    // No command comes.
+    let status = started.wait().expect("a child");
+    assert_eq!(status.signal(), Some(Signal::KILL.as_raw()));
+    until("its directory is gone", || !bench.domain_dir(1).exists());
 }
 
 #[test]

@@ -1,0 +1,165 @@
+//! What a machine process leaves where its keeper was killed: the kernel ends that one with its keeper, and not what it has started.
+//!
+//! A guest that has broken out can start processes. As root's they are a user's of their own, by which they are found.
+
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, Uid, geteuid, kill_process_group};
+use rustix::thread::{CapabilitySet, capabilities, set_thread_res_uid};
+
+use crate::state::process_stat;
+use crate::{DOMAIN_SUBCOMMAND, MACHINE_SUBCOMMAND};
+
+/// The machine process of a number is this user and the number, where root has started it: nobody else is, nor owns anything. Linux gives processes numbers below 2^22, and
+/// distributions use other users.
+const USERS: u32 = 0x7e00_0000;
+/// Whoever ends processes of those users is this user and its own number besides.
+const ENDERS: u32 = USERS + (1 << 22);
+
+/// How long the end of a guest's process is waited for that must come, and how often it is looked for.
+const DEATH_PATIENCE: Duration = Duration::from_secs(3);
+const DEATH_LOOK: Duration = Duration::from_millis(2);
+
+/// The user and the group that the machine process of this number becomes.
+pub fn machine_user(process: u32) -> u32 {
+    USERS + process
+}
+
+/// Waits for the end of a process that a guest was in and that dies of its keeper's death: until then it has what the domain had. Then ends what it has started, where
+/// root has started it.
+pub(crate) fn end_machine(pid: u32) {
+    let is_there = || word(pid).as_deref() == Some(MACHINE_SUBCOMMAND.as_bytes());
+    let deadline = Instant::now() + DEATH_PATIENCE;
+    while is_there() && !is_kept(pid) && Instant::now() < deadline {
+        thread::sleep(DEATH_LOOK);
+    }
+    if geteuid().is_root() && !is_kept(pid) {
+        // A thread has rights of its own.
+        let ended = thread::Builder::new().spawn(move || end_all_of(machine_user(pid)));
+        if let Ok(thread) = ended {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Whether the number is that of another machine process by now, which has a keeper. While one lives that the dead one has started there is none: a number is not
+/// given to another before the group of processes of that number is empty.
+fn is_kept(pid: u32) -> bool {
+    let parent = process_stat(pid).and_then(|stat| stat.split(' ').nth(1)?.parse().ok());
+    parent.and_then(word).as_deref() == Some(DOMAIN_SUBCOMMAND.as_bytes())
+}
+
+/// The first argument that a process was started with.
+fn word(pid: u32) -> Option<Vec<u8>> {
+    let words = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    words.split(|byte| *byte == 0).nth(1).map(<[u8]>::to_vec)
+}
+
+/// Ends all processes of a user: the calling thread, which is root's and has no use after this, takes that user's rights.
+fn end_all_of(user: u32) {
+    let Ok(number) = u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()) else {
+        return;
+    };
+    // Another real and saved user than theirs: they cannot do the same to this thread.
+    let (own, theirs) = (Uid::from_raw(ENDERS + number), Uid::from_raw(user));
+    let becomes = set_thread_res_uid(own, theirs, own).is_ok() && geteuid() == theirs;
+    let may_do_more = |held: CapabilitySet| held.contains(CapabilitySet::KILL);
+    // With root's rights it would be all processes of the host.
+    if becomes && capabilities(None).is_ok_and(|held| !may_do_more(held.effective)) {
+        // The group of the first process stands for all processes that one may end, but for one's own. Where there are none there is nothing to end.
+        let _ = kill_process_group(Pid::INIT, Signal::KILL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::process::{CommandExt, ExitStatusExt};
+    use std::process::{Child, Command, Stdio};
+
+    use super::*;
+    use crate::registry::testing::{record, registry};
+
+    /// The number of a process that has ended.
+    fn ended() -> u32 {
+        let mut child = Command::new("true").spawn().expect("a process");
+        child.wait().expect("its end");
+        child.id()
+    }
+
+    /// A process of a user, or of one's own.
+    fn sleeper(user: Option<u32>) -> Child {
+        let mut command = Command::new("sleep");
+        command.arg("1000");
+        if let Some(user) = user {
+            command.uid(user);
+        }
+        command.spawn().expect("a process")
+    }
+
+    fn lives(child: &mut Child) -> bool {
+        child.try_wait().expect("a child").is_none()
+    }
+
+    fn end(mut child: Child) {
+        child.kill().expect("a child");
+        child.wait().expect("its end");
+    }
+
+    #[test]
+    fn what_a_killed_domain_has_left_is_ended_and_nothing_else() {
+        let (registry, _directory) = registry("orphans");
+        let machine = ended();
+        let dead = || {
+            let mut dead = record("a", 1);
+            dead.machine = Some(machine);
+            // As after SIGKILL: the lock is gone, the files are not.
+            drop(registry.allocate(&dead).expect("free"));
+            assert_eq!(registry.entries().expect("list"), []);
+        };
+        let mut own = sleeper(None);
+        if !geteuid().is_root() {
+            dead();
+            assert!(lives(&mut own));
+            return end(own);
+        }
+        let mut left = sleeper(Some(machine_user(machine)));
+        let mut other = sleeper(Some(machine_user(machine + 1)));
+        dead();
+        let status = left.wait().expect("its end");
+        assert_eq!(status.signal(), Some(Signal::KILL.as_raw()));
+        assert!(lives(&mut own) && lives(&mut other));
+        end(own);
+        end(other);
+    }
+
+    #[test]
+    fn machine_process_of_the_same_number_lives_on() {
+        let directory = std::env::temp_dir().join(format!("hospes-kept-{}", std::process::id()));
+        fs::create_dir_all(&directory).expect("writable");
+        fs::write(directory.join("__domain"), "sh __machine & wait").expect("writable");
+        fs::write(directory.join("__machine"), "echo $$; exec sleep 1000").expect("writable");
+        let mut keeper = Command::new("sh")
+            .arg("__domain")
+            .current_dir(&directory)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a process");
+        let mut said = String::new();
+        let output = keeper.stdout.take().expect("piped");
+        BufReader::new(output).read_line(&mut said).expect("a line");
+        let machine = said.trim().parse().expect("a number");
+        assert!(is_kept(machine) && !is_kept(keeper.id()));
+        let user = geteuid().is_root().then(|| machine_user(machine));
+        let mut its = sleeper(user);
+        end_machine(machine);
+        assert!(lives(&mut its) && is_kept(machine));
+        end(its);
+        end(keeper);
+        let machine = Pid::from_raw(i32::try_from(machine).expect("small"));
+        rustix::process::kill_process(machine.expect("not 0"), Signal::KILL).expect("it is there");
+        fs::remove_dir_all(&directory).expect("there");
+    }
+}
