@@ -280,7 +280,9 @@ impl BtHost {
         let current = pcid(cpu);
         if !matches!(what, TlbFlush::Page(_) | TlbFlush::PageOfPcid { .. }) {
             let visits = self.frame.kernel_visits;
-            self.direct.entered(&self.shared.memory, cpu.cr3, visits);
+            if self.direct.entered(&self.shared.memory, cpu.cr3, visits) {
+                self.flush_jumps_all();
+            }
             self.follow_tables();
             if cpu.cr4 & cr::CR4_PGE == 0 && what != TlbFlush::All {
                 // Nothing is global.

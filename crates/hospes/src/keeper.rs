@@ -153,6 +153,8 @@ impl HostKeeper {
             nice: rustix::process::getpriority_process(None).unwrap_or(0),
             state: Mutex::default(),
         };
+        // A killed domain that had the number may have left some.
+        keeper.forget_vifs(None);
         let share = toolstack::Share {
             weight: config
                 .scheduling
@@ -226,8 +228,7 @@ impl HostKeeper {
         };
         let plugged = self.plug.one(&vif)?;
         let port = plugged.port;
-        let mut state = self.state();
-        let id = state.next_id();
+        let id = self.state().next_id();
         let told = Plugged {
             id,
             mac: plugged.mac,
@@ -254,7 +255,7 @@ impl HostKeeper {
                 stage: Mutex::default(),
             },
         };
-        state.ports.insert(id, Arc::new(interface));
+        self.state().ports.insert(id, Arc::new(interface));
         answer(&told, port.queues)
     }
 
@@ -436,9 +437,7 @@ impl toolstack::Keeper for HostKeeper {
         for port in state.ports.values() {
             port.hook.offline();
         }
-        if !state.vifs.is_empty() {
-            self.forget_vifs(None);
-        }
+        self.forget_vifs(None);
     }
 }
 

@@ -41,7 +41,7 @@ pub(crate) struct Progress {
 /// One domain id.
 pub(crate) struct Instance {
     pub(crate) domid: DomId,
-    registry: Registry,
+    pub(crate) registry: Registry,
     record: Mutex<Record>,
     /// Held while the record and the machine are changed together.
     pub(crate) changes: Mutex<()>,
@@ -271,18 +271,6 @@ impl Instance {
         }
     }
 
-    /// Whether no domain has this name.
-    pub(crate) fn check_free(&self, name: &str) -> Result<()> {
-        let mut entries = self.registry.entries()?.into_iter();
-        match entries.find(|entry| entry.record.name == name) {
-            Some(entry) => Err(Error::NameTaken {
-                name: entry.record.name,
-                domid: entry.domid,
-            }),
-            None => Ok(()),
-        }
-    }
-
     /// Gives its name and UUID up to a domain that comes behind it.
     pub(crate) fn become_another(
         &self,
@@ -299,13 +287,18 @@ impl Instance {
         name: &str,
         uuid: Uuid,
     ) -> std::result::Result<(), ChangeError> {
-        let mut record = lock(&self.record).clone();
+        let before = lock(&self.record).clone();
+        let mut record = before.clone();
         record.name = name.to_string();
         record.uuid = uuid;
         self.set_record(record)?;
-        self.machine
-            .become_another(name, uuid)
-            .map_err(ChangeError::Machine)
+        self.machine.become_another(name, uuid).map_err(|fault| {
+            // The store knows it as before.
+            if let Err(fault) = self.set_record(before) {
+                log!("The domain keeps the name {name}: {fault}");
+            }
+            ChangeError::Machine(fault)
+        })
     }
 
     /// Takes another configuration for the next start.

@@ -3,10 +3,13 @@
 //! A guest that has broken out can start processes. As root's they are a user's of their own, by which they are found.
 
 use std::fs;
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, Uid, geteuid, kill_process_group};
+use rustix::process::{
+    Pid, Signal, Uid, dumpable_behavior, geteuid, kill_process_group, set_dumpable_behavior,
+};
 use rustix::thread::{CapabilitySet, capabilities, set_thread_res_uid};
 
 use crate::state::process_stat;
@@ -36,12 +39,39 @@ pub(crate) fn end_machine(pid: u32) {
         thread::sleep(DEATH_LOOK);
     }
     if geteuid().is_root() && !is_kept(pid) {
-        // A thread has rights of its own.
-        let ended = thread::Builder::new().spawn(move || end_all_of(machine_user(pid)));
-        if let Ok(thread) = ended {
-            let _ = thread.join();
+        let user = machine_user(pid);
+        if is_elsewhere_too(user) {
+            return;
+        }
+        // What changes the user may not be looked into by others from then on, the whole process.
+        let before = dumpable_behavior();
+        let (done, is_done) = channel();
+        // A thread has rights of its own. Theirs may slow it down while it has them.
+        let ended = thread::Builder::new().spawn(move || {
+            end_all_of(user);
+            let _ = done.send(());
+        });
+        if ended.is_ok() {
+            let _ = is_done.recv_timeout(DEATH_PATIENCE);
+        }
+        if let Ok(before) = before {
+            let _ = set_dumpable_behavior(before);
         }
     }
+}
+
+/// Whether a process of this user lives in a PID namespace below this one, where the numbers, and so the users, are others': it would be ended as well.
+fn is_elsewhere_too(user: u32) -> bool {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let mut states =
+        processes.filter_map(|entry| fs::read_to_string(entry.path().join("status")).ok());
+    states.any(|state| {
+        let words = |name: &str| {
+            let line = state.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_default().split_whitespace()
+        };
+        words("Uid:").any(|id| id.parse() == Ok(user)) && words("NSpid:").count() > 1
+    })
 }
 
 /// Whether the number is that of another machine process by now, which has a keeper. While one lives that the dead one has started there is none: a number is not

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use hospes_config::Uuid;
 
 use crate::ending::Ending;
+use crate::error::Error;
 use crate::instance::{ChangeError, Instance, lock};
 use crate::log::log;
 use crate::protocol::ShutdownKind;
@@ -77,7 +78,7 @@ impl Instance {
     }
 
     /// Pauses the domain. One that is on its way would not stay so.
-    pub(crate) fn pause(&self) -> std::result::Result<(), ChangeError> {
+    pub(crate) fn pause(&self) -> Result<(), ChangeError> {
         match &*lock(&self.standing) {
             Standing::Arriving => return Err(ChangeError::Moving(ARRIVING)),
             Standing::Leaving(_) => return Err(ChangeError::Moving(LEAVING)),
@@ -86,12 +87,28 @@ impl Instance {
         Ok(())
     }
 
+    /// Whether no other domain has this name.
+    pub(crate) fn check_free(&self, name: &str) -> Result<(), Error> {
+        let mut entries = self.registry.entries()?.into_iter();
+        match entries.find(|entry| entry.record.name == name && entry.domid != self.domid) {
+            Some(entry) => Err(Error::NameTaken {
+                name: entry.record.name,
+                domid: entry.domid,
+            }),
+            None => Ok(()),
+        }
+    }
+
     /// Unpauses the domain. One that is held goes on here, as the user says that it runs nowhere else; who had its devices may be about to end.
-    pub(crate) fn unpause(&self) -> std::result::Result<(), ChangeError> {
+    pub(crate) fn unpause(&self) -> Result<(), ChangeError> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             match self.unpause_now() {
-                Err(ChangeError::Machine(_)) if Instant::now() < deadline => {
+                Err(ChangeError::Machine(_))
+                    if Instant::now() < deadline
+                        && !self.is_destroyed()
+                        && !self.machine().has_ended() =>
+                {
                     std::thread::sleep(LOOK);
                 }
                 outcome => return outcome,
@@ -99,7 +116,9 @@ impl Instance {
         }
     }
 
-    fn unpause_now(&self) -> std::result::Result<(), ChangeError> {
+    fn unpause_now(&self) -> Result<(), ChangeError> {
+        // Whoever changes something looks where the domain stands, and not the other way round.
+        let _changes = self.held().map(|_| lock(&self.changes));
         let mut standing = lock(&self.standing);
         match &mut *standing {
             Standing::Arriving => return Err(ChangeError::Moving(ARRIVING)),
@@ -113,7 +132,7 @@ impl Instance {
                 }
                 self.machine().take_again().map_err(ChangeError::Machine)?;
                 if let Some((name, uuid)) = identity
-                    && let Err(fault) = self.become_another(name, *uuid)
+                    && let Err(fault) = self.be_another(name, *uuid)
                 {
                     // It stays as it was.
                     if let Err(fault) = self.machine().let_go() {
@@ -165,7 +184,7 @@ impl Instance {
 
     /// Has the guest of a domain that is asked to end for good run, so that it can follow; false where that has to wait, or why it cannot be. Nothing can make the
     /// domain leave meanwhile.
-    pub(crate) fn wake(&self) -> std::result::Result<bool, String> {
+    pub(crate) fn wake(&self) -> Result<bool, String> {
         let standing = lock(&self.standing);
         match &*standing {
             Standing::Here => {

@@ -271,10 +271,18 @@ impl<'a> Supervisor<'a> {
     ) -> std::result::Result<(Server, Arc<Instance>), StartError> {
         let spec = self.spec(slot, &record.config);
         let (place, console) = (self.place.clone(), self.hub.writer());
-        let machine = apart::start(self.program, &spec, place, saved, console);
+        // What looks at a kernel or a saved stream is known before it does.
+        let mut started = |process| {
+            let machine = Some(process);
+            let known = Record {
+                machine,
+                ..record.clone()
+            };
+            self.registry.update(slot.domid(), &known)
+        };
+        let machine = apart::start(self.program, &spec, place, saved, console, &mut started);
         let machine = Arc::new(machine.map_err(StartError::Machine)?);
         record.machine = Some(machine.process());
-        self.registry.update(slot.domid(), &record)?;
         self.hub.connect(Some(machine.clone()));
         let instance = Arc::new(Instance::new(
             slot.domid(),

@@ -410,6 +410,10 @@ impl Device {
         }
         self.backend.disconnect();
         self.backend.leave();
+        if self.paths.kept {
+            // The guest's driver, which sees its directory go, waits for this or for the end of the other one.
+            self.go(Phase::Closed);
+        }
         for path in self.paths.own() {
             match self.store.remove(path) {
                 Ok(()) | Err(Error::NoEntry) => {}

@@ -68,7 +68,7 @@ pub(crate) struct Paths {
     /// Where errors are told, as Linux' back ends do.
     pub error: String,
     /// As in [`DeviceNodes`].
-    kept: bool,
+    pub kept: bool,
 }
 
 impl Paths {

@@ -184,24 +184,26 @@ impl Direct {
         }
     }
 
-    /// What the policy has to know of the time that passes: the vCPU is in an address space, and has entered its kernel so often by now.
-    fn pass(&mut self, root: u64, visits: u32) {
-        if self.policy.counts() {
+    /// What the policy has to know of the time that passes: the vCPU is in an address space, and has entered its kernel so often by now. True if an address space
+    /// becomes one to run natively.
+    fn pass(&mut self, root: u64, visits: u32) -> bool {
+        self.policy.counts() && {
             let ns = thread_time_ns() + self.native_ns;
-            self.policy.pass(root, ns, visits);
+            self.policy.pass(root, ns, visits)
         }
     }
 
-    /// CR3 has been loaded. Where a program is about to begin, what is known of the one that had these tables before is worth nothing.
-    pub fn entered(&mut self, memory: &GuestMemory, cr3: u64, visits: u32) {
+    /// CR3 has been loaded. Where a program is about to begin, what is known of the one that had these tables before is worth nothing. True as for [`Direct::pass`].
+    pub fn entered(&mut self, memory: &GuestMemory, cr3: u64, visits: u32) -> bool {
         let root = cr3 & ROOT;
-        self.pass(root, visits);
+        let becomes_hot = self.pass(root, visits);
         if self.enabled && self.policy.knows(root) && tables::begins(memory, root) {
             self.policy.forget(root);
             for space in self.spaces.iter_mut().filter(|s| s.root == root) {
                 space.begin_program();
             }
         }
+        becomes_hot
     }
 
     /// Whether the code at an address has to stay in the translator.

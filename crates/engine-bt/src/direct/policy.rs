@@ -193,10 +193,11 @@ impl Policy {
         self.contest.is_some()
     }
 
-    /// The vCPU has had so much host CPU time, ns, and so many visits by now, and is in this address space from now on.
-    pub fn pass(&mut self, root: u64, ns: u64, visits: u32) {
+    /// The vCPU has had so much host CPU time, ns, and so many visits by now, and is in this address space from now on. True if another one
+    /// becomes one to run natively, as it is not waited for any longer.
+    pub fn pass(&mut self, root: u64, ns: u64, visits: u32) -> bool {
         let Some(contest) = &mut self.contest else {
-            return;
+            return false;
         };
         let (from, before) = contest
             .counted
@@ -209,9 +210,8 @@ impl Policy {
         } else {
             contest.elsewhere += passed;
         }
-        if contest.elsewhere > MOST_ELSEWHERE {
-            self.contest = None;
-        }
+        let ended = self.contest.take_if(|c| c.elsewhere > MOST_ELSEWHERE);
+        ended.is_some_and(|c| !c.duel.is_native())
     }
 
     /// A turn may be over. True if an address space becomes one to run natively.
@@ -383,11 +383,13 @@ impl Policy {
             heat.end();
             let heat = *heat;
             self.learn(heat);
+            self.contest.take_if(|c| c.root == root);
         }
     }
 
     /// The address space cannot be run natively for now.
     pub fn give_up(&mut self, root: u64) {
+        self.contest.take_if(|c| c.root == root);
         if let Some(heat) = self.heats.get_mut(&root) {
             heat.hot = false;
             heat.ticks = 0;

@@ -131,8 +131,7 @@ impl BtVcpu {
         }
         let root = cpu.cr3 & ROOT;
         let visits = host.frame.kernel_visits;
-        direct.pass(root, visits);
-        if direct.policy.turn() {
+        if direct.pass(root, visits) | direct.policy.turn() {
             host.flush_jumps_all();
         }
         let direct = &mut host.direct;
@@ -216,13 +215,16 @@ impl BtVcpu {
             stops: spent.stops,
         };
         direct.policy.burst(root, burst);
-        direct.pass(root, self.host.frame.kernel_visits);
-        direct.policy.turn();
+        // Perhaps another one: its time may have been over when it was left.
+        let becomes_hot = direct.pass(root, self.host.frame.kernel_visits) | direct.policy.turn();
         if std::mem::take(&mut space.foreign) {
             direct.policy.give_up(root);
         }
         if !space.tainted {
             direct.spaces.push(space);
+        }
+        if becomes_hot {
+            self.host.flush_jumps_all();
         }
         Ok(match end {
             End::Exit(exit) => Some(exit),

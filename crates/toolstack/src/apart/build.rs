@@ -30,13 +30,15 @@ const QUESTIONS_MAX: usize = 64;
 /// Bytes of a guest's output that are taken at a time.
 const OUTPUT_BYTES: usize = 16 << 10;
 
-/// Builds a machine, as it says at [`Program::build`], in a process of its own, which is given connections to the store at `place`.
+/// Builds a machine, as it says at [`Program::build`], in a process of its own, which is given connections to the store at `place`. `started` is told its number before it
+/// is told what to build.
 pub(crate) fn start(
     program: &dyn Program,
     spec: &MachineSpec<'_>,
     place: Place,
     saved: Option<SavedStream>,
     console: Box<dyn Write + Send>,
+    started: &mut dyn FnMut(u32) -> Result<(), Error>,
 ) -> Result<RemoteMachine, MachineError> {
     let (here, there) = UnixStream::pair()?;
     let mut command = own_program(MACHINE_SUBCOMMAND);
@@ -48,6 +50,7 @@ pub(crate) fn start(
     let process = Process::start(&mut command).map_err(Error::Spawn)?;
     // Its end of the pipe goes with it.
     drop(command);
+    started(process.id())?;
     let keeper = program.keeper(spec, process.id())?;
     let line = Arc::new(Line::keepers(here)?);
     let identity = Arc::new(Identity {
@@ -88,6 +91,7 @@ pub(crate) fn start(
     machine.answer::<()>(&wire)?;
     Ok(machine)
 }
+
 /// Gives what a guest prints to `console`, in a thread. Returns where it is to be written.
 fn listen(mut console: Box<dyn Write + Send>, silence: Arc<Silence>) -> io::Result<UnixStream> {
     let (mut here, there) = UnixStream::pair()?;
