@@ -237,14 +237,20 @@ pub type Reply = Result<String, String>;
 impl Guest {
     pub fn new(bench: &Bench, client: &StoreClient, domid: u16) -> Guest {
         let dir = bench.dir.join(format!("run/domains/{domid}"));
-        std::fs::create_dir_all(&dir).expect("writable");
+        // Whoever clears up after killed domains takes away a directory whose lock is free.
+        let unseen = bench.dir.join(format!("run/domain{domid}"));
+        std::fs::create_dir_all(&unseen).expect("writable");
+        std::fs::create_dir_all(dir.parent().expect("it has one")).expect("writable");
         let lock = OpenOptions::new()
             .create(true)
             .truncate(false)
             .write(true)
-            .open(dir.join("lock"))
+            .open(unseen.join("lock"))
             .expect("writable");
         flock(&lock, FlockOperation::LockExclusive).expect("a lock");
+        // What an earlier guest of this number has left.
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::rename(&unseen, &dir).expect("no other of this number");
         let (waker, woken) = channel();
         let waker = Mutex::new(waker);
         let uuid = uuid(domid);
