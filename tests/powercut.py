@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "guests"))
 
@@ -55,7 +56,13 @@ def check_image(disk):
     """The tables of a qcow2 image: clusters that nobody uses are all that a cut may leave behind."""
     if disk.format != "qcow2":
         return
-    done = subprocess.run(["qemu-img", "check", disk.path], capture_output=True, text=True, check=False)
+    # Who was killed may have it for a moment longer.
+    deadline = time.monotonic() + RUN_S
+    while True:
+        done = subprocess.run(["qemu-img", "check", disk.path], capture_output=True, text=True, check=False)
+        if "Is another process using the image" not in done.stderr or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
     if done.returncode not in (0, 3):
         raise vm.GuestError(f"the image is damaged:\n{done.stdout}{done.stderr}")
 

@@ -11,7 +11,7 @@ use rustix::io::retry_on_intr;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ImageError;
-use crate::lock::{HAS_IT, Target, identity_of, recorded_holder};
+use crate::lock::{HAS_IT, Target, identity_of, once_let_go, recorded_holder};
 use crate::storage::{ALIGNMENT, Aligned};
 
 /// Tells files apart: device and inode number, or zero and the device number of a block device.
@@ -169,7 +169,8 @@ pub(crate) fn open_here(
         });
     }
     let exclusive = if block && !read_only { libc::O_EXCL } else { 0 };
-    let cached = options(read_only, exclusive).open(path).map_err(|error| {
+    let open = || options(read_only, exclusive).open(path);
+    let refused = |error: io::Error| {
         if block && error.raw_os_error() == Some(libc::EBUSY) {
             let identity = identity_of(&kind);
             let (holder, advice) = match recorded_holder(identity) {
@@ -188,7 +189,8 @@ pub(crate) fn open_here(
             };
         }
         ImageError::host(path, "open it")(error)
-    })?;
+    };
+    let cached = once_let_go(|| open().map_err(refused))?;
     let opened = cached
         .metadata()
         .map_err(ImageError::host(path, "look at it"))?;

@@ -8,13 +8,16 @@
 //!
 //! The host's loop devices take none, so the file behind one is in use as long as it has it; who is given such a device has the file's locks as well.
 //!
-//! Such locks do not say who holds them. A file in the run directory does, else the processes that have the file open.
+//! Such locks do not say who holds them. A file in the run directory does, else the processes that have the file open. Where nobody has it but who dies,
+//! or the kernel for the last requests of the dead, it is waited for.
 
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::error::ImageError;
 use crate::files::Identity;
@@ -48,6 +51,27 @@ fn records() -> Option<PathBuf> {
 pub(crate) struct Lock {
     files: Vec<File>,
     records: Vec<PathBuf>,
+}
+
+/// How long somebody who dies may keep a file, and how often it is tried again.
+const DEATH_PATIENCE: Duration = Duration::from_secs(5);
+const DEATH_LOOK: Duration = Duration::from_millis(10);
+
+/// Tries again while the file is locked by nobody that will keep it.
+pub(crate) fn once_let_go<T>(
+    mut attempt: impl FnMut() -> Result<T, ImageError>,
+) -> Result<T, ImageError> {
+    let deadline = Instant::now() + DEATH_PATIENCE;
+    loop {
+        match attempt() {
+            Err(ImageError::Locked { identity, .. })
+                if holder(identity).is_none() && Instant::now() < deadline =>
+            {
+                thread::sleep(DEATH_LOOK);
+            }
+            outcome => return outcome,
+        }
+    }
 }
 
 /// Gives up the locks of an open file description, whoever else has it open.
@@ -84,7 +108,7 @@ impl Target<'_> {
     /// those; what is returned holds the others and the records.
     pub(crate) fn lock(&self, write: bool, owner: &str) -> Result<Lock, ImageError> {
         let sys = Path::new("/sys");
-        let mut own = self.lock_own(write, owner)?;
+        let mut own = once_let_go(|| self.lock_own(write, owner))?;
         let mut lock = Lock {
             files: Vec::new(),
             records: Vec::new(),
@@ -101,8 +125,8 @@ impl Target<'_> {
                         data: None,
                         identity: identity_of(&metadata),
                     };
-                    lock.files
-                        .append(&mut backing.lock_own(write, owner)?.files);
+                    let mut backings = once_let_go(|| backing.lock_own(write, owner))?;
+                    lock.files.append(&mut backings.files);
                     lock.records.extend(backing.record(owner));
                 }
             }
@@ -200,9 +224,7 @@ impl Target<'_> {
     }
 
     fn conflict(&self, owner: &str, write: bool, by_writer: bool) -> ImageError {
-        let holder = recorded_holder(self.identity)
-            .or_else(|| self.process_with_file())
-            .unwrap_or_else(|| "another process".to_owned());
+        let holder = holder(self.identity).unwrap_or_else(|| "another process".to_owned());
         let own = !owner.is_empty() && holder == owner;
         ImageError::Locked {
             path: self.path.to_owned(),
@@ -216,28 +238,6 @@ impl Target<'_> {
             },
         }
     }
-
-    /// A process other than this one that has the file open.
-    fn process_with_file(&self) -> Option<String> {
-        let own = std::process::id();
-        for process in fs::read_dir("/proc").ok()?.flatten() {
-            let name = process.file_name();
-            let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
-                continue;
-            };
-            let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else {
-                continue;
-            };
-            let open = descriptors.flatten().any(|descriptor| {
-                fs::metadata(descriptor.path()).is_ok_and(|m| identity_of(&m) == self.identity)
-            });
-            if open && pid != own {
-                let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-                return Some(format!("process {pid} ({})", command.trim()));
-            }
-        }
-        None
-    }
 }
 
 /// What a domain is told that wants an image twice.
@@ -247,12 +247,67 @@ fn prefix(identity: Identity) -> String {
     format!("{:x}-{:x}.", identity.0, identity.1)
 }
 
+/// Who has the file, or nobody that will keep it: it is let go of by whoever dies or has died.
+pub(crate) fn holder(identity: Identity) -> Option<String> {
+    recorded_holder(identity).or_else(|| process_with_file(identity))
+}
+
+/// A process other than this one that has the file open.
+fn process_with_file(identity: Identity) -> Option<String> {
+    let own = std::process::id();
+    for process in fs::read_dir("/proc").ok()?.flatten() {
+        let name = process.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let Ok(descriptors) = fs::read_dir(process.path().join("fd")) else {
+            continue;
+        };
+        let open = descriptors.flatten().any(|descriptor| {
+            fs::metadata(descriptor.path()).is_ok_and(|m| identity_of(&m) == identity)
+        });
+        if open && pid != own && !is_ending(pid) {
+            let command = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            return Some(format!("process {pid} ({})", command.trim()));
+        }
+    }
+    None
+}
+
+/// Whether a process has ended, or is about to and cannot do anything about it. It may still have what it had open.
+fn is_ending(pid: u32) -> bool {
+    /// Of the kernel's flags of a process (its include/linux/sched.h).
+    const PF_EXITING: u64 = 4;
+    const SIGKILL: u64 = 1 << (libc::SIGKILL - 1);
+    let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}"));
+    let (Ok(stat), Ok(status)) = (read("stat"), read("status")) else {
+        return true;
+    };
+    // The name may hold anything.
+    let mut fields = stat
+        .rsplit_once(") ")
+        .map_or("", |(_, rest)| rest)
+        .split(' ');
+    let state = fields.next().unwrap_or_default();
+    let flags = fields.nth(5).and_then(|flags| flags.parse().ok());
+    let pending = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+    };
+    let has = |mask: Option<u64>, bit| mask.is_some_and(|mask| mask & bit != 0);
+    matches!(state, "Z" | "X")
+        || has(flags, PF_EXITING)
+        || has(pending("SigPnd:"), SIGKILL)
+        || has(pending("ShdPnd:"), SIGKILL)
+}
+
 /// Removes the records of processes that ended without doing so.
 fn forget_dead(directory: &Path) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let pid = name.to_str().and_then(|name| name.split('.').nth(1));
-        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+        let pid = pid.map(|pid| pid.parse().is_ok_and(|pid| !is_ending(pid)));
+        if pid == Some(false) {
             let _ = fs::remove_file(entry.path());
         }
     }
@@ -373,6 +428,34 @@ mod tests {
         drop(first);
         let refused = sentence(open(&wanted(&path, false, "domain 5 (mail)")));
         assert!(refused.contains("locked by domain 4 (db): shut it down or attach it read-only."));
+    }
+
+    #[test]
+    fn lock_of_nobody_that_will_keep_it_is_waited_for() {
+        let directory = Directory::new();
+        let path = directory.file("a.img", 8192);
+        // Without a name, and no other process has it open.
+        let first = open(&wanted(&path, false, "")).unwrap();
+        let (begins, begun) = std::sync::mpsc::channel();
+        let ends = std::thread::spawn(move || {
+            begun.recv().unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            drop(first);
+        });
+        begins.send(()).unwrap();
+        open(&wanted(&path, false, "domain 4 (db)")).unwrap();
+        ends.join().unwrap();
+    }
+
+    #[test]
+    fn killed_process_is_ending() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        assert!(!super::is_ending(child.id()));
+        child.kill().unwrap();
+        assert!(super::is_ending(child.id()));
+        child.wait().unwrap();
+        assert!(super::is_ending(child.id()));
+        assert!(!super::is_ending(std::process::id()));
     }
 
     #[test]

@@ -33,10 +33,12 @@ pub fn machine_user(process: u32) -> u32 {
 /// Waits for the end of a process that a guest was in and that dies of its keeper's death: until then it has what the domain had. Then ends what it has started, where
 /// root has started it.
 pub(crate) fn end_machine(pid: u32) {
-    let is_there = || word(pid).as_deref() == Some(MACHINE_SUBCOMMAND.as_bytes());
     let deadline = Instant::now() + DEATH_PATIENCE;
-    while is_there() && !is_kept(pid) && Instant::now() < deadline {
-        thread::sleep(DEATH_LOOK);
+    // What it has open it has for a while after its memory, and so its words, are gone.
+    if word(pid).is_none_or(|word| word == MACHINE_SUBCOMMAND.as_bytes()) {
+        while !is_over(pid) && !is_kept(pid) && Instant::now() < deadline {
+            thread::sleep(DEATH_LOOK);
+        }
     }
     if geteuid().is_root() && !is_kept(pid) {
         let user = machine_user(pid);
@@ -79,6 +81,13 @@ fn is_elsewhere_too(user: u32) -> bool {
 fn is_kept(pid: u32) -> bool {
     let parent = process_stat(pid).and_then(|stat| stat.split(' ').nth(1)?.parse().ok());
     parent.and_then(word).as_deref() == Some(DOMAIN_SUBCOMMAND.as_bytes())
+}
+
+/// Whether all threads of a process have ended.
+fn is_over(pid: u32) -> bool {
+    let others = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, |tasks| tasks.skip(1).count());
+    let ended = |stat: String| stat.starts_with(['Z', 'X']);
+    others == 0 && process_stat(pid).is_none_or(ended)
 }
 
 /// The first argument that a process was started with.
