@@ -434,7 +434,7 @@ def memory_is_given_and_taken(bench):
     expect(380 < total_mib(shell) <= 512, f"after the boot the guest has {total_mib(shell)} MiB")
     expect((build()["max_memkb"], build()["target_memkb"]) == (1024 << 10, 512 << 10), f"`list -l` shows {build()}")
     shell.run("mkdir /big && mount -t tmpfs -o size=1g big /big")
-    fill = "dd if=/dev/zero of=/big/file bs=1M count={} 2>/dev/null && [ $(wc -c </big/file) = $(({} << 20)) ]"
+    fill = "dd if=/dev/zero of=/big/file bs=1M count={} 2>/dev/null && [ $(stat -c %s /big/file) = $(({} << 20)) ]"
     shell.run(fill.format(330, 330))
     full = host_mib(bench, "memory")
     expect(min(full) > 330, f"the guest has filled 330 MiB, the host has given it {full}")
