@@ -205,6 +205,11 @@ impl Devices {
         self.bus.list()
     }
 
+    /// Makes durable what a suspended guest has written to its disks.
+    pub fn flush(&self) -> Result<(), AttachError> {
+        Ok(self.bus.flush()?)
+    }
+
     /// Lets go of what the devices of a suspended guest stand for.
     pub fn let_go(&self) -> Result<(), AttachError> {
         Ok(self.bus.let_go()?)

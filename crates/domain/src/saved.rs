@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::live::Live;
 use crate::pages::{OTHER_PAGES_MAX, Received, Sent, stream_pages_max};
 use crate::suspend::Suspension;
-use crate::{CreateError, Domain, EndReason, RequestError};
+use crate::{AttachError, CreateError, Domain, EndReason, RequestError};
 
 /// The stream that a domain comes back from, behind its configuration.
 pub type SavedStream = Reader<Box<dyn Read + Send>>;
@@ -64,6 +64,8 @@ pub enum SaveError {
     Memory(#[from] MemoryError),
     #[error("its state cannot be written as text: {0}")]
     Text(#[from] serde_json::Error),
+    #[error("{0}")]
+    Disks(#[from] AttachError),
     #[error("cannot write: {0}")]
     Write(#[from] io::Error),
 }
@@ -304,11 +306,12 @@ impl Domain {
     }
 
     /// Writes all of a suspended guest but its configuration: with what [`Domain::send_live`] has come to, into the same stream, what that has left. Refuses what would
-    /// not be restored.
+    /// not be restored. What the guest has written to its disks is durable when this returns: where it goes on it takes for granted that it is there.
     pub fn save(&self, to: &mut SaveStream<'_>, live: Option<Live>) -> Result<(), SaveError> {
         let vcpus = self.held_vcpus().ok_or(SaveError::Running)?;
         check_vcpus(&vcpus, &self.processor)?;
-        write(self, vcpus, to, live)
+        write(self, vcpus, to, live)?;
+        Ok(self.devices.flush()?)
     }
 
     /// The vCPUs of a suspended guest, as they go on in a new domain.

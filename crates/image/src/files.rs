@@ -190,7 +190,11 @@ pub(crate) fn open_here(
         }
         ImageError::host(path, "open it")(error)
     };
-    let cached = once_let_go(|| open().map_err(refused))?;
+    // Who is about to end has it no longer than it takes.
+    let cached = match block && is_used_by_host(kind.rdev()) {
+        true => open().map_err(refused)?,
+        false => once_let_go(|| open().map_err(refused))?,
+    };
     let opened = cached
         .metadata()
         .map_err(ImageError::host(path, "look at it"))?;
@@ -219,6 +223,18 @@ pub(crate) fn open_here(
         facts,
         keep,
     })
+}
+
+/// Whether a block device is mounted, or part of another one.
+fn is_used_by_host(device: u64) -> bool {
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    let number = format!("{major}:{minor}");
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let holders = std::fs::read_dir(format!("/sys/dev/block/{number}/holders"));
+    mounts
+        .lines()
+        .any(|mount| mount.split(' ').nth(2) == Some(number.as_str()))
+        || holders.is_ok_and(|mut holders| holders.next().is_some())
 }
 
 /// All but the alignment of direct I/O.

@@ -172,19 +172,24 @@ impl Backend for Block {
         Ok(())
     }
 
+    fn flush(&mut self) -> Result<(), String> {
+        let Some(image) = &self.image else {
+            return Ok(());
+        };
+        let flushed = hospes_image::flush(&**image, Instant::now() + DURABLE);
+        flushed.map_err(|fault| fault.to_string())
+    }
+
     fn let_go(&mut self) -> Result<(), String> {
         if self.reopen.is_none() {
             return Err("it could not be opened again".to_owned());
         }
+        // Only this opening knows what is not durable yet, and that it may be lost.
+        self.flush()?;
         let Some(image) = self.image.take() else {
             return Ok(());
         };
         let deadline = Instant::now() + DURABLE;
-        if let Err(fault) = hospes_image::flush(&*image, deadline) {
-            // Only this opening knows what is not durable yet, and that it may be lost.
-            self.image = Some(image);
-            return Err(fault.to_string());
-        }
         let gone = Arc::downgrade(&image);
         drop(image);
         // Somebody may just look at it.

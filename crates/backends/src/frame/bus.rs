@@ -52,6 +52,8 @@ pub enum DeviceError {
     Waits(DeviceId, String),
     #[error("requests of device {0} are not carried out: {1}")]
     Busy(DeviceId, String),
+    #[error("what was written to device {0} is not durable: {1}")]
+    Flush(DeviceId, String),
     #[error("device {0} is not let go: {1}")]
     LetGo(DeviceId, String),
     #[error("device {0} cannot be had again: {1}")]
@@ -276,6 +278,13 @@ impl Bus {
     pub fn renew(&self, id: DeviceId) -> Result<(), DeviceError> {
         self.handle(id)?.mailbox.renew();
         Ok(())
+    }
+
+    /// Makes durable all that a suspended guest has written, on those devices that are not let go of.
+    pub fn flush(&self) -> Result<(), DeviceError> {
+        let deadline = Instant::now() + PATIENCE;
+        self.run(Errand::Settle(deadline), DeviceError::Busy)?;
+        self.run(Errand::Flush, DeviceError::Flush)
     }
 
     /// Lets go of what the devices of a suspended guest stand for: when this returns all that the guest has written is durable, and another process may have

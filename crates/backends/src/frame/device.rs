@@ -39,6 +39,8 @@ struct Mail {
 pub(crate) enum Errand {
     /// See [`Backend::settle`].
     Settle(Instant),
+    /// See [`Backend::flush`].
+    Flush,
     /// Stop, and see [`Backend::let_go`].
     LetGo,
     /// Take all again and go on.
@@ -270,6 +272,7 @@ impl Device {
     fn obey(&mut self, errand: Errand) -> Result<(), String> {
         match errand {
             Errand::Settle(deadline) => self.backend.settle(deadline),
+            Errand::Flush => self.backend.flush(),
             Errand::LetGo => {
                 self.let_go = true;
                 self.backend.disconnect();

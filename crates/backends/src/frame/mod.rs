@@ -82,6 +82,11 @@ pub trait Backend: Send {
         Ok(())
     }
 
+    /// Makes durable what was written to the thing behind the device, while nothing is in flight. The error is why it is not, as a sentence.
+    fn flush(&mut self) -> Result<(), String> {
+        Ok(())
+    }
+
     /// Lets go of the thing behind the device, without a connection: what was written to it is durable when this returns, and another process may have it. After
     /// an error it may be gone or not. The device is to be connected again only after [`Backend::take_again`].
     fn let_go(&mut self) -> Result<(), String> {

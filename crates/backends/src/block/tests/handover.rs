@@ -108,6 +108,29 @@ fn let_go_leaves_all_durable_and_take_again_goes_on_in_the_same_rings() {
 }
 
 #[test]
+fn flush_leaves_all_durable_or_says_why_not() {
+    let mut bench = Bench::new();
+    let (_, gref) = bench.m.page(3);
+    let write = request(blkif::OP_WRITE, 8, &[segment(gref, 0, 7)]);
+    bench.m.send(0, &[write]);
+    bench.m.bus.flush().unwrap();
+    let operations: Vec<Op> = bench.m.image.done().iter().map(|(op, _)| *op).collect();
+    assert_eq!(operations, [Op::Write, Op::Flush, Op::Flush]);
+    assert_eq!(bench.m.receive(0).status, blkif::STATUS_OKAY);
+    bench.m.image.fail(true);
+    assert!(matches!(
+        bench.m.bus.flush(),
+        Err(DeviceError::Flush(ID, _))
+    ));
+    bench.m.image.fail(false);
+    // It goes on in the same rings all the time.
+    assert_eq!(bench.m.ask(write).status, blkif::STATUS_OKAY);
+    bench.m.bus.let_go().unwrap();
+    bench.m.bus.flush().unwrap();
+    assert!(!bench.is_open());
+}
+
+#[test]
 fn let_go_with_requests_that_wait_for_the_host_changes_nothing() {
     let mut bench = Bench::new();
     let (_, gref) = bench.m.page(3);
