@@ -54,6 +54,19 @@ class Bench(Place):
         done = self.tried(*arguments)
         expect(done.returncode == 1 and sentence in done.stderr, f"`hospes {' '.join(arguments)}`: {done.returncode}, {done.stderr}")
 
+    def seen(self):
+        """What the commands, the logs and the kernels of the guests that are still there say, for who looks for a fault."""
+        for line in self.tried("list").stdout.splitlines()[2:]:
+            # All that the kernel says is to be seen: where each processor is, and what waits for something.
+            for key in ("9", "l", "w"):
+                self.tried("sysrq", line.split()[0], key)
+        time.sleep(1)
+        said = [self.tried(command).stdout for command in ("list", "vcpu-list")]
+        for log in sorted(pathlib.Path(self.run.environment()["HOSPES_LOG_DIR"]).glob("*.log*")):
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            said.append("\n".join([f"{log.name}:", *lines[-60 if ".console." in log.name else -8 :]]))
+        return "\n".join(said)
+
     def row(self, name):
         """A domain's line in `list`; None without one."""
         return next((line for line in self.hospes("list").splitlines() if line.split()[0] == name), None)
@@ -80,7 +93,7 @@ class Shell(network.Shell):
 
     def __init__(self, bench, name, **more):
         more.setdefault("memory_mb", 256)
-        self.spec = vm.Spec(ramdisk="initramfs-devices.cpio", command_line="quiet", name=name, **more)
+        self.spec = vm.Spec(ramdisk="initramfs-devices.cpio", command_line="quiet sysrq_always_enabled", name=name, **more)
         vm.Guest.__init__(self, bench.command(*self.spec.argv("hospes")), bench.run.environment())
         self.name = name
         self.count = 0
@@ -776,7 +789,11 @@ TESTS = (
 
 def run(test):
     with contextlib.ExitStack() as stack:
-        test(Bench(stack))
+        bench = Bench(stack)
+        try:
+            test(bench)
+        except runner.ERRORS as error:
+            raise vm.GuestError(f"{error}\n{bench.seen()}") from error
 
 
 def main(doc, tests):

@@ -19,7 +19,7 @@ import time
 
 import commands
 from commands import Shell
-from runner import expect, wait_until
+from runner import Failure, expect, wait_until
 
 import vm
 
@@ -256,7 +256,7 @@ def begun(moved, moment, receiver=None):
         command.stderr.close()
         expect("try again when that has ended" in "".join(said), f"nothing is said of {moment}: {''.join(said)}")
         time.sleep(0.1)
-    raise AssertionError(f"no other migration can begin: {''.join(said)}")
+    raise Failure(f"no other migration can begin: {''.join(said)}")
 
 
 def killed_processes_leave_one_guest(bench):
