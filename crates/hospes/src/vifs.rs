@@ -21,6 +21,8 @@ pub struct Plug {
     domain: String,
     vcpus: u32,
     run_directory: PathBuf,
+    /// The socket of the store that the domain is in.
+    store: PathBuf,
     haste: Haste,
 }
 
@@ -37,7 +39,9 @@ pub struct Plugged {
 
 impl Plug {
     pub fn new(domid: DomId, config: &DomainConfig) -> Result<Plug, MachineError> {
-        let run_directory = Paths::from_environment()?.run;
+        let paths = Paths::from_environment()?;
+        let store = paths.store_socket();
+        let run_directory = paths.run;
         // What killed domains left goes also where this one has no interface.
         hostnet::sweep(&run_directory)?;
         Ok(Plug {
@@ -45,6 +49,7 @@ impl Plug {
             domain: config.name.clone(),
             vcpus: config.maxvcpus,
             run_directory,
+            store,
             haste: Haste::default(),
         })
     }
@@ -91,11 +96,12 @@ impl Plug {
             .as_deref()
             .zip(interface)
             .map(|(program, interface)| {
-                let path = format!("/local/domain/0/backend/vif/{}/{devid}", self.domid);
+                let path = format!("backend/vif/{}/{devid}", self.domid);
                 let bridge = vif.bridge.as_deref();
                 let netdev = vif.netdev.as_deref();
                 let (haste, run) = (&self.haste, &self.run_directory);
                 Script::new(program, &path, interface, bridge, netdev, haste, run)
+                    .with_store(&self.store)
             });
         let own_v4 = port.ip.map(|ip| (ip.into(), 32));
         let own_v6 = port.network_v6.map(|(ip, prefix)| (ip.into(), prefix));

@@ -53,13 +53,15 @@ pub enum Action {
 #[derive(Clone, Debug)]
 pub struct Script {
     program: PathBuf,
-    /// The back end's directory in the xenstore.
+    /// The back end's directory in the xenstore, below domain 0's.
     backend_path: String,
     interface: String,
     bridge: Option<String>,
     gateway_device: Option<String>,
     haste: Haste,
     run_directory: PathBuf,
+    /// The store's socket, for the tools that it calls.
+    store: PathBuf,
 }
 
 impl Script {
@@ -80,6 +82,15 @@ impl Script {
             gateway_device: gateway_device.map(str::to_owned),
             haste: haste.clone(),
             run_directory: run_directory.to_owned(),
+            store: PathBuf::new(),
+        }
+    }
+
+    /// Has it find this store, which its domain is in: by default Debian's tools look for the host's own.
+    pub fn with_store(self, socket: &Path) -> Script {
+        Script {
+            store: socket.to_owned(),
+            ..self
         }
     }
 
@@ -113,6 +124,10 @@ impl Script {
             ("XENBUS_BASE_PATH", "backend"),
             ("vif", &self.interface),
         ];
+        let store = self.store.to_string_lossy();
+        if !store.is_empty() {
+            environment.push(("XENSTORED_PATH", &store));
+        }
         if let Some(bridge) = &self.bridge {
             environment.push(("bridge", bridge));
         }
@@ -210,6 +225,7 @@ mod tests {
                 haste,
                 &self.directory,
             )
+            .with_store(Path::new("/r/socket"))
         }
 
         /// What it has written; waits until there is something.
@@ -230,19 +246,19 @@ mod tests {
         }
     }
 
-    const PATH: &str = "/local/domain/0/backend/vif/1/0";
+    const PATH: &str = "backend/vif/1/0";
 
     #[test]
     fn run_gives_the_environment_and_reports_failure() {
         let written = Written::new(
             "run",
-            "echo \"$@ $vif $XENBUS_PATH $bridge\" >said; [ $1 = online ] || { echo no way >&2; exit 3; }",
+            "echo \"$@ $vif $XENBUS_PATH $bridge $XENSTORED_PATH\" >said; [ $1 = online ] || { echo no way >&2; exit 3; }",
         );
         let script = written.script();
         script.run(Action::Online).unwrap();
         assert_eq!(
             written.said(),
-            format!("online type_if=vif vif1.0 {PATH} br")
+            format!("online type_if=vif vif1.0 {PATH} br /r/socket")
         );
         let error = script.run(Action::Offline).unwrap_err().to_string();
         assert!(error.contains("no way"), "{error}");

@@ -98,8 +98,14 @@ impl Journal {
             .truncate(true)
             .mode(0o600)
             .open(&name)?;
-        file.write_all(&bytes)?;
-        fs::rename(&name, path)?;
+        let put = file
+            .write_all(&bytes)
+            .and_then(|()| fs::rename(&name, path));
+        if let Err(fault) = put {
+            // On a full host the other one needs the room that this has taken.
+            let _ = fs::remove_file(&name);
+            return Err(fault);
+        }
         let size = bytes.len() as u64;
         Ok(Journal {
             path: path.to_path_buf(),
@@ -196,6 +202,17 @@ mod tests {
             journal.extend(bytes);
             let _ = records(&journal);
         }
+    }
+
+    #[test]
+    fn journal_that_cannot_be_written_anew_takes_no_room() {
+        let dir = std::env::temp_dir().join(format!("hospes-anew-{}", std::process::id()));
+        let path = dir.join("journal");
+        // Nothing can be put in its place.
+        fs::create_dir_all(path.join("in the way")).unwrap();
+        Journal::create(&path, &[Entry::NoSession { session: 1 }]).unwrap_err();
+        assert!(path.exists() && !dir.join("journal.new").exists());
+        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The store process of a run-time directory: where it is, how it is started, what it does.
 
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::Duration;
@@ -33,6 +33,13 @@ const PUBLIC_SOCKET: &str = "/var/run/xenstored/socket";
 pub(crate) fn place(paths: &Paths) -> Place {
     let at = paths.clone();
     Place::new(&paths.run, Place::starter(move || command(&at)))
+}
+
+impl Paths {
+    /// The socket of the store that all domains of these directories are in.
+    pub fn store_socket(&self) -> PathBuf {
+        place(self).socket()
+    }
 }
 
 /// The command that becomes the store process.

@@ -39,13 +39,22 @@ fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }
 
+/// Whether an Ethernet header has a VLAN tag behind it.
+pub fn is_tagged(head: &[u8]) -> bool {
+    u16_at(head, 12).is_some_and(is_tag)
+}
+
+fn is_tag(ethertype: u16) -> bool {
+    matches!(ethertype, 0x8100 | 0x88a8)
+}
+
 /// Finds the headers in a frame's first bytes; `None` where there is not even an Ethernet header. `transport` is `None` where the frame is not IP, or its
 /// IP header is wrong or longer than what is there.
 pub fn parse(head: &[u8]) -> Option<Layers> {
     let mut network = ETHERNET_BYTES;
     let mut ethertype = u16_at(head, 12)?;
     for _ in 0..TAGS_MAX {
-        if ethertype != 0x8100 && ethertype != 0x88a8 {
+        if !is_tag(ethertype) {
             break;
         }
         ethertype = u16_at(head, network + 2)?;

@@ -17,7 +17,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::guard::Guard;
-use super::headers::{PROTOCOL_TCP, samples};
+use super::headers::{self, PROTOCOL_TCP, samples};
 use super::link::{Link, Span, Wire};
 use super::memory::{GuestPage, GuestPages, PAGE};
 use super::rate::{Limit, Rate};
@@ -337,6 +337,35 @@ fn receive_tells_of_checksums() {
         flags,
         [RX_CSUM_BLANK | RX_DATA_VALIDATED, RX_DATA_VALIDATED, 0]
     );
+    assert_eq!(taker.stats.received_dropped.load(Relaxed), 1);
+}
+
+#[test]
+fn receive_finishes_what_is_left_to_guests_behind_a_vlan_tag() {
+    let (mut link, far) = wire();
+    let mut taker = taker(Shape::new(true, true, 9000));
+    let data: Vec<u8> = (0..5000u32).map(|n| n as u8).collect();
+    let mut frame = samples::ipv4([2; 6], PROTOCOL_TCP, &data);
+    frame.splice(12..12, [0x81, 0, 0, 5]);
+    let header = |gso_type| VnetHeader {
+        flags: vnet::NEEDS_CSUM,
+        gso_type,
+        gso_size: 1400,
+        ..VnetHeader::default()
+    };
+    // One that is to be cut cannot be finished.
+    for gso_type in [vnet::GSO_TCPV4, vnet::GSO_NONE] {
+        send(&far, header(gso_type), &frame);
+    }
+    taker.post(0..40);
+    assert_eq!(taker.receive.turn(&mut link).unwrap(), receive::Turn::Idle);
+    assert!(headers::fill_checksum(&mut frame));
+    let mut answers = taker.answers().into_iter();
+    assert_eq!(
+        taker.frame(&mut answers),
+        Some((RX_DATA_VALIDATED | RX_MORE_DATA, None, frame))
+    );
+    assert!(answers.next().is_none());
     assert_eq!(taker.stats.received_dropped.load(Relaxed), 1);
 }
 
