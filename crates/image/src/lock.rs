@@ -248,7 +248,7 @@ fn prefix(identity: Identity) -> String {
 }
 
 /// Who has the file, or nobody that will keep it: it is let go of by whoever dies or has died.
-pub(crate) fn holder(identity: Identity) -> Option<String> {
+fn holder(identity: Identity) -> Option<String> {
     recorded_holder(identity).or_else(|| process_with_file(identity))
 }
 
