@@ -60,8 +60,8 @@ pub struct Script {
     gateway_device: Option<String>,
     haste: Haste,
     run_directory: PathBuf,
-    /// The store's socket, for the tools that it calls.
-    store: PathBuf,
+    /// The socket of the store, for the tools that it calls; without one they look for the host's own.
+    store: Option<PathBuf>,
 }
 
 impl Script {
@@ -82,14 +82,14 @@ impl Script {
             gateway_device: gateway_device.map(str::to_owned),
             haste: haste.clone(),
             run_directory: run_directory.to_owned(),
-            store: PathBuf::new(),
+            store: None,
         }
     }
 
-    /// Has it find this store, which its domain is in: by default Debian's tools look for the host's own.
+    /// Has it find this store, which its domain is in.
     pub fn with_store(self, socket: &Path) -> Script {
         Script {
-            store: socket.to_owned(),
+            store: Some(socket.to_owned()),
             ..self
         }
     }
@@ -124,9 +124,9 @@ impl Script {
             ("XENBUS_BASE_PATH", "backend"),
             ("vif", &self.interface),
         ];
-        let store = self.store.to_string_lossy();
-        if !store.is_empty() {
-            environment.push(("XENSTORED_PATH", &store));
+        let store = self.store.as_ref().map(|socket| socket.to_string_lossy());
+        if let Some(socket) = &store {
+            environment.push(("XENSTORED_PATH", socket));
         }
         if let Some(bridge) = &self.bridge {
             environment.push(("bridge", bridge));
