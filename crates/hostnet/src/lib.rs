@@ -76,6 +76,11 @@ pub enum Error {
         "the host has routes to all of 10.64.0.0/10, 172.16.0.0/12 and 192.168.0.0/16: use a bridge of your own with `bridge`"
     )]
     NoSubnet,
+    #[error(
+        "the NAT network of {directory} is in another network namespace, where domains use it: start this one there, or name another directory by HOSPES_RUN_DIR",
+        directory = directory.display()
+    )]
+    OtherNamespace { directory: PathBuf },
     #[error("the NAT network is full: it has room for 253 devices")]
     NoAddress,
     #[error("the address {ip} is in use on the NAT network: choose another `ip`, or leave it out")]

@@ -36,9 +36,23 @@ struct Network {
     /// `None` where the host has IPv6 switched off.
     gateway_v6: Option<Ipv6Addr>,
     mtu: u32,
-    /// The network namespace it is in, by its inode.
+    /// The network namespace that it is in, by its inode.
     #[serde(default)]
     namespace: u64,
+}
+
+impl Network {
+    /// Whether it is in another network namespace, in which this process can do nothing.
+    fn is_elsewhere(&self) -> bool {
+        self.namespace != namespace()
+    }
+
+    /// Its bridge among the host's interfaces; another of that name is somebody else's.
+    fn bridge_in<'a>(&self, links: &'a [Link], directory: &Path) -> Option<&'a Link> {
+        links
+            .iter()
+            .find(|link| link.name == self.bridge && Path::new(&link.alias) == directory)
+    }
 }
 
 /// A device that is to join.
@@ -81,6 +95,9 @@ struct User {
     mac: String,
     ip: Ipv4Addr,
     name: Option<String>,
+    /// By which its file is called.
+    #[serde(skip)]
+    interface: String,
 }
 
 fn state(path: &Path) -> impl Fn(io::Error) -> Error {
@@ -125,8 +142,12 @@ fn live_users(directory: &Path) -> Result<Vec<User>, Error> {
         };
         if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
             let _ = fs::remove_file(&path);
-        } else if let Some(user) = load(&path) {
-            users.push(user);
+        } else if let Some(user) = load::<User>(&path) {
+            let name = path.file_name().unwrap_or_default();
+            users.push(User {
+                interface: name.to_string_lossy().into_owned(),
+                ..user
+            });
         }
     }
     Ok(users)
@@ -146,7 +167,7 @@ pub fn join(run_directory: &Path, member: &Member<'_>) -> Result<Joined, Error> 
         source,
     })?;
     let mut users = live_users(&directory)?;
-    let network = prepare(&directory, &netlink, users.is_empty())?;
+    let network = prepare(&directory, &netlink, &users)?;
     let joined = add(&directory, &netlink, &network, member, &mut users);
     if joined.is_err() && live_users(&directory)?.is_empty() {
         remove(&directory, &netlink);
@@ -202,6 +223,7 @@ fn add(
         mac,
         ip,
         name: subnet::host_name(member.domain, member.devid),
+        interface: interface.clone(),
     };
     // A name belongs to one device; a second domain that wants it goes without.
     let user = User {
@@ -275,21 +297,27 @@ fn forwards(path: &str) -> bool {
     fs::read_to_string(path).is_ok_and(|value| value.trim() == "1")
 }
 
-/// The network, made anew where nobody uses it.
-fn prepare(directory: &Path, netlink: &Netlink, unused: bool) -> Result<Network, Error> {
+/// The network, made anew where nobody uses it or somebody has deleted its bridge.
+fn prepare(directory: &Path, netlink: &Netlink, users: &[User]) -> Result<Network, Error> {
     let path = directory.join("network.json");
     let old: Option<Network> = load(&path);
-    if let (false, Some(network)) = (unused, &old)
-        && matches!(netlink.link(&network.bridge), Ok(Some(_)))
-    {
-        route(network)?;
-        return Ok(network.clone());
-    }
-    remove(directory, netlink);
     let kernel = |what: &str| {
         let what = what.to_owned();
         move |source| Error::Kernel { what, source }
     };
+    if let (false, Some(network)) = (users.is_empty(), &old) {
+        if network.is_elsewhere() {
+            return Err(Error::OtherNamespace {
+                directory: directory.to_owned(),
+            });
+        }
+        let links = netlink.links().map_err(kernel("read the interfaces"))?;
+        if network.bridge_in(&links, directory).is_some() {
+            route(network)?;
+            return Ok(network.clone());
+        }
+    }
+    remove(directory, netlink);
     let mut taken = netlink.routes().map_err(kernel("read the routes"))?;
     taken.extend(netlink.addresses().map_err(kernel("read the addresses"))?);
     let links = netlink.links().map_err(kernel("read the interfaces"))?;
@@ -311,12 +339,48 @@ fn prepare(directory: &Path, netlink: &Netlink, unused: bool) -> Result<Network,
     };
     // Written down before it is made: what is made halfway is a leftover too.
     save(&path, &network)?;
-    if let Err(error) = make(directory, netlink, &mut network) {
+    let made = make(directory, netlink, &mut network)
+        .and_then(|()| put_back(directory, netlink, &network, users));
+    if let Err(error) = made {
         remove(directory, netlink);
         return Err(error);
     }
     save(&path, &network)?;
     Ok(network)
+}
+
+/// Gives a network that was made anew to those who had the one before: their interfaces, and their addresses and names.
+fn put_back(
+    directory: &Path,
+    netlink: &Netlink,
+    network: &Network,
+    users: &[User],
+) -> Result<(), Error> {
+    if users.is_empty() {
+        return Ok(());
+    }
+    let kernel = |source| Error::Kernel {
+        what: format!("put the guests' interfaces on {}", network.bridge),
+        source,
+    };
+    let links = netlink.links().map_err(kernel)?;
+    let bridge = network.bridge_in(&links, directory);
+    let bridge = bridge.ok_or_else(|| Error::NoBridge(network.bridge.clone()))?;
+    let change = Change {
+        master: Some(bridge.index),
+        ..Change::default()
+    };
+    // One that has another bridge by now was put there by somebody.
+    let is_left =
+        |link: &&Link| link.master == 0 && users.iter().any(|user| user.interface == link.name);
+    for link in links.iter().filter(is_left) {
+        match netlink.change(link.index, &change) {
+            // It went with its process a moment ago.
+            Err(fault) if fault.raw_os_error() == Some(libc::ENODEV) => {}
+            done => done.map_err(kernel)?,
+        }
+    }
+    serve(directory, network, users)
 }
 
 /// The number of a bridge that nobody has; one that was made for a run directory that is gone is removed.
@@ -392,27 +456,28 @@ fn route(network: &Network) -> Result<(), Error> {
     })
 }
 
-/// Removes everything that `network.json` names. What fails is already gone, or somebody's who changed it meanwhile.
+/// Removes everything that `network.json` names, where it is in this network namespace. What fails is already gone, or somebody's who changed it meanwhile.
 fn remove(directory: &Path, netlink: &Netlink) {
-    dnsmasq::stop(directory);
     let path = directory.join("network.json");
-    let Some(network) = load::<Network>(&path) else {
+    let network: Option<Network> = load(&path);
+    if network.as_ref().is_some_and(Network::is_elsewhere) {
+        return;
+    }
+    dnsmasq::stop(directory);
+    let Some(network) = network else {
         return;
     };
     let links = netlink.links().unwrap_or_default();
-    let ours = links
-        .iter()
-        .find(|link| link.name == network.bridge && Path::new(&link.alias) == directory);
-    if let Some(link) = ours {
+    if let Some(link) = network.bridge_in(&links, directory) {
         let _ = netlink.delete(link.index);
         let _ = nft::unload(&network.bridge);
     }
     let _ = fs::remove_file(path);
 }
 
-/// The network namespace of this process, by its inode; 0 where that cannot be seen.
+/// The network namespace of this thread, by its inode; 0 where that cannot be seen.
 fn namespace() -> u64 {
-    fs::metadata("/proc/self/ns/net").map_or(0, |metadata| metadata.ino())
+    fs::metadata("/proc/thread-self/ns/net").map_or(0, |metadata| metadata.ino())
 }
 
 /// Removes what killed processes left of the network of a run directory. Does nothing while a domain uses it, or in another network namespace than
@@ -424,7 +489,7 @@ pub fn sweep(run_directory: &Path) -> Result<(), Error> {
         return Ok(());
     }
     let _lock = take_lock(&directory)?;
-    if load::<Network>(&path).is_some_and(|network| network.namespace != namespace()) {
+    if load::<Network>(&path).is_some_and(|network| network.is_elsewhere()) {
         return Ok(());
     }
     if live_users(&directory)?.is_empty()

@@ -139,6 +139,67 @@ fn nat_comes_back_with_the_next_device() {
     });
 }
 
+/// The bridge that an interface is on.
+fn bridge_of(interface: &str) -> String {
+    let link = output("ip", &["-o", "link", "show", interface]);
+    let (_, behind) = link.split_once(" master ").unwrap_or_default();
+    behind.split(' ').next().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn nat_takes_living_guests_back_where_its_bridge_was_deleted() {
+    alone("deleted", |directory| {
+        let first = request(directory, 1, Network::Nat);
+        let port = open(&first).unwrap();
+        let _moved = join(directory, 2);
+        output("ip", &["link", "del", "hospes0"]);
+        output("ip", &["link", "add", "br0", "type", "bridge"]);
+        output("ip", &["link", "set", "vif2.0", "master", "br0"]);
+        assert_eq!(bridge_of("vif1.0"), "");
+        // One that is refused leaves the others what they have, too.
+        let refused = open(&Request {
+            domid: 3,
+            ..first.clone()
+        });
+        assert!(
+            matches!(refused, Err(Error::MacInUse { .. })),
+            "{refused:?}"
+        );
+        assert_eq!(bridge_of("vif1.0"), "hospes0");
+        let expected = Some((port.ip.unwrap(), "web".to_owned()));
+        assert_eq!(offered(&port, first.mac), expected);
+        let _third = join(directory, 3);
+        assert_eq!(bridge_of("vif3.0"), "hospes0");
+        // Where somebody has put it meanwhile.
+        assert_eq!(bridge_of("vif2.0"), "br0");
+    });
+}
+
+#[test]
+fn nat_belongs_to_one_network_namespace() {
+    alone("namespaces", |directory| {
+        let port = join(directory, 1);
+        let elsewhere = directory.to_owned();
+        let elsewhere = std::thread::spawn(move || {
+            // SAFETY: as in `alone`.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
+            let refused = open(&request(&elsewhere, 2, Network::Nat));
+            sweep(&elsewhere).unwrap();
+            (refused, output("ip", &["-br", "link"]))
+        });
+        let (refused, links) = elsewhere.join().unwrap();
+        assert!(
+            matches!(refused, Err(Error::OtherNamespace { .. })),
+            "{refused:?}"
+        );
+        assert!(!links.contains("hospes"), "{links}");
+        assert!(dnsmasq_runs(directory));
+        let _second = join(directory, 2);
+        assert_eq!(bridge_of("vif2.0"), "hospes0");
+        drop(port);
+    });
+}
+
 #[test]
 fn nat_leaves_other_networks_alone() {
     alone("clash", |directory| {
