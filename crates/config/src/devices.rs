@@ -45,8 +45,8 @@ impl Reader<'_> {
         let mut vifs: Vec<VifConfig> = Vec::new();
         for (index, (text, location)) in self.items("vif").into_iter().enumerate() {
             match VifConfig::parse_known(&text) {
-                Ok((mut vif, unknown)) => {
-                    for fault in unknown {
+                Ok((mut vif, left_out)) => {
+                    for fault in left_out {
                         let message = format!("vif \"{}\": {fault}; ignored", text.escape_debug());
                         self.report(Severity::Warning, &location, message);
                     }

@@ -97,39 +97,41 @@ impl VifConfig {
         VifConfig::read(spec, Err)
     }
 
-    /// Reads one item of `vif=`, in which xl goes on without keys that it does not know; they are given back as well.
+    /// Reads one item of `vif=`. What xl warns of and goes on without is left out, and given back as well: keys and words that it does not know, and a wrong type.
     pub fn parse_known(spec: &str) -> Result<(VifConfig, Vec<SpecError>), SpecError> {
-        let mut unknown = Vec::new();
+        let mut left_out = Vec::new();
         let vif = VifConfig::read(spec, |fault| {
-            unknown.push(fault);
+            left_out.push(fault);
             Ok(())
         })?;
-        Ok((vif, unknown))
+        Ok((vif, left_out))
     }
 
+    /// Asks `leave_out` whether to go on where xl would.
     fn read(
         spec: &str,
-        mut unknown: impl FnMut(SpecError) -> Result<(), SpecError>,
+        mut leave_out: impl FnMut(SpecError) -> Result<(), SpecError>,
     ) -> Result<VifConfig, SpecError> {
         let mut vif = VifConfig::default();
         for item in spec.split([',', '\n', '\r']) {
             let item = item.trim_start_matches([' ', '\t']);
             match item.split_once('=') {
                 Some((key, value)) => match vif.keyed(key, value) {
-                    Err(fault @ (SpecError::UnknownKey { .. } | SpecError::Unsupported { .. })) => {
-                        unknown(fault)?
-                    }
+                    Err(
+                        fault @ (SpecError::UnknownKey { .. }
+                        | SpecError::Unsupported { .. }
+                        | SpecError::Flag { .. }
+                        | SpecError::Value { key: "type", .. }),
+                    ) => leave_out(fault)?,
                     other => other?,
                 },
                 None => match item {
                     "" => {}
                     "trusted" => vif.trusted = true,
                     "untrusted" => vif.trusted = false,
-                    _ => {
-                        return Err(SpecError::Syntax {
-                            text: item.escape_debug().to_string(),
-                        });
-                    }
+                    _ => leave_out(SpecError::Syntax {
+                        text: item.escape_debug().to_string(),
+                    })?,
                 },
             }
         }

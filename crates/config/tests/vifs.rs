@@ -193,6 +193,10 @@ fn load_device_lists_numbers_and_compares_their_items() {
             "vif=['rate=much']",
             "d.cfg:5: error: vif \"rate=much\": `rate' cannot be",
         ),
+        (
+            "vif=['mac=00:16:3e']",
+            "d.cfg:5: error: vif \"mac=00:16:3e\": `mac' cannot be",
+        ),
     ];
     for (text, part) in refused {
         let (config, said) = read(text);
@@ -208,9 +212,19 @@ fn load_device_lists_numbers_and_compares_their_items() {
         ("brigde=a", "`brigde' is no parameter"),
         ("vlan=5", "`vlan' is no parameter"),
         ("accel=1", "`accel' is not supported"),
+        ("type=tap", "`type' cannot be \"tap\""),
+        ("type=", "`type' cannot be \"\""),
+        ("bridge", "\"bridge\" is not understood"),
+        ("untrusted=1", "`untrusted' takes no value"),
     ] {
         let (config, said) = read(&format!("vif=['{text},mtu=1400']"));
-        assert_eq!(config.expect("accepted").vifs[0].mtu, Some(1400), "{text}");
+        let config = config.unwrap_or_else(|| panic!("{text:?} was refused: {said:?}"));
+        let expected = VifConfig {
+            devid: Some(0),
+            mtu: Some(1400),
+            ..VifConfig::default()
+        };
+        assert_eq!(config.vifs, [expected], "{text}");
         let start = format!("d.cfg:5: warning: vif \"{text},mtu=1400\": {part}");
         assert!(
             said.len() == 1 && said[0].starts_with(&start) && said[0].ends_with("; ignored"),
