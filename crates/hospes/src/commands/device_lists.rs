@@ -157,7 +157,7 @@ fn vifs(store: &dyn StoreAccess, domid: DomId) -> anyhow::Result<String> {
     for device in devices(store, domid, "vif")? {
         let _ = writeln!(
             rows,
-            "{:<3} {:<2} {:<17} {:>6} {:>5} {:>6} {:>5}/{:<11} {:<30}",
+            "{:<3} {:<2} {:<17}{:>6} {:>5} {:>6} {:>5}/{:<11} {:<30}",
             device.number,
             device.backend_id(),
             device.known("mac"),
@@ -232,7 +232,7 @@ mod tests {
         ]);
         assert_eq!(
             vifs(&store, DomId(3)).expect("it answers"),
-            "0   0  00:16:3e:00:00:01      0     4      7   768/769         /local/domain/0/backend/vif/3/0\n"
+            "0   0  00:16:3e:00:00:01     0     4      7   768/769         /local/domain/0/backend/vif/3/0\n"
         );
     }
 
