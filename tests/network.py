@@ -479,6 +479,30 @@ def script_finds_what_the_operator_said(run):
     expect_clean(run)
 
 
+def script_makes_ready_before_the_guest_sees_it(run):
+    log, script, refuse = (pathlib.Path(run.path, name) for name in ("log", "vif-test", "refuse"))
+    # Time enough for a guest that sees the interface to connect to it.
+    script.write_text(f'#!/bin/sh\n[ $1 = offline ] || sleep 2\n'
+                      f'echo "$1 $(ip -o link show $vif | cut -d: -f2) $(xenstore-read /local/domain/1/device/vif/0/state || echo unseen)" >>{log}\n'
+                      f'[ $1 = offline ] || ! [ -e {refuse} ]\n', encoding="utf-8")
+    script.chmod(0o755)
+    with Shell(run, "late", None) as guest:
+        done = run.hospes("network-attach", "late", f"script={script}")
+        expect(done.returncode == 0, f"network-attach failed: {done.stderr}")
+        wait_until(lambda: "eth0" in guest.run("ip link"), "the guest has no interface")
+        done = run.hospes("network-detach", "late", "0")
+        expect(done.returncode == 0, f"network-detach failed: {done.stderr}")
+        refuse.touch()
+        done = run.hospes("network-attach", "late", f"script={script}")
+        expect(done.returncode == 1 and f"{script} failed" in done.stderr, f"network-attach with a script that fails: {done.stderr}")
+        expect("eth0" not in guest.run("ip link"), "the guest has the interface whose script failed")
+        guest.off()
+    lines = [line.split() for line in log.read_text(encoding="utf-8").splitlines()]
+    expect([line[:2] for line in lines] == [["online", "vif1.0"], ["offline", "vif1.0"]] * 2, f"the script saw {lines}")
+    expect([line[2] for line in lines if line[0] == "online"] == ["unseen"] * 2, f"the guest had the interface before the script had run: {lines}")
+    expect_clean(run)
+
+
 def script_that_hangs_ends_with_its_domain(run):
     script, started = os.path.join(run.path, "vif-hangs"), pathlib.Path(run.path, "started")
     for when, why in (("online", "its domain was destroyed"), ("offline", "its domain was destroyed and it did not end soon")):
@@ -590,7 +614,7 @@ def comes_and_goes_while_the_guest_runs(run):
 TESTS = (
     guests_find_host_and_each_other, carries_much_and_unharmed, top_shows_what_guests_send_and_receive, rate_is_what_one_flow_gets,
     outside_is_reached_but_does_not_reach, guest_speaks_for_itself_only, killed_leave_nothing_for_good, reboot_keeps_the_address, bridge_is_used_as_it_is,
-    bridge_of_xen_needs_no_script, script_is_called_as_xen_calls_it, script_finds_what_the_operator_said,
+    bridge_of_xen_needs_no_script, script_is_called_as_xen_calls_it, script_finds_what_the_operator_said, script_makes_ready_before_the_guest_sees_it,
     script_that_hangs_ends_with_its_domain, script_ends_with_a_killed_process, user_mode_needs_no_interface,
     driver_starts_over, comes_and_goes_while_the_guest_runs,
 )

@@ -98,16 +98,25 @@ impl Host {
     fn again(&self, vif: &VifConfig) -> Again {
         let (host, vif) = (self.clone(), vif.clone());
         Box::new(move || {
-            let again = || -> Result<NetConfig, MachineError> {
-                let (spec, script) = host.plug(&vif)?;
-                host.bring_online(script)?;
-                Ok(spec.net)
-            };
-            again().map_err(|fault| fault.to_string())
+            let spec = host.plug_ready(&vif).map_err(|fault| fault.to_string())?;
+            Ok(spec.net)
         })
     }
 
-    /// Runs the scripts of interfaces that the domain has now.
+    /// Plugs an interface in and runs its script, before the guest hears of it.
+    pub fn plug_ready(&self, vif: &VifConfig) -> Result<VifSpec, MachineError> {
+        let (mut spec, script) = self.plug(vif)?;
+        if let Err(fault) = self.bring_online(script) {
+            // Its script puts in order what it has begun while the interface is still there.
+            if let Some(leave) = spec.net.leave.take() {
+                leave();
+            }
+            return Err(fault);
+        }
+        Ok(spec)
+    }
+
+    /// Runs the scripts of interfaces that are plugged in.
     pub fn bring_online(&self, scripts: impl IntoIterator<Item = u64>) -> Result<(), MachineError> {
         for id in scripts {
             self.ask::<()>(&Want::Online(id))?;

@@ -446,13 +446,8 @@ impl Machine for Running {
     }
 
     fn attach_vif(&self, vif: &VifConfig) -> Result<(), MachineError> {
-        let (vif, script) = self.host.plug(vif)?;
-        let devid = vif.facts.devid;
-        self.domain.attach_vif(vif)?;
-        self.host.bring_online(script).inspect_err(|_| {
-            // The error that counts is the script's.
-            let _ = self.domain.detach(Kind::Vif, devid, true);
-        })
+        // The guest connects as soon as it sees the device.
+        Ok(self.domain.attach_vif(self.host.plug_ready(vif)?)?)
     }
 
     fn detach_device(&self, kind: DeviceKind, devid: u32, force: bool) -> Result<(), MachineError> {

@@ -29,7 +29,7 @@ pub struct Plug {
 /// An interface that is plugged in.
 pub struct Plugged {
     pub port: Port,
-    /// To run once the domain has it, and when it goes.
+    /// To run before the guest connects to it, and when it goes.
     pub script: Option<Script>,
     pub mac: [u8; 6],
     pub guard: Option<Guard>,

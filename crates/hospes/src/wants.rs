@@ -19,7 +19,7 @@ pub enum Want {
     Closed(u64),
     /// An interface: [`Plugged`], with its descriptors.
     Plug(u32),
-    /// The guest has the interface: its script is to run.
+    /// The interface is plugged in: its script is to run.
     Online(u64),
     /// The interface is about to go: its script is to run.
     Offline(u64),
