@@ -467,10 +467,15 @@ fn remove(directory: &Path, netlink: &Netlink) {
     let Some(network) = network else {
         return;
     };
-    let links = netlink.links().unwrap_or_default();
-    if let Some(link) = network.bridge_in(&links, directory) {
-        let _ = netlink.delete(link.index);
-        let _ = nft::unload(&network.bridge);
+    if let Ok(links) = netlink.links() {
+        let ours = network.bridge_in(&links, directory);
+        if let Some(link) = ours {
+            let _ = netlink.delete(link.index);
+        }
+        // Where somebody has deleted the bridge its rules are there still; another of that name has its own.
+        if ours.is_some() || links.iter().all(|link| link.name != network.bridge) {
+            let _ = nft::unload(&network.bridge);
+        }
     }
     let _ = fs::remove_file(path);
 }

@@ -424,6 +424,17 @@ fn leftovers_of_the_killed_go_with_the_next() {
 }
 
 #[test]
+fn leftovers_go_where_somebody_has_deleted_the_bridge() {
+    alone("rules", |directory| {
+        let port = join(directory, 1);
+        output("ip", &["link", "del", "hospes0"]);
+        drop(port);
+        assert!(!output("nft", &["list", "tables"]).contains("hospes"));
+        assert!(!dnsmasq_runs(directory));
+    });
+}
+
+#[test]
 fn bridge_takes_the_tap_and_gives_its_mtu() {
     alone("bridge", |directory| {
         output(
