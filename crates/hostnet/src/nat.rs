@@ -6,12 +6,12 @@
 //! process of the xenstore, which notices that a domain was killed.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::net::Ipv4Addr;
 use std::net::Ipv6Addr;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
@@ -26,6 +26,8 @@ const NETWORKS_MAX: u32 = 16;
 const FORWARD_V4: &str = "/proc/sys/net/ipv4/ip_forward";
 const FORWARD_V6: &str = "/proc/sys/net/ipv6/conf/all/forwarding";
 const MTU: u32 = 1500;
+/// Held while a network is made, for whatever run directory.
+const MAKING: &str = "/run/hospes-network.lock";
 
 /// What was made on the host.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -117,6 +119,16 @@ fn take_lock(directory: &Path) -> Result<File, Error> {
     rustix::fs::flock(&file, FlockOperation::LockExclusive)
         .map_err(|error| state(&path)(error.into()))?;
     Ok(file)
+}
+
+/// Keeps networks of other run directories from being made at once, which would choose the same name and the same addresses. `None` where the host has no
+/// place for the lock: then they may.
+fn take_host_lock() -> Option<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600);
+    let file = options.open(MAKING).ok()?;
+    rustix::fs::flock(&file, FlockOperation::LockExclusive).ok()?;
+    Some(file)
 }
 
 /// A file of ours that cannot be read or understood counts as missing: it is a leftover of another version.
@@ -318,6 +330,7 @@ fn prepare(directory: &Path, netlink: &Netlink, users: &[User]) -> Result<Networ
         }
     }
     remove(directory, netlink);
+    let _making = take_host_lock();
     let mut taken = netlink.routes().map_err(kernel("read the routes"))?;
     taken.extend(netlink.addresses().map_err(kernel("read the addresses"))?);
     let links = netlink.links().map_err(kernel("read the interfaces"))?;

@@ -1,6 +1,7 @@
 //! The host's side of networks, tried in network namespaces of the tests' own: the machine's network is never touched. Without root there is nothing
 //! to try, and the tests say so.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::PermissionsExt;
@@ -431,6 +432,30 @@ fn leftovers_go_where_somebody_has_deleted_the_bridge() {
         drop(port);
         assert!(!output("nft", &["list", "tables"]).contains("hospes"));
         assert!(!dnsmasq_runs(directory));
+    });
+}
+
+#[test]
+fn nat_networks_that_are_made_at_once_are_different_ones() {
+    alone("at-once", |directory| {
+        for round in 0..3 {
+            let ports: Vec<Port> = std::thread::scope(|scope| {
+                let joining: Vec<_> = (0..4)
+                    .map(|n| {
+                        let directory = directory.join(format!("{round}-{n}"));
+                        scope.spawn(move || join(&directory, n))
+                    })
+                    .collect();
+                joining.into_iter().map(|t| t.join().unwrap()).collect()
+            });
+            let distinct = |of: fn(&Port) -> String| {
+                let found: BTreeSet<String> = ports.iter().map(of).collect();
+                assert_eq!(found.len(), ports.len(), "{found:?}");
+            };
+            distinct(|port| port.bridge.clone().unwrap());
+            distinct(|port| format!("{:?}", &port.ip.unwrap().octets()[..3]));
+            distinct(|port| format!("{:?}", port.network_v6));
+        }
     });
 }
 
