@@ -115,8 +115,12 @@ fn forget_leases(service: &Service<'_>) {
 
 /// Has dnsmasq read what lies in the configuration's place.
 fn start(dnsmasq: &Path, directory: &Path) -> Result<(), Error> {
-    let path = configuration_path(directory).display().to_string();
-    tools::run(dnsmasq, &[format!("--conf-file={path}")], "")
+    tools::run(dnsmasq, &[conf_file(&configuration_path(directory))], "")
+}
+
+/// The argument by which dnsmasq reads a file.
+fn conf_file(path: &Path) -> String {
+    format!("--conf-file={}", path.display())
 }
 
 /// Starts dnsmasq with this configuration in place of the one that runs for the directory. After an error that one runs again.
@@ -129,8 +133,7 @@ pub fn restart(service: &mut Service<'_>) -> Result<(), Error> {
         source,
     };
     fs::write(&new, configuration(service)).map_err(|error| failed(&new, error))?;
-    let check = format!("--conf-file={}", new.display());
-    tools::run(&dnsmasq, &["--test", &check], "")?;
+    tools::run(&dnsmasq, &["--test", &conf_file(&new)], "")?;
     let before = fs::read(&path)
         .ok()
         .filter(|_| pid_path(service.directory).exists());
@@ -163,6 +166,19 @@ pub fn stop(directory: &Path) {
         let _ = tools::end_process(pid, |line| line.contains(&configuration));
     }
     let _ = fs::remove_file(path);
+}
+
+/// Ends every dnsmasq of a directory, also where the directory is gone with the number of the process.
+pub fn stop_all(directory: &Path) {
+    stop(directory);
+    let argument = conf_file(&configuration_path(directory));
+    let is_ours = |line: &str| line.split('\0').any(|word| word == argument);
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        if let Ok(pid) = entry.file_name().to_string_lossy().parse() {
+            // As above.
+            let _ = tools::end_process(pid, is_ours);
+        }
+    }
 }
 
 #[cfg(test)]

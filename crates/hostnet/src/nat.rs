@@ -396,7 +396,8 @@ fn put_back(
     serve(directory, network, users)
 }
 
-/// The number of a bridge that nobody has; one that was made for a run directory that is gone is removed.
+/// The number of a bridge that nobody has; one that was made for a run directory that is gone is removed, and so is one whose maker was killed before it
+/// said for which it is. Under the host's lock.
 fn free_index(netlink: &Netlink, links: &[Link], directory: &Path) -> Result<u32, Error> {
     for index in 0..NETWORKS_MAX {
         let name = format!("hospes{index}");
@@ -404,9 +405,14 @@ fn free_index(netlink: &Netlink, links: &[Link], directory: &Path) -> Result<u32
             return Ok(index);
         };
         let owner = Path::new(&link.alias);
-        let ours = owner == directory;
-        if link.kind == "bridge" && owner.is_absolute() && (ours || !owner.exists()) {
-            dnsmasq::stop(owner);
+        let is_left = match link.alias.is_empty() {
+            true => link.mac == subnet::bridge_mac(&host_id(), index),
+            false => owner == directory || owner.is_absolute() && !owner.exists(),
+        };
+        if link.kind == "bridge" && is_left {
+            if owner.is_absolute() {
+                dnsmasq::stop_all(owner);
+            }
             // Without the program there are no rules either.
             let _ = nft::unload(&name);
             if netlink.delete(link.index).is_ok() {
@@ -420,8 +426,9 @@ fn free_index(netlink: &Netlink, links: &[Link], directory: &Path) -> Result<u32
 fn make(directory: &Path, netlink: &Netlink, network: &mut Network) -> Result<(), Error> {
     let kernel = |what: String| move |source| Error::Kernel { what, source };
     let bridge = network.bridge.clone();
+    let mac = subnet::bridge_mac(&host_id(), network.index);
     netlink
-        .create(&bridge, "bridge")
+        .create(&bridge, "bridge", mac)
         .map_err(kernel(format!("make the bridge {bridge}")))?;
     let link = netlink.link(&bridge).ok().flatten();
     let link = link.ok_or_else(|| Error::NoBridge(bridge.clone()))?;
@@ -434,7 +441,6 @@ fn make(directory: &Path, netlink: &Netlink, network: &mut Network) -> Result<()
     let change = Change {
         up: Some(true),
         mtu: Some(network.mtu),
-        mac: Some(subnet::bridge_mac(&host_id(), network.index)),
         alias: Some(&directory.display().to_string()),
         ..Change::default()
     };

@@ -315,12 +315,13 @@ impl Netlink {
         Ok(v6.collect())
     }
 
-    /// Makes an interface of a kind that needs no further data, such as a bridge. Fails where the name is taken.
-    pub fn create(&self, name: &str, kind: &str) -> io::Result<()> {
+    /// Makes an interface of a kind that needs no further data, such as a bridge, with this address. Fails where the name is taken.
+    pub fn create(&self, name: &str, kind: &str, mac: [u8; 6]) -> io::Result<()> {
         let info = Message(Vec::new()).attribute(nl::IFLA_INFO_KIND, kind.as_bytes());
         let request = Message::new(nl::RTM_NEWLINK, nl::ACK | nl::CREATE_EXCL)
             .link(0, 0, 0)
             .text(nl::IFLA_IFNAME, name)
+            .attribute(nl::IFLA_ADDRESS, &mac)
             .attribute(nl::IFLA_LINKINFO | nl::NESTED, &info.0);
         self.ask(&request.finish(), |_, _| {})
     }

@@ -436,6 +436,34 @@ fn leftovers_go_where_somebody_has_deleted_the_bridge() {
 }
 
 #[test]
+fn leftovers_of_who_was_killed_before_the_bridge_had_its_owner_go() {
+    alone("halfway", |directory| {
+        let port = join(directory, 1);
+        output("ip", &["link", "set", "hospes0", "alias", ""]);
+        drop(port);
+        assert!(output("ip", &["-br", "link"]).contains("hospes0"));
+        let port = join(directory, 2);
+        assert_eq!(port.bridge.as_deref(), Some("hospes0"));
+    });
+}
+
+#[test]
+fn leftovers_of_a_run_directory_that_is_gone_go_with_the_next() {
+    alone("gone", |directory| {
+        let [first, second] = ["first", "second"].map(|name| directory.join(name));
+        let left = join(&first, 1);
+        let pid = fs::read_to_string(first.join("net/dnsmasq.pid")).unwrap();
+        fs::remove_dir_all(&first).unwrap();
+        let port = join(&second, 2);
+        assert_eq!(port.bridge.as_deref(), Some("hospes0"));
+        let running = fs::read_to_string(format!("/proc/{}/cmdline", pid.trim()));
+        assert!(!running.unwrap_or_default().contains("dnsmasq"));
+        assert!(dnsmasq_runs(&second));
+        drop(left);
+    });
+}
+
+#[test]
 fn nat_networks_that_are_made_at_once_are_different_ones() {
     alone("at-once", |directory| {
         for round in 0..3 {
