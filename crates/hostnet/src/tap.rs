@@ -1,7 +1,7 @@
 //! Making taps and putting them on bridges.
 
-use std::io;
 use std::os::fd::OwnedFd;
+use std::{fs, io};
 
 use crate::netlink::{Change, Link, Netlink};
 use crate::{Error, sys};
@@ -59,6 +59,8 @@ pub fn put(netlink: &Netlink, name: &str, bridge: Option<&Link>, mtu: u32) -> Re
         .link(name)
         .map_err(failed)?
         .ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+    // On an interface that no bridge has, a guest could tell the host its routes and addresses. A host without IPv6 has no such setting.
+    let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_ra"), "0");
     // The far end of the wire is the guest; the near end's address must not be the guest's, and a high one never becomes the bridge's.
     let change = Change {
         up: Some(true),

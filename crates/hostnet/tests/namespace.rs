@@ -488,6 +488,18 @@ fn nat_networks_that_are_made_at_once_are_different_ones() {
 }
 
 #[test]
+fn tap_takes_no_routes_of_its_guest() {
+    alone("routes", |directory| {
+        for (domid, network) in [(1, Network::Script), (2, Network::Nat)] {
+            let port = open(&request(directory, domid, network)).unwrap();
+            let interface = port.interface.as_deref().unwrap();
+            let setting = format!("/proc/sys/net/ipv6/conf/{interface}/accept_ra");
+            assert_eq!(fs::read_to_string(setting).unwrap().trim(), "0");
+        }
+    });
+}
+
+#[test]
 fn bridge_takes_the_tap_and_gives_its_mtu() {
     alone("bridge", |directory| {
         output(
