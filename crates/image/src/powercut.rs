@@ -74,6 +74,18 @@ impl PowerCut {
         })
     }
 
+    /// Cuts the power at that write from now on.
+    #[cfg(test)]
+    pub(crate) fn cut_at(&self, writes: u64) {
+        self.state.lock().expect("no thread panics with it").left = writes;
+    }
+
+    /// Whether the power is gone.
+    #[cfg(test)]
+    pub(crate) fn is_cut(&self) -> bool {
+        self.state.lock().expect("no thread panics with it").cut
+    }
+
     /// Syncs so far.
     #[cfg(test)]
     pub(crate) fn syncs(&self) -> u64 {

@@ -5,6 +5,8 @@
 //! 3. What refers to data and to L2 tables.
 //!
 //! An `fdatasync` stands between them. A flush writes what there was when it began; changes made meanwhile wait for the next.
+//!
+//! A flush that fails may have linked what was new to the file, from the step on in which things are linked: the next one takes it for linked.
 
 use super::cache::{Dirty, Table};
 use super::header::Header;
@@ -15,6 +17,14 @@ use crate::storage::Storage;
 struct Piece {
     offset: u64,
     bytes: Vec<u8>,
+}
+
+/// Of a flush.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Step {
+    First,
+    Second,
+    Third,
 }
 
 /// Everything one flush writes.
@@ -91,6 +101,14 @@ impl Meta {
                 offset: table_offset,
                 bytes: bytes_of(&self.refcounts.table),
             });
+        } else if !batch.table.is_clean() {
+            let bytes = bytes_of(&self.refcounts.table);
+            batch
+                .second
+                .extend(pieces(table_offset, &bytes, &batch.table));
+        }
+        // Not only where it was moved just now: the flush that was to say so may have failed.
+        if self.disk_header.refcount_table_offset != table_offset {
             let mut header = self.disk_header.clone();
             header.refcount_table_offset = table_offset;
             header.refcount_table_clusters = self.refcounts.table_clusters() as u32;
@@ -98,11 +116,6 @@ impl Meta {
             self.header.refcount_table_clusters = header.refcount_table_clusters;
             batch.second.push(self.header_piece(&header));
             batch.headers[0] = Some(header);
-        } else if !batch.table.is_clean() {
-            let bytes = bytes_of(&self.refcounts.table);
-            batch
-                .second
-                .extend(pieces(table_offset, &bytes, &batch.table));
         }
         batch.l1 = std::mem::take(&mut self.l1_dirty);
         batch.l1_moved = std::mem::take(&mut self.l1_moved);
@@ -117,7 +130,7 @@ impl Meta {
             batch.third.extend(pieces(offset, &bytes, &batch.l1));
         }
         let now = batch.headers[0].as_ref().unwrap_or(&self.disk_header);
-        if *now != self.header {
+        if *now != self.header || self.header_unsure {
             batch.third.push(self.header_piece(&self.header));
             batch.headers[1] = Some(self.header.clone());
         }
@@ -135,19 +148,22 @@ impl Meta {
         }
     }
 
-    /// After a batch: what it wrote is in the file, or has to be written again.
-    pub(crate) fn settle(&mut self, batch: Batch, written: bool) {
+    /// After a batch, which failed in a step or in none: what it wrote is in the file, or has to be written again.
+    pub(crate) fn settle(&mut self, batch: Batch, failed: Option<Step>) {
+        // Whatever may have begun to be linked is in the file as the batch had it.
+        let reached = |step| failed.is_none_or(|failed| failed >= step);
         for (index, dirty) in &batch.l2 {
             if let Some(table) = self.l2.get(*index) {
-                settle_table(table, dirty, written);
+                settle_table(table, dirty, failed.is_none(), reached(Step::Third));
             }
         }
         for (index, dirty) in &batch.blocks {
             if let Some(block) = self.refcounts.blocks.get(*index) {
-                settle_table(block, dirty, written);
+                settle_table(block, dirty, failed.is_none(), reached(Step::Second));
             }
         }
-        if written {
+        if failed.is_none() {
+            self.header_unsure = false;
             for header in batch.headers.into_iter().flatten() {
                 header.store_fields(&mut self.first_sector);
                 self.disk_header = header;
@@ -155,39 +171,47 @@ impl Meta {
             self.quarantine.push_back((self.time, batch.frees));
             self.time += 1;
         } else {
+            let steps = batch.headers.iter().zip([Step::Second, Step::Third]);
+            for (_, step) in steps.filter(|(header, _)| header.is_some()) {
+                self.header_unsure |= reached(step);
+            }
             self.refcounts.table_dirty.merge(&batch.table);
-            self.refcounts.table_moved |= batch.table_moved;
+            self.refcounts.table_moved |= batch.table_moved && !reached(Step::Second);
             self.l1_dirty.merge(&batch.l1);
-            self.l1_moved |= batch.l1_moved;
+            self.l1_moved |= batch.l1_moved && !reached(Step::Third);
             self.frees.extend(batch.frees);
         }
     }
 }
 
-fn settle_table(table: &mut Table, dirty: &Dirty, written: bool) {
+fn settle_table(table: &mut Table, dirty: &Dirty, written: bool, linked: bool) {
     table.flushing = false;
-    if written {
-        table.unlinked = false;
-    } else {
+    table.unlinked &= !linked;
+    if !written {
         table.dirty.merge(dirty);
     }
 }
 
 impl Batch {
     /// Does the writing, and makes durable all that was written before.
-    pub(crate) fn carry_out(&self, storage: &dyn Storage) -> std::io::Result<()> {
-        let write = |pieces: &[Piece]| {
+    ///
+    /// # Errors
+    /// The step that failed, and of which anything may be in the file, and why.
+    pub(crate) fn carry_out(&self, storage: &dyn Storage) -> Result<(), (Step, std::io::Error)> {
+        let steps = [
+            (Step::First, &self.first),
+            (Step::Second, &self.second),
+            (Step::Third, &self.third),
+        ];
+        for (step, pieces) in steps {
+            if step != Step::First && pieces.is_empty() {
+                continue;
+            }
             pieces
                 .iter()
                 .try_for_each(|piece| storage.write_bytes(&piece.bytes, piece.offset))
-        };
-        write(&self.first)?;
-        storage.sync()?;
-        for step in [&self.second, &self.third] {
-            if !step.is_empty() {
-                write(step)?;
-                storage.sync()?;
-            }
+                .and_then(|()| storage.sync())
+                .map_err(|error| (step, error))?;
         }
         Ok(())
     }
@@ -204,6 +228,7 @@ impl Meta {
             && self.l1_dirty.is_clean()
             && !self.l1_moved
             && self.header == self.disk_header
+            && !self.header_unsure
             && self.l2.iter_mut().all(|(_, table)| written(table))
             && self
                 .refcounts

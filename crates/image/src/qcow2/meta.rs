@@ -21,6 +21,8 @@ pub(crate) struct Meta {
     pub(crate) header: Header,
     /// As the file has it.
     pub(crate) disk_header: Header,
+    /// A flush failed that may have written another to the file.
+    pub(crate) header_unsure: bool,
     pub(crate) first_sector: [u8; FIELDS_BYTES],
     pub(crate) l1: Vec<u64>,
     pub(crate) l1_dirty: Dirty,
@@ -94,6 +96,7 @@ impl Meta {
             storage,
             has_backing: header.backing.is_some(),
             disk_header: header.clone(),
+            header_unsure: false,
             header,
             first_sector,
             l1,

@@ -289,8 +289,9 @@ impl Qcow2 {
         self.storage.check_uncut()?;
         let batch = self.meta().batch();
         let result = batch.carry_out(&*self.storage);
-        self.meta().settle(batch, result.is_ok());
-        result?;
+        let failed = result.as_ref().err().map(|(step, _)| *step);
+        self.meta().settle(batch, failed);
+        result.map_err(|(_, error)| error)?;
         self.free_drained()
     }
 
