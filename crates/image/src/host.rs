@@ -170,10 +170,10 @@ impl Storage for HostFile {
     }
 
     fn set_len(&self, bytes: u64) -> io::Result<()> {
-        self.had.fetch_min(bytes, Ordering::AcqRel);
-        self.cached.set_len(bytes)?;
-        self.reached(bytes);
-        Ok(())
+        let had = self.had.fetch_min(bytes, Ordering::AcqRel);
+        let set = self.cached.set_len(bytes);
+        self.reached(if set.is_ok() { bytes } else { had });
+        set
     }
 
     fn host_file(self: Arc<Self>) -> Option<Arc<HostFile>> {

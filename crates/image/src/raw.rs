@@ -231,12 +231,16 @@ impl Image for Raw {
         self.file
             .bytes
             .store(bytes.min(geometry.bytes), Ordering::Release);
-        match storage.set_len(bytes) {
-            Err(error) if error.kind() == ErrorKind::FileTooLarge => return refuse(TOO_LARGE),
-            set => set.map_err(ImageError::host(&self.path, "change its size"))?,
+        let set = storage.set_len(bytes);
+        let now = if set.is_ok() { bytes } else { geometry.bytes };
+        self.file.bytes.store(now, Ordering::Release);
+        match set {
+            Err(error) if error.kind() == ErrorKind::FileTooLarge => refuse(TOO_LARGE),
+            set => set.map_err(ImageError::host(
+                &self.path,
+                "change its size, which stays as it was",
+            )),
         }
-        self.file.bytes.store(bytes, Ordering::Release);
-        Ok(())
     }
 
     fn status(&self) -> Status {
@@ -252,6 +256,7 @@ mod tests {
     use crate::testing::{Directory, discard, flush, pattern, raw, read, spec, write};
     use crate::{Format, open};
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use std::os::fd::AsRawFd;
 
     /// The work of an image of `bytes`, whatever the file has, without a lock.
     fn raw_file(path: &Path, bytes: u64) -> Arc<dyn Work> {
@@ -445,6 +450,23 @@ mod tests {
                 .to_string();
             assert!(error.contains("more than the file system takes"), "{error}");
             assert_eq!(image.geometry().bytes, 4096);
+        }
+    }
+
+    #[test]
+    fn resize_that_the_host_refuses_leaves_the_disk_as_it_was() {
+        use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+        let file = memfd_create("disk", MemfdFlags::ALLOW_SEALING).unwrap();
+        rustix::fs::ftruncate(&file, 16384).unwrap();
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let image = raw(Path::new(&path));
+        let mut queue = image.queue().unwrap();
+        for bytes in [8192, 32768] {
+            let refused = image.resize(bytes).unwrap_err().to_string();
+            assert!(refused.contains("which stays as it was"), "{refused}");
+            assert_eq!(image.geometry().bytes, 16384);
+            write(&mut *queue, 12288, &[9; 4096]).unwrap();
         }
     }
 }
