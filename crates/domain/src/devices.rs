@@ -75,6 +75,15 @@ pub enum AttachError {
     Image(#[from] ImageError),
     #[error(transparent)]
     Device(#[from] DeviceError),
+    #[error(
+        "{fault}; what was there before could not be put back either, so that the drive is empty: {lost}"
+    )]
+    Emptied {
+        /// Why the other could not be attached.
+        fault: Box<AttachError>,
+        /// Why the one before could not be attached again.
+        lost: Box<AttachError>,
+    },
 }
 
 /// The devices of a domain.
@@ -88,8 +97,31 @@ pub struct Devices {
     images: Arc<Images>,
 }
 
-/// Images of attached disks, by number; those of detached ones are gone.
-type Images = Mutex<BTreeMap<u32, Weak<dyn Image>>>;
+/// A disk that was attached. Its image is gone where it was detached.
+struct Attached {
+    disk: DiskSpec,
+    facts: Facts,
+    image: Weak<dyn Image>,
+}
+
+impl Attached {
+    fn new(disk: &DiskSpec, (image, facts): &Opened) -> Attached {
+        Attached {
+            disk: disk.clone(),
+            facts: *facts,
+            image: Arc::downgrade(image),
+        }
+    }
+
+    /// What [`Devices::show`] takes, where it is still attached.
+    fn opened(&self) -> Option<(DiskSpec, Opened)> {
+        let image = self.image.upgrade()?;
+        Some((self.disk.clone(), (image, self.facts)))
+    }
+}
+
+/// By number.
+type Images = Mutex<BTreeMap<u32, Attached>>;
 
 /// An open image, and what is known of its file.
 type Opened = (Arc<dyn Image>, Facts);
@@ -120,17 +152,37 @@ impl Devices {
         self.show(disk, self.open(disk)?)
     }
 
-    /// Puts another disk in the place of one, or none. After an error in opening the other one the first is still there.
+    /// Puts another disk in the place of one, or none. After an error but [`AttachError::Emptied`] the first is still there, or there again. Its image stays open until the
+    /// other disk is attached: both have to be read-only where they may be the same.
     pub fn replace_disk(&self, devid: u32, other: Option<&DiskSpec>) -> Result<(), AttachError> {
         let opened = match other {
             Some(disk) => Some((disk, self.open(disk)?)),
             None => None,
         };
         let id = disk_id(devid);
+        let mut before = None;
         if self.bus.list().iter().any(|device| device.id == id) {
+            if other.is_some() {
+                before = lock(&self.images).get(&devid).and_then(Attached::opened);
+            }
             self.bus.detach(id, false)?;
         }
-        opened.map_or(Ok(()), |(disk, opened)| self.show(disk, opened))
+        let Some((disk, opened)) = opened else {
+            return Ok(());
+        };
+        let Err(fault) = self.show(disk, opened) else {
+            return Ok(());
+        };
+        let Some((disk, opened)) = before else {
+            return Err(fault);
+        };
+        match self.show(&disk, opened) {
+            Ok(()) => Err(fault),
+            Err(lost) => Err(AttachError::Emptied {
+                lost: Box::new(lost),
+                fault: Box::new(fault),
+            }),
+        }
     }
 
     fn open(&self, disk: &DiskSpec) -> Result<Opened, ImageError> {
@@ -150,22 +202,26 @@ impl Devices {
         }
     }
 
-    fn show(&self, disk: &DiskSpec, (image, facts): Opened) -> Result<(), AttachError> {
-        let id = disk_id(disk.devid);
-        let seen = Arc::downgrade(&image);
-        let (images, open, devid) = (Arc::clone(&self.images), self.open_spec(disk), disk.devid);
-        let files = Arc::clone(&self.files);
+    fn show(&self, disk: &DiskSpec, opened: Opened) -> Result<(), AttachError> {
+        let attached = Attached::new(disk, &opened);
+        let (images, open, files) = (
+            Arc::clone(&self.images),
+            self.open_spec(disk),
+            Arc::clone(&self.files),
+        );
+        let again = disk.clone();
         let reopen = move || {
-            let opened = open_with(&open, &*files);
-            let (image, _) = opened.map_err(|fault| fault.to_string())?;
-            lock(&images).insert(devid, Arc::downgrade(&image));
-            Ok(image)
+            let opened = open_with(&open, &*files).map_err(|fault| fault.to_string())?;
+            lock(&images).insert(again.devid, Attached::new(&again, &opened));
+            Ok(opened.0)
         };
+        let (image, facts) = opened;
         let block = Block::new(image, disk.cdrom, self.vcpus, self.log.clone())
             .with_reopen(Box::new(reopen));
+        let id = disk_id(disk.devid);
         self.bus
             .attach(id, &disk_nodes(disk, &facts), Box::new(block))?;
-        lock(&self.images).insert(disk.devid, seen);
+        lock(&self.images).insert(disk.devid, attached);
         Ok(())
     }
 
@@ -194,7 +250,9 @@ impl Devices {
     /// Changes the size of a disk, in bytes, and tells the guest. With the size it has, looks at the host's device again.
     pub fn resize_disk(&self, devid: u32, bytes: u64) -> Result<(), AttachError> {
         let id = disk_id(devid);
-        let image = lock(&self.images).get(&devid).and_then(Weak::upgrade);
+        let image = lock(&self.images)
+            .get(&devid)
+            .and_then(|attached| attached.image.upgrade());
         let image = image.ok_or(DeviceError::Missing(id))?;
         image.resize(bytes)?;
         Ok(self.bus.renew(id)?)

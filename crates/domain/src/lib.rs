@@ -479,7 +479,8 @@ impl Domain {
         self.devices.attach_disk(disk)
     }
 
-    /// Puts another disk in the place of the one with this number, or none. After an error in opening the other one the first is still there.
+    /// Puts another disk in the place of the one with this number, or none; both are read-only. After an error but [`AttachError::Emptied`] the first is still there, or
+    /// there again.
     pub fn replace_disk(&self, devid: u32, other: Option<&DiskSpec>) -> Result<(), AttachError> {
         self.devices.replace_disk(devid, other)
     }

@@ -2,6 +2,7 @@
 
 mod core_dump;
 mod live;
+mod media;
 mod memory;
 mod moving;
 mod saving;
@@ -27,11 +28,8 @@ struct KernelFile(PathBuf);
 impl KernelFile {
     fn new() -> KernelFile {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!(
-            "hospes-domain-{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, SeqCst)
-        );
+        let number = NEXT.fetch_add(1, SeqCst);
+        let name = format!("hospes-domain-{}-{number}", std::process::id());
         let path = std::env::temp_dir().join(name);
         std::fs::write(&path, kernel()).unwrap();
         KernelFile(path)

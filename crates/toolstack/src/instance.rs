@@ -81,6 +81,10 @@ pub(crate) enum ChangeError {
         "{0}; the device is attached and could not be taken away again ({1}): restart or destroy the domain to be rid of it"
     )]
     Stays(Error, MachineError),
+    #[error(
+        "{0}; the drive has changed and could not get back what it had ({1}): change its medium once more"
+    )]
+    Changed(Error, MachineError),
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -481,6 +485,7 @@ impl Instance {
                 "this is a disk and no CD-ROM drive: use block-detach and block-attach",
             ));
         }
+        let before = drive.clone();
         // As it was called when the domain was made.
         let medium = DiskConfig {
             vdev: drive.vdev.clone(),
@@ -489,12 +494,16 @@ impl Instance {
         self.machine
             .change_medium(&medium)
             .map_err(ChangeError::Machine)?;
-        Ok(self.change_config(|config| {
+        let written = self.change_config(|config| {
             let disks = config.disks.iter_mut();
             for drive in disks.filter(|d| d.vdev.number == number && d.cdrom) {
                 *drive = medium.clone();
             }
-        })?)
+        });
+        written.map_err(|fault| match self.machine.change_medium(&before) {
+            Ok(()) => fault.into(),
+            Err(kept) => ChangeError::Changed(fault, kept),
+        })
     }
 
     /// Ends the domain for good, whatever its configuration says.

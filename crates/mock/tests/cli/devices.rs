@@ -137,6 +137,27 @@ fn block_resize_and_media_reach_the_domain() {
 }
 
 #[test]
+fn medium_that_cannot_be_written_down_is_taken_out_again() {
+    let bench = Bench::new();
+    let [old, new] = ["old.iso", "new.iso"].map(|name| {
+        std::fs::write(bench.path(name), "medium").expect("writable");
+        bench.path(name).display().to_string()
+    });
+    bench.create("one", &[&format!("disk=['{old},,xvdc,cdrom']")]);
+    let in_the_way = bench.domain_dir(1).join("domain.json.new");
+    std::fs::create_dir(&in_the_way).expect("writable");
+    let said = bench.fails(1, &["cd-insert", "one", "xvdc", &new]);
+    assert!(said.contains("cannot write"), "{said}");
+    heard(&bench, "one", &format!("medium {old}"));
+    let said = bench.fails(1, &["cd-eject", "one", "xvdc"]);
+    assert!(said.contains("cannot write"), "{said}");
+    std::fs::remove_dir(&in_the_way).expect("writable");
+    assert_eq!(config(&bench, "one")["disks"][0]["pdev_path"], *old);
+    bench.ok(&["cd-insert", "one", "xvdc", &new]);
+    assert_eq!(config(&bench, "one")["disks"][0]["pdev_path"], *new);
+}
+
+#[test]
 fn network_attach_and_detach_change_domain_and_record() {
     let bench = Bench::new();
     bench.create("one", &["vif=['mac=00:16:3e:00:00:01', '']"]);
