@@ -48,8 +48,10 @@ pub(crate) struct Refcounts {
     hint: u64,
     /// What was never used reads as zeros.
     sparse: bool,
-    /// Clusters there can be at most: those of a block device.
+    /// Clusters there can be at most: those of a block device, but for a last one that is cut off.
     limit: u64,
+    /// Clusters of the file when it was opened.
+    clusters: u64,
     /// Clusters of metadata, which an entry of a damaged or hostile image may name as data.
     pub(crate) protected: HashSet<u64>,
     /// Clusters of a table that was moved: to be freed once nothing in the file refers to them.
@@ -102,7 +104,11 @@ impl Refcounts {
             end: if place.fixed { 0 } else { end },
             hint: 0,
             sparse: !place.fixed,
-            limit: if place.fixed { end } else { u64::MAX },
+            limit: match place.fixed {
+                true => place.file_bytes >> place.cluster_bits,
+                false => u64::MAX,
+            },
+            clusters: end,
             protected,
             retired: Vec::new(),
         })
@@ -132,7 +138,24 @@ impl Refcounts {
 
     /// No cluster of the image can be here or behind.
     pub(crate) fn bound(&self) -> u64 {
-        if self.sparse { self.end } else { self.limit }
+        if self.sparse { self.end } else { self.clusters }
+    }
+
+    /// No cluster from here on has a count.
+    pub(crate) fn counted(&self) -> u64 {
+        let blocks = self.table.iter().rposition(|offset| *offset != 0);
+        blocks.map_or(0, |last| (last as u64 + 1) * self.block_entries())
+    }
+
+    /// Says that nothing from here on is in use, whatever is counted.
+    pub(crate) fn free_from(&mut self, cluster: u64) {
+        self.end = self.end.max(cluster);
+    }
+
+    /// Whether the count of a cluster has a place.
+    pub(crate) fn is_counted(&mut self, cluster: u64) -> Result<bool, IoError> {
+        let (index, _) = self.place(cluster);
+        Ok(self.block(index)?.is_some())
     }
 
     fn block(&mut self, index: usize) -> Result<Option<&mut Table>, IoError> {
@@ -167,6 +190,11 @@ impl Refcounts {
     fn put(&mut self, cluster: u64, count: u64) -> Result<(), IoError> {
         let (index, entry) = self.place(cluster);
         let order = self.order;
+        if count > u64::MAX >> (64 - (1 << order)) {
+            return Err(damaged(format!(
+                "cluster {cluster} is used {count} times, which its refcounts cannot say"
+            )));
+        }
         let block = self
             .block(index)?
             .ok_or_else(|| damaged(format!("it has no refcount block {index}")))?;
@@ -418,6 +446,10 @@ mod tests {
 
     /// The counts of a device of so many clusters, all that the table can count in use: the table is cluster 1, its blocks are those behind.
     fn full(clusters: u64) -> Refcounts {
+        full_of(clusters << CLUSTER_BITS)
+    }
+
+    fn full_of(file_bytes: u64) -> Refcounts {
         let storage = Arc::new(Memory::default());
         let cluster_bytes = 1u64 << CLUSTER_BITS;
         let table: Vec<u8> = (2..66u64)
@@ -431,7 +463,7 @@ mod tests {
             order: 4,
             table_offset: cluster_bytes,
             table_clusters: 1,
-            file_bytes: clusters << CLUSTER_BITS,
+            file_bytes,
             fixed: true,
         };
         Refcounts::new(storage, &place).unwrap()
@@ -451,6 +483,22 @@ mod tests {
             assert!(counts.table_dirty.is_clean());
             assert!(counts.blocks.iter_mut().all(|(index, _)| index < 64));
         }
+    }
+
+    #[test]
+    fn count_that_has_no_room_is_refused() {
+        let mut counts = full(COUNTED);
+        counts.set(5, 0xffff).unwrap();
+        assert!(matches!(counts.set(5, 0x10000), Err(IoError::Damaged(_))));
+        assert_eq!(counts.get(5).unwrap(), 0xffff);
+    }
+
+    #[test]
+    fn cluster_that_the_end_of_a_device_cuts_off_is_not_taken() {
+        let mut counts = full_of(((COUNTED + 8) << CLUSTER_BITS) - 100);
+        while counts.alloc(1).is_ok() {}
+        assert_eq!(counts.get(COUNTED + 6).unwrap(), 1);
+        assert_eq!(counts.get(COUNTED + 7).unwrap(), 0);
     }
 
     #[test]

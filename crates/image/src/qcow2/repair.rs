@@ -42,9 +42,6 @@ impl Qcow2 {
     pub(crate) fn repair(&self) -> Result<(), IoError> {
         let mut guard = self.meta();
         let meta = &mut *guard;
-        if meta.refcounts.bound() > CLUSTERS_MAX {
-            return Err(too_large());
-        }
         let mut count = Count {
             references: HashMap::new(),
             total: 0,
@@ -72,8 +69,26 @@ impl Qcow2 {
             let l1 = read_entries(meta, snapshot.l1_offset, bytes as usize)?;
             count_tables(meta, &l1, &mut count)?;
         }
-        for cluster in 0..meta.refcounts.bound() {
-            let wanted = count.references.get(&cluster).copied().unwrap_or(0);
+        let mut references: Vec<(u64, u64)> = count.references.into_iter().collect();
+        references.sort_unstable();
+        let behind = references.last().map_or(0, |(last, _)| last + 1);
+        // A block device has no end that says what is free, and a count of 0 does not yet.
+        meta.refcounts.free_from(behind);
+        let end = meta.refcounts.counted().min(meta.refcounts.bound());
+        if end.max(behind) > CLUSTERS_MAX {
+            return Err(too_large());
+        }
+        let mut rest = references.iter().peekable();
+        for cluster in 0..end {
+            let wanted = rest
+                .next_if(|(at, _)| *at == cluster)
+                .map_or(0, |(_, count)| *count);
+            if meta.refcounts.is_counted(cluster)? && meta.refcounts.get(cluster)? != wanted {
+                meta.refcounts.set(cluster, wanted)?;
+            }
+        }
+        // Only now: this makes blocks, which nothing has referred to above.
+        for (cluster, wanted) in references {
             if meta.refcounts.get(cluster)? != wanted {
                 meta.refcounts.set(cluster, wanted)?;
             }
@@ -121,3 +136,7 @@ fn count_tables(meta: &Meta, l1: &[u64], count: &mut Count) -> Result<(), IoErro
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "repair_tests.rs"]
+mod tests;
