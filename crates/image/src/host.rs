@@ -25,6 +25,8 @@ pub(crate) struct HostFile {
     direct: Option<(File, Alignment)>,
     block: bool,
     had: AtomicU64,
+    /// Something was written to the page cache, also where most goes past it.
+    cache_written: AtomicBool,
     _keep: Keep,
     /// After a failed `fdatasync` the host has forgotten which pages it could not write: no later one can be believed.
     sync_failed: AtomicBool,
@@ -48,6 +50,7 @@ impl HostFile {
             direct: opened.direct.zip(opened.facts.alignment),
             block: opened.facts.is_block,
             had: AtomicU64::new(0),
+            cache_written: AtomicBool::new(false),
             _keep: opened.keep,
             sync_failed: AtomicBool::new(false),
         };
@@ -102,17 +105,16 @@ impl HostFile {
         if self.sync_failed.load(Ordering::Acquire) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
-        if let Err(error) = &result
-            && !(is_full(error) && self.direct.is_some())
-        {
-            self.sync_failed.store(true, Ordering::Release);
-        }
-        // Without room at this point cached pages are lost: the guest must hear of it.
         result.map_err(|error| {
-            if is_full(&error) && self.direct.is_none() {
-                io::Error::from_raw_os_error(libc::EIO)
-            } else {
-                error
+            // Without room at this point cached pages are lost: the guest must hear of it.
+            let cached = self.direct.is_none() || self.cache_written.load(Ordering::Acquire);
+            let waits = is_full(&error) && !cached;
+            if !waits {
+                self.sync_failed.store(true, Ordering::Release);
+            }
+            match is_full(&error) && cached {
+                true => io::Error::from_raw_os_error(libc::EIO),
+                false => error,
             }
         })
     }
@@ -220,6 +222,9 @@ impl HostFile {
             let rest = part(buffers, done, bytes - done);
             // After a short transfer the rest may be fit for the page cache only.
             let (fd, copy) = self.way(&rest, offset + done);
+            if direction == Direction::Write && fd.as_raw_fd() == self.cached.as_raw_fd() {
+                self.cache_written.store(true, Ordering::Release);
+            }
             let count = if copy {
                 copied(fd, &rest, offset + done, direction)
             } else {
@@ -276,4 +281,35 @@ fn call(
         }
     };
     u64::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Directory;
+
+    #[test]
+    fn sync_without_room_fails_for_good_where_something_went_through_the_page_cache() {
+        let directory = Directory::new();
+        let path = directory.file("a.img", 8192);
+        let access = Access {
+            read_only: false,
+            direct: true,
+            unit: Some(512),
+        };
+        let file = HostFile::open(&path, access, None).unwrap();
+        let sync = |result| {
+            let noted = file.note_sync(result);
+            noted.err().and_then(|error| error.raw_os_error())
+        };
+        let full = || Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        if file.direct.is_some() {
+            // What was to be written is with who wanted that still.
+            assert_eq!(sync(full()), Some(libc::ENOSPC));
+            assert_eq!(sync(Ok(())), None);
+        }
+        file.write_bytes(&[1; 100], 3).unwrap();
+        assert_eq!(sync(full()), Some(libc::EIO));
+        assert_eq!(sync(Ok(())), Some(libc::EIO));
+    }
 }
