@@ -41,7 +41,7 @@ pub const MAX_RING_PAGE_ORDER: u32 = 4;
 
 /// How often it is looked whether queues are idle, or an image is closed.
 const LOOK: Duration = Duration::from_millis(1);
-/// How long the host may take to make durable what was written.
+/// How long the host may take to make durable what was written, and to close the image after that.
 const DURABLE: Duration = Duration::from_secs(60);
 
 /// Opens the image of a disk anew.
@@ -58,6 +58,8 @@ pub struct Block {
     max_queues: u32,
     log: Log,
     stats: Arc<Stats>,
+    /// The changes that were there when all was made durable last.
+    durable: Option<u64>,
     queues: Vec<QueueThread>,
 }
 
@@ -72,6 +74,7 @@ impl Block {
             max_queues: vcpus.clamp(1, MAX_QUEUES),
             log,
             stats: Arc::default(),
+            durable: None,
             queues: Vec::new(),
         }
     }
@@ -86,6 +89,20 @@ impl Block {
         self.image
             .as_ref()
             .ok_or_else(|| ConnectError::Host("its image is not open".to_owned()))
+    }
+
+    /// [`Backend::flush`]. Does nothing where nothing has changed since the last time.
+    fn flush_until(&mut self, deadline: Instant) -> Result<(), String> {
+        let Some(image) = &self.image else {
+            return Ok(());
+        };
+        // What is done meanwhile counts as not durable.
+        let changes = Some(self.stats.changes());
+        if self.durable != changes {
+            hospes_image::flush(&**image, deadline).map_err(|fault| fault.to_string())?;
+            self.durable = changes;
+        }
+        Ok(())
     }
 
     /// What the guest reads of the disk when it connects, and again when its size changes.
@@ -173,11 +190,7 @@ impl Backend for Block {
     }
 
     fn flush(&mut self) -> Result<(), String> {
-        let Some(image) = &self.image else {
-            return Ok(());
-        };
-        let flushed = hospes_image::flush(&**image, Instant::now() + DURABLE);
-        flushed.map_err(|fault| fault.to_string())
+        self.flush_until(Instant::now() + DURABLE)
     }
 
     fn let_go(&mut self) -> Result<(), String> {
@@ -185,11 +198,11 @@ impl Backend for Block {
             return Err("it could not be opened again".to_owned());
         }
         // Only this opening knows what is not durable yet, and that it may be lost.
-        self.flush()?;
+        let deadline = Instant::now() + DURABLE;
+        self.flush_until(deadline)?;
         let Some(image) = self.image.take() else {
             return Ok(());
         };
-        let deadline = Instant::now() + DURABLE;
         let gone = Arc::downgrade(&image);
         drop(image);
         // Somebody may just look at it.
@@ -209,11 +222,14 @@ impl Backend for Block {
             let image = reopen()?;
             *lock(&self.seen) = Arc::downgrade(&image);
             self.image = Some(image);
+            self.durable = None;
         }
         Ok(())
     }
 
     fn renewed(&mut self) -> Vec<Node> {
+        // A new size is a change of the image.
+        self.durable = None;
         self.properties()
     }
 

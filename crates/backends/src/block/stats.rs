@@ -43,6 +43,12 @@ impl Stats {
         }
     }
 
+    /// Grows with everything that may have changed the image: of what failed a part may be done.
+    pub fn changes(&self) -> u64 {
+        let counters = [&self.writes, &self.discards, &self.errors];
+        counters.map(|counter| counter.load(Relaxed)).iter().sum()
+    }
+
     /// Returns how many failed so far.
     pub fn failed(&self) -> u64 {
         self.errors.fetch_add(1, Relaxed) + 1
