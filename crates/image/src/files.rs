@@ -227,13 +227,17 @@ pub(crate) fn open_here(
 
 /// Whether a block device is mounted, or part of another one.
 fn is_used_by_host(device: u64) -> bool {
-    let (major, minor) = (libc::major(device), libc::minor(device));
-    let number = format!("{major}:{minor}");
+    let number = format!("{}:{}", libc::major(device), libc::minor(device));
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let holders = std::fs::read_dir(format!("/sys/dev/block/{number}/holders"));
+    is_used(&number, &mounts, Path::new("/sys/dev/block"))
+}
+
+/// Whether the device of this number is in this /proc/PID/mountinfo, or part of another one as this directory of sysfs says.
+fn is_used(number: &str, mounts: &str, devices: &Path) -> bool {
+    let holders = std::fs::read_dir(devices.join(number).join("holders"));
     mounts
         .lines()
-        .any(|mount| mount.split(' ').nth(2) == Some(number.as_str()))
+        .any(|mount| mount.split(' ').nth(2) == Some(number))
         || holders.is_ok_and(|mut holders| holders.next().is_some())
 }
 

@@ -297,3 +297,52 @@ fn backing_chain_refuses_as_opening_does() {
         assert_eq!(sentence(open(&spec(image, Format::Qcow2))), refused);
     }
 }
+
+#[test]
+fn devices_that_the_host_has_mounted_or_built_upon_are_known() {
+    let directory = Directory::new();
+    let devices = directory.join("block");
+    for holders in ["8:2/holders/dm-0", "8:3/holders"] {
+        std::fs::create_dir_all(devices.join(holders)).unwrap();
+    }
+    let mounts = "22 1 8:16 / / rw,relatime shared:1 - ext4 /dev/sdb rw\n\
+                  35 22 0:31 /8:1 /mnt/8:4 rw - tmpfs 8:5 rw\n";
+    let used = |number: &&str| is_used(number, mounts, &devices);
+    let all = ["8:16", "8:2", "8:1", "8:3", "8:4", "8:5", "22:1", "0:31"];
+    let found: Vec<_> = all.into_iter().filter(used).collect();
+    assert_eq!(found, ["8:16", "8:2", "0:31"]);
+}
+
+#[test]
+fn mounted_device_is_refused() {
+    let directory = Directory::new();
+    let path = directory.file("a.img", 4 << 20);
+    let run = |program: &str, arguments: &[&Path]| {
+        let output = std::process::Command::new(program).args(arguments).output();
+        let output = output.ok().filter(|output| output.status.success())?;
+        Some(String::from_utf8(output.stdout).unwrap().trim().to_owned())
+    };
+    // Not every host lets tests have this.
+    let Some(node) = run("losetup", &["-f".as_ref(), "--show".as_ref(), &path]) else {
+        return;
+    };
+    let (device, mount) = (Path::new(&node), directory.join("mount"));
+    std::fs::create_dir(&mount).unwrap();
+    let mounted = run("mkfs.ext4", &["-q".as_ref(), device])
+        .and_then(|_| run("mount", &[device, &mount]))
+        .is_some();
+    let number = std::fs::metadata(device).unwrap().rdev();
+    let used = is_used_by_host(number);
+    let refused = crate::open(&spec(device, crate::Format::Raw));
+    let unmounted = !mounted || run("umount", &[&mount]).is_some();
+    let free = is_used_by_host(number);
+    run("losetup", &["-d".as_ref(), device]).unwrap();
+    assert!(unmounted && !free && used == mounted);
+    if mounted {
+        let sentence = refused.err().expect("it is refused").to_string();
+        assert!(
+            sentence.contains("the host, which has it mounted"),
+            "{sentence}"
+        );
+    }
+}

@@ -59,9 +59,15 @@ const DEATH_LOOK: Duration = Duration::from_millis(10);
 
 /// Tries again while the file is locked by nobody that will keep it.
 pub(crate) fn once_let_go<T>(
+    attempt: impl FnMut() -> Result<T, ImageError>,
+) -> Result<T, ImageError> {
+    once_let_go_until(Instant::now() + DEATH_PATIENCE, attempt)
+}
+
+fn once_let_go_until<T>(
+    deadline: Instant,
     mut attempt: impl FnMut() -> Result<T, ImageError>,
 ) -> Result<T, ImageError> {
-    let deadline = Instant::now() + DEATH_PATIENCE;
     loop {
         match attempt() {
             Err(ImageError::Locked { identity, .. })
@@ -355,9 +361,9 @@ fn call(fd: BorrowedFd<'_>, command: i32, kind: i32, start: i64, bytes: i64) -> 
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use crate::testing::{Directory, spec};
-    use crate::{Format, ImageError, OpenSpec, open};
-    use std::path::Path;
+    use crate::{Format, OpenSpec, open};
     use std::process::Command;
 
     fn wanted(path: &Path, read_only: bool, owner: &str) -> OpenSpec {
@@ -434,17 +440,40 @@ mod tests {
     fn lock_of_nobody_that_will_keep_it_is_waited_for() {
         let directory = Directory::new();
         let path = directory.file("a.img", 8192);
+        let file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
+        let target = Target {
+            path: &path,
+            fd: file.as_fd(),
+            data: None,
+            identity: identity_of(&file.metadata().unwrap()),
+        };
+        let later = Instant::now() + Duration::from_secs(3600);
         // Without a name, and no other process has it open.
-        let first = open(&wanted(&path, false, "")).unwrap();
-        let (begins, begun) = std::sync::mpsc::channel();
-        let ends = std::thread::spawn(move || {
-            begun.recv().unwrap();
-            std::thread::sleep(std::time::Duration::from_millis(50));
-            drop(first);
+        let mut first = Some(open(&wanted(&path, false, "")).unwrap());
+        let mut outcomes = Vec::new();
+        once_let_go_until(later, || {
+            let lock = target.lock_own(true, "domain 4 (db)");
+            outcomes.push(lock.is_ok());
+            if outcomes.len() == 3 {
+                first.take();
+            }
+            lock
+        })
+        .unwrap();
+        assert_eq!(outcomes, [false, false, false, true]);
+        // With a name: somebody keeps it, and is told of at once.
+        let _first = open(&wanted(&path, false, "domain 3 (web)")).unwrap();
+        let mut tries = 0;
+        let refused = once_let_go_until(later, || {
+            tries += 1;
+            target.lock_own(true, "domain 4 (db)")
         });
-        begins.send(()).unwrap();
-        open(&wanted(&path, false, "domain 4 (db)")).unwrap();
-        ends.join().unwrap();
+        assert!(sentence(refused).contains("domain 3 (web)"));
+        assert_eq!(tries, 1);
     }
 
     #[test]
