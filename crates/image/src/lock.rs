@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use hospes_sys::process_stat;
+
 use crate::error::ImageError;
 use crate::files::Identity;
 use crate::loops;
@@ -285,15 +287,11 @@ fn is_ending(pid: u32) -> bool {
     /// Of the kernel's flags of a process (its include/linux/sched.h).
     const PF_EXITING: u64 = 4;
     const SIGKILL: u64 = 1 << (libc::SIGKILL - 1);
-    let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}"));
-    let (Ok(stat), Ok(status)) = (read("stat"), read("status")) else {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"));
+    let (Some(stat), Ok(status)) = (process_stat(pid), status) else {
         return true;
     };
-    // The name may hold anything.
-    let mut fields = stat
-        .rsplit_once(") ")
-        .map_or("", |(_, rest)| rest)
-        .split(' ');
+    let mut fields = stat.split(' ');
     let state = fields.next().unwrap_or_default();
     let flags = fields.nth(5).and_then(|flags| flags.parse().ok());
     let pending = |name: &str| {

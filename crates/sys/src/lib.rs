@@ -1,13 +1,15 @@
 //! What no library wraps safely: the processor's own instructions (the time-stamp counter, CPUID, XGETBV), handlers of the signals that
-//! ask a process to end, and what these handlers do to a terminal.
+//! ask a process to end, and what these handlers do to a terminal. And what the kernel says of a process in /proc, which has no call.
 //!
 //! Refuses: all other system calls, which are rustix's.
 
 mod action;
+mod process;
 pub mod terminal;
 mod termination;
 
 pub use action::ignore_termination;
+pub use process::process_stat;
 pub use termination::Termination;
 
 /// Reads the time-stamp counter, not before earlier loads have completed. Ticks.

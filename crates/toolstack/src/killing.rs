@@ -8,6 +8,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use hospes_sys::process_stat;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
 
 use crate::client::{ANSWER_PATIENCE, Host, ask, connect, done};
@@ -15,7 +16,6 @@ use crate::each::check_keeper_goes_on;
 use crate::error::{Error, Result};
 use crate::protocol::Request;
 use crate::registry::{Entry, is_locked};
-use crate::state::process_stat;
 
 /// How often it is looked whether a process has ended.
 const MOMENT: Duration = Duration::from_millis(5);

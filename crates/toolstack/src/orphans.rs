@@ -7,12 +7,12 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use hospes_sys::process_stat;
 use rustix::process::{
     Pid, Signal, Uid, dumpable_behavior, geteuid, kill_process_group, set_dumpable_behavior,
 };
 use rustix::thread::{CapabilitySet, capabilities, set_thread_res_uid};
 
-use crate::state::process_stat;
 use crate::{DOMAIN_SUBCOMMAND, MACHINE_SUBCOMMAND};
 
 /// The machine process of a number is this user and the number, where root has started it: nobody else is, nor owns anything. Linux gives processes numbers below 2^22, and

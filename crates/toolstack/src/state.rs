@@ -1,10 +1,10 @@
 //! The state of domains, by what they say themselves and, where they do not answer, by what is seen from outside.
 
 use std::fmt;
-use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hospes_sys::process_stat;
 use hospes_units::DomId;
 
 use crate::each::{Answer, infos};
@@ -42,12 +42,6 @@ impl Entry {
             held: None,
         }
     }
-}
-
-/// What proc(5) says of a process from its state on, in /proc/PID/stat: that stands behind the name, which may hold anything.
-pub(crate) fn process_stat(pid: u32) -> Option<String> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    Some(stat.rsplit_once(") ")?.1.to_owned())
 }
 
 /// Whether somebody has stopped a process.
