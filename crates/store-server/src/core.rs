@@ -12,7 +12,7 @@ use hospes_units::DomId;
 
 use crate::entry::Entry;
 use crate::events::EventQueue;
-use crate::protocol::{self, GUEST_KIND_MAX, Hello, OK, RESET};
+use crate::protocol::{self, Ended, GUEST_KIND_MAX, Hello, OK, RESET};
 
 /// A guest's connection as it outlives sockets and processes.
 struct Session {
@@ -342,6 +342,12 @@ impl Core {
         if let Some((number, reply)) = &s.last
             && *number == request.id
         {
+            // What it had ended was opened again with the session, as the guest's end had no answer.
+            match protocol::ended(&request, is_error(reply), &reply[HEADER_BYTES..]) {
+                Ended::Nothing => {}
+                Ended::Transaction(id) => self.store.close_transaction(s.conn, id),
+                Ended::Transactions => self.store.close_transactions(s.conn),
+            }
             s.reply = Some(reply.clone());
             return;
         }
@@ -411,8 +417,7 @@ impl Core {
                         });
                     }
                 } else if asker == Some(session) {
-                    let failed = bytes[..4] == kind::ERROR.to_le_bytes();
-                    if !failed {
+                    if !is_error(bytes) {
                         self.step.extend(watch.take().flatten());
                     }
                     s.reply = Some(bytes.to_vec());
@@ -420,6 +425,10 @@ impl Core {
             }
         }
     }
+}
+
+fn is_error(message: &[u8]) -> bool {
+    message[..4] == kind::ERROR.to_le_bytes()
 }
 
 /// The change that a request makes to the watches of its session, if it succeeds.

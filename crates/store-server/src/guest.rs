@@ -17,7 +17,7 @@ use hospes_units::DomId;
 use crate::bell::{Bell, connect, use_stream};
 use crate::client::PATIENCE;
 use crate::place::Connector;
-use crate::protocol::{self, GUEST_KIND_MAX, HELLO, Hello, RESET, SEEN};
+use crate::protocol::{self, Ended, GUEST_KIND_MAX, HELLO, Hello, RESET, SEEN};
 
 /// The guest's end.
 pub struct Guest {
@@ -304,18 +304,17 @@ impl State {
 
     fn note_transaction(&mut self, request: &Request, answer: &wire::Request) {
         let failed = answer.kind == kind::ERROR;
-        match request.kind {
-            kind::TRANSACTION_START if !failed => {
-                let strings = wire::strings(&answer.payload);
-                let id: Option<u32> = strings.and_then(|s| s.first()?.parse().ok());
-                self.transactions.extend(id);
+        if request.kind == kind::TRANSACTION_START && !failed {
+            let strings = wire::strings(&answer.payload);
+            let id: Option<u32> = strings.and_then(|s| s.first()?.parse().ok());
+            self.transactions.extend(id);
+        }
+        match protocol::ended(request, failed, &answer.payload) {
+            Ended::Nothing => {}
+            Ended::Transaction(id) => {
+                self.transactions.remove(&id);
             }
-            // A refused commit ends it as well, unless the request itself was malformed.
-            kind::TRANSACTION_END if !failed || answer.payload != b"EINVAL\0" => {
-                self.transactions.remove(&request.transaction);
-            }
-            kind::RESET_WATCHES if !failed => self.transactions.clear(),
-            _ => {}
+            Ended::Transactions => self.transactions.clear(),
         }
     }
 }

@@ -99,6 +99,27 @@ pub fn parse_identity(payload: &[u8]) -> Option<(DomId, &str)> {
     }
 }
 
+/// Which of a guest's open transactions a request has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    Nothing,
+    Transaction(u32),
+    /// All of them.
+    Transactions,
+}
+
+/// What a request has ended that was answered like this.
+pub fn ended(request: &Request, failed: bool, answer: &[u8]) -> Ended {
+    match request.kind {
+        // A refused commit ends it as well, unless the request itself was malformed.
+        wire::kind::TRANSACTION_END if !failed || answer != b"EINVAL\0" => {
+            Ended::Transaction(request.transaction)
+        }
+        wire::kind::RESET_WATCHES if !failed => Ended::Transactions,
+        _ => Ended::Nothing,
+    }
+}
+
 /// The answer to a request as bytes of the wire.
 pub fn answer(request: &Request, result: Result<&[u8], Error>) -> Vec<u8> {
     let (kind, payload) = match result {

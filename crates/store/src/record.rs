@@ -137,4 +137,18 @@ impl Store {
                 .or_insert_with(Transaction::lost);
         }
     }
+
+    /// Forgets a transaction that was opened again though it had ended.
+    pub fn close_transaction(&mut self, conn: ConnId, id: u32) {
+        if let Some(connection) = self.connections.get_mut(&conn) {
+            connection.transactions.remove(&id);
+        }
+    }
+
+    /// The same of all that a connection has.
+    pub fn close_transactions(&mut self, conn: ConnId) {
+        if let Some(connection) = self.connections.get_mut(&conn) {
+            connection.transactions.clear();
+        }
+    }
 }

@@ -79,6 +79,36 @@ fn repeated_request_is_answered_and_not_done_again() {
 }
 
 #[test]
+fn transaction_that_ended_unheard_leaves_room_for_others() {
+    let ends = [
+        request(kind::TRANSACTION_END, 4, 1, "T\0"),
+        request(kind::RESET_WATCHES, 4, 0, "\0"),
+    ];
+    for end in ends {
+        let (mut core, mut journal) = guest();
+        core.guest_request(1, request(kind::TRANSACTION_START, 2, 0, "\0"));
+        core.guest_request(1, request(kind::WRITE, 3, 1, "data/x\0v"));
+        core.guest_request(1, end.clone());
+        journal.push(core.take_step());
+        // Neither the next process's nor this one's answer has arrived before.
+        let mut next = restored(&journal);
+        for core in [&mut next, &mut core] {
+            let mut hello = hello(1, 5);
+            hello.transactions = vec![1];
+            core.hello(&hello).expect("the session");
+            core.guest_request(1, end.clone());
+            let answer = core.guest_output(1).expect("an answer");
+            assert_eq!(&answer[HEADER_BYTES..], OK);
+            for number in 5..15 {
+                core.guest_request(1, request(kind::TRANSACTION_START, number, 0, "\0"));
+                let answer = core.guest_output(1).expect("an answer");
+                assert!(!is_error(&answer), "{}", number - 5);
+            }
+        }
+    }
+}
+
+#[test]
 fn watches_beyond_the_default_limit_are_restored() {
     let (mut core, _) = guest();
     core.hello(&hello(2, 6)).expect("a session");
