@@ -229,11 +229,7 @@ impl Store {
     pub fn write_all(&mut self, nodes: &[NewNode]) -> Result<(), Error> {
         let caller = Caller::host(&self.quota);
         let mut transaction = Transaction::default();
-        let mut view = tree::View::inside(
-            &self.tree,
-            &mut transaction.overlay,
-            &mut transaction.changes,
-        );
+        let mut view = tree::View::Overlay(&self.tree, &mut transaction.overlay);
         for node in nodes {
             let path = path::absolute(&node.path, DomId::HOST)?;
             view.write(&caller, &path, &node.value)?;
@@ -255,7 +251,7 @@ impl Store {
         let caller = Caller::host(&self.quota);
         let mut changes = Vec::new();
         let result = op(
-            &mut tree::View::direct(&mut self.tree, &mut changes),
+            &mut tree::View::Direct(&mut self.tree, &mut changes),
             &caller,
             &path,
         );

@@ -105,6 +105,11 @@ impl Perms {
         })
     }
 
+    /// What they count for the limit on a node's size.
+    pub fn bytes(&self) -> usize {
+        4 * (1 + self.exceptions.len())
+    }
+
     /// As entries of the wire.
     pub fn entries(&self) -> impl Iterator<Item = Perm> + '_ {
         let first = Perm {
@@ -146,7 +151,7 @@ impl Node {
     /// What it counts for the limit on a node's size.
     pub fn bytes(&self) -> usize {
         let names: usize = self.children.iter().map(|c| c.len() + 1).sum();
-        self.value.len() + names + 4 * (1 + self.perms.exceptions.len())
+        self.value.len() + names + self.perms.bytes()
     }
 }
 

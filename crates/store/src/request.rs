@@ -123,7 +123,7 @@ impl Store {
         let caller = rights.caller();
         let mut changes = Vec::new();
         if request.transaction == 0 {
-            let mut view = View::direct(&mut self.tree, &mut changes);
+            let mut view = View::Direct(&mut self.tree, &mut changes);
             let result = node_operation(&mut view, &caller, request);
             return (result, changes);
         }
@@ -143,11 +143,7 @@ impl Store {
             quota: &quota,
             ..caller
         };
-        let mut view = View::inside(
-            &self.tree,
-            &mut transaction.overlay,
-            &mut transaction.changes,
-        );
+        let mut view = View::Overlay(&self.tree, &mut transaction.overlay);
         (node_operation(&mut view, &caller, request), changes)
     }
 

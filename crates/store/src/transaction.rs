@@ -4,24 +4,34 @@ use std::collections::BTreeMap;
 
 use hospes_units::DomId;
 
-use crate::node::Node;
+use crate::node::{Node, Perms};
 use crate::tree::{Caller, Change, Error, Tree};
 
 /// A node as a transaction found it and as it left it.
 #[derive(Debug)]
 struct Touched {
-    /// `None` where it did not exist.
-    found: Option<u64>,
-    found_owner: Option<DomId>,
+    /// Its generation and permissions; `None` where it did not exist.
+    found: Option<(u64, Perms)>,
     now: Option<Node>,
     changed: bool,
+    /// What is to be told at the commit.
+    told: Option<Told>,
+}
+
+/// That watches are to hear of a node.
+#[derive(Clone, Copy, Debug)]
+struct Told {
+    /// Where among the others.
+    order: usize,
+    exact: bool,
 }
 
 impl Touched {
-    /// What it counts for the limit on bytes. The path may be there three times: here, and in the changes that are told at the commit, one of the node
-    /// itself and one of its going with its parent.
-    fn bytes(path: &str, now: Option<&Node>) -> usize {
-        size_of::<Touched>() + 3 * path.len() + now.map_or(0, Node::bytes)
+    /// What it counts for the limit on bytes. The path may be there twice: here, and in the change that is told at the commit.
+    fn bytes(&self, path: &str) -> usize {
+        let found = self.found.as_ref().map_or(0, |(_, perms)| perms.bytes());
+        let now = self.now.as_ref().map_or(0, Node::bytes);
+        size_of::<Touched>() + 2 * path.len() + found + now
     }
 }
 
@@ -31,6 +41,8 @@ pub struct Overlay {
     touched: BTreeMap<String, Touched>,
     /// Of all in `touched`.
     bytes: usize,
+    /// How many of them are to be told of.
+    told: usize,
 }
 
 impl Overlay {
@@ -45,15 +57,15 @@ impl Overlay {
                 return Err(Error::NoSpace);
             }
             let node = tree.get(path);
-            let bytes = Touched::bytes(path, node);
-            self.check_room(caller, bytes)?;
-            self.bytes += bytes;
             let touched = Touched {
-                found: node.map(|n| n.generation),
-                found_owner: node.map(|n| n.perms.owner),
+                found: node.map(|n| (n.generation, n.perms.clone())),
                 now: node.cloned(),
                 changed: false,
+                told: None,
             };
+            let bytes = touched.bytes(path);
+            self.check_room(caller, bytes)?;
+            self.bytes += bytes;
             self.touched.insert(path.to_owned(), touched);
         }
         Ok(self.touched.get(path).and_then(|t| t.now.as_ref()))
@@ -75,17 +87,29 @@ impl Overlay {
     /// Changes a node; one that was not asked for before was found absent.
     pub fn put(&mut self, path: &str, node: Option<Node>) {
         if let Some(old) = self.touched.get(path) {
-            self.bytes -= Touched::bytes(path, old.now.as_ref());
+            self.bytes -= old.bytes(path);
         }
-        self.bytes += Touched::bytes(path, node.as_ref());
         let touched = self.touched.entry(path.to_owned()).or_insert(Touched {
             found: None,
-            found_owner: None,
             now: None,
             changed: false,
+            told: None,
         });
         touched.now = node;
         touched.changed = true;
+        self.bytes += touched.bytes(path);
+    }
+
+    /// Has a node told of at the commit, once however often it changes. That it went with its parent is not said where something else happened to it.
+    pub fn note(&mut self, path: &str, exact: bool) {
+        if let Some(touched) = self.touched.get_mut(path) {
+            let order = self.told;
+            let told = touched.told.get_or_insert_with(|| {
+                self.told += 1;
+                Told { order, exact }
+            });
+            told.exact &= exact;
+        }
     }
 
     /// Nodes a domain would own after the commit.
@@ -94,7 +118,7 @@ impl Overlay {
         let (mut more, mut less) = (0, 0);
         for t in self.touched.values().filter(|t| t.changed) {
             more += owns(t.now.as_ref().map(|n| n.perms.owner));
-            less += owns(t.found_owner);
+            less += owns(t.found.as_ref().map(|(_, perms)| perms.owner));
         }
         (tree.owned_by(domid) + more).saturating_sub(less)
     }
@@ -107,9 +131,9 @@ impl Overlay {
 
     /// Whether every node touched is as it was found.
     fn is_current(&self, tree: &Tree) -> bool {
-        self.touched
-            .iter()
-            .all(|(path, t)| tree.get(path).map(|n| n.generation) == t.found)
+        self.touched.iter().all(|(path, t)| {
+            tree.get(path).map(|n| n.generation) == t.found.as_ref().map(|(found, _)| *found)
+        })
     }
 }
 
@@ -117,7 +141,6 @@ impl Overlay {
 #[derive(Debug, Default)]
 pub struct Transaction {
     pub overlay: Overlay,
-    pub changes: Vec<Change>,
     /// What it did before is not known any more.
     pub lost: bool,
 }
@@ -146,13 +169,27 @@ impl Transaction {
         if let Some(reach) = caller.reach {
             reach.check_nodes(tree, self.overlay.created())?;
         }
+        let mut told = Vec::with_capacity(self.overlay.told);
         for (path, t) in self.overlay.touched {
             match t.now {
                 _ if !t.changed => {}
                 Some(node) => tree.put(&path, node),
                 None => tree.delete(&path),
             }
+            told.extend(t.told.map(|told| (told, path, t.found)));
         }
-        Ok(self.changes)
+        told.sort_unstable_by_key(|(told, ..)| told.order);
+        let change = |(told, path, found): (Told, String, Option<(u64, Perms)>)| {
+            let before = found.map(|(_, perms)| perms);
+            Change {
+                perms: before
+                    .into_iter()
+                    .chain(tree.perms_to_hear(&path))
+                    .collect(),
+                path,
+                exact: told.exact,
+            }
+        };
+        Ok(told.into_iter().map(change).collect())
     }
 }

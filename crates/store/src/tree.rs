@@ -135,8 +135,8 @@ impl<'a> Caller<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
     pub path: String,
-    /// Of the node before it was removed, else as it is now.
-    pub perms: Perms,
+    /// Of the node as it was or is, and of its parent: whoever may read by one of them hears of the change.
+    pub perms: Vec<Perms>,
     /// Only watches of exactly this path hear of it: it went with its parent.
     pub exact: bool,
 }
@@ -146,7 +146,7 @@ impl Change {
     pub fn special(path: &str) -> Change {
         Change {
             path: path.to_owned(),
-            perms: Perms::owned(DomId::HOST),
+            perms: vec![Perms::owned(DomId::HOST)],
             exact: true,
         }
     }
@@ -214,6 +214,16 @@ impl Tree {
         self.nodes.get(path)
     }
 
+    /// The permissions by which one hears of what happens to a node: its own and its parent's. None of a node that does not exist.
+    pub fn perms_to_hear(&self, path: &str) -> Vec<Perms> {
+        let Some(node) = self.get(path) else {
+            return Vec::new();
+        };
+        let parent = path::split(path).and_then(|(parent, _)| self.get(parent));
+        let nodes = [Some(node), parent].into_iter().flatten();
+        nodes.map(|n| n.perms.clone()).collect()
+    }
+
     /// All nodes, parents before their children.
     pub fn nodes(&self) -> impl Iterator<Item = (&String, &Node)> {
         self.nodes.iter()
@@ -273,81 +283,61 @@ impl Tree {
 }
 
 /// The tree as one request sees it: itself, or through a transaction.
-pub struct View<'a> {
-    nodes: Nodes<'a>,
-    changes: &'a mut Vec<Change>,
-}
-
-enum Nodes<'a> {
-    Direct(&'a mut Tree),
+pub enum View<'a> {
+    /// With the changes that are to be told.
+    Direct(&'a mut Tree, &'a mut Vec<Change>),
     Overlay(&'a Tree, &'a mut Overlay),
 }
 
-impl<'a> View<'a> {
-    pub fn direct(tree: &'a mut Tree, changes: &'a mut Vec<Change>) -> View<'a> {
-        View {
-            nodes: Nodes::Direct(tree),
-            changes,
-        }
-    }
-
-    pub fn inside(
-        tree: &'a Tree,
-        overlay: &'a mut Overlay,
-        changes: &'a mut Vec<Change>,
-    ) -> View<'a> {
-        View {
-            nodes: Nodes::Overlay(tree, overlay),
-            changes,
-        }
-    }
-
+impl View<'_> {
     fn get(&mut self, caller: &Caller<'_>, path: &str) -> Result<Option<&Node>, Error> {
-        match &mut self.nodes {
-            Nodes::Direct(tree) => Ok(tree.get(path)),
-            Nodes::Overlay(tree, overlay) => overlay.get(tree, caller, path),
+        match self {
+            View::Direct(tree, _) => Ok(tree.get(path)),
+            View::Overlay(tree, overlay) => overlay.get(tree, caller, path),
         }
     }
 
     /// Refuses to have this many bytes more of nodes' contents in a transaction. What they take the place of is not counted off: near the limit a
     /// little too much is refused.
     fn check_room(&self, caller: &Caller<'_>, bytes: usize) -> Result<(), Error> {
-        match &self.nodes {
-            Nodes::Direct(_) => Ok(()),
-            Nodes::Overlay(_, overlay) => overlay.check_room(caller, bytes),
+        match self {
+            View::Direct(..) => Ok(()),
+            View::Overlay(_, overlay) => overlay.check_room(caller, bytes),
         }
     }
 
     /// Only for paths that were asked for before.
     fn put(&mut self, path: &str, node: Node) {
-        match &mut self.nodes {
-            Nodes::Direct(tree) => tree.put(path, node),
-            Nodes::Overlay(_, overlay) => overlay.put(path, Some(node)),
+        match self {
+            View::Direct(tree, _) => tree.put(path, node),
+            View::Overlay(_, overlay) => overlay.put(path, Some(node)),
         }
     }
 
     fn delete(&mut self, path: &str) {
-        match &mut self.nodes {
-            Nodes::Direct(tree) => tree.delete(path),
-            Nodes::Overlay(_, overlay) => overlay.put(path, None),
+        match self {
+            View::Direct(tree, _) => tree.delete(path),
+            View::Overlay(_, overlay) => overlay.put(path, None),
         }
     }
 
     fn owned_by(&self, domid: DomId) -> usize {
-        match &self.nodes {
-            Nodes::Direct(tree) => tree.owned_by(domid),
-            Nodes::Overlay(tree, overlay) => overlay.owned_by(tree, domid),
+        match self {
+            View::Direct(tree, _) => tree.owned_by(domid),
+            View::Overlay(tree, overlay) => overlay.owned_by(tree, domid),
         }
     }
 
-    fn note(&mut self, path: &str, perms: Perms, exact: bool) {
-        // Inside a transaction a node written twice is told of once.
-        self.changes.retain(|c| c.path != path || c.exact != exact);
-        self.changes.push(Change {
-            path: path.to_owned(),
-            perms,
-            exact,
-        });
+    /// Notes that a node changes, which is there: before it goes, or after all else. `before`: its permissions, where they were others.
+    fn note(&mut self, path: &str, before: Option<Perms>, exact: bool) {
+        match self {
+            View::Direct(tree, changes) => changes.push(Change {
+                path: path.to_owned(),
+                perms: before.into_iter().chain(tree.perms_to_hear(path)).collect(),
+                exact,
+            }),
+            View::Overlay(_, overlay) => overlay.note(path, exact),
+        }
     }
 
     /// The node, if the caller may read it.
@@ -428,13 +418,13 @@ impl<'a> View<'a> {
         }
         self.check_room(caller, new.iter().map(|(_, node)| node.bytes()).sum())?;
         // Of a transaction they are counted at its end.
-        if let (Some(reach), Nodes::Direct(tree)) = (caller.reach, &self.nodes) {
+        if let (Some(reach), View::Direct(tree, _)) = (caller.reach, &*self) {
             reach.check_nodes(tree, names.len())?;
         }
         for (path, node) in new {
             self.put(&path, node);
         }
-        self.note(path, perms, false);
+        self.note(path, None, false);
         Ok(())
     }
 
@@ -449,9 +439,8 @@ impl<'a> View<'a> {
         node.value = value.to_vec();
         Self::check_size(caller, &node)?;
         self.check_room(caller, node.bytes())?;
-        let perms = node.perms.clone();
         self.put(path, node);
-        self.note(path, perms, false);
+        self.note(path, None, false);
         Ok(())
     }
 
@@ -490,13 +479,15 @@ impl<'a> View<'a> {
             }
             next += 1;
         }
-        if let Some(mut parent) = self.get(caller, parent_path)?.cloned() {
+        let parent = self.get(caller, parent_path)?.cloned();
+        // From below, as Xen does: who hears of a node that goes with its parent depends on both.
+        for (i, (path, _)) in gone.iter().enumerate().rev() {
+            self.note(path, None, i > 0);
+            self.delete(path);
+        }
+        if let Some(mut parent) = parent {
             parent.children.remove(name);
             self.put(parent_path, parent);
-        }
-        for (i, (path, node)) in gone.into_iter().enumerate() {
-            self.delete(&path);
-            self.note(&path, node.perms, i > 0);
         }
         Ok(())
     }
@@ -524,11 +515,11 @@ impl<'a> View<'a> {
                 return Err(Error::NoSpace);
             }
         }
-        node.perms = perms.clone();
+        let before = std::mem::replace(&mut node.perms, perms);
         Self::check_size(caller, &node)?;
         self.check_room(caller, node.bytes())?;
         self.put(path, node);
-        self.note(path, perms, false);
+        self.note(path, Some(before), false);
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! Watches: who is told of which change.
 
+use crate::node::Perms;
 use crate::path;
 use crate::restriction;
 use crate::tree::{Change, Error};
@@ -45,13 +46,13 @@ impl Watch {
 }
 
 impl Store {
-    /// Tells all watches of changes, in order.
+    /// Tells all watches of changes, in order: those whose owners may read the node or its parent, or could before.
     pub(crate) fn fire(&mut self, changes: &[Change]) {
         for change in changes {
             for connection in self.connections.values_mut() {
                 let target = self.targets.get(&connection.domid).copied();
-                let access = change.perms.access_with(connection.domid, target);
-                if !access.may_read() {
+                let reads = |p: &Perms| p.access_with(connection.domid, target).may_read();
+                if !change.perms.iter().any(reads) {
                     continue;
                 }
                 let limit =

@@ -13,6 +13,7 @@ use crate::*;
 mod limits;
 mod records;
 mod restriction;
+mod watches;
 
 struct Client {
     conn: ConnId,
@@ -108,6 +109,11 @@ fn events(store: &mut Store, c: &Client) -> Vec<String> {
             text.replace('\0', " ").trim_end().to_owned()
         })
         .collect()
+}
+
+fn transaction(store: &mut Store, client: &Client) -> u32 {
+    let id = ask(store, client, kind::TRANSACTION_START, 0, "\0").unwrap();
+    id.trim_end_matches('\0').parse().unwrap()
 }
 
 #[test]
@@ -213,83 +219,6 @@ fn remove_is_recursive_and_tolerates_absence() {
     );
     let dom0 = client(&mut s, 0);
     assert_eq!(ask(&mut s, &dom0, kind::RM, 0, "/\0"), Err("EINVAL".into()));
-}
-
-#[test]
-fn watch_gives_the_first_event_and_then_changes() {
-    let mut s = populated();
-    let g = client(&mut s, 5);
-    ask(&mut s, &g, kind::WATCH, 0, "control/shutdown\0tok\0").unwrap();
-    assert_eq!(events(&mut s, &g), ["control/shutdown tok"]);
-    assert_eq!(
-        ask(&mut s, &g, kind::WATCH, 0, "control/shutdown\0tok\0"),
-        Err("EEXIST".into())
-    );
-    s.write("/local/domain/5/control/shutdown", b"poweroff")
-        .unwrap();
-    assert_eq!(events(&mut s, &g), ["control/shutdown tok"]);
-    ask(&mut s, &g, kind::WATCH, 0, "/local/domain/5/device\0d\0").unwrap();
-    assert_eq!(events(&mut s, &g), ["/local/domain/5/device d"]);
-    let state = "/local/domain/5/device/vbd/1/state";
-    put(&mut s, state, "1", &Perms::owned(DomId(5)));
-    assert_eq!(events(&mut s, &g), ["/local/domain/5/device/vbd/1/state d"]);
-    s.write("/local/domain/5/device/secret", b"").unwrap();
-    s.set_perms("/local/domain/5/device/secret", Perms::owned(DomId::HOST))
-        .unwrap();
-    events(&mut s, &g);
-    s.write("/local/domain/5/device/secret", b"x").unwrap();
-    assert!(events(&mut s, &g).is_empty(), "unreadable nodes are silent");
-    ask(&mut s, &g, kind::UNWATCH, 0, "control/shutdown\0tok\0").unwrap();
-    assert_eq!(
-        ask(&mut s, &g, kind::UNWATCH, 0, "control/shutdown\0tok\0"),
-        Err("ENOENT".into())
-    );
-    s.write("/local/domain/5/control/shutdown", b"").unwrap();
-    assert!(events(&mut s, &g).is_empty());
-}
-
-#[test]
-fn watch_below_a_removed_node_hears_of_it() {
-    let mut s = populated();
-    let g = client(&mut s, 5);
-    ask(&mut s, &g, kind::WRITE, 0, "data/a/b\0v").unwrap();
-    ask(&mut s, &g, kind::WATCH, 0, "data/a/b\0t\0").unwrap();
-    ask(&mut s, &g, kind::WATCH, 0, "data\0u\0").unwrap();
-    events(&mut s, &g);
-    s.remove("/local/domain/5/data/a").unwrap();
-    assert_eq!(events(&mut s, &g), ["data/a u", "data/a/b t"]);
-}
-
-#[test]
-fn special_watches_are_for_domain_0() {
-    let mut s = populated();
-    let (g, h) = (client(&mut s, 5), client(&mut s, 0));
-    for c in [&g, &h] {
-        ask(&mut s, c, kind::WATCH, 0, "@releaseDomain\0t\0").unwrap();
-        assert_eq!(events(&mut s, c), ["@releaseDomain t"]);
-    }
-    let backend = "/local/domain/0/backend/vbd/5/51712/state";
-    put(&mut s, backend, "2", &Perms::read_only(DomId(5)));
-    put(&mut s, "/shared", "", &Perms::read_only(DomId(5)));
-    s.remove_domain(DomId(5));
-    assert!(events(&mut s, &g).is_empty());
-    assert_eq!(events(&mut s, &h), ["@releaseDomain t"]);
-    assert_eq!(
-        ask(&mut s, &h, kind::IS_DOMAIN_INTRODUCED, 0, "5\0"),
-        Ok("F\0".into())
-    );
-    for gone in [
-        "/local/domain/5",
-        "/vm/u-5",
-        "/libxl/5",
-        "/local/domain/0/backend/vbd/5",
-    ] {
-        assert_eq!(s.read(gone), Err(Error::NoEntry), "{gone}");
-    }
-    assert_eq!(
-        ask(&mut s, &h, kind::GET_PERMS, 0, "/shared\0"),
-        Ok("n0\0".into())
-    );
 }
 
 #[test]

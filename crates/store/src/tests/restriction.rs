@@ -36,11 +36,6 @@ fn denied() -> Result<String, String> {
     Err("EACCES".into())
 }
 
-fn transaction(store: &mut Store, client: &Client) -> u32 {
-    let id = ask(store, client, kind::TRANSACTION_START, 0, "\0").unwrap();
-    id.trim_end_matches('\0').parse().unwrap()
-}
-
 #[test]
 fn restricted_connection_reaches_what_is_its_domains() {
     let (mut s, c) = restricted();
