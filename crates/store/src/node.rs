@@ -105,6 +105,24 @@ impl Perms {
         })
     }
 
+    /// Whether they say something of a domain.
+    pub fn mentions(&self, domid: DomId) -> bool {
+        self.owner == domid || self.exceptions.iter().any(|p| p.domid == domid)
+    }
+
+    /// The same permissions when a domain is gone: domain 0 takes over what it owned.
+    pub fn without(&self, domid: DomId) -> Perms {
+        let others = self.exceptions.iter().filter(|p| p.domid != domid);
+        Perms {
+            owner: match self.owner == domid {
+                true => DomId::HOST,
+                false => self.owner,
+            },
+            others: self.others,
+            exceptions: others.copied().collect(),
+        }
+    }
+
     /// What they count for the limit on a node's size.
     pub fn bytes(&self) -> usize {
         4 * (1 + self.exceptions.len())

@@ -7,8 +7,13 @@ use crate::tree::Error;
 const ABSOLUTE_MAX: usize = 3072;
 const RELATIVE_MAX: usize = 2048;
 
-/// The paths that are no nodes but may be watched.
-pub const SPECIALS: [&str; 2] = ["@introduceDomain", "@releaseDomain"];
+/// A domain has come.
+pub const INTRODUCE_DOMAIN: &str = "@introduceDomain";
+/// A domain has shut down or is gone.
+pub const RELEASE_DOMAIN: &str = "@releaseDomain";
+
+/// The paths that are no nodes but may be watched, and have permissions.
+pub const SPECIALS: [&str; 2] = [INTRODUCE_DOMAIN, RELEASE_DOMAIN];
 
 /// What relative paths of a domain are relative to, with the slash.
 pub fn home(domid: DomId) -> String {

@@ -3,10 +3,9 @@
 use hospes_units::DomId;
 
 use crate::access::NewNode;
-use crate::node::{Perm, Perms};
+use crate::node::Perms;
 use crate::record::Record;
 use crate::restriction::scripted_path;
-use crate::tree::Change;
 use crate::{Store, path};
 
 /// What the tree says of a domain.
@@ -211,22 +210,26 @@ impl Store {
 
     /// Takes a removed domain off the permissions of the nodes that stay: its id may be another's later.
     fn forget_grants(&mut self, domid: DomId) {
-        let mentions = |perms: &Perms| {
-            perms.owner == domid || perms.exceptions.iter().any(|p| p.domid == domid)
-        };
         let named: Vec<(String, Perms)> = self
             .tree
             .nodes()
-            .filter(|(_, node)| mentions(&node.perms))
-            .map(|(path, node)| (path.clone(), node.perms.clone()))
+            .filter(|(_, node)| node.perms.mentions(domid))
+            .map(|(path, node)| (path.clone(), node.perms.without(domid)))
             .collect();
-        for (path, mut perms) in named {
-            perms.exceptions.retain(|p: &Perm| p.domid != domid);
-            if perms.owner == domid {
-                perms.owner = DomId::HOST;
-            }
+        for (path, perms) in named {
             // The node is there and domain 0 may do this.
             let _ = self.set_perms(&path, perms);
+        }
+    }
+
+    /// Takes a domain that goes off the permissions to hear of domains.
+    fn forget_special_grants(&mut self, domid: DomId) {
+        for path in path::SPECIALS {
+            if let Some(perms) = self.tree.special_perms(path).cloned()
+                && perms.mentions(domid)
+            {
+                self.tree.set_special_perms(path, perms.without(domid));
+            }
         }
     }
 
@@ -239,7 +242,7 @@ impl Store {
 
     fn enter(&mut self, domid: DomId, uuid: Option<String>) {
         self.know(domid, uuid);
-        self.fire(&[Change::special("@introduceDomain")]);
+        self.fire(&[self.tree.special_change(path::INTRODUCE_DOMAIN)]);
     }
 
     pub(crate) fn know(&mut self, domid: DomId, uuid: Option<String>) {
@@ -250,9 +253,10 @@ impl Store {
     /// Tells everybody who watches for it that a domain has gone.
     pub fn release(&mut self, domid: DomId) {
         self.forget_target(domid);
+        self.forget_special_grants(domid);
         if self.introduced.remove(&domid).is_some() {
             self.tree.record(|| Record::NoDomain { domid });
-            self.fire(&[Change::special("@releaseDomain")]);
+            self.fire(&[self.tree.special_change(path::RELEASE_DOMAIN)]);
         }
     }
 

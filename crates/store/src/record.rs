@@ -15,7 +15,7 @@ const REOPENED_MAX: usize = 1024;
 /// A change to the tree or to the domains that are known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
-    /// A node has this value and these permissions; it may be new, and then its parent is there.
+    /// A node has this value and these permissions; it may be new, and then its parent is there. Also of a path that is no node but has permissions.
     Node {
         path: String,
         value: Vec<u8>,
@@ -57,7 +57,13 @@ impl Store {
             domid: *domid,
             target: *target,
         });
-        nodes.chain(domains).chain(targets).collect()
+        let specials = self.tree.specials().map(|(path, perms)| Record::Node {
+            path: path.to_owned(),
+            value: Vec::new(),
+            perms: perms.clone(),
+        });
+        let all = nodes.chain(specials).chain(domains).chain(targets);
+        all.collect()
     }
 
     /// Repeats a recorded change, without telling anybody. False where the record cannot follow on those before it.
@@ -88,6 +94,9 @@ impl Store {
     }
 
     fn restore_node(&mut self, path: &str, value: &[u8], perms: &Perms) -> bool {
+        if self.tree.set_special_perms(path, perms.clone()) {
+            return true;
+        }
         if path::absolute(path, DomId::HOST).as_deref() != Ok(path) {
             return false;
         }

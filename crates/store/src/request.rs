@@ -7,7 +7,7 @@ use hospes_units::DomId;
 use crate::node::{Perm, Perms};
 use crate::quota::Quota;
 use crate::restriction::Restriction;
-use crate::tree::{Caller, Error, View};
+use crate::tree::{Caller, Error, Tree, View};
 use crate::wire::{self, PAYLOAD_MAX, Request, kind};
 use crate::{ConnId, Store, path, restriction};
 
@@ -122,6 +122,9 @@ impl Store {
         let rights = self.rights(conn, domid);
         let caller = rights.caller();
         let mut changes = Vec::new();
+        if let Some(result) = special_operation(&mut self.tree, &caller, request) {
+            return (result, changes);
+        }
         if request.transaction == 0 {
             let mut view = View::Direct(&mut self.tree, &mut changes);
             let result = node_operation(&mut view, &caller, request);
@@ -298,24 +301,58 @@ fn node_operation(
         match request.kind {
             kind::READ => return Ok(view.readable(caller, path)?.value.clone()),
             kind::DIRECTORY => return Ok(wire::join(&view.readable(caller, path)?.children)),
-            kind::GET_PERMS => {
-                let node = view.readable(caller, path)?;
-                return Ok(wire::join(node.perms.entries().map(|p| p.to_string())));
-            }
+            kind::GET_PERMS => return Ok(perms_answer(&view.readable(caller, path)?.perms)),
             kind::DIRECTORY_PART => return directory_part(view, caller, path, rest),
             kind::WRITE => view.write(caller, path, rest)?,
             kind::MKDIR => view.mkdir(caller, path)?,
             kind::RM => view.remove(caller, path)?,
-            _ => {
-                let strings = wire::strings(rest).ok_or(Error::Invalid)?;
-                let entries: Option<Vec<Perm>> = strings.into_iter().map(Perm::parse).collect();
-                let perms = entries.and_then(|e| Perms::from_entries(&e));
-                view.set_perms(caller, path, perms.ok_or(Error::Invalid)?)?;
-            }
+            _ => view.set_perms(caller, path, perms_argument(rest)?)?,
         }
         return Ok(OK.to_vec());
     }
     Err(Error::Invalid)
+}
+
+fn perms_argument(strings: &[u8]) -> Result<Perms, Error> {
+    let strings = wire::strings(strings).ok_or(Error::Invalid)?;
+    let entries: Option<Vec<Perm>> = strings.into_iter().map(Perm::parse).collect();
+    let perms = entries.and_then(|e| Perms::from_entries(&e));
+    perms.ok_or(Error::Invalid)
+}
+
+/// An operation on the permissions of a path that is no node: done at once, also inside a transaction. `None` where the request is another.
+fn special_operation(
+    tree: &mut Tree,
+    caller: &Caller<'_>,
+    request: &Request,
+) -> Option<Result<Vec<u8>, Error>> {
+    let end = request.payload.iter().position(|b| *b == 0)?;
+    let (path, rest) = (&request.payload[..end], &request.payload[end + 1..]);
+    let path = std::str::from_utf8(path).ok()?;
+    let old = tree.special_perms(path)?.clone();
+    let may = |is_right: bool| match is_right {
+        true => caller.check_reach(path),
+        false => Err(Error::Access),
+    };
+    match request.kind {
+        kind::GET_PERMS if rest.is_empty() => {
+            let readable = may(caller.access(&old).may_read());
+            Some(readable.map(|()| perms_answer(&old)))
+        }
+        kind::SET_PERMS => {
+            let new = may(caller.owns(&old)).and_then(|()| perms_argument(rest));
+            let new = new.and_then(|perms| caller.check_entries(&perms).map(|()| perms));
+            Some(new.map(|perms| {
+                tree.set_special_perms(path, perms);
+                OK.to_vec()
+            }))
+        }
+        _ => None,
+    }
+}
+
+fn perms_answer(perms: &Perms) -> Vec<u8> {
+    wire::join(perms.entries().map(|p| p.to_string()))
 }
 
 /// As many whole names as fit, from a byte offset into the list of all; a guest that sees the generation change starts over.

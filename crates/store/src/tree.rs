@@ -126,8 +126,21 @@ impl<'a> Caller<'a> {
     }
 
     /// What it may do to a node with these permissions.
-    fn access(&self, perms: &Perms) -> Access {
+    pub fn access(&self, perms: &Perms) -> Access {
         perms.access_with(self.domid, self.target)
+    }
+
+    /// Whether it may set these permissions anew.
+    pub fn owns(&self, perms: &Perms) -> bool {
+        self.is_privileged() || [Some(self.domid), self.target].contains(&Some(perms.owner))
+    }
+
+    /// Refuses permissions with more entries than a node of its may have.
+    pub fn check_entries(&self, perms: &Perms) -> Result<(), Error> {
+        if self.is_limited() && perms.exceptions.len() + 1 > self.quota.perms {
+            return Err(Error::NoSpace);
+        }
+        Ok(())
     }
 }
 
@@ -141,22 +154,13 @@ pub struct Change {
     pub exact: bool,
 }
 
-impl Change {
-    /// One of the paths that are no nodes; only domain 0 hears of it.
-    pub fn special(path: &str) -> Change {
-        Change {
-            path: path.to_owned(),
-            perms: vec![Perms::owned(DomId::HOST)],
-            exact: true,
-        }
-    }
-}
-
 /// All nodes by path.
 #[derive(Debug)]
 pub struct Tree {
     nodes: BTreeMap<String, Node>,
     generation: u64,
+    /// Permissions of the paths that are no nodes: who may read is told of what happens there.
+    specials: BTreeMap<&'static str, Perms>,
     /// Nodes each guest owns.
     owned: BTreeMap<DomId, usize>,
     /// Changes to be written down; `None` where nobody wants them.
@@ -173,6 +177,9 @@ impl Tree {
         };
         Tree {
             nodes: BTreeMap::from([("/".to_owned(), root)]),
+            specials: path::SPECIALS
+                .map(|p| (p, Perms::owned(DomId::HOST)))
+                .into(),
             generation: 0,
             owned: BTreeMap::new(),
             records: None,
@@ -222,6 +229,38 @@ impl Tree {
         let parent = path::split(path).and_then(|(parent, _)| self.get(parent));
         let nodes = [Some(node), parent].into_iter().flatten();
         nodes.map(|n| n.perms.clone()).collect()
+    }
+
+    /// The paths that are no nodes, and their permissions.
+    pub fn specials(&self) -> impl Iterator<Item = (&'static str, &Perms)> {
+        self.specials.iter().map(|(path, perms)| (*path, perms))
+    }
+
+    pub fn special_perms(&self, path: &str) -> Option<&Perms> {
+        self.specials.get(path)
+    }
+
+    /// Sets the permissions of a path that is no node; false where there is none like this.
+    pub fn set_special_perms(&mut self, path: &str, perms: Perms) -> bool {
+        let Some(known) = self.specials.get_mut(path) else {
+            return false;
+        };
+        *known = perms.clone();
+        self.record(|| Record::Node {
+            path: path.to_owned(),
+            value: Vec::new(),
+            perms,
+        });
+        true
+    }
+
+    /// That something has happened at a path that is no node.
+    pub fn special_change(&self, path: &'static str) -> Change {
+        Change {
+            path: path.to_owned(),
+            perms: self.special_perms(path).cloned().into_iter().collect(),
+            exact: true,
+        }
     }
 
     /// All nodes, parents before their children.
@@ -499,22 +538,17 @@ impl View<'_> {
         perms: Perms,
     ) -> Result<(), Error> {
         let mut node = self.readable(caller, path)?.clone();
-        if let Some(reach) = caller.reach {
-            if !reach.may_give_to(perms.owner) {
-                return Err(Error::Access);
-            }
-            if perms.exceptions.len() + 1 > caller.quota.perms {
-                return Err(Error::NoSpace);
-            }
+        if let Some(reach) = caller.reach
+            && !reach.may_give_to(perms.owner)
+        {
+            return Err(Error::Access);
         }
-        if !caller.is_privileged() {
-            if node.perms.owner != caller.domid || perms.owner != caller.domid {
-                return Err(Error::Access);
-            }
-            if perms.exceptions.len() + 1 > caller.quota.perms {
-                return Err(Error::NoSpace);
-            }
+        if !caller.is_privileged()
+            && (node.perms.owner != caller.domid || perms.owner != caller.domid)
+        {
+            return Err(Error::Access);
         }
+        caller.check_entries(&perms)?;
         let before = std::mem::replace(&mut node.perms, perms);
         Self::check_size(caller, &node)?;
         self.check_room(caller, node.bytes())?;

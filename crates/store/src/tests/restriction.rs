@@ -207,6 +207,8 @@ fn restricted_connection_reaches_nothing_else() {
     for (request, payload) in [
         (kind::WATCH, "@introduceDomain\0t\0"),
         (kind::WATCH, "@releaseDomain\0t\0"),
+        (kind::GET_PERMS, "@releaseDomain\0"),
+        (kind::SET_PERMS, "@releaseDomain\0n5\0"),
         (kind::CONTROL, "quota\0set\0nodes\x005\0"),
         (kind::INTRODUCE, "5\x001\x002\0"),
         (kind::INTRODUCE, "9\x001\x002\0"),

@@ -182,3 +182,60 @@ fn node_that_goes_and_comes_back_in_a_transaction_is_heard_of_once() {
     let heard = ["/open/a/b t", "/open/a/b u", "/open/a t"];
     assert_eq!(events(&mut s, &g), heard);
 }
+
+#[test]
+fn special_watches_are_for_those_whom_domain_0_lets_have_them() {
+    let mut s = populated();
+    s.start_recording();
+    let (g, h) = (client(&mut s, 5), client(&mut s, 0));
+    let perms = |list: &str| format!("@releaseDomain\0{list}");
+    let get = "@releaseDomain\0";
+    ask(&mut s, &g, kind::WATCH, 0, "@releaseDomain\0t\0").unwrap();
+    events(&mut s, &g);
+    assert_eq!(ask(&mut s, &h, kind::GET_PERMS, 0, get), Ok("n0\0".into()));
+    let denied = Err("EACCES".to_owned());
+    assert_eq!(ask(&mut s, &g, kind::GET_PERMS, 0, get), denied);
+    assert_eq!(
+        ask(&mut s, &g, kind::SET_PERMS, 0, &perms("n0\0r5\0")),
+        denied
+    );
+    ask(&mut s, &h, kind::SET_PERMS, 0, &perms("n0\0r5\0")).unwrap();
+    assert_eq!(
+        ask(&mut s, &g, kind::GET_PERMS, 0, get),
+        Ok("n0\0r5\0".into())
+    );
+    // To be told is not to say who else is.
+    assert_eq!(ask(&mut s, &g, kind::SET_PERMS, 0, &perms("b5\0")), denied);
+    s.introduce(DomId(6));
+    assert!(events(&mut s, &g).is_empty());
+    s.release(DomId(6));
+    assert_eq!(events(&mut s, &g), ["@releaseDomain t"]);
+    let mut restored = Store::default();
+    assert!(s.snapshot().iter().all(|record| restored.restore(record)));
+    assert_eq!(restored.snapshot(), s.snapshot());
+    let allowed = Record::Node {
+        path: "@releaseDomain".into(),
+        value: Vec::new(),
+        perms: Perms::read_only(DomId(5)),
+    };
+    assert!(s.take_records().contains(&allowed) && s.snapshot().contains(&allowed));
+    // Whoever gets the number next has to be let in anew.
+    s.remove_domain(DomId(5));
+    assert!(events(&mut s, &g).is_empty());
+    assert_eq!(ask(&mut s, &h, kind::GET_PERMS, 0, get), Ok("n0\0".into()));
+    // Its owner may set them as well.
+    ask(&mut s, &h, kind::SET_PERMS, 0, &perms("n6\0")).unwrap();
+    let o = client(&mut s, 6);
+    let many = perms(&format!("n6\0{}", "r1\0".repeat(5)));
+    assert_eq!(
+        ask(&mut s, &o, kind::SET_PERMS, 0, &many),
+        Err("ENOSPC".into())
+    );
+    ask(&mut s, &o, kind::SET_PERMS, 0, &perms("r6\0")).unwrap();
+    for path in ["@releaseDomain", "@introduceDomain", "@other"] {
+        let bad = ask(&mut s, &h, kind::SET_PERMS, 0, &format!("{path}\0x0\0"));
+        assert_eq!(bad, Err("EINVAL".into()));
+        let read = ask(&mut s, &h, kind::READ, 0, &format!("{path}\0"));
+        assert_eq!(read, Err("EINVAL".into()));
+    }
+}
