@@ -135,14 +135,10 @@ pub fn create(
     let console_port = listen(&xen, console.signal())?;
     xen.set_store_port(store_port.port());
     xen.set_console_port(console_port.port());
-    let uuid = uuid_text(&spec.uuid);
     let waker = Arc::clone(&store_signal);
-    let (guest, membership) =
-        spec.store
-            .add_domain(spec.domid, &uuid, Arc::new(move || waker.set()))?;
     let entry = DomainEntry {
         domid: spec.domid,
-        uuid,
+        uuid: uuid_text(&spec.uuid),
         name: spec.name.clone(),
         memory_kib: spec.memory_bytes / 1024,
         memory_max_kib: spec.memory_max_bytes / 1024,
@@ -152,8 +148,10 @@ pub fn create(
         store_port: store_port.port().0,
         store_ring: layout.xenstore.0,
     };
+    let (guest, membership) = spec
+        .store
+        .add_domain(&entry, Arc::new(move || waker.set()))?;
     let store = spec.store.access();
-    store.write_all(&entry.nodes())?;
     let devices = Devices::new(
         spec.domid,
         &spec.name,

@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use hospes_config::{DiskConfig, VifConfig};
-use hospes_store::{DomainEntry, DomainStore, GuestLink, Membership, StoreAccess};
+use hospes_store::{DomainEntry, DomainStore, GuestLink, Membership};
 use hospes_toolstack::{
     Affinity, DeviceKind, EndReason, Machine, MachineError, MachineInfo, MachineSpec, Piece,
     SaveStream, Share, ShutdownKind, Traffic, Trigger, VcpuInfo,
@@ -487,10 +487,9 @@ fn check(share: Share, vcpus: usize) -> Result<(), MachineError> {
 
 /// Enters the domain into the store, as a real one is.
 fn enter(spec: &MachineSpec<'_>) -> Result<(Box<dyn GuestLink>, Membership), MachineError> {
-    let uuid = spec.uuid.to_string();
     let entry = DomainEntry {
         domid: spec.domid,
-        uuid: uuid.clone(),
+        uuid: spec.uuid.to_string(),
         name: spec.config.name.clone(),
         memory_kib: spec.config.memory_kib(),
         memory_max_kib: spec.config.memory_max_kib(),
@@ -500,7 +499,5 @@ fn enter(spec: &MachineSpec<'_>) -> Result<(Box<dyn GuestLink>, Membership), Mac
         store_port: 1,
         store_ring: 0xfeffc,
     };
-    let membership = spec.store.add_domain(spec.domid, &uuid, Arc::new(|| {}))?;
-    spec.store.write_all(&entry.nodes())?;
-    Ok(membership)
+    Ok(spec.store.add_domain(&entry, Arc::new(|| {}))?)
 }

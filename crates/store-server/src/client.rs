@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use hospes_store::wire::{self, PAYLOAD_MAX, kind};
 use hospes_store::{
-    DomainStore, Error, GuestLink, Membership, NewNode, Perms, StoreAccess, Waker, Watch,
-    WatchListener, identity_nodes,
+    DomainEntry, DomainStore, Error, GuestLink, Membership, NewNode, Perms, StoreAccess, Waker,
+    Watch, WatchListener, identity_nodes,
 };
 use hospes_units::DomId;
 
@@ -450,11 +450,11 @@ impl DomainStore for StoreClient {
 
     fn add_domain(
         &self,
-        domid: DomId,
-        uuid: &str,
+        entry: &DomainEntry,
         waker: Waker,
     ) -> Result<(Box<dyn GuestLink>, Membership), Error> {
-        let guest = Guest::open(&self.shared.connector, domid, uuid, waker)?;
+        let domid = entry.domid;
+        let guest = Guest::open(&self.shared.connector, domid, &entry.uuid, waker)?;
         let (session, end) = (guest.session(), guest.ender());
         let client = self.clone();
         let membership = Membership::new(move || {
@@ -463,6 +463,13 @@ impl DomainStore for StoreClient {
             // Where it fails the store process finds out itself that the domain is gone.
             let _ = client.call(REMOVE, &protocol::removal(domid, session));
         });
+        self.write_all(&entry.nodes())?;
+        let introduction = wire::join([
+            domid.to_string(),
+            entry.store_ring.to_string(),
+            entry.store_port.to_string(),
+        ]);
+        self.call(kind::INTRODUCE, &introduction)?;
         Ok((Box::new(guest), membership))
     }
 }

@@ -1,6 +1,6 @@
 //! What the journal holds, and how it is written: a tag, then the fields; numbers little-endian, bytes behind their length (u32).
 
-use hospes_store::{Perm, Perms, Record};
+use hospes_store::{Perm, Perms, Record, Stage};
 use hospes_units::DomId;
 
 /// One change of what has to survive the process.
@@ -62,6 +62,7 @@ mod tag {
     pub const EVENT: u8 = 11;
     pub const NO_EVENTS: u8 = 12;
     pub const DONE: u8 = 13;
+    pub const DOMAIN_ENTERED: u8 = 14;
 }
 
 fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
@@ -146,8 +147,11 @@ fn encode_record(record: &Record, out: &mut Vec<u8>) {
             out.push(tag::NO_NODE);
             put_bytes(out, path.as_bytes());
         }
-        Record::Domain { domid, uuid } => {
-            out.push(tag::DOMAIN);
+        Record::Domain { domid, uuid, stage } => {
+            out.push(match stage {
+                Stage::Entered => tag::DOMAIN_ENTERED,
+                Stage::Introduced => tag::DOMAIN,
+            });
             put_domid(out, *domid);
             // A UUID is never empty.
             put_bytes(out, uuid.as_deref().unwrap_or_default().as_bytes());
@@ -203,6 +207,14 @@ impl Reader<'_> {
         Perms::from_entries(&entries?)
     }
 
+    fn domain(&mut self, stage: Stage) -> Option<Entry> {
+        Some(Entry::Store(Record::Domain {
+            domid: self.domid()?,
+            uuid: Some(self.text()?).filter(|uuid| !uuid.is_empty()),
+            stage,
+        }))
+    }
+
     fn entry(&mut self) -> Option<Entry> {
         let [tag] = self.array()?;
         Some(match tag {
@@ -212,10 +224,8 @@ impl Reader<'_> {
                 perms: self.perms()?,
             }),
             tag::NO_NODE => Entry::Store(Record::NoNode { path: self.text()? }),
-            tag::DOMAIN => Entry::Store(Record::Domain {
-                domid: self.domid()?,
-                uuid: Some(self.text()?).filter(|uuid| !uuid.is_empty()),
-            }),
+            tag::DOMAIN => self.domain(Stage::Introduced)?,
+            tag::DOMAIN_ENTERED => self.domain(Stage::Entered)?,
             tag::NO_DOMAIN => Entry::Store(Record::NoDomain {
                 domid: self.domid()?,
             }),
@@ -288,6 +298,10 @@ pub mod tests {
         })
     }
 
+    fn stage() -> impl Strategy<Value = Stage> {
+        prop_oneof![Just(Stage::Entered), Just(Stage::Introduced)]
+    }
+
     pub fn entry() -> impl Strategy<Value = Entry> {
         let bytes = || prop::collection::vec(any::<u8>(), 0..20);
         let text = || "[a-z/]{0,12}";
@@ -296,8 +310,9 @@ pub mod tests {
             (text(), bytes(), perms())
                 .prop_map(|(path, value, perms)| Entry::Store(Record::Node { path, value, perms })),
             text().prop_map(|path| Entry::Store(Record::NoNode { path })),
-            (domid(), prop::option::of("[a-f0-9-]{1,36}"))
-                .prop_map(|(domid, uuid)| Entry::Store(Record::Domain { domid, uuid })),
+            (domid(), prop::option::of("[a-f0-9-]{1,36}"), stage()).prop_map(
+                |(domid, uuid, stage)| Entry::Store(Record::Domain { domid, uuid, stage })
+            ),
             domid().prop_map(|domid| Entry::Store(Record::NoDomain { domid })),
             (domid(), domid())
                 .prop_map(|(domid, target)| Entry::Store(Record::Target { domid, target })),

@@ -5,9 +5,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use hospes_units::DomId;
-
-use crate::{Error, Perms, ProtocolError, Waker};
+use crate::{DomainEntry, Error, Perms, ProtocolError, Waker};
 
 /// Called with the path that changed: the watched one or one below it. The watched path itself means that anything below it may have
 /// changed: so it is when the watch begins and after the store was restarted. Called from a thread of the store's client, which has to
@@ -85,13 +83,12 @@ pub trait GuestLink: Send {
 pub trait DomainStore: Send + Sync {
     fn access(&self) -> Arc<dyn StoreAccess>;
 
-    /// Makes a domain known and opens its guest's connection, which has the guest's rights only. `waker` is called when the connection has
-    /// something to fetch; it must only wake somebody. When the membership is dropped, the domain's nodes are removed with it:
-    /// its home, those of its devices in other domains and what the tools keep about it.
+    /// Enters a domain with its nodes, introduces it to those who watch for domains, and opens its guest's connection, which has the guest's rights
+    /// only. `waker` is called when the connection has something to fetch; it must only wake somebody. When the membership is dropped, the
+    /// domain's nodes are removed with it: its home, those of its devices in other domains and what the tools keep about it.
     fn add_domain(
         &self,
-        domid: DomId,
-        uuid: &str,
+        entry: &DomainEntry,
         waker: Waker,
     ) -> Result<(Box<dyn GuestLink>, Membership), Error>;
 }

@@ -100,7 +100,7 @@ impl Store {
         format!(
             "nodes               : {nodes:>8}\nbytes of nodes      : {bytes:>8}\nconnections         : {:>8}\ndomains             : {:>8}\n",
             self.connections.len(),
-            self.introduced.len()
+            self.domains.len()
         )
     }
 

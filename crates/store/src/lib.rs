@@ -46,7 +46,7 @@ pub use node::{Access, Perm, Perms};
 pub use outbox::{Message, Outbox};
 pub use populate::{DomainEntry, domain_path, host_nodes, identity_nodes};
 pub use quota::Quota;
-pub use record::Record;
+pub use record::{Record, Stage};
 pub use request::fuzz_requests;
 pub use tree::Error;
 pub use watch::WatchEvent;
@@ -63,13 +63,21 @@ pub struct ConnId(u32);
 /// Called when a connection has something to fetch; it must only wake somebody.
 pub type Waker = Arc<dyn Fn() + Send + Sync>;
 
+/// A domain that is known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Known {
+    /// `None` where a tool has introduced it.
+    uuid: Option<String>,
+    stage: Stage,
+}
+
 /// The store.
 pub struct Store {
     tree: Tree,
     connections: BTreeMap<ConnId, Connection>,
     next_connection: u32,
-    /// The domains that are known, with their UUIDs where those are.
-    introduced: BTreeMap<DomId, Option<String>>,
+    /// The domains that are known.
+    domains: BTreeMap<DomId, Known>,
     /// Domains that have the rights of another as well.
     targets: BTreeMap<DomId, DomId>,
     quota: Quota,
@@ -90,7 +98,7 @@ impl Store {
             tree: Tree::new(),
             connections: BTreeMap::new(),
             next_connection: 1,
-            introduced: BTreeMap::new(),
+            domains: BTreeMap::new(),
             targets: BTreeMap::new(),
             quota,
             notices: Vec::new(),

@@ -9,7 +9,7 @@ use hospes_units::DomId;
 use crate::access::{
     DomainStore, GuestLink, Membership, NewNode, StoreAccess, Watch, WatchListener,
 };
-use crate::{ConnId, Error, Perms, ProtocolError, Store, Waker};
+use crate::{ConnId, DomainEntry, Error, Perms, ProtocolError, Store, Waker};
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -226,21 +226,18 @@ impl DomainStore for LocalStore {
 
     fn add_domain(
         &self,
-        domid: DomId,
-        uuid: &str,
+        entry: &DomainEntry,
         waker: Waker,
     ) -> Result<(Box<dyn GuestLink>, Membership), Error> {
         let store = Arc::clone(&self.shared.store);
-        let conn = {
-            let mut store = lock(&store);
-            store.add_domain(domid, uuid);
-            store.connect(domid, waker)
-        };
-        let guest = LocalGuest {
-            store: Arc::clone(&store),
-            conn,
-        };
-        let membership = Membership::new(move || lock(&store).remove_domain(domid));
+        let domid = entry.domid;
+        lock(&store).add_domain(domid, &entry.uuid);
+        let leaving = Arc::clone(&store);
+        let membership = Membership::new(move || lock(&leaving).remove_domain(domid));
+        lock(&store).write_all(&entry.nodes())?;
+        lock(&store).introduce(domid);
+        let conn = lock(&store).connect(domid, waker);
+        let guest = LocalGuest { store, conn };
         Ok((Box::new(guest), membership))
     }
 }

@@ -4,9 +4,9 @@ use hospes_units::DomId;
 
 use crate::access::NewNode;
 use crate::node::Perms;
-use crate::record::Record;
+use crate::record::{Record, Stage};
 use crate::restriction::scripted_path;
-use crate::{Store, path};
+use crate::{Known, Store, path};
 
 /// What the tree says of a domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -146,12 +146,13 @@ pub fn host_nodes() -> Vec<NewNode> {
 }
 
 impl Store {
-    /// Makes a domain known with its UUID. What an earlier domain with this id left goes first.
+    /// Makes a domain known with its UUID. What an earlier domain with this id left goes first. It is introduced when its nodes are there
+    /// ([`Store::introduce`]).
     pub fn add_domain(&mut self, domid: DomId, uuid: &str) {
-        if self.introduced.contains_key(&domid) {
+        if self.domains.contains_key(&domid) {
             self.remove_domain(domid);
         }
-        self.enter(domid, Some(uuid.to_owned()));
+        self.know(domid, Some(uuid.to_owned()), Stage::Entered);
     }
 
     /// Removes a domain: its home, its devices in the domains that serve them, and what the tools keep about it.
@@ -197,14 +198,14 @@ impl Store {
     }
 
     fn vms(&self, domid: DomId) -> impl Iterator<Item = String> + '_ {
-        let known = self.introduced.get(&domid).into_iter().flatten();
         let named = self.read_text(&format!("{}/vm", domain_path(domid)));
+        let known = self.uuid_of(domid).into_iter();
         known.map(|uuid| format!("/vm/{uuid}")).chain(named)
     }
 
     /// Whether a path by UUID belongs to a domain other than this one.
     pub(crate) fn is_anothers_vm(&self, domid: DomId, vm: &str) -> bool {
-        let mut others = self.introduced.keys().filter(|id| **id != domid);
+        let mut others = self.domains.keys().filter(|id| **id != domid);
         others.any(|id| self.vms(*id).any(|own| own == vm))
     }
 
@@ -233,29 +234,44 @@ impl Store {
         }
     }
 
-    /// Tells everybody who watches for it that a domain has come.
+    /// Tells everybody who watches for it that a domain has come. Does nothing where that was told before.
     pub fn introduce(&mut self, domid: DomId) {
-        if !self.introduced.contains_key(&domid) {
-            self.enter(domid, None);
+        if !self.is_introduced(domid) {
+            let uuid = self.uuid_of(domid).cloned();
+            self.know(domid, uuid, Stage::Introduced);
+            self.fire(&[self.tree.special_change(path::INTRODUCE_DOMAIN)]);
         }
     }
 
-    fn enter(&mut self, domid: DomId, uuid: Option<String>) {
-        self.know(domid, uuid);
-        self.fire(&[self.tree.special_change(path::INTRODUCE_DOMAIN)]);
+    pub(crate) fn is_introduced(&self, domid: DomId) -> bool {
+        let known = self.domains.get(&domid);
+        known.is_some_and(|known| known.stage != Stage::Entered)
     }
 
-    pub(crate) fn know(&mut self, domid: DomId, uuid: Option<String>) {
-        self.introduced.insert(domid, uuid.clone());
-        self.tree.record(|| Record::Domain { domid, uuid });
+    /// The UUID by which a domain is known.
+    pub(crate) fn uuid_of(&self, domid: DomId) -> Option<&String> {
+        self.domains.get(&domid)?.uuid.as_ref()
+    }
+
+    pub(crate) fn know(&mut self, domid: DomId, uuid: Option<String>, stage: Stage) {
+        let known = Known {
+            uuid: uuid.clone(),
+            stage,
+        };
+        self.domains.insert(domid, known);
+        self.tree.record(|| Record::Domain { domid, uuid, stage });
     }
 
     /// Tells everybody who watches for it that a domain has gone.
     pub fn release(&mut self, domid: DomId) {
         self.forget_target(domid);
         self.forget_special_grants(domid);
-        if self.introduced.remove(&domid).is_some() {
+        if let Some(known) = self.domains.remove(&domid) {
             self.tree.record(|| Record::NoDomain { domid });
+            // Of one that did not become whole nobody has heard.
+            if known.stage == Stage::Entered {
+                return;
+            }
             self.fire(&[self.tree.special_change(path::RELEASE_DOMAIN)]);
         }
     }
@@ -271,6 +287,6 @@ impl Store {
 
     /// The domains that are known.
     pub fn domains(&self) -> impl Iterator<Item = DomId> + '_ {
-        self.introduced.keys().copied()
+        self.domains.keys().copied()
     }
 }

@@ -7,10 +7,18 @@ use hospes_units::DomId;
 
 use crate::node::{Node, Perms};
 use crate::transaction::Transaction;
-use crate::{ConnId, Error, Store, path};
+use crate::{ConnId, Error, Known, Store, path};
 
 /// Transactions of a connection that are opened again: more than a guest has, unless an administrator lets it.
 const REOPENED_MAX: usize = 1024;
+
+/// How far a domain has come, as those know who watch for domains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// They have not been told of it: its nodes may not be there yet.
+    Entered,
+    Introduced,
+}
 
 /// A change to the tree or to the domains that are known.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,8 +31,12 @@ pub enum Record {
     },
     /// A node is no more; those below it have records of their own.
     NoNode { path: String },
-    /// A domain is known.
-    Domain { domid: DomId, uuid: Option<String> },
+    /// A domain is known, and so far has it come.
+    Domain {
+        domid: DomId,
+        uuid: Option<String>,
+        stage: Stage,
+    },
     /// A domain is no longer known.
     NoDomain { domid: DomId },
     /// `domid` may do what `target` may.
@@ -49,9 +61,10 @@ impl Store {
             value: node.value.clone(),
             perms: node.perms.clone(),
         });
-        let domains = self.introduced.iter().map(|(domid, uuid)| Record::Domain {
+        let domains = self.domains.iter().map(|(domid, known)| Record::Domain {
             domid: *domid,
-            uuid: uuid.clone(),
+            uuid: known.uuid.clone(),
+            stage: known.stage,
         });
         let targets = self.targets.iter().map(|(domid, target)| Record::Target {
             domid: *domid,
@@ -77,12 +90,13 @@ impl Store {
                 self.tree.delete(path);
                 true
             }
-            Record::Domain { domid, uuid } => {
-                self.introduced.insert(*domid, uuid.clone());
+            Record::Domain { domid, uuid, stage } => {
+                let (uuid, stage) = (uuid.clone(), *stage);
+                self.domains.insert(*domid, Known { uuid, stage });
                 true
             }
             Record::NoDomain { domid } => {
-                self.introduced.remove(domid);
+                self.domains.remove(domid);
                 self.forget_target(*domid);
                 true
             }

@@ -91,7 +91,7 @@ impl Store {
             | kind::INTRODUCE
             | kind::RELEASE
             | kind::RESUME
-            | kind::SET_TARGET => self.on_domains(domid, &request),
+            | kind::SET_TARGET => self.on_domains(conn, &request),
             kind::CONTROL => self.on_control(conn, &request),
             _ => Err(Error::NotImplemented),
         };
@@ -223,32 +223,33 @@ impl Store {
         transaction.commit(&mut self.tree, &rights.caller())
     }
 
-    fn on_domains(&mut self, caller: DomId, request: &Request) -> Result<Vec<u8>, Error> {
-        if caller != DomId::HOST {
+    fn on_domains(&mut self, conn: ConnId, request: &Request) -> Result<Vec<u8>, Error> {
+        let domid = domid_argument(request);
+        if !self.may_manage(conn, request.kind, domid.unwrap_or(DomId::HOST)) {
             return Err(Error::Access);
         }
-        let domid = domid_argument(request)?;
+        let domid = domid?;
         match request.kind {
             kind::IS_DOMAIN_INTRODUCED => {
-                let known = domid == DomId::HOST || self.introduced.contains_key(&domid);
+                let known = domid == DomId::HOST || self.is_introduced(domid);
                 return Ok(wire::join([if known { "T" } else { "F" }]));
             }
             kind::INTRODUCE => self.introduce(domid),
-            kind::RELEASE => match self.introduced.get(&domid) {
+            kind::RELEASE => match self.domains.get(&domid) {
                 // One that has a UUID has a process, which takes it out.
-                Some(Some(_)) => return Err(Error::Busy),
-                Some(None) => self.release(domid),
+                Some(known) if known.uuid.is_some() => return Err(Error::Busy),
+                Some(_) => self.release(domid),
                 None => return Err(Error::NoEntry),
             },
             kind::SET_TARGET => {
                 let target = domid_at(request, 1)?;
-                if !self.introduced.contains_key(&domid) {
+                if !self.is_introduced(domid) {
                     return Err(Error::NoEntry);
                 }
                 self.set_target(domid, target);
             }
             _ => {
-                if !self.introduced.contains_key(&domid) {
+                if !self.is_introduced(domid) {
                     return Err(Error::NoEntry);
                 }
             }

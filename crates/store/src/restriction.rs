@@ -157,6 +157,7 @@ pub(crate) fn allows(request: u32) -> bool {
             | kind::RESET_WATCHES
             | kind::TRANSACTION_START
             | kind::TRANSACTION_END
+            | kind::INTRODUCE
     )
 }
 
@@ -190,8 +191,9 @@ impl Store {
         let connection = self.connections.get(&conn);
         let restriction = connection.and_then(|c| c.restriction.as_deref());
         let restriction = restriction.ok_or(Error::Access)?;
-        let known = self.introduced.get(&domid).and_then(Option::as_ref);
-        let is_its = known.is_none_or(|known| *known == restriction.uuid);
+        let is_its = self
+            .uuid_of(domid)
+            .is_none_or(|known| *known == restriction.uuid);
         if restriction.ended || restriction.domid != domid || !is_its {
             return Err(Error::Access);
         }
@@ -228,12 +230,12 @@ impl Store {
         if !is_uuid(uuid) {
             return Err(Error::Invalid);
         }
-        let known = self.introduced.get(&domid).and_then(Option::as_ref);
-        let known = known.ok_or(Error::NoEntry)?;
-        if known == uuid {
+        let known = self.domains.get(&domid).ok_or(Error::NoEntry)?;
+        let (own, stage) = (known.uuid.as_ref().ok_or(Error::NoEntry)?, known.stage);
+        if own == uuid {
             return Ok(());
         }
-        let old = vm_path(known);
+        let old = vm_path(own);
         for connection in self.connections.values_mut() {
             if connection.restriction_to(domid).is_some() {
                 let watches = &mut connection.watches;
@@ -245,13 +247,25 @@ impl Store {
         if !self.is_anothers_vm(domid, &old) && self.read(&old).is_ok() {
             self.remove(&old)?;
         }
-        self.know(domid, Some(uuid.to_owned()));
+        self.know(domid, Some(uuid.to_owned()), stage);
         Ok(())
     }
 
     /// Whether a restriction's domain is known by the restriction's UUID.
     pub(crate) fn knows(&self, restriction: &Restriction) -> bool {
-        let known = self.introduced.get(&restriction.domid);
-        known.and_then(Option::as_ref) == Some(&restriction.uuid)
+        self.uuid_of(restriction.domid) == Some(&restriction.uuid)
+    }
+
+    /// Whether a connection may ask for this of a domain: a restricted one introduces its own, while the store knows that by its UUID.
+    pub(crate) fn may_manage(&self, conn: ConnId, request: u32, domid: DomId) -> bool {
+        let Some(connection) = self.connections.get(&conn) else {
+            return false;
+        };
+        match connection.restriction.as_deref() {
+            Some(own) => {
+                request == kind::INTRODUCE && own.domid == domid && !own.ended && self.knows(own)
+            }
+            None => connection.domid == DomId::HOST,
+        }
     }
 }

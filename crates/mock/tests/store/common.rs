@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use hospes_store::wire::{self, kind};
-use hospes_store::{DomainStore, GuestLink, Membership};
+use hospes_store::{DomainEntry, DomainStore, GuestLink, Membership};
 use hospes_store_server::{Connector, Place, StoreClient};
 use hospes_units::DomId;
 use rustix::fs::{FlockOperation, flock};
@@ -179,6 +179,23 @@ pub fn uuid(domid: u16) -> String {
     format!("00000000-0000-0000-0000-0000000000{domid:02}")
 }
 
+/// What [`Guest::new`] enters.
+pub fn entry(domid: u16) -> DomainEntry {
+    DomainEntry {
+        domid: DomId(domid),
+        uuid: uuid(domid),
+        name: format!("guest-{domid}"),
+        memory_kib: 262_144,
+        memory_max_kib: 524_288,
+        // As many as there may be.
+        vcpus: 128,
+        console_port: 2,
+        console_ring: 0xfefff,
+        store_port: 1,
+        store_ring: 0xfeffc,
+    }
+}
+
 /// Whether a living process holds the lock of a domain's directory.
 fn is_locked(dir: &Path) -> bool {
     let Ok(lock) = OpenOptions::new().write(true).open(dir.join("lock")) else {
@@ -253,12 +270,11 @@ impl Guest {
         std::fs::rename(&unseen, &dir).expect("no other of this number");
         let (waker, woken) = channel();
         let waker = Mutex::new(waker);
-        let uuid = uuid(domid);
         let wake = move || {
             let _ = waker.lock().expect("no panics").send(());
         };
         let (link, membership) = client
-            .add_domain(DomId(domid), &uuid, Arc::new(wake))
+            .add_domain(&entry(domid), Arc::new(wake))
             .expect("a domain");
         Guest {
             link,

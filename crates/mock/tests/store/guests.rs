@@ -1,10 +1,13 @@
 //! What a guest may and may not do by way of its ring.
 
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+
 use hospes_store::wire::kind;
 use hospes_store::{NewNode, Perms, StoreAccess};
 use hospes_units::DomId;
 
-use crate::common::{Bench, Guest};
+use crate::common::{Bench, GIVE_UP, Guest, entry};
 
 fn denied() -> Result<String, String> {
     Err("EACCES".to_owned())
@@ -50,6 +53,32 @@ fn guest_reaches_its_own_nodes_only() {
         .expect("written");
     assert_eq!(one.ask(kind::READ, "data\0"), Ok("last".to_owned()));
     assert_eq!(one.events, ["/local/domain/2\0t\0"]);
+}
+
+#[test]
+fn domain_is_introduced_when_its_nodes_are_there() {
+    let bench = Bench::new();
+    let client = bench.client();
+    let (sender, told) = channel();
+    let watches = ["@introduceDomain", "/local/domain/1"].map(|path| {
+        let sender = Mutex::new(sender.clone());
+        let listener = move |path: &str| {
+            let sender = sender.lock().expect("no panics");
+            sender.send(path.to_owned()).expect("heard");
+        };
+        client.watch(path, Arc::new(listener)).expect("a watch")
+    });
+    let next = || told.recv_timeout(GIVE_UP).expect("an event");
+    assert_eq!([next(), next()], ["@introduceDomain", "/local/domain/1"]);
+    let guest = Guest::new(&bench, &client, 1);
+    let nodes: Vec<String> = std::iter::from_fn(|| Some(next()))
+        .take_while(|path| path != "@introduceDomain")
+        .collect();
+    let last = entry(1).nodes().pop().expect("nodes");
+    assert!(nodes.contains(&"/local/domain/1/store/port".to_owned()));
+    assert_eq!(client.read(&last.path), Ok(last.value));
+    drop(guest);
+    drop(watches);
 }
 
 /// The messages between the store process and its clients are not a guest's to send.

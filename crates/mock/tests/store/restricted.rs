@@ -7,32 +7,16 @@ use std::thread;
 use std::time::Duration;
 
 use hospes_store::wire::{self, kind};
-use hospes_store::{DomainEntry, DomainStore, Error, NewNode, Perms, StoreAccess, identity_nodes};
+use hospes_store::{DomainStore, Error, NewNode, Perms, StoreAccess, identity_nodes};
 use hospes_units::DomId;
 
-use crate::common::{Bench, Guest, uuid, wait_until};
+use crate::common::{Bench, Guest, entry, uuid, wait_until};
 
 /// Messages beyond Xen's protocol.
 const HELLO: u32 = 0x4853_0001;
 const REMOVE: u32 = 0x4853_0004;
 const RESTRICT: u32 = 0x4853_0005;
 const IDENTIFY: u32 = 0x4853_0006;
-
-fn entry(domid: u16) -> DomainEntry {
-    DomainEntry {
-        domid: DomId(domid),
-        uuid: uuid(domid),
-        name: format!("guest-{domid}"),
-        memory_kib: 262_144,
-        memory_max_kib: 524_288,
-        // As many as there may be.
-        vcpus: 128,
-        console_port: 2,
-        console_ring: 0xfefff,
-        store_port: 1,
-        store_ring: 0xfeffc,
-    }
-}
 
 fn connect(bench: &Bench) -> UnixStream {
     // There is a store process from here on.
@@ -93,7 +77,6 @@ fn domain_lives_by_a_restricted_connection() {
     let host = bench.client();
     let client = bench.restricted(1);
     let mut guest = Guest::new(&bench, &client, 1);
-    client.write_all(&entry(1).nodes()).expect("a domain");
     let roots = disk(1);
     let perms = Perms::read_only(DomId(1));
     let nodes = roots
@@ -173,7 +156,6 @@ fn restricted_domain_outlives_the_process() {
     let host = bench.client();
     let client = bench.restricted(1);
     let mut guest = Guest::new(&bench, &client, 1);
-    client.write_all(&entry(1).nodes()).expect("a domain");
     guest.ask(kind::WATCH, "data\0t\0").expect("a watch");
     for round in 0..20 {
         assert!(bench.kill_store());
@@ -200,7 +182,6 @@ fn restricted_client_reaches_no_other_domain() {
     let client = bench.restricted(1);
     let _one = Guest::new(&bench, &client, 1);
     let mut two = Guest::new(&bench, &host, 2);
-    host.write_all(&entry(2).nodes()).expect("a domain");
     for root in disk(2) {
         host.write(&root, b"v").expect("a device");
     }
@@ -229,8 +210,7 @@ fn restricted_client_reaches_no_other_domain() {
         assert_eq!(host.read(path), before, "{path}");
         assert_eq!(host.read("/local/domain/1/both"), Err(Error::NoEntry));
     }
-    let waker = Arc::new(|| ());
-    let added = client.add_domain(DomId(2), &uuid(2), waker).map(drop);
+    let added = client.add_domain(&entry(2), Arc::new(|| ())).map(drop);
     assert_eq!(added, Err(Error::Access));
     let identity = client.change_identity(DomId(1), &uuid(3), "three");
     assert_eq!(identity, Err(Error::Access));
@@ -310,7 +290,6 @@ fn identity_that_was_given_up_is_not_had_back() {
     let host = bench.client();
     let client = bench.restricted(1);
     let _one = Guest::new(&bench, &client, 1);
-    client.write_all(&entry(1).nodes()).expect("a domain");
     let name = format!("/vm/{}/name", uuid(1));
     client.write(&name, b"first").expect("its own");
     host.change_identity(DomId(1), &uuid(9), "away")
@@ -327,9 +306,7 @@ fn identity_that_was_given_up_is_not_had_back() {
         .write("/local/domain/1/vm", format!("/vm/{}", uuid(1)).as_bytes())
         .expect("its own");
     assert_eq!(client.write(&name, b"mine"), Err(Error::Access));
-    let added = client
-        .add_domain(DomId(1), &uuid(1), Arc::new(|| ()))
-        .map(drop);
+    let added = client.add_domain(&entry(1), Arc::new(|| ())).map(drop);
     assert_eq!(added, Err(Error::Access));
     // The next process knows.
     assert!(bench.kill_store());

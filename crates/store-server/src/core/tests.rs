@@ -210,6 +210,7 @@ fn restricted_hello_is_for_its_domain_and_uuid() {
     let known = Entry::Store(hospes_store::Record::Domain {
         domid: DomId(5),
         uuid: Some("mine".to_owned()),
+        stage: hospes_store::Stage::Entered,
     });
     assert!(contents(&core).contains(&known));
 }

@@ -46,6 +46,7 @@ fn populated() -> Store {
     };
     store.add_domain(DomId(5), "u-5");
     store.write_all(&entry.nodes()).unwrap();
+    store.introduce(DomId(5));
     store
 }
 

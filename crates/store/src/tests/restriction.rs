@@ -210,7 +210,7 @@ fn restricted_connection_reaches_nothing_else() {
         (kind::GET_PERMS, "@releaseDomain\0"),
         (kind::SET_PERMS, "@releaseDomain\0n5\0"),
         (kind::CONTROL, "quota\0set\0nodes\x005\0"),
-        (kind::INTRODUCE, "5\x001\x002\0"),
+        (kind::INTRODUCE, "x\x001\x002\0"),
         (kind::INTRODUCE, "9\x001\x002\0"),
         (kind::RELEASE, "5\0"),
         (kind::RELEASE, "6\0"),
@@ -224,6 +224,25 @@ fn restricted_connection_reaches_nothing_else() {
     }
     ask(&mut s, &c, kind::TRANSACTION_END, open, "T\0").unwrap();
     assert_eq!(s.snapshot(), before);
+}
+
+#[test]
+fn restricted_connection_introduces_its_domain_once() {
+    let (mut s, c) = restricted();
+    let host = client(&mut s, 0);
+    ask(&mut s, &host, kind::WATCH, 0, "@introduceDomain\0t\0").unwrap();
+    events(&mut s, &host);
+    let introduce = "5\x001\x002\0";
+    for heard in [&["@introduceDomain t"][..], &[]] {
+        ask(&mut s, &c, kind::INTRODUCE, 0, introduce).unwrap();
+        assert_eq!(events(&mut s, &host), heard);
+    }
+    s.change_uuid(DomId(5), "u-away").unwrap();
+    assert_eq!(ask(&mut s, &c, kind::INTRODUCE, 0, introduce), denied());
+    s.add_domain(DomId(5), "u-5");
+    s.end_restricted(DomId(5));
+    assert_eq!(ask(&mut s, &c, kind::INTRODUCE, 0, introduce), denied());
+    assert!(events(&mut s, &host).is_empty());
 }
 
 #[test]

@@ -184,6 +184,33 @@ fn node_that_goes_and_comes_back_in_a_transaction_is_heard_of_once() {
 }
 
 #[test]
+fn domain_is_heard_of_when_it_is_introduced() {
+    let mut s = populated();
+    let h = client(&mut s, 0);
+    for path in ["@introduceDomain", "@releaseDomain"] {
+        ask(&mut s, &h, kind::WATCH, 0, &format!("{path}\0t\0")).unwrap();
+    }
+    events(&mut s, &h);
+    let is_introduced = |s: &mut Store| ask(s, &h, kind::IS_DOMAIN_INTRODUCED, 0, "7\0").unwrap();
+    s.add_domain(DomId(7), "u-7");
+    assert!(events(&mut s, &h).is_empty());
+    assert_eq!(is_introduced(&mut s), "F\0");
+    let mut restored = Store::default();
+    assert!(s.snapshot().iter().all(|record| restored.restore(record)));
+    assert_eq!(restored.snapshot(), s.snapshot());
+    s.introduce(DomId(7));
+    s.introduce(DomId(7));
+    assert_eq!(events(&mut s, &h), ["@introduceDomain t"]);
+    assert_eq!(is_introduced(&mut s), "T\0");
+    s.remove_domain(DomId(7));
+    assert_eq!(events(&mut s, &h), ["@releaseDomain t"]);
+    // One that has ended before is nobody's business.
+    s.add_domain(DomId(7), "u-7");
+    s.remove_domain(DomId(7));
+    assert!(events(&mut s, &h).is_empty());
+}
+
+#[test]
 fn special_watches_are_for_those_whom_domain_0_lets_have_them() {
     let mut s = populated();
     s.start_recording();
