@@ -19,7 +19,7 @@ use hospes_units::DomId;
 use crate::bell::{Bell, connect, use_stream};
 use crate::guest::Guest;
 use crate::place::Connector;
-use crate::protocol::{self, IDENTIFY, REMOVE};
+use crate::protocol::{self, IDENTIFY, REMOVE, SHUT_DOWN};
 
 /// How long an answer may take, with all attempts to start a store process.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -216,6 +216,25 @@ impl StoreClient {
     pub fn change_identity(&self, domid: DomId, uuid: &str, name: &str) -> Result<(), Error> {
         self.call(IDENTIFY, &protocol::identity(domid, uuid))?;
         self.write_all(&identity_nodes(domid, uuid, name))
+    }
+
+    /// Tells those who watch for domains that one has shut down, without waiting until it is told.
+    pub fn shut_down(&self, domid: DomId) {
+        self.tell(SHUT_DOWN, domid);
+    }
+
+    /// Tells, without waiting, that a domain goes on that had shut down.
+    pub fn resume(&self, domid: DomId) {
+        self.tell(kind::RESUME, domid);
+    }
+
+    /// Where nobody can be told, nobody watches.
+    fn tell(&self, kind: u32, domid: DomId) {
+        if self.thread.start().is_ok() {
+            let payload = wire::join([domid.to_string()]);
+            lock(&self.shared).queue(kind, None, &payload, None, false);
+            self.shared.bell.ring();
+        }
     }
 
     fn call(&self, kind: u32, payload: &[u8]) -> Result<Vec<u8>, Error> {

@@ -199,6 +199,12 @@ impl Core {
         result
     }
 
+    /// Tells that a domain has shut down.
+    pub fn shut_down(&mut self, domid: DomId) {
+        self.store.shut_down(domid);
+        self.settle(None);
+    }
+
     pub fn disconnect_host(&mut self, conn: ConnId) {
         self.store.disconnect(conn);
     }

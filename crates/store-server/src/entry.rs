@@ -63,6 +63,7 @@ mod tag {
     pub const NO_EVENTS: u8 = 12;
     pub const DONE: u8 = 13;
     pub const DOMAIN_ENTERED: u8 = 14;
+    pub const DOMAIN_SHUT_DOWN: u8 = 15;
 }
 
 fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
@@ -151,6 +152,7 @@ fn encode_record(record: &Record, out: &mut Vec<u8>) {
             out.push(match stage {
                 Stage::Entered => tag::DOMAIN_ENTERED,
                 Stage::Introduced => tag::DOMAIN,
+                Stage::ShutDown => tag::DOMAIN_SHUT_DOWN,
             });
             put_domid(out, *domid);
             // A UUID is never empty.
@@ -226,6 +228,7 @@ impl Reader<'_> {
             tag::NO_NODE => Entry::Store(Record::NoNode { path: self.text()? }),
             tag::DOMAIN => self.domain(Stage::Introduced)?,
             tag::DOMAIN_ENTERED => self.domain(Stage::Entered)?,
+            tag::DOMAIN_SHUT_DOWN => self.domain(Stage::ShutDown)?,
             tag::NO_DOMAIN => Entry::Store(Record::NoDomain {
                 domid: self.domid()?,
             }),
@@ -299,7 +302,11 @@ pub mod tests {
     }
 
     fn stage() -> impl Strategy<Value = Stage> {
-        prop_oneof![Just(Stage::Entered), Just(Stage::Introduced)]
+        prop_oneof![
+            Just(Stage::Entered),
+            Just(Stage::Introduced),
+            Just(Stage::ShutDown)
+        ]
     }
 
     pub fn entry() -> impl Strategy<Value = Entry> {

@@ -5,7 +5,8 @@
 //! to one. RESET forgets the guest's watches, transactions and events. REMOVE, on a connection of domain 0, takes a domain out.
 //!
 //! RESTRICT, as the first message on a connection, takes from it for good what does not belong to one domain: a HELLO may follow for that domain
-//! only, or requests for the domain's nodes. IDENTIFY, on a connection of domain 0 that is not restricted, changes the UUID of a domain.
+//! only, or requests for the domain's nodes. On a connection of domain 0 that is not restricted, IDENTIFY changes the UUID of a domain, and SHUT_DOWN
+//! tells that one has shut down, as the hypervisor tells xenstored; RESUME of Xen's protocol takes that back.
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
@@ -25,6 +26,8 @@ pub const REMOVE: u32 = 0x4853_0004;
 pub const RESTRICT: u32 = 0x4853_0005;
 /// Domain number and new UUID, as text.
 pub const IDENTIFY: u32 = 0x4853_0006;
+/// Domain number, as text.
+pub const SHUT_DOWN: u32 = 0x4853_0007;
 
 pub const OK: &[u8] = b"OK\0";
 
@@ -90,6 +93,14 @@ pub fn parse_removal(payload: &[u8]) -> Option<(DomId, u64)> {
 /// The payload of a RESTRICT or an IDENTIFY.
 pub fn identity(domid: DomId, uuid: &str) -> Vec<u8> {
     wire::join([&domid.to_string(), uuid])
+}
+
+/// The payload of a SHUT_DOWN.
+pub fn parse_domid(payload: &[u8]) -> Option<DomId> {
+    match wire::strings(payload)?[..] {
+        [domid] => Some(DomId(domid.parse().ok()?)),
+        _ => None,
+    }
 }
 
 pub fn parse_identity(payload: &[u8]) -> Option<(DomId, &str)> {

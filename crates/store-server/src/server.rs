@@ -19,7 +19,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::core::{Core, Rights};
 use crate::journal::Journal;
 use crate::place::Place;
-use crate::protocol::{self, HELLO, Hello, IDENTIFY, REMOVE, RESTRICT, SEEN};
+use crate::protocol::{self, HELLO, Hello, IDENTIFY, REMOVE, RESTRICT, SEEN, SHUT_DOWN};
 
 /// Most connections; below the usual limit of 1024 file descriptors.
 const PEERS_MAX: usize = 900;
@@ -360,6 +360,7 @@ impl<'a> Server<'a> {
         let result = match request.kind {
             REMOVE => self.remove(id, conn, &request.payload),
             IDENTIFY => self.identify(conn, &request.payload),
+            SHUT_DOWN => self.shut_down(conn, &request.payload),
             _ => return self.core.host_request(conn, request),
         };
         self.answer(id, &request, result);
@@ -387,6 +388,15 @@ impl<'a> Server<'a> {
         }
         let (domid, uuid) = protocol::parse_identity(payload).ok_or(Error::Invalid)?;
         self.core.change_uuid(domid, uuid)
+    }
+
+    fn shut_down(&mut self, conn: ConnId, payload: &[u8]) -> Result<(), Error> {
+        if self.core.restricted_to(conn)?.is_some() {
+            return Err(Error::Access);
+        }
+        let domid = protocol::parse_domid(payload).ok_or(Error::Invalid)?;
+        self.core.shut_down(domid);
+        Ok(())
     }
 
     /// Closes what is restricted to a domain that was taken out, but for the one that still has to be answered.

@@ -243,6 +243,29 @@ impl Store {
         }
     }
 
+    /// Tells everybody who watches for it that a domain has shut down or crashed, or has suspended itself. Does nothing where that was told
+    /// before and the domain has not gone on since ([`Store::resume`]), nor with one that was not introduced.
+    pub fn shut_down(&mut self, domid: DomId) {
+        if self.pass(domid, Stage::Introduced, Stage::ShutDown) {
+            self.fire(&[self.tree.special_change(path::RELEASE_DOMAIN)]);
+        }
+    }
+
+    /// A domain that had shut down goes on: when it shuts down again, that is told again.
+    pub fn resume(&mut self, domid: DomId) {
+        self.pass(domid, Stage::ShutDown, Stage::Introduced);
+    }
+
+    /// Whether a domain passes from one stage to another: not where it was not there.
+    fn pass(&mut self, domid: DomId, from: Stage, to: Stage) -> bool {
+        let known = self.domains.get(&domid).filter(|known| known.stage == from);
+        let Some(uuid) = known.map(|known| known.uuid.clone()) else {
+            return false;
+        };
+        self.know(domid, uuid, to);
+        true
+    }
+
     pub(crate) fn is_introduced(&self, domid: DomId) -> bool {
         let known = self.domains.get(&domid);
         known.is_some_and(|known| known.stage != Stage::Entered)
@@ -262,7 +285,7 @@ impl Store {
         self.tree.record(|| Record::Domain { domid, uuid, stage });
     }
 
-    /// Tells everybody who watches for it that a domain has gone.
+    /// Tells everybody who watches for it that a domain has gone, whether it had shut down before or not.
     pub fn release(&mut self, domid: DomId) {
         self.forget_target(domid);
         self.forget_special_grants(domid);

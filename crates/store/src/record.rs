@@ -18,6 +18,8 @@ pub enum Stage {
     /// They have not been told of it: its nodes may not be there yet.
     Entered,
     Introduced,
+    /// They have been told that it has shut down, and it has not gone on since.
+    ShutDown,
 }
 
 /// A change to the tree or to the domains that are known.

@@ -252,6 +252,7 @@ impl Store {
                 if !self.is_introduced(domid) {
                     return Err(Error::NoEntry);
                 }
+                self.resume(domid);
             }
         }
         Ok(OK.to_vec())

@@ -348,6 +348,8 @@ impl<'a> Supervisor<'a> {
                     progress.returns = next == Next::Restart;
                     progress.leaves = next == Next::End;
                 });
+                // Whoever hears of it finds the domain as it is now.
+                self.store.shut_down(domid);
             }
             if matches!(
                 action,

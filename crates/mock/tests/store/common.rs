@@ -48,8 +48,13 @@ impl Bench {
     }
 
     pub fn create(&self, name: &str) {
+        self.create_with(name, "");
+    }
+
+    /// With more of a configuration.
+    pub fn create_with(&self, name: &str, more: &str) {
         let kernel = format!("kernel='{}'", self.dir.join("kernel").display());
-        let name = format!("name='{name}'; type='pvh'; memory=64");
+        let name = format!("name='{name}'; type='pvh'; memory=64; {more}");
         self.hospes(&["create", "-q", "/dev/null", &name, &kernel]);
     }
 
@@ -105,6 +110,11 @@ impl Bench {
         self.store_pid().is_some_and(|pid| {
             rustix::process::kill_process(pid, rustix::process::Signal::KILL).is_ok()
         })
+    }
+
+    /// Where a file may be made.
+    pub fn file(&self, name: &str) -> String {
+        self.dir.join(name).display().to_string()
     }
 
     fn journal(&self) -> PathBuf {

@@ -3,11 +3,13 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
 
-use hospes_store::HEADER_BYTES;
 use hospes_store::wire::{self, kind};
+use hospes_store::{HEADER_BYTES, StoreAccess};
 
-use crate::common::{Bench, wait_until};
+use crate::common::{Bench, GIVE_UP, wait_until};
 
 #[test]
 fn tools_write_read_list_and_remove() {
@@ -53,7 +55,7 @@ fn tools_list_what_does_not_fit_into_a_message() {
     let listed = bench.told("list", &["/tool/many"]);
     assert_eq!(listed.lines().collect::<Vec<_>>(), names);
     let client = bench.client();
-    let listed = hospes_store::StoreAccess::list(&client, "/tool/many");
+    let listed = client.list("/tool/many");
     assert_eq!(listed.expect("there"), names);
 }
 
@@ -124,6 +126,30 @@ fn domains_come_and_go_with_their_entries() {
 }
 
 #[test]
+fn watchers_hear_of_a_domain_that_shuts_down() {
+    let bench = Bench::new();
+    let client = bench.client();
+    let (sender, told) = channel();
+    let sender = Mutex::new(sender);
+    let listener = move |_: &str| sender.lock().expect("no panics").send(()).expect("heard");
+    let watch = client.watch("@releaseDomain", Arc::new(listener));
+    let hears = |what| told.recv_timeout(GIVE_UP).expect(what);
+    hears("the first event");
+    bench.create_with("a", "on_poweroff='preserve'");
+    for _ in 0..2 {
+        bench.hospes(&["save", "-c", "a", &bench.file("saved")]);
+        hears("it was suspended");
+    }
+    bench.hospes(&["shutdown", "a"]);
+    hears("it has shut down");
+    assert!(client.read("/local/domain/1/name").is_ok());
+    bench.hospes(&["destroy", "a"]);
+    hears("it is gone");
+    drop(watch);
+    assert!(told.recv().is_err());
+}
+
+#[test]
 fn entries_of_a_domain_that_died_with_the_store_are_removed() {
     let bench = Bench::new();
     bench.create("a");
@@ -135,6 +161,6 @@ fn entries_of_a_domain_that_died_with_the_store_are_removed() {
     // Starts another.
     let client = bench.client();
     wait_until("the domain is out of the store", || {
-        hospes_store::StoreAccess::list(&client, "/local/domain").is_ok_and(|l| l == ["0"])
+        client.list("/local/domain").is_ok_and(|l| l == ["0"])
     });
 }

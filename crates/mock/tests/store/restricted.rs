@@ -17,6 +17,7 @@ const HELLO: u32 = 0x4853_0001;
 const REMOVE: u32 = 0x4853_0004;
 const RESTRICT: u32 = 0x4853_0005;
 const IDENTIFY: u32 = 0x4853_0006;
+const SHUT_DOWN: u32 = 0x4853_0007;
 
 fn connect(bench: &Bench) -> UnixStream {
     // There is a store process from here on.
@@ -238,6 +239,7 @@ fn restriction_comes_first_and_stays() {
     assert_eq!(ask(&early, RESTRICT, &pair(2, "u")), denied());
     assert_eq!(ask(&early, kind::READ, other), denied());
     assert_eq!(ask(&early, IDENTIFY, &pair(1, "v")), denied());
+    assert_eq!(ask(&early, SHUT_DOWN, b"2\0"), denied());
     assert_eq!(ask(&early, kind::INTRODUCE, b"2\x001\x002\0"), denied());
     // A session is opened by what comes first or not at all.
     assert_eq!(ask(&early, HELLO, &hello(5, 1)), denied());

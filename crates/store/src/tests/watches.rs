@@ -211,6 +211,35 @@ fn domain_is_heard_of_when_it_is_introduced() {
 }
 
 #[test]
+fn domain_that_shuts_down_is_heard_of_and_once_more_when_it_goes() {
+    let mut s = populated();
+    let h = client(&mut s, 0);
+    ask(&mut s, &h, kind::WATCH, 0, "@releaseDomain\0t\0").unwrap();
+    events(&mut s, &h);
+    let heard = ["@releaseDomain t"];
+    s.shut_down(DomId(5));
+    assert_eq!(events(&mut s, &h), heard);
+    let mut restored = Store::default();
+    assert!(s.snapshot().iter().all(|record| restored.restore(record)));
+    assert_eq!(restored.snapshot(), s.snapshot());
+    s.shut_down(DomId(5));
+    assert!(events(&mut s, &h).is_empty());
+    let introduced = ask(&mut s, &h, kind::IS_DOMAIN_INTRODUCED, 0, "5\0");
+    assert_eq!(introduced, Ok("T\0".into()));
+    // A domain that was suspended and goes on may shut down again.
+    ask(&mut s, &h, kind::RESUME, 0, "5\0").unwrap();
+    assert!(events(&mut s, &h).is_empty());
+    s.shut_down(DomId(5));
+    assert_eq!(events(&mut s, &h), heard);
+    s.remove_domain(DomId(5));
+    assert_eq!(events(&mut s, &h), heard);
+    s.add_domain(DomId(7), "u-7");
+    s.shut_down(DomId(7));
+    s.shut_down(DomId(8));
+    assert!(events(&mut s, &h).is_empty());
+}
+
+#[test]
 fn special_watches_are_for_those_whom_domain_0_lets_have_them() {
     let mut s = populated();
     s.start_recording();

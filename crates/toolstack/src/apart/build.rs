@@ -124,6 +124,16 @@ pub(super) struct Identity {
 }
 
 impl Identity {
+    /// The guest has suspended itself.
+    pub(super) fn suspend(&self) {
+        self.store.shut_down(self.domid);
+    }
+
+    /// It goes on.
+    pub(super) fn resume(&self) {
+        self.store.resume(self.domid);
+    }
+
     /// The domain gets another name and UUID.
     pub(super) fn change(&self, name: &str, uuid: Uuid) -> Result<(), MachineError> {
         let mut own = lock(&self.uuid);

@@ -450,6 +450,7 @@ impl Machine for RemoteMachine {
                 ..Meanwhile::none()
             },
         )
+        .inspect(|()| self.identity.suspend())
     }
 
     fn is_suspended(&self) -> bool {
@@ -504,6 +505,7 @@ impl Machine for RemoteMachine {
 
     fn resume(&self) {
         self.ask_or(&Call::Resume, ());
+        self.identity.resume();
     }
 
     fn end_saved(&self) -> bool {
