@@ -380,16 +380,6 @@ impl Machine for Running {
         }
     }
 
-    fn rename(&self, name: &str) -> Result<(), MachineError> {
-        let store = self.domain.store();
-        let path = hospes_store::domain_path(self.domain.info().domid);
-        store.write(&format!("{path}/name"), name.as_bytes())?;
-        if let Some(vm) = store.read_text(&format!("{path}/vm")) {
-            store.write(&format!("{vm}/name"), name.as_bytes())?;
-        }
-        Ok(())
-    }
-
     fn vcpus(&self) -> Vec<VcpuInfo> {
         let text = |affinity: &Affinity| affinity.as_ref().map(ToString::to_string);
         let vcpus = self.domain.vcpus().into_iter();

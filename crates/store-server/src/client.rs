@@ -473,7 +473,7 @@ impl DomainStore for StoreClient {
         waker: Waker,
     ) -> Result<(Box<dyn GuestLink>, Membership), Error> {
         let domid = entry.domid;
-        let guest = Guest::open(&self.shared.connector, domid, &entry.uuid, waker)?;
+        let guest = Guest::open(&self.shared.connector, entry, waker)?;
         let (session, end) = (guest.session(), guest.ender());
         let client = self.clone();
         let membership = Membership::new(move || {

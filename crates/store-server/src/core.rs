@@ -183,8 +183,14 @@ impl Core {
     }
 
     /// A connection of domain 0 for what belongs to one domain.
-    pub fn connect_restricted(&mut self, domid: DomId, uuid: &str) -> Result<ConnId, Error> {
-        self.store.connect_restricted(domid, uuid, Arc::new(|| {}))
+    pub fn connect_restricted(
+        &mut self,
+        domid: DomId,
+        uuid: &str,
+        name: &str,
+    ) -> Result<ConnId, Error> {
+        let waker = Arc::new(|| {});
+        self.store.connect_restricted(domid, uuid, name, waker)
     }
 
     /// The domain that a connection is restricted to, if it is.
@@ -271,14 +277,16 @@ impl Core {
             if let Some((session, domid)) = old {
                 self.take_out(rights, domid, session);
             }
-            self.open(hello.session, hello.domid, 1);
+            let (domid, uuid, name) = (hello.domid, &hello.uuid, &hello.name);
+            let added = self.store.add_domain(domid, uuid, name);
+            self.settle(None);
+            added?;
+            self.open(hello.session, domid, 1);
             self.step.push(Entry::Session {
                 session: hello.session,
-                domid: hello.domid,
+                domid,
                 next_event: 1,
             });
-            self.store.add_domain(hello.domid, &hello.uuid);
-            self.settle(None);
         }
         let Some(s) = self.sessions.get_mut(&hello.session) else {
             return Err(Error::NoEntry);
@@ -297,14 +305,15 @@ impl Core {
         Ok(())
     }
 
-    /// The same from a restricted connection, which becomes the session's: the domain is known by the UUID of the restriction, whatever is asked for.
+    /// The same from a restricted connection, which becomes the session's: the domain is entered with the UUID and name of the restriction, whatever is
+    /// asked for.
     pub fn hello_restricted(&mut self, conn: ConnId, hello: &Hello) -> Result<(), Error> {
         if self.store.restricted_to(conn)? != Some(hello.domid) {
             return Err(Error::Access);
         }
         let mut hello = hello.clone();
         if !self.sessions.contains_key(&hello.session) {
-            hello.uuid = self.store.may_introduce(conn, hello.domid)?;
+            (hello.uuid, hello.name) = self.store.may_enter(conn, hello.domid)?;
         }
         self.hello_by(Rights::Restricted, &hello)?;
         self.store.disconnect(conn);

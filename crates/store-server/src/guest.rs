@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use hospes_store::wire::{self, kind};
-use hospes_store::{Error, GuestLink, Outbox, ProtocolError, Quota, Request, Waker};
+use hospes_store::{DomainEntry, Error, GuestLink, Outbox, ProtocolError, Quota, Request, Waker};
 use hospes_units::DomId;
 
 use crate::bell::{Bell, connect, use_stream};
@@ -29,6 +29,7 @@ struct Shared {
     session: u64,
     domid: DomId,
     uuid: String,
+    name: String,
     waker: Waker,
     bell: Bell,
     state: Mutex<State>,
@@ -74,8 +75,7 @@ impl Guest {
     /// Makes a domain known to the store process and opens its guest's connection.
     pub fn open(
         connector: &Arc<dyn Connector>,
-        domid: DomId,
-        uuid: &str,
+        entry: &DomainEntry,
         waker: Waker,
     ) -> Result<Guest, Error> {
         let mut session = [0; 8];
@@ -84,8 +84,9 @@ impl Guest {
         let shared = Arc::new(Shared {
             connector: Arc::clone(connector),
             session: u64::from_ne_bytes(session),
-            domid,
-            uuid: uuid.to_owned(),
+            domid: entry.domid,
+            uuid: entry.uuid.clone(),
+            name: entry.name.clone(),
             waker,
             bell: Bell::new().map_err(|_| Error::Unreachable)?,
             state: Mutex::default(),
@@ -228,6 +229,7 @@ impl State {
             session: shared.session,
             domid: shared.domid,
             uuid: shared.uuid.clone(),
+            name: shared.name.clone(),
             seen: self.received,
             transactions: self.transactions.iter().copied().collect(),
         }

@@ -88,12 +88,18 @@ impl Place {
     }
 
     /// A connection, to be passed on, that has domain 0's rights for what belongs to one domain, and no other rights; the store process is started
-    /// where there is none. `uuid` is what the domain has now. Fails where the store process does not answer for half a minute, and where the domain
+    /// where there is none. `uuid` and `name` are what the domain has now. Fails where the store process does not answer for half a minute, and where the domain
     /// has many connections already.
-    pub fn connect_restricted(&self, domid: DomId, uuid: &str) -> io::Result<UnixStream> {
+    pub fn connect_restricted(
+        &self,
+        domid: DomId,
+        uuid: &str,
+        name: &str,
+    ) -> io::Result<UnixStream> {
         let mut stream = self.connect_or_start()?;
         stream.set_read_timeout(Some(PATIENCE))?;
-        let request = wire::encode(RESTRICT, 0, 0, &protocol::identity(domid, uuid));
+        let restriction = protocol::restriction(domid, uuid, name);
+        let request = wire::encode(RESTRICT, 0, 0, &restriction);
         stream.write_all(&request)?;
         let answer = protocol::read_answer(&stream)?;
         if answer.kind != RESTRICT {

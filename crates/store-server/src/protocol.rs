@@ -5,7 +5,7 @@
 //! to one. RESET forgets the guest's watches, transactions and events. REMOVE, on a connection of domain 0, takes a domain out.
 //!
 //! RESTRICT, as the first message on a connection, takes from it for good what does not belong to one domain: a HELLO may follow for that domain
-//! only, or requests for the domain's nodes. On a connection of domain 0 that is not restricted, IDENTIFY changes the UUID of a domain, and SHUT_DOWN
+//! only, which is entered with the UUID and name of the RESTRICT, or requests for the domain's nodes. On a connection of domain 0 that is not restricted, IDENTIFY changes the UUID of a domain, and SHUT_DOWN
 //! tells that one has shut down, as the hypervisor tells xenstored; RESUME of Xen's protocol takes that back.
 
 use std::io::{self, Read};
@@ -22,7 +22,7 @@ pub const RESET: u32 = 0x4853_0003;
 /// Domain number and session, as text: ends the session and removes the domain.
 pub const REMOVE: u32 = 0x4853_0004;
 
-/// Domain number and UUID, as text, of the domain that the connection is for.
+/// Domain number, UUID and name, as text, of the domain that the connection is for.
 pub const RESTRICT: u32 = 0x4853_0005;
 /// Domain number and new UUID, as text.
 pub const IDENTIFY: u32 = 0x4853_0006;
@@ -39,7 +39,9 @@ pub const GUEST_KIND_MAX: u32 = 0xffff;
 pub struct Hello {
     pub session: u64,
     pub domid: DomId,
+    /// UUID and name with which the domain is entered, where the session is new.
     pub uuid: String,
+    pub name: String,
     /// The last event that arrived, if one did.
     pub seen: Option<u32>,
     /// The guest's open transactions.
@@ -52,6 +54,7 @@ impl Hello {
             self.session.to_string(),
             self.domid.to_string(),
             self.uuid.clone(),
+            self.name.clone(),
             self.seen.map(|n| n.to_string()).unwrap_or_default(),
         ];
         strings.extend(self.transactions.iter().map(u32::to_string));
@@ -60,7 +63,7 @@ impl Hello {
 
     pub fn decode(payload: &[u8]) -> Option<Hello> {
         let strings = wire::strings(payload)?;
-        let [session, domid, uuid, seen, transactions @ ..] = &strings[..] else {
+        let [session, domid, uuid, name, seen, transactions @ ..] = &strings[..] else {
             return None;
         };
         let seen = match *seen {
@@ -72,6 +75,7 @@ impl Hello {
             session: session.parse().ok()?,
             domid: DomId(domid.parse().ok()?),
             uuid: (*uuid).to_owned(),
+            name: (*name).to_owned(),
             seen,
             transactions: transactions.ok()?,
         })
@@ -90,7 +94,19 @@ pub fn parse_removal(payload: &[u8]) -> Option<(DomId, u64)> {
     }
 }
 
-/// The payload of a RESTRICT or an IDENTIFY.
+/// The payload of a RESTRICT.
+pub fn restriction(domid: DomId, uuid: &str, name: &str) -> Vec<u8> {
+    wire::join([&domid.to_string(), uuid, name])
+}
+
+pub fn parse_restriction(payload: &[u8]) -> Option<(DomId, &str, &str)> {
+    match wire::strings(payload)?[..] {
+        [domid, uuid, name] => Some((DomId(domid.parse().ok()?), uuid, name)),
+        _ => None,
+    }
+}
+
+/// The payload of an IDENTIFY.
 pub fn identity(domid: DomId, uuid: &str) -> Vec<u8> {
     wire::join([&domid.to_string(), uuid])
 }
@@ -170,6 +186,7 @@ mod tests {
                 session: u64::MAX,
                 domid: DomId(3),
                 uuid: "u".into(),
+                name: "n".into(),
                 seen,
                 transactions,
             };
@@ -184,7 +201,17 @@ mod tests {
             Some((DomId(3), "u"))
         );
         assert_eq!(parse_identity(b"3\0u\0v\0"), None);
-        for bad in [&b"1\x002\0u\0"[..], b"1\0x\0u\0\0", b"", b"1\x001\0u\0x\0"] {
+        assert_eq!(
+            parse_restriction(&restriction(DomId(3), "u", "n")),
+            Some((DomId(3), "u", "n"))
+        );
+        assert_eq!(parse_restriction(b"3\0u\0"), None);
+        for bad in [
+            &b"1\x002\0u\0n\0"[..],
+            b"1\0x\0u\0n\0\0",
+            b"",
+            b"1\x001\0u\0n\0x\0",
+        ] {
             assert_eq!(Hello::decode(bad), None);
             assert_eq!(parse_removal(bad), None);
         }

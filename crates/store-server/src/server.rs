@@ -329,7 +329,7 @@ impl<'a> Server<'a> {
 
     /// Only the first message restricts a connection: later ones would come from whoever it was given to.
     fn restrict(&mut self, id: u64, payload: &[u8]) -> Result<(), Error> {
-        let (domid, uuid) = protocol::parse_identity(payload).ok_or(Error::Invalid)?;
+        let (domid, uuid, name) = protocol::parse_restriction(payload).ok_or(Error::Invalid)?;
         let same = |peer: &&Peer| peer.restricted == Some(domid);
         let is_many = self.peers.values().filter(same).count() >= RESTRICTED_MAX;
         let peer = self.peers.get_mut(&id).ok_or(Error::Invalid)?;
@@ -339,7 +339,7 @@ impl<'a> Server<'a> {
         if is_many {
             return Err(Error::NoSpace);
         }
-        peer.role = Role::Restricted(self.core.connect_restricted(domid, uuid)?);
+        peer.role = Role::Restricted(self.core.connect_restricted(domid, uuid, name)?);
         peer.restricted = Some(domid);
         Ok(())
     }

@@ -126,13 +126,6 @@ impl Connection {
         self.restriction.clone().filter(|r| r.domid == domid)
     }
 
-    /// Forgets what open transactions did: their end is that they have to be tried again.
-    pub fn lose_transactions(&mut self) {
-        for transaction in self.transactions.values_mut() {
-            *transaction = Transaction::lost();
-        }
-    }
-
     pub fn start_transaction(&mut self) -> u32 {
         loop {
             let id = self.next_transaction;

@@ -231,7 +231,7 @@ impl DomainStore for LocalStore {
     ) -> Result<(Box<dyn GuestLink>, Membership), Error> {
         let store = Arc::clone(&self.shared.store);
         let domid = entry.domid;
-        lock(&store).add_domain(domid, &entry.uuid);
+        lock(&store).add_domain(domid, &entry.uuid, &entry.name)?;
         let leaving = Arc::clone(&store);
         let membership = Membership::new(move || lock(&leaving).remove_domain(domid));
         lock(&store).write_all(&entry.nodes())?;

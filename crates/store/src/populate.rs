@@ -6,7 +6,7 @@ use crate::access::NewNode;
 use crate::node::Perms;
 use crate::record::{Record, Stage};
 use crate::restriction::scripted_path;
-use crate::{Known, Store, path};
+use crate::{Error, Known, Store, path};
 
 /// What the tree says of a domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +31,9 @@ pub fn domain_path(domid: DomId) -> String {
     path::home(domid).trim_end_matches('/').to_owned()
 }
 
+/// Below a domain's home, what says who it is.
+pub(crate) const IDENTITY: [&str; 3] = ["vm", "name", "domid"];
+
 /// What says who a domain is.
 pub fn identity_nodes(domid: DomId, uuid: &str, name: &str) -> Vec<NewNode> {
     let home = domain_path(domid);
@@ -43,20 +46,20 @@ pub fn identity_nodes(domid: DomId, uuid: &str, name: &str) -> Vec<NewNode> {
         (home.clone(), ""),
         (format!("{home}/vm"), vm.as_str()),
         (format!("{home}/name"), name),
+        (format!("{home}/domid"), &domid.to_string()),
     ]
     .map(|(path, value)| NewNode::new(path, value, &read_only))
     .into()
 }
 
 impl DomainEntry {
-    /// The nodes of a new domain.
+    /// The nodes of a new domain beside [`identity_nodes`], which come with its entry.
     pub fn nodes(&self) -> Vec<NewNode> {
         let home = domain_path(self.domid);
         let tools = format!("/libxl/{}", self.domid);
         let read_only = Perms::read_only(self.domid);
-        let mut nodes = identity_nodes(self.domid, &self.uuid, &self.name);
+        let mut nodes = Vec::new();
         for (path, value) in [
-            (format!("{home}/domid"), self.domid.to_string()),
             (format!("{home}/cpu"), String::new()),
             (format!("{home}/memory"), String::new()),
             (
@@ -146,13 +149,15 @@ pub fn host_nodes() -> Vec<NewNode> {
 }
 
 impl Store {
-    /// Makes a domain known with its UUID. What an earlier domain with this id left goes first. It is introduced when its nodes are there
-    /// ([`Store::introduce`]).
-    pub fn add_domain(&mut self, domid: DomId, uuid: &str) {
+    /// Makes a domain known with its UUID and name, and writes what says so. What an earlier domain with this id left goes first. It is introduced
+    /// when all its nodes are there ([`Store::introduce`]).
+    pub fn add_domain(&mut self, domid: DomId, uuid: &str, name: &str) -> Result<(), Error> {
         if self.domains.contains_key(&domid) {
             self.remove_domain(domid);
         }
+        self.write_all(&identity_nodes(domid, uuid, name))?;
         self.know(domid, Some(uuid.to_owned()), Stage::Entered);
+        Ok(())
     }
 
     /// Removes a domain: its home, its devices in the domains that serve them, and what the tools keep about it.
@@ -189,7 +194,7 @@ impl Store {
 
     /// The paths by UUID that are a domain's alone: the one it was made known with, and the one it names now.
     fn own_vms(&self, domid: DomId) -> Vec<String> {
-        // Whoever serves the domain may have written there what it likes, a path inside another's for one.
+        // Somebody may have written there what he likes, a path inside another's for one.
         let is_whole = |vm: &String| path::split(vm).is_some_and(|(parent, _)| parent == "/vm");
         self.vms(domid)
             .filter(is_whole)

@@ -398,8 +398,9 @@ pub fn fuzz_requests(data: &[u8]) {
         store_port: 1,
         store_ring: 0xfeffc,
     };
-    store
-        .write_all(&entry.nodes())
+    let entered = store.add_domain(entry.domid, &entry.uuid, &entry.name);
+    entered
+        .and_then(|()| store.write_all(&entry.nodes()))
         .expect("an empty store takes a domain");
     store.introduce(DomId(1));
     let conn = store.connect(DomId(1), Arc::new(|| {}));

@@ -6,6 +6,7 @@
 
 use hospes_units::DomId;
 
+use crate::populate::IDENTITY;
 use crate::quota::Quota;
 use crate::tree::Tree;
 use crate::wire::kind;
@@ -39,8 +40,11 @@ pub(crate) static QUOTA: Quota = Quota {
 pub(crate) struct Restriction {
     pub domid: DomId,
     uuid: String,
+    /// What the domain is called when it is entered.
+    name: String,
     /// Nothing is in reach any more: the domain has been taken out.
     ended: bool,
+    home: String,
     /// What is always the domain's.
     roots: Vec<String>,
     /// Where the back ends of its devices with scripts are.
@@ -53,13 +57,14 @@ pub(crate) struct Restriction {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reach<'a> {
     domid: DomId,
+    home: &'a str,
     roots: &'a [String],
     scripted: &'a str,
     vm: Option<&'a str>,
 }
 
 impl Restriction {
-    fn new(domid: DomId, uuid: &str) -> Restriction {
+    fn new(domid: DomId, uuid: &str, name: &str) -> Restriction {
         let host = domain_path(DomId::HOST);
         let mut roots = vec![domain_path(domid), format!("/libxl/{domid}")];
         for kind in DEVICE_KINDS {
@@ -69,7 +74,9 @@ impl Restriction {
         Restriction {
             domid,
             uuid: uuid.to_owned(),
+            name: name.to_owned(),
             ended: false,
+            home: domain_path(domid),
             roots,
             scripted: scripted_path(domid),
             vm: vm_path(uuid),
@@ -84,6 +91,7 @@ impl Restriction {
         };
         Reach {
             domid: self.domid,
+            home: &self.home,
             roots,
             scripted: &self.scripted,
             vm,
@@ -114,11 +122,15 @@ impl Reach<'_> {
         roots.any(|root| path::is_within(path, root))
     }
 
-    /// Whether what is in reach at an absolute path may be changed. Not what scripts read to know what they are to do, nor the directories that it is in:
-    /// whoever could change who may use those, or remove them, could change what is in them.
+    /// Whether what is in reach at an absolute path may be changed. Not what says who the domain is, nor what scripts read to know what they are to do, nor the
+    /// directories that these are in: whoever could change who may use those, or remove them, could change what is in them.
     pub fn may_change(&self, path: &str) -> bool {
+        if path::is_within(path, self.home) {
+            let name = path[self.home.len()..].split('/').nth(1);
+            return name.is_some_and(|name| !IDENTITY.contains(&name));
+        }
         if !path::is_within(path, self.scripted) {
-            return true;
+            return self.vm.is_none_or(|vm| !path::is_within(path, vm));
         }
         let mut below = path[self.scripted.len()..].split('/').skip(2);
         below.next().is_some_and(is_of_service)
@@ -168,11 +180,13 @@ fn is_uuid(text: &str) -> bool {
 }
 
 impl Store {
-    /// Opens a connection that has the rights of domain 0 for what belongs to one domain, and no other rights.
+    /// Opens a connection that has the rights of domain 0 for what belongs to one domain, and no other rights. A domain that it enters has this UUID and
+    /// name.
     pub fn connect_restricted(
         &mut self,
         domid: DomId,
         uuid: &str,
+        name: &str,
         waker: Waker,
     ) -> Result<ConnId, Error> {
         if domid == DomId::HOST || !is_uuid(uuid) {
@@ -180,24 +194,25 @@ impl Store {
         }
         let conn = self.connect(DomId::HOST, waker);
         if let Some(connection) = self.connections.get_mut(&conn) {
-            connection.restrict(Restriction::new(domid, uuid));
+            connection.restrict(Restriction::new(domid, uuid, name));
         }
         Ok(conn)
     }
 
-    /// Whether a restricted connection may make its domain known, and with which UUID. Not where the store knows the domain by another: it has
-    /// given this one up.
-    pub fn may_introduce(&self, conn: ConnId, domid: DomId) -> Result<String, Error> {
+    /// Whether a restricted connection may make its domain known, and with which UUID and name. Not where the store knows the domain by another UUID: it has
+    /// given this one up. A domain that is known keeps its name, which may be a new one.
+    pub fn may_enter(&self, conn: ConnId, domid: DomId) -> Result<(String, String), Error> {
         let connection = self.connections.get(&conn);
         let restriction = connection.and_then(|c| c.restriction.as_deref());
         let restriction = restriction.ok_or(Error::Access)?;
-        let is_its = self
-            .uuid_of(domid)
-            .is_none_or(|known| *known == restriction.uuid);
+        let known = self.uuid_of(domid);
+        let is_its = known.is_none_or(|known| *known == restriction.uuid);
         if restriction.ended || restriction.domid != domid || !is_its {
             return Err(Error::Access);
         }
-        Ok(restriction.uuid.clone())
+        let name = known.and_then(|_| self.read_text(&format!("{}/name", restriction.home)));
+        let name = name.unwrap_or_else(|| restriction.name.clone());
+        Ok((restriction.uuid.clone(), name))
     }
 
     /// The domain that a connection is restricted to; `None` for one that is not restricted. [`Error::Access`] where its time is over.
@@ -215,7 +230,7 @@ impl Store {
             if let Some(restriction) = connection.restriction_to(domid) {
                 let ended = Restriction {
                     ended: true,
-                    ..Restriction::new(domid, &restriction.uuid)
+                    ..Restriction::new(domid, &restriction.uuid, &restriction.name)
                 };
                 connection.restrict(ended);
                 connection.watches.clear();
@@ -240,8 +255,6 @@ impl Store {
             if connection.restriction_to(domid).is_some() {
                 let watches = &mut connection.watches;
                 watches.retain(|watch| !path::is_within(&watch.path, &old));
-                // They may have changed what is not in reach now.
-                connection.lose_transactions();
             }
         }
         if !self.is_anothers_vm(domid, &old) && self.read(&old).is_ok() {

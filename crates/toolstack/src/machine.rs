@@ -151,12 +151,6 @@ pub trait Machine: Send + Sync {
     /// Raises an event at a vCPU.
     fn trigger(&self, trigger: Trigger, vcpu: u32) -> Result<(), MachineError>;
 
-    /// Tells the guest its new name, which the tool stack has written down already.
-    fn rename(&self, name: &str) -> Result<(), MachineError> {
-        let _ = name;
-        Ok(())
-    }
-
     /// Gives a core file of the guest, which may run on meanwhile or have ended, in pieces; returns its size in bytes.
     fn dump_core(&self, piece: Piece<'_>) -> Result<u64, MachineError>;
 

@@ -175,8 +175,8 @@ struct Keeper {
 
 impl Connector for Keeper {
     fn connect(&self) -> std::io::Result<UnixStream> {
-        let uuid = uuid(self.domid.0);
-        self.place.connect_restricted(self.domid, &uuid)
+        let DomainEntry { uuid, name, .. } = entry(self.domid.0);
+        self.place.connect_restricted(self.domid, &uuid, &name)
     }
 
     fn is_full(&self) -> bool {

@@ -103,10 +103,13 @@ fn domains_come_and_go_with_their_entries() {
     bench.create("a");
     bench.create("b");
     assert_eq!(bench.told("list", &["/local/domain"]), "0\n1\n2\n");
-    assert_eq!(bench.told("read", &["/local/domain/2/name"]), "b\n");
     let vm = bench.told("read", &["/local/domain/1/vm"]);
+    let names = ["/local/domain/1/name", &format!("{}/name", vm.trim())];
+    assert_eq!(bench.told("read", &names), "a\na\n");
+    bench.hospes(&["rename", "a", "c"]);
+    assert_eq!(bench.told("read", &names), "c\nc\n");
     bench.told("write", &["/local/domain/0/backend/vbd/1/51712/state", "4"]);
-    bench.hospes(&["destroy", "a"]);
+    bench.hospes(&["destroy", "c"]);
     // The command returns when the domain is gone, and so are its entries.
     for gone in [
         vm.trim(),

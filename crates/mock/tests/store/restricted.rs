@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use hospes_store::wire::{self, kind};
 use hospes_store::{DomainStore, Error, NewNode, Perms, StoreAccess, identity_nodes};
+use hospes_store_server::Place;
 use hospes_units::DomId;
 
 use crate::common::{Bench, Guest, entry, uuid, wait_until};
@@ -18,6 +19,10 @@ const REMOVE: u32 = 0x4853_0004;
 const RESTRICT: u32 = 0x4853_0005;
 const IDENTIFY: u32 = 0x4853_0006;
 const SHUT_DOWN: u32 = 0x4853_0007;
+
+fn restrict(place: &Place, domid: u16) -> std::io::Result<UnixStream> {
+    place.connect_restricted(DomId(domid), &uuid(domid), "name")
+}
 
 fn connect(bench: &Bench) -> UnixStream {
     // There is a store process from here on.
@@ -59,6 +64,7 @@ fn hello(session: u64, domid: u16) -> Vec<u8> {
         session.to_string(),
         domid.to_string(),
         uuid(domid),
+        "another".to_owned(),
         String::new(),
     ])
 }
@@ -105,12 +111,18 @@ fn domain_lives_by_a_restricted_connection() {
     client.mkdir("/local/domain/1/more").expect("made");
     let error = "/local/domain/0/error/backend/vbd/1/51712/error";
     client.write(error, b"why").expect("told");
-    client
-        .write("/local/domain/1/name", b"new")
+    let names = ["/local/domain/1/name", &format!("/vm/{}/name", uuid(1))];
+    for name in names {
+        assert_eq!(client.write(name, b"new"), Err(Error::Access));
+        assert_eq!(client.read_text(name).as_deref(), Some("guest-1"));
+    }
+    host.change_identity(DomId(1), &uuid(1), "new")
         .expect("renamed");
-    client
-        .write(&format!("/vm/{}/name", uuid(1)), b"new")
-        .expect("renamed");
+    assert!(
+        names
+            .iter()
+            .all(|name| client.read(name) == Ok(b"new".to_vec()))
+    );
     drop(watch);
     for root in &roots {
         client.remove(root).expect("removed");
@@ -128,7 +140,7 @@ fn what_scripts_read_outlives_its_restricted_connection() {
     let bench = Bench::new();
     let host = bench.client();
     let place = bench.place();
-    let restricted = || place.connect_restricted(DomId(1), &uuid(1)).expect("one");
+    let restricted = || restrict(&place, 1).expect("one");
     let bridge = "/local/domain/0/backend/vif/1/0/bridge";
     let write = [bridge.as_bytes(), b"\0other"].concat();
     let first = restricted();
@@ -162,8 +174,8 @@ fn restricted_domain_outlives_the_process() {
         assert!(bench.kill_store());
         let payload = format!("data\0{round}");
         assert_eq!(guest.ask(kind::WRITE, &payload), ok());
-        let path = format!("/vm/{}/name", uuid(1));
-        client.write(&path, payload.as_bytes()).expect("written");
+        let path = "/local/domain/1/more";
+        client.write(path, payload.as_bytes()).expect("written");
         client.write_all(&entry(1).nodes()[..8]).expect("written");
         assert_eq!(client.write("/local/domain/2/x", b""), Err(Error::Access));
     }
@@ -227,16 +239,21 @@ fn restriction_comes_first_and_stays() {
 
     let late = connect(&bench);
     assert_eq!(ask(&late, kind::READ, other), Ok("v".to_owned()));
-    assert_eq!(ask(&late, RESTRICT, &pair(1, "u")), denied());
+    let restrict = |stream, domid: u16, uuid: &str| {
+        let payload = wire::join([&domid.to_string(), uuid, "name"]);
+        ask(stream, RESTRICT, &payload)
+    };
+    assert_eq!(restrict(&late, 1, "u"), denied());
 
     let early = connect(&bench);
-    assert_eq!(ask(&early, RESTRICT, &pair(1, "u")), ok());
-    for payload in [pair(2, "u"), pair(1, "u"), pair(0, "u"), b"".to_vec()] {
-        assert!(ask(&early, RESTRICT, &payload).is_err());
+    assert_eq!(restrict(&early, 1, "u"), ok());
+    for domid in [2, 1, 0] {
+        assert!(restrict(&early, domid, "u").is_err());
+        assert!(ask(&early, RESTRICT, &pair(domid, "u")).is_err());
         assert_eq!(ask(&early, HELLO, &hello(5, 2)), denied());
     }
     assert_eq!(ask(&early, kind::READ, other), denied());
-    assert_eq!(ask(&early, RESTRICT, &pair(2, "u")), denied());
+    assert_eq!(restrict(&early, 2, "u"), denied());
     assert_eq!(ask(&early, kind::READ, other), denied());
     assert_eq!(ask(&early, IDENTIFY, &pair(1, "v")), denied());
     assert_eq!(ask(&early, SHUT_DOWN, b"2\0"), denied());
@@ -246,14 +263,19 @@ fn restriction_comes_first_and_stays() {
 
     let guest = bench
         .place()
-        .connect_restricted(DomId(3), "u")
+        .connect_restricted(DomId(3), "u", "name")
         .expect("one");
     assert_eq!(ask(&guest, HELLO, &hello(7, 3)), ok());
-    assert_eq!(ask(&guest, RESTRICT, &pair(2, "u")), denied());
+    assert_eq!(restrict(&guest, 2, "u"), denied());
+    // Whatever it has called itself.
+    assert_eq!(
+        host.read_text("/local/domain/3/name").as_deref(),
+        Some("name")
+    );
     assert_eq!(ask(&guest, kind::READ, other), denied());
 
     for (domid, uuid) in [(0, "u"), (1, "u/v"), (1, "")] {
-        let result = bench.place().connect_restricted(DomId(domid), uuid);
+        let result = bench.place().connect_restricted(DomId(domid), uuid, "name");
         assert!(result.is_err(), "{domid} {uuid}");
     }
 }
@@ -262,19 +284,19 @@ fn restriction_comes_first_and_stays() {
 fn sessions_of_others_cannot_be_ended_or_taken() {
     let bench = Bench::new();
     let place = bench.place();
-    let two = place.connect_restricted(DomId(2), &uuid(2)).expect("one");
+    let two = restrict(&place, 2).expect("one");
     assert_eq!(ask(&two, HELLO, &hello(22, 2)), ok());
-    let one = place.connect_restricted(DomId(1), &uuid(1)).expect("one");
+    let one = restrict(&place, 1).expect("one");
     // With its own number and the other's session, and with the other's number.
     assert_eq!(ask(&one, HELLO, &hello(22, 1)), denied());
     assert_eq!(ask(&one, HELLO, &hello(22, 2)), denied());
     assert_eq!(ask(&one, HELLO, &hello(23, 2)), denied());
     assert_eq!(ask(&one, HELLO, &hello(11, 1)), ok());
-    let tools = place.connect_restricted(DomId(1), &uuid(1)).expect("one");
+    let tools = restrict(&place, 1).expect("one");
     assert_eq!(ask(&tools, REMOVE, &pair(2, "22")), denied());
     // Of a session that is not the domain's nothing is removed.
     assert_eq!(ask(&tools, REMOVE, &pair(1, "22")), ok());
-    let home = b"/local/domain/1\0";
+    let home = b"/local/domain/1/data\0";
     assert_eq!(ask(&tools, kind::MKDIR, home), ok());
     assert!(ask(&two, kind::TRANSACTION_START, b"\0").is_ok());
     assert!(ask(&one, kind::TRANSACTION_START, b"\0").is_ok());
@@ -293,7 +315,7 @@ fn identity_that_was_given_up_is_not_had_back() {
     let client = bench.restricted(1);
     let _one = Guest::new(&bench, &client, 1);
     let name = format!("/vm/{}/name", uuid(1));
-    client.write(&name, b"first").expect("its own");
+    assert_eq!(client.read_text(&name).as_deref(), Some("guest-1"));
     host.change_identity(DomId(1), &uuid(9), "away")
         .expect("another's");
     assert_eq!(host.read(&name), Err(Error::NoEntry));
@@ -303,27 +325,26 @@ fn identity_that_was_given_up_is_not_had_back() {
     );
     host.write_all(&identity_nodes(DomId(2), &uuid(1), "second"))
         .expect("written");
-    assert_eq!(client.write(&name, b"mine"), Err(Error::Access));
-    client
-        .write("/local/domain/1/vm", format!("/vm/{}", uuid(1)).as_bytes())
-        .expect("its own");
-    assert_eq!(client.write(&name, b"mine"), Err(Error::Access));
+    assert_eq!(client.read(&name), Err(Error::Access));
+    host.write("/local/domain/1/vm", format!("/vm/{}", uuid(1)).as_bytes())
+        .expect("written");
+    assert_eq!(client.read(&name), Err(Error::Access));
     let added = client.add_domain(&entry(1), Arc::new(|| ())).map(drop);
     assert_eq!(added, Err(Error::Access));
     // The next process knows.
     assert!(bench.kill_store());
-    assert_eq!(client.write(&name, b"mine"), Err(Error::Access));
+    assert_eq!(client.read(&name), Err(Error::Access));
     assert_eq!(host.read_text(&name).as_deref(), Some("second"));
     host.change_identity(DomId(1), &uuid(1), "first")
         .expect("its own again");
-    client.write(&name, b"first").expect("its own again");
+    assert_eq!(client.read_text(&name).as_deref(), Some("first"));
 }
 
 #[test]
 fn one_domain_does_not_take_all_connections() {
     let bench = Bench::new();
     let place = bench.place();
-    let connect = |domid: u16| place.connect_restricted(DomId(domid), &uuid(domid));
+    let connect = |domid: u16| restrict(&place, domid);
     let mut held = Vec::new();
     while let Ok(stream) = connect(1) {
         held.push(stream);

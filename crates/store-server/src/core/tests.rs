@@ -10,6 +10,7 @@ fn hello(session: u64, domid: u16) -> Hello {
         session,
         domid: DomId(domid),
         uuid: format!("uuid-{domid}"),
+        name: format!("name-{domid}"),
         seen: None,
         transactions: Vec::new(),
     }
@@ -178,7 +179,9 @@ fn hello_of_another_session_takes_the_domain_over_empty() {
 fn restricted_hello_is_for_its_domain_and_uuid() {
     let (mut core, _) = guest();
     core.hello(&hello(2, 6)).expect("a session");
-    let conn = core.connect_restricted(DomId(5), "mine").expect("one");
+    let conn = core
+        .connect_restricted(DomId(5), "mine", "its")
+        .expect("one");
     let before = contents(&core);
     // Another domain, and a session of another domain.
     assert_eq!(
@@ -204,7 +207,9 @@ fn restricted_hello_is_for_its_domain_and_uuid() {
         .expect("the session");
     assert!(core.remove(Rights::All, DomId(5), 1) && !core.remove(Rights::All, DomId(5), 1));
     // A new one is known by the UUID of the restriction.
-    let conn = core.connect_restricted(DomId(5), "mine").expect("one");
+    let conn = core
+        .connect_restricted(DomId(5), "mine", "its")
+        .expect("one");
     core.hello_restricted(conn, &hello(3, 5))
         .expect("a session");
     let known = Entry::Store(hospes_store::Record::Domain {
@@ -213,12 +218,17 @@ fn restricted_hello_is_for_its_domain_and_uuid() {
         stage: hospes_store::Stage::Entered,
     });
     assert!(contents(&core).contains(&known));
+    let name = core.store.read_text("/local/domain/5/name");
+    assert_eq!(name.as_deref(), Some("its"));
 }
 
 #[test]
 fn restriction_ends_with_the_session_and_not_with_a_new_one() {
     let (mut core, _) = guest();
-    let [conn, other] = [0, 1].map(|_| core.connect_restricted(DomId(5), "uuid-5").expect("one"));
+    let [conn, other] = [0, 1].map(|_| {
+        core.connect_restricted(DomId(5), "uuid-5", "name-5")
+            .expect("one")
+    });
     core.hello_restricted(conn, &hello(3, 5))
         .expect("a session");
     assert_eq!(core.restricted_to(other), Ok(Some(DomId(5))));
@@ -342,7 +352,7 @@ proptest! {
         }
         core.guest_request(2, request(kind::WATCH, 1, 0, "/local/domain/6\0t\0"));
         let before = of_others(&core);
-        let connect = |core: &mut Core| core.connect_restricted(DomId(5), "uuid-5").expect("one");
+        let connect = |core: &mut Core| core.connect_restricted(DomId(5), "uuid-5", "name-5").expect("one");
         let conn = connect(&mut core);
         for (number, (kind, tx, path, rest, ended)) in requests.into_iter().enumerate() {
             let end = if ended { "\0" } else { "" };

@@ -44,7 +44,7 @@ fn populated() -> Store {
         store_port: 1,
         store_ring: 0xfeffc,
     };
-    store.add_domain(DomId(5), "u-5");
+    store.add_domain(DomId(5), "u-5", "guest").unwrap();
     store.write_all(&entry.nodes()).unwrap();
     store.introduce(DomId(5));
     store
@@ -226,9 +226,7 @@ fn remove_is_recursive_and_tolerates_absence() {
 fn remove_domain_takes_the_path_it_names_too() {
     let mut s = populated();
     // Another has its UUID now, and it has a new one.
-    s.add_domain(DomId(7), "u-5");
-    s.write_all(&identity_nodes(DomId(7), "u-5", "guest"))
-        .unwrap();
+    s.add_domain(DomId(7), "u-5", "guest").unwrap();
     s.write_all(&identity_nodes(DomId(5), "u-9", "kept"))
         .unwrap();
     assert_eq!(s.read("/vm/u-5/name"), Ok(b"guest".to_vec()));
@@ -241,11 +239,14 @@ fn remove_domain_takes_the_path_it_names_too() {
 #[test]
 fn add_domain_again_starts_empty() {
     let mut s = populated();
-    s.add_domain(DomId(7), "u-5");
-    s.add_domain(DomId(5), "u-6");
-    assert_eq!(s.read("/local/domain/5/name"), Err(Error::NoEntry));
+    s.add_domain(DomId(7), "u-5", "seven").unwrap();
+    s.add_domain(DomId(5), "u-6", "five").unwrap();
+    assert_eq!(s.read("/local/domain/5/data"), Err(Error::NoEntry));
+    assert_eq!(s.read("/vm/u-6/name"), Ok(b"five".to_vec()));
     // The UUID is that of domain 7 as well.
-    assert!(s.read("/vm/u-5/name").is_ok());
+    assert_eq!(s.read("/vm/u-5/name"), Ok(b"seven".to_vec()));
+    assert_eq!(s.add_domain(DomId(8), "u 8", "eight"), Err(Error::Invalid));
+    assert!(!s.domains().any(|domid| domid == DomId(8)));
     s.remove_domain(DomId(7));
     assert_eq!(s.read("/vm/u-5"), Err(Error::NoEntry));
 }

@@ -131,7 +131,7 @@ fn perform(s: &mut Store, clients: &[Client; 2], operations: &[Operation]) {
             5 => (kind::TRANSACTION_START, "\0".to_owned()),
             6 => (kind::TRANSACTION_END, "T\0".to_owned()),
             _ if *host && *value < 20 => {
-                s.add_domain(DomId(5), "again");
+                s.add_domain(DomId(5), "again", "more").unwrap();
                 continue;
             }
             _ => (kind::TRANSACTION_END, "F\0".to_owned()),

@@ -7,21 +7,15 @@ const OTHER: &str = "u-6";
 /// Domains 5 and 6, which have a device each, and a connection restricted to 5.
 fn restricted() -> (Store, Client) {
     let mut store = populated();
-    store.add_domain(DomId(6), OTHER);
-    store
-        .write_all(&identity_nodes(DomId(6), OTHER, "six"))
-        .unwrap();
-    // As `populated`, known by its UUID.
-    store.add_domain(DomId(5), "u-5");
-    store
-        .write_all(&identity_nodes(DomId(5), "u-5", "five"))
-        .unwrap();
+    store.add_domain(DomId(6), OTHER, "six").unwrap();
+    // As `populated`, with less.
+    store.add_domain(DomId(5), "u-5", "five").unwrap();
     for domid in [5, 6, 55] {
         for root in ["/local/domain/0/backend/vbd", "/libxl", "/local/domain"] {
             store.write(&format!("{root}/{domid}/x"), b"v").unwrap();
         }
     }
-    let conn = store.connect_restricted(DomId(5), "u-5", Arc::new(|| {}));
+    let conn = store.connect_restricted(DomId(5), "u-5", "five", Arc::new(|| {}));
     let wakes = Arc::default();
     (
         store,
@@ -40,12 +34,11 @@ fn denied() -> Result<String, String> {
 fn restricted_connection_reaches_what_is_its_domains() {
     let (mut s, c) = restricted();
     for root in [
-        "/local/domain/5",
+        "/local/domain/5/x",
         "/local/domain/0/backend/vbd/5",
         "/local/domain/0/backend/vif/5/0/feature-x",
         "/local/domain/0/error/backend/vbd/5",
         "/libxl/5",
-        "/vm/u-5",
     ] {
         for path in [root.to_owned(), format!("{root}/a/b")] {
             ask(&mut s, &c, kind::WATCH, 0, &format!("{path}\0t\0")).unwrap();
@@ -65,6 +58,55 @@ fn restricted_connection_reaches_what_is_its_domains() {
             ask(&mut s, &c, kind::UNWATCH, 0, &format!("{path}\0t\0")).unwrap();
         }
     }
+}
+
+/// Every change of each of these paths, in a transaction or without, is refused.
+fn refuses_changes(s: &mut Store, c: &Client, paths: &[String]) {
+    let before = s.snapshot();
+    let open = transaction(s, c);
+    for path in paths {
+        for id in [0, open] {
+            for (request, rest) in [
+                (kind::WRITE, "mine"),
+                (kind::MKDIR, ""),
+                (kind::RM, ""),
+                (kind::SET_PERMS, "b5\0"),
+            ] {
+                let got = ask(s, c, request, id, &format!("{path}\0{rest}"));
+                assert_eq!(got, denied(), "{request} {path}");
+            }
+        }
+    }
+    ask(s, c, kind::TRANSACTION_END, open, "T\0").unwrap();
+    assert_eq!(s.snapshot(), before);
+}
+
+#[test]
+fn restricted_connection_does_not_change_who_its_domain_is() {
+    let (mut s, c) = restricted();
+    let mut paths = Vec::new();
+    for node in identity_nodes(DomId(5), "u-5", "five") {
+        // They and what might be below them.
+        let below = node.path != "/local/domain/5";
+        paths.extend(below.then(|| format!("{}/x", node.path)));
+        paths.push(node.path);
+    }
+    refuses_changes(&mut s, &c, &paths);
+    // It sees them, and the guest does.
+    let g = client(&mut s, 5);
+    for client in [&c, &g] {
+        let name = ask(&mut s, client, kind::READ, 0, "/local/domain/5/name\0");
+        assert_eq!(name, Ok("five".into()));
+        let name = ask(&mut s, client, kind::READ, 0, "/vm/u-5/name\0");
+        assert_eq!(name, Ok("five".into()));
+    }
+    // What it enters anew is what it was last.
+    s.write("/local/domain/5/name", b"renamed").unwrap();
+    let entered = s.may_enter(c.conn, DomId(5));
+    assert_eq!(entered, Ok(("u-5".into(), "renamed".into())));
+    s.remove_domain(DomId(5));
+    let entered = s.may_enter(c.conn, DomId(5));
+    assert_eq!(entered, Ok(("u-5".into(), "five".into())));
 }
 
 /// What Xen's scripts read of an interface, and what they write.
@@ -96,8 +138,6 @@ fn restricted_connection_changes_nothing_that_scripts_read() {
         let node = NewNode::new(format!("{own}/{name}"), "told", &guests);
         s.write_all(&[node]).unwrap();
     }
-    let before = s.snapshot();
-    let open = transaction(&mut s, &c);
     let mut paths = vec![all.to_owned(), own.clone(), format!("{all}/1")];
     for name in OF_SCRIPTS {
         paths.push(format!("{own}/{name}"));
@@ -105,21 +145,7 @@ fn restricted_connection_changes_nothing_that_scripts_read() {
         paths.push(format!("{all}/1/{name}"));
     }
     paths.extend(["/state", "/feature-x"].map(|end| format!("{own}/mac{end}")));
-    for path in &paths {
-        for id in [0, open] {
-            for (request, rest) in [
-                (kind::WRITE, "mine"),
-                (kind::MKDIR, ""),
-                (kind::RM, ""),
-                (kind::SET_PERMS, "b5\0"),
-            ] {
-                let got = ask(&mut s, &c, request, id, &format!("{path}\0{rest}"));
-                assert_eq!(got, denied(), "{request} {path}");
-            }
-        }
-    }
-    ask(&mut s, &c, kind::TRANSACTION_END, open, "T\0").unwrap();
-    assert_eq!(s.snapshot(), before);
+    refuses_changes(&mut s, &c, &paths);
     // It sees them, and says how it serves the interface.
     let mac = format!("{own}/mac");
     let got = ask(&mut s, &c, kind::READ, 0, &format!("{mac}\0"));
@@ -239,7 +265,7 @@ fn restricted_connection_introduces_its_domain_once() {
     }
     s.change_uuid(DomId(5), "u-away").unwrap();
     assert_eq!(ask(&mut s, &c, kind::INTRODUCE, 0, introduce), denied());
-    s.add_domain(DomId(5), "u-5");
+    s.add_domain(DomId(5), "u-5", "five").unwrap();
     s.end_restricted(DomId(5));
     assert_eq!(ask(&mut s, &c, kind::INTRODUCE, 0, introduce), denied());
     assert!(events(&mut s, &host).is_empty());
@@ -334,25 +360,16 @@ fn uuid_that_was_given_up_is_out_of_reach() {
     let (mut s, c) = restricted();
     let name = "/vm/u-5/name\0";
     ask(&mut s, &c, kind::WATCH, 0, "/vm/u-5\0t\0").unwrap();
-    let id = transaction(&mut s, &c);
-    ask(&mut s, &c, kind::WRITE, id, "/vm/u-5/more\0v").unwrap();
-    assert_eq!(s.may_introduce(c.conn, DomId(5)), Ok("u-5".into()));
+    assert_eq!(ask(&mut s, &c, kind::READ, 0, name), Ok("five".into()));
+    assert!(s.may_enter(c.conn, DomId(5)).is_ok());
 
     s.change_uuid(DomId(5), "u-away").unwrap();
     assert_eq!(s.read("/vm/u-5"), Err(Error::NoEntry));
-    s.add_domain(DomId(7), "u-5");
-    s.write_all(&identity_nodes(DomId(7), "u-5", "seven"))
-        .unwrap();
+    s.add_domain(DomId(7), "u-5", "seven").unwrap();
     assert_eq!(ask(&mut s, &c, kind::READ, 0, name), denied());
-    assert_eq!(
-        ask(&mut s, &c, kind::WRITE, 0, "/vm/u-5/name\0mine"),
-        denied()
-    );
-    let ended = ask(&mut s, &c, kind::TRANSACTION_END, id, "T\0");
-    assert_eq!(ended, Err("EAGAIN".into()));
-    assert_eq!(s.may_introduce(c.conn, DomId(5)), Err(Error::Access));
-    // Whatever it says itself.
-    ask(&mut s, &c, kind::WRITE, 0, "/local/domain/5/vm\0/vm/u-5").unwrap();
+    assert_eq!(s.may_enter(c.conn, DomId(5)), Err(Error::Access));
+    // Whatever is said of the domain.
+    s.write("/local/domain/5/vm", b"/vm/u-5").unwrap();
     assert_eq!(ask(&mut s, &c, kind::READ, 0, name), denied());
     while s.next_message(c.conn).is_some() {}
     s.write("/vm/u-5/name", b"eight").unwrap();
@@ -365,24 +382,13 @@ fn uuid_that_was_given_up_is_out_of_reach() {
 }
 
 #[test]
-fn transaction_begun_before_the_uuid_was_given_up_changes_nothing() {
-    let (mut s, c) = restricted();
-    // Nothing of it is touched by anybody until the end.
-    s.remove("/vm/u-5").unwrap();
-    let id = transaction(&mut s, &c);
-    ask(&mut s, &c, kind::WRITE, id, "/vm/u-5/more\0v").unwrap();
-    s.change_uuid(DomId(5), "u-away").unwrap();
-    let ended = ask(&mut s, &c, kind::TRANSACTION_END, id, "T\0");
-    assert_eq!(ended, Err("EAGAIN".into()));
-    assert_eq!(s.read("/vm/u-5"), Err(Error::NoEntry));
-}
-
-#[test]
 fn uuid_that_comes_back_is_in_reach_again() {
     let (mut s, c) = restricted();
     s.change_uuid(DomId(5), "u-away").unwrap();
     s.change_uuid(DomId(5), "u-5").unwrap();
-    ask(&mut s, &c, kind::WRITE, 0, "/vm/u-5/name\0five").unwrap();
+    s.write("/vm/u-5/name", b"five").unwrap();
+    let name = ask(&mut s, &c, kind::READ, 0, "/vm/u-5/name\0");
+    assert_eq!(name, Ok("five".into()));
     let restored = {
         let mut next = Store::default();
         assert!(s.snapshot().iter().all(|record| next.restore(record)));
@@ -405,7 +411,7 @@ fn nothing_inside_anothers_path_goes_with_a_domain() {
         s.write("/local/domain/5/vm", named.as_bytes()).unwrap();
         s.remove_domain(DomId(5));
         assert_eq!(s.read("/vm/u-6/name"), Ok(b"six".to_vec()), "{named}");
-        s.add_domain(DomId(5), "u-5");
+        s.add_domain(DomId(5), "u-5", "five").unwrap();
     }
     ask(
         &mut s,
@@ -436,7 +442,7 @@ fn restriction_ends_with_its_domain() {
     );
     assert_eq!(s.restricted_to(c.conn), Err(Error::Access));
     s.release(DomId(5));
-    assert_eq!(s.may_introduce(c.conn, DomId(5)), Err(Error::Access));
+    assert_eq!(s.may_enter(c.conn, DomId(5)), Err(Error::Access));
     s.reset(c.conn);
     assert_eq!(
         ask(&mut s, &c, kind::READ, 0, "/local/domain/5/x\0"),
@@ -454,14 +460,14 @@ fn restriction_is_to_one_domain_that_is_not_the_hosts() {
         (5, ".."),
         (5, &"u".repeat(65)[..]),
     ] {
-        let conn = s.connect_restricted(DomId(domid), uuid, Arc::new(|| {}));
+        let conn = s.connect_restricted(DomId(domid), uuid, "n", Arc::new(|| {}));
         assert_eq!(conn, Err(Error::Invalid), "{domid} {uuid}");
     }
     let c = s
-        .connect_restricted(DomId(5), "u", Arc::new(|| {}))
+        .connect_restricted(DomId(5), "u", "n", Arc::new(|| {}))
         .unwrap();
-    assert_eq!(s.may_introduce(c, DomId(6)), Err(Error::Access));
+    assert_eq!(s.may_enter(c, DomId(6)), Err(Error::Access));
     let plain = client(&mut s, 0);
-    assert_eq!(s.may_introduce(plain.conn, DomId(6)), Err(Error::Access));
+    assert_eq!(s.may_enter(plain.conn, DomId(6)), Err(Error::Access));
     assert_eq!(s.restricted_to(plain.conn), Ok(None));
 }

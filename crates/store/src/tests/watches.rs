@@ -192,7 +192,7 @@ fn domain_is_heard_of_when_it_is_introduced() {
     }
     events(&mut s, &h);
     let is_introduced = |s: &mut Store| ask(s, &h, kind::IS_DOMAIN_INTRODUCED, 0, "7\0").unwrap();
-    s.add_domain(DomId(7), "u-7");
+    s.add_domain(DomId(7), "u-7", "seven").unwrap();
     assert!(events(&mut s, &h).is_empty());
     assert_eq!(is_introduced(&mut s), "F\0");
     let mut restored = Store::default();
@@ -205,7 +205,7 @@ fn domain_is_heard_of_when_it_is_introduced() {
     s.remove_domain(DomId(7));
     assert_eq!(events(&mut s, &h), ["@releaseDomain t"]);
     // One that has ended before is nobody's business.
-    s.add_domain(DomId(7), "u-7");
+    s.add_domain(DomId(7), "u-7", "seven").unwrap();
     s.remove_domain(DomId(7));
     assert!(events(&mut s, &h).is_empty());
 }
@@ -233,7 +233,7 @@ fn domain_that_shuts_down_is_heard_of_and_once_more_when_it_goes() {
     assert_eq!(events(&mut s, &h), heard);
     s.remove_domain(DomId(5));
     assert_eq!(events(&mut s, &h), heard);
-    s.add_domain(DomId(7), "u-7");
+    s.add_domain(DomId(7), "u-7", "seven").unwrap();
     s.shut_down(DomId(7));
     s.shut_down(DomId(8));
     assert!(events(&mut s, &h).is_empty());

@@ -55,7 +55,7 @@ pub(crate) fn start(
     let line = Arc::new(Line::keepers(here)?);
     let identity = Arc::new(Identity {
         domid: spec.domid,
-        uuid: Mutex::new(spec.uuid),
+        known: Mutex::new((spec.uuid, spec.config.name.clone())),
         store: spec.store.clone(),
     });
     let questions = Questions {
@@ -119,7 +119,7 @@ struct Questions {
 /// By what the store knows the domain.
 pub(super) struct Identity {
     domid: DomId,
-    uuid: Mutex<Uuid>,
+    known: Mutex<(Uuid, String)>,
     store: StoreClient,
 }
 
@@ -134,12 +134,13 @@ impl Identity {
         self.store.resume(self.domid);
     }
 
-    /// The domain gets another name and UUID.
-    pub(super) fn change(&self, name: &str, uuid: Uuid) -> Result<(), MachineError> {
-        let mut own = lock(&self.uuid);
+    /// The domain gets another name, and another UUID where there is one.
+    pub(super) fn change(&self, name: &str, uuid: Option<Uuid>) -> Result<(), MachineError> {
+        let mut known = lock(&self.known);
+        let uuid = uuid.unwrap_or(known.0);
         self.store
             .change_identity(self.domid, &uuid.to_string(), name)?;
-        *own = uuid;
+        *known = (uuid, name.to_owned());
         Ok(())
     }
 }
@@ -192,10 +193,10 @@ impl Questions {
         Ok(match ask {
             Ask::Store => {
                 let identity = &self.identity;
-                let uuid = lock(&identity.uuid);
-                let stream = self
-                    .place
-                    .connect_restricted(identity.domid, &uuid.to_string())?;
+                let (uuid, name) = &*lock(&identity.known);
+                let stream =
+                    self.place
+                        .connect_restricted(identity.domid, &uuid.to_string(), name)?;
                 (serde_json::Value::Null, vec![OwnedFd::from(stream)])
             }
             Ask::StoreIsFull => (self.place.is_full().into(), none),

@@ -43,7 +43,6 @@ pub(super) enum Call {
         trigger: Trigger,
         vcpu: u32,
     },
-    Rename(String),
     DumpCore,
     Describe,
     Vcpus,

@@ -108,9 +108,14 @@ impl RemoteMachine {
         self.pid
     }
 
-    /// As [`Machine::rename`], of a machine whose UUID goes to another as well: the store changes both at once.
+    /// Tells the guest its new name, which the tool stack has written down already.
+    pub(crate) fn rename(&self, name: &str) -> Result<(), MachineError> {
+        self.identity.change(name, None)
+    }
+
+    /// The same of a machine whose UUID goes to another as well.
     pub(crate) fn become_another(&self, name: &str, uuid: Uuid) -> Result<(), MachineError> {
-        self.identity.change(name, uuid)
+        self.identity.change(name, Some(uuid))
     }
 
     /// Begins a call. It ends by itself where the process does.
@@ -364,10 +369,6 @@ impl Machine for RemoteMachine {
 
     fn trigger(&self, trigger: Trigger, vcpu: u32) -> Result<(), MachineError> {
         self.ask_soon(&Call::Trigger { trigger, vcpu })
-    }
-
-    fn rename(&self, name: &str) -> Result<(), MachineError> {
-        self.ask(&Call::Rename(name.into()))
     }
 
     fn dump_core(&self, piece: Piece<'_>) -> Result<u64, MachineError> {

@@ -196,7 +196,6 @@ fn obey(machine: &dyn Machine, call: Call, wire: &Wire) -> Result<Value, Machine
         Call::ChangeMedium(disk) => machine.change_medium(&disk)?,
         Call::SendSysrq(key) => machine.send_sysrq(key)?,
         Call::Trigger { trigger, vcpu } => machine.trigger(trigger, vcpu)?,
-        Call::Rename(name) => machine.rename(&name)?,
         Call::DumpCore => {
             let size = machine.dump_core(&mut |offset, bytes| piece(wire, offset, bytes))?;
             return Ok(size.into());
