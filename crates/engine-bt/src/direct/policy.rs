@@ -238,9 +238,7 @@ impl Policy {
                 heat.was_settled = 0;
                 heat.total = heat.total.min(0);
                 heat.before = heat.before.min(0);
-                heat.end();
-                let heat = *heat;
-                self.learn(heat);
+                self.end(root);
                 false
             }
         }
@@ -254,16 +252,18 @@ impl Policy {
     /// The tables belong to another program now.
     pub fn forget(&mut self, root: u64) {
         self.contest.take_if(|c| c.root == root);
-        if let Some(mut heat) = self.heats.remove(&root)
-            && heat.hot
-        {
-            heat.end();
-            self.learn(heat);
+        if self.heats.get(&root).is_some_and(|heat| heat.hot) {
+            self.end(root);
         }
+        self.heats.remove(&root);
     }
 
-    /// Others that run the same program begin with what this one has come to.
-    fn learn(&mut self, heat: Heat) {
+    /// The attempt in an address space has ended: others that run the same program begin with what it has come to.
+    fn end(&mut self, root: u64) {
+        let Some(heat) = self.heats.get_mut(&root) else {
+            return;
+        };
+        heat.end();
         let Some(program) = heat.program else {
             return;
         };
@@ -380,9 +380,7 @@ impl Policy {
         heat.total = heat.total.saturating_add(value);
         heat.credit = (heat.credit + counted).min(CREDIT);
         if heat.credit < 0 {
-            heat.end();
-            let heat = *heat;
-            self.learn(heat);
+            self.end(root);
             self.contest.take_if(|c| c.root == root);
         }
     }
