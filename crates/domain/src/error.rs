@@ -76,6 +76,10 @@ pub enum RequestError {
         "the guest has not suspended itself within {seconds} s, and goes on: does its kernel have a driver for it (feature-suspend in its part of the store)?"
     )]
     NoSuspend { seconds: u64 },
+    #[error(
+        "the guest has not acknowledged the request within {seconds} s, and may still follow it: unpause it where it is paused, see by its console whether it hangs or shuts down already, or destroy it"
+    )]
+    Unacknowledged { seconds: u64 },
     #[error("it is being suspended already: try again when that has ended")]
     Suspending,
     #[error("it is paused, and only a guest that runs can suspend itself: unpause it first")]

@@ -25,6 +25,7 @@ mod pages;
 mod passport;
 mod placement;
 mod portrait;
+mod requests;
 mod run;
 mod saved;
 mod scheduler;
@@ -265,31 +266,6 @@ impl Domain {
     /// Stops the guest where it is; when this returns, no vCPU executes guest code, unless somebody has unpaused it meanwhile.
     pub fn pause(&self) {
         self.run.pause();
-    }
-
-    /// Asks the guest through the store; whether and when it follows is its own business.
-    pub fn request_shutdown(&self, kind: ShutdownKind) -> Result<(), RequestError> {
-        if let Some(reason) = self.run.end_reason() {
-            return Err(RequestError::Ended(reason));
-        }
-        let word = match kind {
-            ShutdownKind::PowerOff => "poweroff",
-            ShutdownKind::Halt => "halt",
-            ShutdownKind::Reboot => "reboot",
-        };
-        let path = hospes_store::domain_path(self.spec.domid) + "/control/shutdown";
-        self.store.write(&path, word.as_bytes())?;
-        Ok(())
-    }
-
-    /// Asks the guest's kernel, through the store, for the magic SysRq function of a key.
-    pub fn send_sysrq(&self, key: char) -> Result<(), RequestError> {
-        if let Some(reason) = self.run.end_reason() {
-            return Err(RequestError::Ended(reason));
-        }
-        let path = hospes_store::domain_path(self.spec.domid) + "/control/sysrq";
-        self.store.write(&path, key.to_string().as_bytes())?;
-        Ok(())
     }
 
     /// Raises a non-maskable interrupt at a vCPU; false where the domain has no such vCPU.

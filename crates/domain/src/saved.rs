@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::live::Live;
 use crate::pages::{OTHER_PAGES_MAX, Received, Sent, stream_pages_max};
+use crate::requests::{LOOK, SUSPEND};
 use crate::suspend::Suspension;
 use crate::{AttachError, CreateError, Domain, EndReason, RequestError};
 
@@ -226,14 +227,8 @@ fn is_loadable(image: &XsaveImage, components: u64) -> bool {
 /// How long a guest may take to suspend itself, as in xl.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How often it is looked whether a guest has heard what it was asked.
-const LOOK: Duration = Duration::from_millis(5);
-
 /// How long a guest may take to find a new device before it counts as one that has no driver for it.
 const FIND: Duration = Duration::from_secs(5);
-
-/// What it is asked.
-const SUSPEND: &str = "suspend";
 
 impl Domain {
     /// Has the guest suspend itself and returns when its vCPUs are held: it can be saved then, until [`Domain::resume`] or the end of the domain. Asks
@@ -250,10 +245,11 @@ impl Domain {
         if !suspension.begin() {
             return Err(RequestError::Suspending);
         }
-        let path = hospes_store::domain_path(self.spec.domid) + "/control/shutdown";
+        let path = self.shutdown_path();
         let deadline = Instant::now() + PATIENCE;
         let given_up = || given_up() || self.run.has_ended() || self.run.is_paused();
         self.wait_found(&given_up);
+        // A guest that was asked to shut down would not hear of it where it finds another word in the same node.
         let is_free = self.wait_heard(&path, deadline, &given_up);
         let asked = match is_free {
             true => self.store.write(&path, SUSPEND.as_bytes()),
@@ -291,17 +287,6 @@ impl Domain {
             |device: &DeviceInfo| device.phase == Phase::Waiting && device.since.elapsed() < FIND;
         while self.devices.list().iter().any(is_new) && !given_up() {
             std::thread::sleep(LOOK);
-        }
-    }
-
-    /// Waits until a guest that was asked to shut down has heard that, for it would not where it finds another word in the same node; false where it has not.
-    fn wait_heard(&self, path: &str, deadline: Instant, given_up: &dyn Fn() -> bool) -> bool {
-        loop {
-            match self.store.read_text(path).as_deref() {
-                None | Some("" | SUSPEND) => return true,
-                Some(_) if Instant::now() >= deadline || given_up() => return false,
-                Some(_) => std::thread::sleep(LOOK),
-            }
         }
     }
 

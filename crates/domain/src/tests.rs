@@ -5,6 +5,7 @@ mod live;
 mod media;
 mod memory;
 mod moving;
+mod requests;
 mod saving;
 mod vcpus;
 
@@ -504,20 +505,6 @@ fn guest_reads_its_name_from_the_store() {
     });
     d.unpause();
     assert_eq!(d.wait(), EndReason::Reboot);
-}
-
-#[test]
-fn request_shutdown_writes_the_node() {
-    let d = domain(|_| Exit::Yield);
-    let node = "/local/domain/3/control/shutdown";
-    for (kind, word) in [
-        (ShutdownKind::PowerOff, "poweroff"),
-        (ShutdownKind::Halt, "halt"),
-        (ShutdownKind::Reboot, "reboot"),
-    ] {
-        d.request_shutdown(kind).unwrap();
-        assert_eq!(d.store().read_text(node).as_deref(), Some(word));
-    }
 }
 
 #[test]

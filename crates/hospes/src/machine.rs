@@ -296,6 +296,10 @@ impl Machine for Running {
         Ok(self.domain.request_shutdown(kind)?)
     }
 
+    fn wait_acknowledged(&self, given_up: &dyn Fn() -> bool) -> Result<(), MachineError> {
+        Ok(self.domain.wait_acknowledged(given_up)?)
+    }
+
     fn destroy(&self) {
         self.domain.destroy();
     }

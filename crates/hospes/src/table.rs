@@ -90,7 +90,7 @@ const SHUTDOWN: &[Opt] = &[
     Opt::both(
         'w',
         "wait",
-        "wait until the domain has shut down and, unless it is kept or starts again, is gone; given twice, until it is gone",
+        "wait, however long it takes, until the domain has shut down and, unless it is kept or starts again, is gone; given twice, until it is gone",
     ),
     Opt::short(
         'F',
@@ -124,7 +124,8 @@ const SCHED_DETAILS: &str = "Without options all domains are listed. The weight 
 const MEMORY_DETAILS: &str = "MEM is in MiB, or with t, g, m, k or b behind it in TiB, GiB, MiB, KiB or bytes; at most maxmem of the configuration. The guest's \
                               balloon driver gives memory back or takes it; a guest without one keeps what it has. More is refused where the host has not \
                               enough. A guest may become unstable that has too little. What is set stays through reboots.";
-const SHUTDOWN_DETAILS: &str = "The guest decides whether and when it follows. What happens then is set by on_poweroff and on_reboot of its configuration.";
+const SHUTDOWN_DETAILS: &str = "The command returns when the guest has acknowledged the request, and fails where it has not after 60 seconds, as one that is paused or hangs. \
+                                The guest decides how long it takes then. What happens behind that is set by on_poweroff and on_reboot of its configuration.";
 
 const IMAGE: &[Opt] = &[
     Opt::long("size", "size of the disk with K, M, G or T; 4G").with("SIZE"),

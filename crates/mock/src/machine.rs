@@ -45,6 +45,8 @@ struct Mock {
     changed: Condvar,
     memory_max_kib: u64,
     deaf: bool,
+    /// It takes its time to shut down, until it is told to on its console.
+    slow: bool,
     /// While there is such a file others have its devices.
     taken: PathBuf,
     /// While there is such a file nobody is told of its end.
@@ -53,6 +55,8 @@ struct Mock {
     staying: PathBuf,
     /// While there is such a file it is not ready to start.
     unready: PathBuf,
+    /// While there is such a file it does not acknowledge what it is asked.
+    unheard: PathBuf,
 }
 
 impl Mock {
@@ -142,6 +146,10 @@ impl Machine for Mock {
             say(&mut state, "I hear nothing");
             return Ok(());
         }
+        if self.slow {
+            say(&mut state, "I shall");
+            return Ok(());
+        }
         let reason = match kind {
             ShutdownKind::Poweroff => EndReason::Poweroff,
             ShutdownKind::Reboot => EndReason::Reboot,
@@ -151,6 +159,14 @@ impl Machine for Mock {
             false => state.asked = Some(reason),
         }
         Ok(())
+    }
+
+    fn wait_acknowledged(&self, given_up: &dyn Fn() -> bool) -> Result<(), MachineError> {
+        wait_while(|| self.unheard.exists() && !self.has_ended() && !given_up());
+        match self.deaf {
+            true => Err("the guest hears nothing".into()),
+            false => Ok(()),
+        }
     }
 
     fn destroy(&self) {
@@ -469,10 +485,12 @@ pub fn make(
         changed: Condvar::new(),
         memory_max_kib: spec.config.memory_max_kib(),
         deaf: spec.config.cmdline.contains("deaf"),
+        slow: spec.config.cmdline.contains("slow"),
         taken: spec.config.kernel.with_extension("taken"),
         lingering: spec.config.kernel.with_extension("lingering"),
         staying: spec.config.kernel.with_extension("staying"),
         unready: spec.config.kernel.with_extension("unready"),
+        unheard: spec.config.kernel.with_extension("unheard"),
     }))
 }
 

@@ -3,12 +3,12 @@
 //! Once unpaused it prints `mock guest ready` and obeys the lines it gets on its console: `poweroff`, `reboot`, `crash`,
 //! `watchdog` and `suspend` end it, `flood` prints 4 MiB, anything else is answered with `echo: ` and the line. With
 //! Devices and keys are said on the console: `attached disk xvdb`, `sysrq h`. Its balloon driver follows at once, and it may have what a host of 1 TiB has left. A disk whose target is called `bad` cannot be
-//! attached, one called `stuck` is not given back but by force, and `slow` is attached when the file `.taken` beside its kernel is gone. With `deaf` in its kernel command line it does not follow requests to shut down,
-//! for which a process that is asked to end gives it two seconds. A kernel that is no file is an error. It suspends itself when it is to be saved, unless it
+//! attached, one called `stuck` is not given back but by force, and `slow` is attached when the file `.taken` beside its kernel is gone. With `deaf` in its kernel command line it does not hear requests to shut down,
+//! for which a process that is asked to end gives it two seconds; with `slow` it hears them, and shuts down when it is told to on its console. A kernel that is no file is an error. It suspends itself when it is to be saved, unless it
 //! is paused, and what is saved of it is what it was told last; `broken` cannot be saved, and what is no text cannot be restored; its core is the same, and 4096 sevens behind a hole. To another host `foreign` is not
 //! admitted, `unwelcome` fails there, and `clings` fails when its devices are let go of, after which `restless` does not stay suspended; they cannot be had again while beside its kernel there is a file `.taken`.
 //! While there is a file `.lingering` its end is known to nobody who waits for it, while there is one `.staying` it does not leave, and while there is one `.unready` it
-//! is not ready to start, and while there is one `.unbuilt` it is not there at all.
+//! is not ready to start, while there is one `.unbuilt` it is not there at all, and while there is one `.unheard` it acknowledges nothing.
 #![forbid(unsafe_code)]
 
 mod machine;

@@ -173,11 +173,6 @@ impl Host {
         self.ask(who, &Request::Unpause)
     }
 
-    /// Asks a guest to shut down or to reboot.
-    pub fn shutdown(&self, who: &str, kind: ShutdownKind) -> Result<()> {
-        self.ask(who, &Request::Shutdown { kind, last: false })
-    }
-
     /// Asks a guest to power off for good: nothing comes behind the domain, whatever its configuration says. One that has ended already is
     /// destroyed, and so is one that cannot be asked, which is an error.
     pub fn shutdown_for_good(&self, who: &str) -> Result<()> {

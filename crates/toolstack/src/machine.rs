@@ -93,7 +93,7 @@ pub struct MachineInfo {
     pub paused: bool,
 }
 
-/// One machine. It is made paused. All methods may be called from any thread and, but for [`Machine::wait`] and [`Machine::make_ready`], return soon.
+/// One machine. It is made paused. All methods may be called from any thread and return soon, but for [`Machine::wait`], [`Machine::make_ready`] and those that wait for the guest.
 pub trait Machine: Send + Sync {
     /// Does what is left to do before the guest may start, and what may take long: once, when commands reach the machine already. [`Machine::destroy`] cuts it short.
     fn make_ready(&self) -> Result<(), MachineError>;
@@ -104,6 +104,10 @@ pub trait Machine: Send + Sync {
 
     /// Asks the guest; whether and when it follows is its own business.
     fn request_shutdown(&self, kind: ShutdownKind) -> Result<(), MachineError>;
+
+    /// Blocks until the guest has acknowledged the last [`Machine::request_shutdown`], or has ended; an error where it takes too long. Asks `given_up` now and then
+    /// whether to go on waiting. After an error the guest may still follow.
+    fn wait_acknowledged(&self, given_up: &dyn Fn() -> bool) -> Result<(), MachineError>;
 
     /// Ends the machine, whatever it does; [`Machine::wait`] returns. Does nothing the second time.
     fn destroy(&self);

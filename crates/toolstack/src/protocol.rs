@@ -118,7 +118,8 @@ pub enum Request {
     Unpause,
     Shutdown {
         kind: ShutdownKind,
-        /// Nothing is to come behind the domain, whatever its configuration says.
+    /// The reply comes when the guest has acknowledged it.
+        /// Nothing is to come behind the domain, whatever its configuration says. Then the reply does not wait for the guest.
         #[serde(default)]
         last: bool,
     },

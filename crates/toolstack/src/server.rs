@@ -23,7 +23,7 @@ use crate::log::log;
 use crate::machine::{Machine, MachineError};
 use crate::protocol::{self, Ended, Reply, Request, ShutdownKind, Until};
 use crate::scheduling::{host_cpus, resolve};
-use crate::{dumping, leaving, saving};
+use crate::{dumping, leaving, saving, shutting_down};
 
 /// Most connections at a time, per socket.
 const CONNECTIONS_MAX: usize = 32;
@@ -326,7 +326,8 @@ fn answer(
         Request::Unpause => done(instance.unpause()),
         Request::Shutdown { kind, last: true } => done(ending.ask(kind)),
         Request::Shutdown { kind, .. } => {
-            done(instance.order(|machine| machine.request_shutdown(kind)))
+            let left = || has_left(stream, Some(Duration::ZERO));
+            shutting_down::answer(instance, kind, &left)?
         }
         Request::Destroy => {
             instance.destroy();

@@ -1,6 +1,6 @@
 //! Pausing, ending, and the console.
 
-use hospes_toolstack::{Ended, Host, ShutdownKind, Until};
+use hospes_toolstack::{Ended, Error, Host, ShutdownKind, Until};
 use hospes_units::DomId;
 
 use crate::commands::failed;
@@ -67,8 +67,17 @@ fn shut_down(kind: ShutdownKind, call: &Call) -> Outcome {
     } else {
         Until::Shutdown
     };
-    let mut watches = Vec::new();
     let mut failure = None;
+    let mut give_up = |fault: Error| {
+        // With -a the others are still to be asked.
+        if !all {
+            return Err(fault);
+        }
+        tell!("{fault}");
+        failure = Some(fault);
+        Ok(())
+    };
+    let mut requests = Vec::new();
     for entry in entries {
         let doing = match kind {
             ShutdownKind::Poweroff => "Shutting down",
@@ -77,18 +86,20 @@ fn shut_down(kind: ShutdownKind, call: &Call) -> Outcome {
         tell!("{doing} domain {}", entry.domid);
         // The watch comes before the request: an end that comes at once is not missed.
         let watch = (waits > 0).then(|| host.watch(entry.domid, until));
-        let asked = watch.transpose().and_then(|watch| {
-            host.shutdown(&entry.domid.to_string(), kind)?;
-            Ok(watch)
-        });
-        match asked {
-            Ok(watch) => watches.extend(watch),
-            // With -a the others are still to be asked.
-            Err(fault) if all => {
-                tell!("{fault}");
-                failure = Some(fault);
-            }
-            Err(fault) => return Err(fault.into()),
+        let request = watch
+            .transpose()
+            .and_then(|watch| Ok((host.ask_to_shut_down(&entry, kind)?, watch)));
+        match request {
+            Ok(request) => requests.push(request),
+            Err(fault) => give_up(fault)?,
+        }
+    }
+    // All have been asked before one is waited for: each may take a while.
+    let mut watches = Vec::new();
+    for (asked, watch) in requests {
+        match asked.wait() {
+            Ok(()) => watches.extend(watch),
+            Err(fault) => give_up(fault)?,
         }
     }
     if waits > 0 {

@@ -215,17 +215,6 @@ fn shutdown_wait_returns_behind_the_end() {
 }
 
 #[test]
-fn shutdown_a_guest_that_does_not_listen_returns_at_once() {
-    let bench = Bench::new();
-    bench.create("one", &["extra='deaf'"]);
-    bench.ok(&["shutdown", "one"]);
-    until("it was asked", || {
-        bench.log("one.console.log").contains("I hear nothing")
-    });
-    assert_eq!(bench.row("one").expect("listed")[4], "-b----");
-}
-
-#[test]
 fn end_preserved_shows_its_reason_until_destroyed() {
     for (line, state) in [
         ("poweroff", "---s--"),

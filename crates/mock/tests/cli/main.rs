@@ -16,6 +16,7 @@ mod memory;
 mod migrating;
 mod saving;
 mod scarcity;
+mod shutting_down;
 mod signals;
 mod stopped;
 mod transport;

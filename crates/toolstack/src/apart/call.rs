@@ -18,6 +18,7 @@ pub(super) enum Call {
     Unpause,
     Pause,
     RequestShutdown(ShutdownKind),
+    WaitAcknowledged,
     Destroy,
     Leave,
     GiveUpDevices,

@@ -29,6 +29,8 @@ use crate::traffic::Traffic;
 
 /// How long an answer may take that the process has at hand: a command waits for it no longer than for its own.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(5);
+/// How long it may take to say whether the guest has acknowledged a request: longer than it waits for the guest.
+const ACKNOWLEDGE_PATIENCE: Duration = Duration::from_secs(75);
 /// How long the process may take to obey where the domain is destroyed, before it is killed.
 const DESTROY_PATIENCE: Duration = Duration::from_secs(8);
 /// How long the process of a destroyed domain may be there at all.
@@ -277,6 +279,18 @@ impl Machine for RemoteMachine {
 
     fn request_shutdown(&self, kind: ShutdownKind) -> Result<(), MachineError> {
         self.ask_soon(&Call::RequestShutdown(kind))
+    }
+
+    fn wait_acknowledged(&self, given_up: &dyn Fn() -> bool) -> Result<(), MachineError> {
+        let wire = self.call(&Call::WaitAcknowledged, &[])?;
+        let given_up = Some(given_up);
+        self.answer_with(
+            &wire.until(Instant::now() + ACKNOWLEDGE_PATIENCE),
+            Meanwhile {
+                given_up,
+                ..Meanwhile::none()
+            },
+        )
     }
 
     fn destroy(&self) {

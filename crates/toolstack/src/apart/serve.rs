@@ -181,6 +181,7 @@ fn obey(machine: &dyn Machine, call: Call, wire: &Wire) -> Result<Value, Machine
         Call::Unpause => machine.unpause(),
         Call::Pause => machine.pause(),
         Call::RequestShutdown(kind) => machine.request_shutdown(kind)?,
+        Call::WaitAcknowledged => machine.wait_acknowledged(&given_up)?,
         Call::Destroy => machine.destroy(),
         Call::Leave => machine.leave(),
         Call::GiveUpDevices => machine.give_up_devices(),
