@@ -501,7 +501,7 @@ mod tests {
                 let (stream, _) = listener.accept().expect("a command");
                 // The request comes too late.
                 let new = registry
-                    .replace(old, &record("a", 1))
+                    .replace(&old, &record("a", 1))
                     .expect("its own name");
                 let listener = self::listen(new.dir());
                 drop(stream);

@@ -50,6 +50,7 @@ mod standing;
 mod state;
 mod store;
 mod supervisor;
+mod sweeping;
 mod target;
 mod traffic;
 

@@ -13,6 +13,7 @@ use rustix::process::{
 };
 use rustix::thread::{CapabilitySet, capabilities, set_thread_res_uid};
 
+use crate::log::log;
 use crate::{DOMAIN_SUBCOMMAND, MACHINE_SUBCOMMAND};
 
 /// The machine process of a number is this user and the number, where root has started it: nobody else is, nor owns anything. Linux gives processes numbers below 2^22, and
@@ -30,35 +31,53 @@ pub fn machine_user(process: u32) -> u32 {
     USERS + process
 }
 
-/// Waits for the end of a process that a guest was in and that dies of its keeper's death: until then it has what the domain had. Then ends what it has started, where
-/// root has started it.
-pub(crate) fn end_machine(pid: u32) {
-    let deadline = Instant::now() + DEATH_PATIENCE;
+/// Whether a process that a guest was in, whose keeper is dead, has not ended yet: it must, and until then it has what the domain had.
+pub(crate) fn is_dying(pid: u32) -> bool {
     // What it has open it has for a while after its memory, and so its words, are gone.
-    if word(pid).is_none_or(|word| word == MACHINE_SUBCOMMAND.as_bytes()) {
-        while !is_over(pid) && !is_kept(pid) && Instant::now() < deadline {
-            thread::sleep(DEATH_LOOK);
+    word(pid).is_none_or(|word| word == MACHINE_SUBCOMMAND.as_bytes())
+        && !is_over(pid)
+        && !is_kept(pid)
+}
+
+/// Waits until processes are not dying any more, for all together no longer than that may take.
+pub(crate) fn wait_for_deaths(pids: &[u32]) {
+    let deadline = Instant::now() + DEATH_PATIENCE;
+    while pids.iter().any(|pid| is_dying(*pid)) && Instant::now() < deadline {
+        thread::sleep(DEATH_LOOK);
+    }
+}
+
+/// Ends what machine processes have started that are gone, where root has started them.
+pub(crate) fn end_started(pids: &[u32]) {
+    if !geteuid().is_root() {
+        return;
+    }
+    let gone = pids.iter().filter(|pid| !is_kept(**pid));
+    let users = gone.map(|pid| machine_user(*pid));
+    let users: Vec<u32> = users.filter(|user| !is_elsewhere_too(*user)).collect();
+    if users.is_empty() {
+        return;
+    }
+    // What changes the user may not be looked into by others from then on, the whole process.
+    let before = dumpable_behavior();
+    let (done, all_done) = channel::<()>();
+    for user in users {
+        let done = done.clone();
+        // A thread has rights of its own. Theirs may slow it down while it has them.
+        let ending = thread::Builder::new().spawn(move || {
+            end_all_of(user);
+            drop(done);
+        });
+        if let Err(fault) = ending {
+            log!(
+                "processes of user {user} may be left, the host has no thread to end them: {fault}"
+            );
         }
     }
-    if geteuid().is_root() && !is_kept(pid) {
-        let user = machine_user(pid);
-        if is_elsewhere_too(user) {
-            return;
-        }
-        // What changes the user may not be looked into by others from then on, the whole process.
-        let before = dumpable_behavior();
-        let (done, is_done) = channel();
-        // A thread has rights of its own. Theirs may slow it down while it has them.
-        let ended = thread::Builder::new().spawn(move || {
-            end_all_of(user);
-            let _ = done.send(());
-        });
-        if ended.is_ok() {
-            let _ = is_done.recv_timeout(DEATH_PATIENCE);
-        }
-        if let Ok(before) = before {
-            let _ = set_dumpable_behavior(before);
-        }
+    drop(done);
+    let _ = all_done.recv_timeout(DEATH_PATIENCE);
+    if let Ok(before) = before {
+        let _ = set_dumpable_behavior(before);
     }
 }
 
@@ -175,6 +194,47 @@ mod tests {
     }
 
     #[test]
+    fn machines_that_die_slowly_keep_nobody_from_the_registry() {
+        let (registry, directory) = registry("slow-deaths");
+        fs::create_dir(&directory.paths.log).expect("writable");
+        fs::write(directory.paths.run.join("__machine"), "read forever").expect("writable");
+        // Waited for one behind the other they would take longer than a command waits for the lock.
+        let machines = [1, 2, 3, 4, 5].map(|number| {
+            let machine = Command::new("sh")
+                .arg("__machine")
+                .current_dir(&directory.paths.run)
+                .stdin(Stdio::piped())
+                .spawn();
+            let machine = machine.expect("a process");
+            let mut dead = record(&format!("d{number}"), number);
+            dead.machine = Some(machine.id());
+            (machine, dead)
+        });
+        let slots: Vec<_> = machines
+            .iter()
+            .map(|(_, dead)| registry.allocate(dead).expect("free"))
+            .collect();
+        let living = registry.allocate(&record("living", 8)).expect("free");
+        drop(slots);
+        let listing = [(); 3].map(|()| {
+            let registry = registry.clone();
+            thread::spawn(move || registry.entries())
+        });
+        let next = registry.replace(&living, &record("living", 8));
+        let next = next.expect("its own name");
+        for listing in listing {
+            let entries = listing.join().expect("no panic").expect("a list");
+            assert_eq!(entries.len(), 1);
+        }
+        assert!(next.dir().exists());
+        for (machine, dead) in machines {
+            let log = fs::read_to_string(directory.paths.domain_log(&dead.name)).expect("a log");
+            assert_eq!(log.lines().count(), 1, "{log}");
+            end(machine);
+        }
+    }
+
+    #[test]
     fn machine_process_of_the_same_number_lives_on() {
         let directory = std::env::temp_dir().join(format!("hospes-kept-{}", std::process::id()));
         fs::create_dir_all(&directory).expect("writable");
@@ -193,7 +253,8 @@ mod tests {
         assert!(is_kept(machine) && !is_kept(keeper.id()));
         let user = geteuid().is_root().then(|| machine_user(machine));
         let mut its = sleeper(user);
-        end_machine(machine);
+        assert!(!is_dying(machine));
+        end_started(&[machine]);
         assert!(lives(&mut its) && is_kept(machine));
         end(its);
         end(keeper);

@@ -18,9 +18,6 @@ use serde::{Deserialize, Serialize};
 use crate::clock::Utc;
 use crate::error::{Error, Result, at};
 use crate::guest_memory::guest_memory_bytes;
-use crate::log::log;
-use crate::logfile::{LOG_MAX_BYTES, LogFile};
-use crate::orphans::end_machine;
 use crate::paths::Paths;
 
 /// The first id that Xen reserves (`DOMID_FIRST_RESERVED`): ids are below it.
@@ -111,7 +108,7 @@ impl Slot {
 
 #[derive(Clone, Debug)]
 pub(crate) struct Registry {
-    paths: Paths,
+    pub(crate) paths: Paths,
 }
 
 impl Registry {
@@ -121,12 +118,12 @@ impl Registry {
         }
     }
 
-    fn domains(&self) -> PathBuf {
+    pub(crate) fn domains(&self) -> PathBuf {
         self.paths.run.join("domains")
     }
 
     /// Takes the lock of the directory; it is released when the file is dropped.
-    fn lock(&self) -> Result<File> {
+    pub(crate) fn lock(&self) -> Result<File> {
         let path = self.paths.run.join("lock");
         let file = open_lock(&path).map_err(at("cannot open", &path))?;
         let deadline = Instant::now() + LOCK_PATIENCE;
@@ -148,85 +145,19 @@ impl Registry {
         if !self.paths.has_run()? {
             return Ok(Vec::new());
         }
-        let _lock = self.lock()?;
-        self.scan()
-    }
-
-    /// As [`Registry::entries`], for the holder of the lock.
-    fn scan(&self) -> Result<Vec<Entry>> {
-        let domains = self.domains();
-        let listing = match fs::read_dir(&domains) {
-            Ok(listing) => listing,
-            Err(fault) if fault.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(fault) => return Err(at("cannot list", &domains)(fault)),
-        };
-        let mut entries = Vec::new();
-        for item in listing {
-            let item = item.map_err(at("cannot list", &domains))?;
-            // What else may lie here is not ours.
-            let Some(id) = item
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse::<u16>().ok())
-            else {
-                continue;
-            };
-            let dir = item.path();
-            if !is_locked(&dir) {
-                if let Ok(Record {
-                    machine: Some(machine),
-                    ..
-                }) = read_record(&dir)
-                {
-                    end_machine(machine);
-                }
-                self.note_death(&dir);
-                fs::remove_dir_all(&dir)
-                    .map_err(at("cannot remove what is left of a dead domain in", &dir))?;
-                continue;
-            }
-            match read_record(&dir) {
-                Ok(record) => entries.push(Entry {
-                    domid: DomId(id),
-                    record,
-                    dir,
-                }),
-                // The others can go on without it.
-                Err(fault) => log!(
-                    "domain {id} lives and is left out, {fault}: to end it, kill the process that `fuser {}` names",
-                    dir.join("lock").display()
-                ),
-            }
-        }
-        entries.sort_by_key(|entry| entry.domid);
-        Ok(entries)
-    }
-
-    /// A line in the log of a domain whose process could not write one any more.
-    fn note_death(&self, dir: &Path) {
-        // Without a record the domain was not there yet; without a log there is nobody to tell.
-        let Ok(record) = read_record(dir) else { return };
-        let log = self.paths.domain_log(&record.name);
-        if let Ok(mut log) = LogFile::open(&log, LOG_MAX_BYTES) {
-            let line = format!(
-                "{} The domain process [pid {}] was killed, by a signal or for want of memory, and the domain with it\n",
-                Utc::now(),
-                record.pid
-            );
-            let _ = log.append(line.as_bytes());
-        }
+        self.lock_swept().map(|(_, entries)| entries)
     }
 
     /// Gives a new domain its id and directory. Name and UUID have to be unused.
     pub fn allocate(&self, record: &Record) -> Result<Slot> {
-        let _lock = self.lock()?;
-        self.allocate_locked(record, None)
+        let (_lock, entries) = self.lock_swept()?;
+        self.allocate_locked(&entries, record, None)
     }
 
-    /// Gives a domain the place of `old`, which ends: under one lock, so that no other takes its name in between.
-    pub fn replace(&self, old: Slot, record: &Record) -> Result<Slot> {
-        let _lock = self.lock()?;
-        let slot = self.allocate_locked(record, Some(old.domid));
+    /// Gives a domain the place of `old`, which ends: under one lock, so that no other takes its name in between. After [`Error::Locked`] `old` has its place still.
+    pub fn replace(&self, old: &Slot, record: &Record) -> Result<Slot> {
+        let (_lock, entries) = self.lock_swept()?;
+        let slot = self.allocate_locked(&entries, record, Some(old.domid));
         remove(old)?;
         slot
     }
@@ -234,7 +165,7 @@ impl Registry {
     /// Ends a domain's entry.
     pub fn release(&self, slot: Slot) -> Result<()> {
         let _lock = self.lock()?;
-        remove(slot)
+        remove(&slot)
     }
 
     /// The same for a domain of the calling process, whose slot is with another thread: to be called right before the process ends.
@@ -256,21 +187,27 @@ impl Registry {
         record: &Record,
         then: impl FnOnce(&Paths),
     ) -> Result<()> {
-        let _lock = self.lock()?;
-        check_unused(&self.scan()?, record, Some(domid))?;
+        let (_lock, entries) = self.lock_swept()?;
+        check_unused(&entries, record, Some(domid))?;
         write_record(&self.domains().join(domid.to_string()), record)?;
         then(&self.paths);
         Ok(())
     }
 
-    fn allocate_locked(&self, record: &Record, ignored: Option<DomId>) -> Result<Slot> {
+    /// For the holder of the lock, with all living domains.
+    fn allocate_locked(
+        &self,
+        entries: &[Entry],
+        record: &Record,
+        ignored: Option<DomId>,
+    ) -> Result<Slot> {
+        check_unused(entries, record, ignored)?;
         let domains = self.domains();
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&domains)
             .map_err(at("cannot make the directory", &domains))?;
-        check_unused(&self.scan()?, record, ignored)?;
         let domid = self.next_id()?;
         let dir = domains.join(domid.to_string());
         DirBuilder::new()
@@ -298,7 +235,7 @@ impl Registry {
         let first = stored
             .filter(|id| (1..FIRST_RESERVED_ID).contains(id))
             .unwrap_or(1);
-        // Behind a scan there are only the directories of living domains.
+        // Behind a sweep there are only the directories of living domains.
         let domains = self.domains();
         let used = |id: u16| domains.join(id.to_string()).exists();
         let id = (first..FIRST_RESERVED_ID)
@@ -335,7 +272,7 @@ fn check_unused(entries: &[Entry], record: &Record, ignored: Option<DomId>) -> R
     Ok(())
 }
 
-fn remove(slot: Slot) -> Result<()> {
+fn remove(slot: &Slot) -> Result<()> {
     fs::remove_dir_all(&slot.dir).map_err(at("cannot remove", &slot.dir))
 }
 
@@ -380,7 +317,7 @@ fn write_record(dir: &Path, record: &Record) -> Result<()> {
         .map_err(at("cannot write", &path))
 }
 
-fn read_record(dir: &Path) -> Result<Record> {
+pub(crate) fn read_record(dir: &Path) -> Result<Record> {
     let path = dir.join("domain.json");
     let fault = at("cannot read", &path);
     let mut text = Vec::new();
@@ -509,7 +446,7 @@ mod tests {
         let (registry, _directory) = registry("replace");
         let old = registry.allocate(&record("a", 1)).expect("free");
         let new = registry
-            .replace(old, &record("a", 1))
+            .replace(&old, &record("a", 1))
             .expect("its own name");
         assert_eq!(new.domid(), DomId(2));
         assert_eq!(registry.entries().expect("list").len(), 1);

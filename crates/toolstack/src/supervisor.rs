@@ -62,6 +62,21 @@ fn choose(reason: &EndReason, on: &EventActions) -> (Option<EventAction>, Next) 
     (Some(action), next)
 }
 
+/// Does what needs the lock of the registry. However long another has it, the domain does not end for that.
+fn insist<T>(given_up: impl Fn() -> bool, attempt: impl Fn() -> Result<T>) -> Result<T> {
+    let mut told = false;
+    loop {
+        match attempt() {
+            Err(fault @ Error::Locked { .. }) if !given_up() => {
+                if !std::mem::replace(&mut told, true) {
+                    log!("The domain waits until it can be written down: {fault}");
+                }
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
 /// Why there is no domain.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
@@ -278,7 +293,8 @@ impl<'a> Supervisor<'a> {
                 machine,
                 ..record.clone()
             };
-            self.registry.update(slot.domid(), &known)
+            let given_up = || self.ending.is_asked();
+            insist(given_up, || self.registry.update(slot.domid(), &known))
         };
         let machine = apart::start(self.program, &spec, place, saved, console, &mut started);
         let machine = Arc::new(machine.map_err(StartError::Machine)?);
@@ -434,7 +450,7 @@ impl<'a> Supervisor<'a> {
         instance.machine().leave();
         let config = instance.next_config();
         let record = Record::new(&config, self.uuid);
-        let slot = self.registry.replace(slot, &record)?;
+        let slot = self.replace(slot, &record, &instance)?;
         if !instance.succeed(slot.domid()) {
             self.finish(slot, &instance);
             self.close();
@@ -461,6 +477,11 @@ impl<'a> Supervisor<'a> {
         match self.try_rename_and_restart(current) {
             Ok(domid) => log!("The domain goes on as domain {domid}"),
             // As in xl, the old domain is left in place.
+    fn replace(&self, old: Slot, record: &Record, instance: &Instance) -> Result<Slot> {
+        let given_up = || instance.is_destroyed() || self.ending.is_asked();
+        insist(given_up, || self.registry.replace(&old, record))
+    }
+
             Err(fault) => log!("The domain cannot be renamed and restarted: {fault}"),
         }
         Next::Preserve

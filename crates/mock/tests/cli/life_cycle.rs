@@ -2,7 +2,9 @@
 
 use crate::common::{Bench, process_fields, until};
 use hospes_toolstack::machine_user;
+use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
+use std::fs::File;
 use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
@@ -257,6 +259,25 @@ fn end_restarted_has_a_new_id_and_the_same_console() {
     }
     assert_eq!(console.wait(), Some(0));
     assert_eq!(bench.row("again"), None);
+}
+
+#[test]
+fn end_restarting_waits_for_who_has_the_registry() {
+    let bench = Bench::new();
+    bench.create("again", &[]);
+    // For longer than a command waits for it.
+    let registry = File::open(bench.path("run/lock")).expect("there");
+    let mut console = bench.spawn(&["console", "again"]);
+    console.expect("mock guest ready");
+    flock(&registry, FlockOperation::LockExclusive).expect("a file");
+    console.send("reboot\n");
+    until("it is said who has it", || {
+        bench.log("again.log").contains("has held")
+    });
+    drop(registry);
+    until("it has started again", || {
+        bench.row("again").is_some_and(|row| row[1] == "2")
+    });
 }
 
 #[test]
