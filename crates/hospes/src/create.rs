@@ -8,7 +8,8 @@ use anyhow::{Context, anyhow, bail};
 use hospes_config::{
     Diagnostic, DiskConfig, DomainConfig, MAX_SOURCE_BYTES, Severity, Source, load,
 };
-use hospes_toolstack::{CreateRequest, Created, Host, UNATTENDED, Until};
+use hospes_toolstack::Error::Gone;
+use hospes_toolstack::{CreateRequest, Created, Host, UNATTENDED, Until, Watch};
 use hospes_units::DomId;
 
 use crate::args::Args;
@@ -46,6 +47,11 @@ impl Attend {
     pub(crate) fn stay(self, host: &Host, created: Created) -> anyhow::Result<()> {
         let domid = created.domid;
         let mut ended = false;
+        // From before the console: a domain that is kept does not end it.
+        let watch = self
+            .foreground
+            .then(|| host.watch(domid, Until::Succession))
+            .transpose()?;
         if self.console {
             let stream = host.console(&domid.to_string())?;
             if !self.paused {
@@ -53,9 +59,8 @@ impl Attend {
             }
             ended = terminal::attach(&stream)? == terminal::Left::Ended;
         }
-        if self.foreground {
-            wait_for_death(host, domid)?;
-            ended = true;
+        if let Some(watch) = watch {
+            ended = wait_for_end(host, watch)?;
         }
         // The console and the domain end in good order before their process does.
         if ended {
@@ -221,12 +226,31 @@ fn is_there(disk: &DiskConfig) -> bool {
     }
 }
 
-/// Follows a domain through its reboots, each of which gives it another id.
-fn wait_for_death(host: &Host, mut domid: DomId) -> anyhow::Result<()> {
-    while let Some(next) = host.watch(domid, Until::Death)?.wait()?.next {
-        domid = DomId(next);
+/// Follows a domain through its restarts, each of which gives it another id. False where it has come to another process than its first, which keeps a domain that has
+/// ended (`rename-restart`) and has no more to say.
+fn wait_for_end(host: &Host, mut watch: Watch) -> anyhow::Result<bool> {
+    let mut is_in_first = true;
+    loop {
+        let domid = watch.domid();
+        let ended = match is_in_first {
+            true => watch.wait()?,
+            // How that process has ended is known to nobody else.
+            false => watch.wait_told().map_err(|fault| match fault {
+                Gone { .. } => anyhow!(
+                    "domain {domid} was killed, has ended at once or could not be started again: see its log"
+                ),
+                fault => fault.into(),
+            })?,
+        };
+        if let Some(fault) = ended.alone {
+            bail!("domain {domid} has ended and is kept, and cannot be started again: {fault}");
+        }
+        is_in_first &= ended.dead;
+        match ended.next {
+            Some(next) => watch = host.watch(DomId(next), Until::Succession)?,
+            None => return Ok(is_in_first),
+        }
     }
-    Ok(())
 }
 
 /// Reads and checks the configuration and says what is to be said about it; `otherwise` is what becomes of it where it has errors.

@@ -52,11 +52,15 @@ impl Watch {
 
     /// Blocks until it has come.
     pub fn wait(self) -> Result<Ended> {
-        match self.receive(None) {
-            Ok(ended) => Ok(ended),
+        match self.wait_told() {
             Err(Error::Gone { .. }) => Ok(LOST),
-            Err(fault) => Err(fault),
+            ended => ended,
         }
+    }
+
+    /// The same; [`Error::Gone`] where the domain process could not say why.
+    pub fn wait_told(self) -> Result<Ended> {
+        self.receive(None)
     }
 
     /// Blocks until it has come, or until then; `None` where it has not come.
@@ -90,6 +94,7 @@ const LOST: Ended = Ended {
     reason: None,
     dead: true,
     next: None,
+    alone: None,
 };
 
 impl Host {

@@ -33,6 +33,8 @@ pub(crate) struct Progress {
     pub(crate) leaves: bool,
     /// The domain's id is free; with the id that took its place.
     pub(crate) gone: Option<Option<DomId>>,
+    /// It is kept, and this one was to take its place; or why there is none.
+    pub(crate) successor: Option<std::result::Result<DomId, String>>,
     destroy: bool,
     /// Connections that have still to report the end.
     waiting: usize,
@@ -590,11 +592,18 @@ impl Progress {
     fn ended(&self, until: Until) -> Option<Ended> {
         // One that goes away is waited for until no list shows it.
         let rests = self.shutdown.is_some() && !self.leaves;
-        let done = self.gone.is_some() || (until == Until::Shutdown && rests);
+        let successor = (self.successor.as_ref()).filter(|_| until == Until::Succession);
+        let done =
+            self.gone.is_some() || (until == Until::Shutdown && rests) || successor.is_some();
+        let kept_for = successor.and_then(|successor| successor.as_ref().ok());
         done.then(|| Ended {
             reason: self.shutdown.clone(),
-            dead: self.gone.is_some(),
-            next: self.gone.flatten().map(|domid| domid.0),
+            dead: self.gone.is_some() && successor.is_none(),
+            next: kept_for
+                .copied()
+                .or(self.gone.flatten())
+                .map(|domid| domid.0),
+            alone: successor.and_then(|successor| successor.clone().err()),
         })
     }
 }

@@ -107,6 +107,8 @@ pub enum Until {
     Shutdown,
     /// The domain's id is free again.
     Death,
+    /// The same, or the domain is kept under another name and a new one was to take its place.
+    Succession,
 }
 
 /// One request on the control socket.
@@ -116,9 +118,9 @@ pub enum Request {
     Info,
     Pause,
     Unpause,
+    /// The reply comes when the guest has acknowledged it.
     Shutdown {
         kind: ShutdownKind,
-    /// The reply comes when the guest has acknowledged it.
         /// Nothing is to come behind the domain, whatever its configuration says. Then the reply does not wait for the guest.
         #[serde(default)]
         last: bool,
@@ -286,6 +288,9 @@ pub struct Ended {
     pub dead: bool,
     /// Id of the domain that took its place (a reboot gives a new id).
     pub next: Option<u16>,
+    /// Why no domain could take its place, where one was to and it is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alone: Option<String>,
 }
 
 /// What is known of a domain.

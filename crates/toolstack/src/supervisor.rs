@@ -361,7 +361,7 @@ impl<'a> Supervisor<'a> {
             if reason != EndReason::Destroyed {
                 current.instance.update(|progress| {
                     progress.shutdown = Some(reason);
-                    progress.returns = next == Next::Restart;
+                    progress.returns = matches!(next, Next::Restart | Next::RenameRestart);
                     progress.leaves = next == Next::End;
                 });
                 // Whoever hears of it finds the domain as it is now.
@@ -378,8 +378,8 @@ impl<'a> Supervisor<'a> {
                 break self.end(current);
             }
             if next == Next::RenameRestart {
-                // A command that came while the domain still had its name meant all of it.
-                if current.instance.wait_destroy(Some(Duration::ZERO)) {
+                // A command that comes while the domain still has its name means all of it.
+                if self.rest(&current) {
                     break self.end(current);
                 }
                 next = self.rename_and_restart(&current);
@@ -392,8 +392,7 @@ impl<'a> Supervisor<'a> {
                 Next::End => break self.end(current),
                 Next::Restart => {}
             }
-            let rest = RESTART_INTERVAL.saturating_sub(current.started.elapsed());
-            if current.instance.wait_destroy(Some(rest)) {
+            if self.rest(&current) {
                 break self.end(current);
             }
             log!("Rebooting now");
@@ -409,6 +408,12 @@ impl<'a> Supervisor<'a> {
             current.unpause();
         }
         Ok(())
+    }
+
+    /// Waits until the domain may start again; true where a command destroys it before.
+    fn rest(&self, current: &Current) -> bool {
+        let rest = RESTART_INTERVAL.saturating_sub(current.started.elapsed());
+        current.instance.wait_destroy(Some(rest))
     }
 
     fn report(&self, domid: DomId, reason: &EndReason) {
@@ -472,17 +477,25 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    /// Gives the ended domain another name and starts a new one in a process of its own.
-    fn rename_and_restart(&self, current: &Current) -> Next {
-        match self.try_rename_and_restart(current) {
-            Ok(domid) => log!("The domain goes on as domain {domid}"),
-            // As in xl, the old domain is left in place.
     fn replace(&self, old: Slot, record: &Record, instance: &Instance) -> Result<Slot> {
         let given_up = || instance.is_destroyed() || self.ending.is_asked();
         insist(given_up, || self.registry.replace(&old, record))
     }
 
+    /// Gives the ended domain another name and starts a new one in a process of its own.
+    fn rename_and_restart(&self, current: &Current) -> Next {
+        // The memory that it has not used is its successor's.
+        current.instance.update(|progress| progress.returns = false);
+        let successor = self.try_rename_and_restart(current);
+        match &successor {
+            Ok(domid) => log!("The domain goes on as domain {domid}"),
+            // As in xl, the old domain is left in place.
             Err(fault) => log!("The domain cannot be renamed and restarted: {fault}"),
+        }
+        if successor.is_ok() || !current.instance.is_destroyed() {
+            current.instance.update(|progress| {
+                progress.successor = Some(successor.map_err(|fault| fault.to_string()));
+            });
         }
         Next::Preserve
     }

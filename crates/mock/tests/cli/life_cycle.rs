@@ -305,26 +305,6 @@ fn end_restarting_is_no_end_to_advise_destroying() {
 }
 
 #[test]
-fn end_renamed_keeps_the_old_domain_under_another_name() {
-    let bench = Bench::new();
-    bench.create("twin", &["on_crash='rename-restart'"]);
-    let mut console = bench.spawn(&["console", "twin"]);
-    console.expect("mock guest ready");
-    console.send("crash\n");
-    until("the new domain is there", || {
-        bench.row("twin").is_some_and(|row| row[1] == "2")
-    });
-    let table = bench.ok(&["list"]);
-    let old = table
-        .lines()
-        .find(|line| line.starts_with("twin-2"))
-        .expect("kept");
-    let columns: Vec<&str> = old.split_whitespace().collect();
-    assert_eq!((columns[1], columns[4]), ("1", "---sc-"));
-    assert_ne!(bench.pid(1), bench.pid(2));
-}
-
-#[test]
 fn list_long_prints_the_configuration() {
     let bench = Bench::new();
     bench.create("one", &["extra='quiet'"]);

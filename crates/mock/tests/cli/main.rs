@@ -14,6 +14,7 @@ mod keeping;
 mod life_cycle;
 mod memory;
 mod migrating;
+mod rename_restart;
 mod saving;
 mod scarcity;
 mod shutting_down;
