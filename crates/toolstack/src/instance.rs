@@ -136,6 +136,8 @@ impl Instance {
         let held = self.held();
         let record = lock(&self.record);
         let alive = shutdown.is_none();
+        // As in xl, of one that is being destroyed no more is told than that.
+        let lives = alive && !dying;
         DomainInfo {
             domid: self.domid.0,
             name: record.name.clone(),
@@ -149,9 +151,9 @@ impl Instance {
             },
             vcpus_online: machine.vcpus_online,
             cpu_time_ns: machine.cpu_time_ns,
-            running: alive && machine.running,
-            blocked: alive && machine.blocked,
-            paused: machine.paused,
+            running: lives && machine.running,
+            blocked: lives && machine.blocked,
+            paused: machine.paused && !dying,
             shutdown,
             dying,
             traffic: self.machine.traffic(),

@@ -197,6 +197,25 @@ fn destroy_of_a_stopped_process_kills_it() {
 }
 
 #[test]
+fn domain_that_is_being_destroyed_is_dying_and_nothing_else() {
+    for paused in [false, true] {
+        let bench = Bench::new();
+        bench.create("one", &[]);
+        if paused {
+            bench.ok(&["pause", "one"]);
+        }
+        let staying = bench.path("kernel.staying");
+        std::fs::write(&staying, "").expect("writable");
+        let mut destroying = bench.spawn(&["destroy", "one"]);
+        let state = || bench.row("one").expect("it has not left")[4].clone();
+        until("it is being destroyed", || state().ends_with('d'));
+        assert_eq!(state(), "-----d");
+        std::fs::remove_file(&staying).expect("there");
+        assert_eq!(destroying.wait(), Some(0));
+    }
+}
+
+#[test]
 fn shutdown_wait_returns_behind_the_end() {
     let bench = Bench::new();
     bench.create("one", &[]);
