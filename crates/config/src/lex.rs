@@ -1,6 +1,6 @@
 //! Tokens of the configuration grammar.
 //!
-//! Names are `[a-z][_0-9a-z]*`, numbers start with a digit, strings stand in ' or " and end on their line, `#` starts a
+//! Names are `[a-z][._0-9a-z]*`, numbers start with a digit, strings stand in ' or " and end on their line, `#` starts a
 //! comment up to the end of the line. Escapes in strings: `\" \' \\ \a \b \f \n \r \t \v \xHH \OOO`.
 
 use std::str::Chars;
@@ -145,7 +145,7 @@ impl<'a> Lexer<'a> {
                 Token::Add
             }
             'a'..='z' => {
-                Token::Ident(self.take_while(c, |c| matches!(c, 'a'..='z' | '0'..='9' | '_')))
+                Token::Ident(self.take_while(c, |c| matches!(c, 'a'..='z' | '0'..='9' | '_' | '.')))
             }
             '0'..='9' => self.number(c)?,
             '\'' | '"' => Token::String(self.string(c)?),

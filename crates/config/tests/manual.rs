@@ -335,6 +335,10 @@ fn load_deprecated_and_unknown_keys_warns() {
             "d.cfg:5: warning: `frobnicate' is not a key of xl.cfg, ignored",
         ),
         (
+            "vm.cpu_mask2.=['a']",
+            "d.cfg:5: warning: `vm.cpu_mask2.' is not a key of xl.cfg, ignored",
+        ),
+        (
             "cmdline='a'\nroot='b'",
             "d.cfg:6: warning: ignored, because `cmdline' is given",
         ),

@@ -29,7 +29,7 @@ fn name() -> impl Strategy<Value = String> {
     let known: Vec<&str> = known_keys().map(|key| key.name).collect();
     prop_oneof![
         prop::sample::select(known).prop_map(String::from),
-        "[a-z][_0-9a-z]{0,8}"
+        "[a-z][._0-9a-z]{0,8}"
     ]
 }
 
