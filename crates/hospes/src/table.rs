@@ -322,7 +322,10 @@ pub(crate) const COMMANDS: &[Command] = &[
         summary: "Save a running domain in a file and end it",
         options: &[
             Opt::short('c', "let the domain go on when it is saved"),
-            Opt::short('p', "leave the domain paused when it is saved"),
+            Opt::short(
+                'p',
+                "leave the domain paused when it is saved, also with -c",
+            ),
             Opt::short(
                 'D',
                 "accepted; a restored domain gets a new id all the same",

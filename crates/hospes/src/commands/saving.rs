@@ -19,8 +19,8 @@ pub(crate) fn save(call: &Call) -> Outcome {
         .map(|file| config_in(file, "the domain goes on"));
     let config = config.transpose()?;
     let after = match (call.args.has("c"), call.args.has("p")) {
-        (true, true) => return Err(Failure::Usage("give -c or -p, not both".into())),
         (false, false) => AfterSave::Destroy,
+        // As in xl, one that is to go on and to be paused is paused.
         (_, paused) => AfterSave::GoOn { paused },
     };
     if call.args.has("D") {
