@@ -11,6 +11,7 @@ use hospes_config::{
 use hospes_toolstack::Error::Gone;
 use hospes_toolstack::{CreateRequest, Created, Host, UNATTENDED, Until, Watch};
 use hospes_units::DomId;
+use serde_json::json as object;
 
 use crate::args::Args;
 use crate::commands::failed;
@@ -123,6 +124,9 @@ pub(crate) fn create(call: &Call) -> Outcome {
 }
 
 pub(crate) fn config_update(call: &Call) -> Outcome {
+    if call.args.values.is_empty() {
+        return failed("config-update requires a domain argument");
+    }
     let options = parse(&call.args, 1)?;
     if options.file.is_none() {
         return failed("Config file not specified");
@@ -135,7 +139,14 @@ pub(crate) fn config_update(call: &Call) -> Outcome {
     let kept = format!("domain {} keeps what it has", entry.domid);
     let config = configure(call.global, &options, &kept)?;
     if options.debug || call.global.dry_run {
-        print(format_args!("{}\n", json(&configured::to_json(&config))))?;
+        // As xl does: an item of `list -l' that has no id yet.
+        let uuid = config.uuid.or(Some(entry.record.uuid));
+        let started_next = DomainConfig {
+            uuid,
+            ..config.clone()
+        };
+        let item = object!({ "domid": null, "config": configured::to_json(&started_next) });
+        print(format_args!("{}\n", json(&item)))?;
     }
     if call.global.dry_run {
         return Ok(());
@@ -184,16 +195,14 @@ fn create_with(global: Global, options: Options) -> Outcome {
             None => Failure::Failed(fault),
         }
     })?;
-    if options.debug || global.verbose {
-        tell!("{}", json(&configured::to_json(&config)));
-    }
+    // As in xl, which draws the UUID that the domain has before it shows the configuration.
+    config.uuid = Some(config.uuid.map_or_else(hospes_toolstack::random_uuid, Ok)?);
+    let shown = || json(&configured::to_json(&config));
     if options.dry_run || global.dry_run {
-        // As in xl, which draws the UUID that the domain would have.
-        config.uuid = Some(config.uuid.map_or_else(hospes_toolstack::random_uuid, Ok)?);
-        return Ok(print(format_args!(
-            "{}\n",
-            json(&configured::to_json(&config))
-        ))?);
+        return Ok(print(format_args!("{}\n", shown()))?);
+    }
+    if options.debug || global.verbose {
+        tell!("{}", shown());
     }
     if options.vnc {
         tell!("note: there is no VNC server yet, -V and -A are ignored");

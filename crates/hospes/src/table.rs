@@ -67,7 +67,10 @@ const CREATE: &[Opt] = &[
         "print the configuration as JSON and create nothing",
     ),
     Opt::both('q', "quiet", "no messages but warnings and errors"),
-    Opt::short('d', "print the configuration as JSON to standard error"),
+    Opt::short(
+        'd',
+        "print the configuration as JSON to standard error, with -n to standard output alone",
+    ),
     Opt::short(
         'e',
         "do nothing when the guest ends: every on_... action is preserve",
@@ -191,10 +194,10 @@ pub(crate) const COMMANDS: &[Command] = &[
             Opt::short('d', "print the configuration as JSON"),
         ],
         details: KEY_VALUE,
-        min: 1,
         max: MANY,
         dry_run: true,
         run: create::config_update,
+        ..PLAIN
     },
     Command {
         name: "list",

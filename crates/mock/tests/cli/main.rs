@@ -3,6 +3,7 @@
 mod command_line;
 mod common;
 mod completions;
+mod configuration;
 mod console;
 mod destroy;
 mod devices;
