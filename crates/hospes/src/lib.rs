@@ -14,6 +14,7 @@ mod completions;
 mod configured;
 mod create;
 mod domains;
+mod elsewhere;
 mod help;
 mod image;
 mod keeping;
@@ -116,7 +117,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, machines: &dyn Program
         _ => {}
     }
     let Some(command) = table::find(&command) else {
-        let reason = match table::why_not(&command) {
+        let reason = match elsewhere::why_not(&command) {
             Some(reason) => reason.to_string(),
             None => format!("`{program} help' lists the commands"),
         };

@@ -1,4 +1,4 @@
-//! `list`, with xl's columns.
+//! `list`, `claims` and `sharing`, with xl's columns.
 
 use std::fs;
 
@@ -21,6 +21,7 @@ struct Options {
     context: bool,
     cpupool: bool,
     numa: bool,
+    claims: bool,
     domains: Vec<String>,
 }
 
@@ -32,8 +33,45 @@ pub(crate) fn list(call: &Call) -> Outcome {
         context: args.has("context"),
         cpupool: args.has("cpupool"),
         numa: args.has("numa"),
+        claims: false,
         domains: args.values.clone(),
     })?)
+}
+
+/// The list with what each domain has not used of its memory yet and still may.
+pub(crate) fn claims(_: &Call) -> Outcome {
+    Ok(list_with(&Options {
+        claims: true,
+        ..Options::default()
+    })?)
+}
+
+pub(crate) fn sharing(call: &Call) -> Outcome {
+    Ok(sharing_of(&call.args.values)?)
+}
+
+/// No two domains have a page in common.
+fn sharing_of(domains: &[String]) -> anyhow::Result<()> {
+    let mut silent = Vec::new();
+    let rows = wanted(all(&Host::from_environment()?, &mut silent)?, domains)?;
+    let mut table = String::from("Name                                        ID   Mem Shared\n");
+    for (info, _) in &rows {
+        let mib = info.memory_kib / 1024;
+        table.push_str(&format!(
+            "{:<40} {:>5} {mib:>5}  {:>5}\n",
+            info.name, info.domid, 0
+        ));
+    }
+    print(format_args!("{table}"))?;
+    say(format_args!("{}", of_rows(silent, &rows)));
+    Ok(())
+}
+
+/// The notes on domains that a list has.
+fn of_rows(notes: Vec<(u16, String)>, rows: &[Row]) -> String {
+    let is_listed = |domid| rows.iter().any(|(info, _)| info.domid == domid);
+    let notes = notes.into_iter().filter(|(domid, _)| is_listed(*domid));
+    notes.map(|(_, note)| note).collect()
 }
 
 /// What xl prints where there is nothing to print, as for the label without a security module.
@@ -46,11 +84,7 @@ fn list_with(options: &Options) -> anyhow::Result<()> {
     let host = Host::from_environment()?;
     let mut silent = Vec::new();
     let rows = wanted(all(&host, &mut silent)?, &options.domains)?;
-    let silent: String = silent
-        .into_iter()
-        .filter(|(domid, _)| rows.iter().any(|(info, _)| info.domid == *domid))
-        .map(|(_, note)| note)
-        .collect();
+    let silent = of_rows(silent, &rows);
     if options.long {
         let total_kib = HostMemory::read(&host)?.total_kib;
         let items: Vec<Value> = rows.iter().map(|row| long(row, total_kib)).collect();
@@ -143,6 +177,9 @@ fn header(options: &Options) -> String {
     } else if options.context {
         line.push_str("   Security Label");
     }
+    if options.claims {
+        line.push_str("  Claimed");
+    }
     if options.cpupool {
         line.push_str("         Cpupool");
     }
@@ -189,6 +226,9 @@ fn row(info: &DomainInfo, waiting: &[(String, &str)], options: &Options) -> Stri
         let code = info.shutdown.as_ref().and_then(EndReason::code);
         let code = code.map_or_else(|| NO_LABEL.to_string(), |code| format!("{code:x}"));
         line.push_str(&format!(" {} {code:>8}", info.uuid));
+    }
+    if options.claims {
+        line.push_str(&format!(" {:>5}", info.promised_kib / 1024));
     }
     if options.verbose || options.context {
         line.push_str(&format!(" {NO_LABEL:>16}"));

@@ -3,10 +3,10 @@
 
 use crate::args::{Args, Opt};
 use crate::commands::{
-    device_lists, devices, dumping, host, keys, life, logs, memory, meta, migrating, names, saving,
-    shares, top, vcpus,
+    absent, device_lists, devices, dumping, host, keys, life, logs, memory, meta, migrating, names,
+    saving, shares, top, vcpus,
 };
-use crate::{Global, Outcome, create, domains, image, list};
+use crate::{Global, Outcome, create, domains, elsewhere, image, list};
 
 /// A command that was called.
 pub(crate) struct Call {
@@ -129,6 +129,8 @@ const MEMORY_DETAILS: &str = "MEM is in MiB, or with t, g, m, k or b behind it i
                               enough. A guest may become unstable that has too little. What is set stays through reboots.";
 const SHUTDOWN_DETAILS: &str = "The command returns when the guest has acknowledged the request, and fails where it has not after 60 seconds, as one that is paused or hangs. \
                                 The guest decides how long it takes then. What happens behind that is set by on_poweroff and on_reboot of its configuration.";
+
+const NO_DEVICES: &str = "There are no such devices here: the list is empty. Disks and network interfaces are in block-list and network-list.";
 
 const IMAGE: &[Opt] = &[
     Opt::long("size", "size of the disk with K, M, G or T; 4G").with("SIZE"),
@@ -599,6 +601,22 @@ pub(crate) const COMMANDS: &[Command] = &[
         ..PLAIN
     },
     Command {
+        name: "claims",
+        summary: "List the domains with the memory that is promised to them",
+        details: "Claimed is what a domain has not used of its memory yet and still may take, in MiB: no other is given that.",
+        run: list::claims,
+        ..PLAIN
+    },
+    Command {
+        name: "sharing",
+        arguments: "[DOMAIN]",
+        summary: "List the memory that domains share with each other",
+        details: "They share none.",
+        max: 1,
+        run: list::sharing,
+        ..PLAIN
+    },
+    Command {
         name: "uptime",
         arguments: "[OPTIONS] [DOMAIN...]",
         summary: "Print how long domains have been running",
@@ -757,6 +775,89 @@ pub(crate) const COMMANDS: &[Command] = &[
         ..PLAIN
     },
     Command {
+        name: "pci-list",
+        arguments: "DOMAIN",
+        summary: "List the PCI devices that are passed through to a domain",
+        details: NO_DEVICES,
+        min: 1,
+        max: 1,
+        run: absent::pci,
+        ..PLAIN
+    },
+    Command {
+        name: "pci-assignable-list",
+        arguments: "[OPTIONS]",
+        summary: "List the PCI devices that can be passed through",
+        options: &[Opt::both(
+            'n',
+            "show-names",
+            "with the names that were given to them",
+        )],
+        details: NO_DEVICES,
+        run: absent::pci_assignable,
+        ..PLAIN
+    },
+    Command {
+        name: "usb-list",
+        arguments: "DOMAIN",
+        summary: "List the USB controllers and devices of a domain",
+        details: NO_DEVICES,
+        min: 1,
+        max: 1,
+        run: absent::usb,
+        ..PLAIN
+    },
+    Command {
+        name: "channel-list",
+        arguments: "DOMAIN...",
+        summary: "List the virtual channels of domains",
+        details: NO_DEVICES,
+        min: 1,
+        max: MANY,
+        run: absent::channels,
+        ..PLAIN
+    },
+    Command {
+        name: "vtpm-list",
+        arguments: "DOMAIN...",
+        summary: "List the virtual TPMs of domains",
+        details: NO_DEVICES,
+        min: 1,
+        max: MANY,
+        run: absent::vtpms,
+        ..PLAIN
+    },
+    Command {
+        name: "vkb-list",
+        arguments: "DOMAIN...",
+        summary: "List the virtual keyboards of domains",
+        details: NO_DEVICES,
+        min: 1,
+        max: MANY,
+        run: absent::vkbs,
+        ..PLAIN
+    },
+    Command {
+        name: "vdispl-list",
+        arguments: "DOMAIN...",
+        summary: "List the virtual displays of domains",
+        details: NO_DEVICES,
+        min: 1,
+        max: MANY,
+        run: absent::vdispls,
+        ..PLAIN
+    },
+    Command {
+        name: "vsnd-list",
+        arguments: "DOMAIN...",
+        summary: "List the virtual sound devices of domains",
+        details: NO_DEVICES,
+        min: 1,
+        max: MANY,
+        run: absent::vsnds,
+        ..PLAIN
+    },
+    Command {
         name: "image",
         arguments: "[OPTIONS] debian FILE",
         summary: "Make a disk image with Debian from the archive",
@@ -839,80 +940,6 @@ pub(crate) const GLOBAL_OPTIONS: &[Opt] = &[
     Opt::both('V', "version", "print the version"),
 ];
 
-/// Commands of xl that are not here, by the reason.
-const NOT_HERE: &[(&str, &[&str])] = &[
-    (
-        "domains are not kept in two places at once: migrate moves one",
-        &["remus"],
-    ),
-    (
-        "domains neither claim memory by themselves nor share any",
-        &["claims", "sharing"],
-    ),
-    ("there is no VNC server yet", &["vncviewer"]),
-    (
-        "devices of the host cannot be passed through",
-        &[
-            "pci-attach",
-            "pci-detach",
-            "pci-list",
-            "pci-assignable-add",
-            "pci-assignable-remove",
-            "pci-assignable-list",
-            "usbctrl-attach",
-            "usbctrl-detach",
-            "usbdev-attach",
-            "usbdev-detach",
-            "usb-list",
-        ],
-    ),
-    (
-        "there are no such devices",
-        &[
-            "vtpm-attach",
-            "vtpm-list",
-            "vtpm-detach",
-            "vkb-attach",
-            "vkb-list",
-            "vkb-detach",
-            "vdispl-attach",
-            "vdispl-list",
-            "vdispl-detach",
-            "vsnd-attach",
-            "vsnd-list",
-            "vsnd-detach",
-            "channel-list",
-            "qemu-monitor-command",
-        ],
-    ),
-    (
-        "Linux schedules the virtual CPUs",
-        &[
-            "sched-rtds",
-            "cpupool-create",
-            "cpupool-destroy",
-            "cpupool-rename",
-            "cpupool-cpu-add",
-            "cpupool-cpu-remove",
-            "cpupool-migrate",
-            "cpupool-numa-split",
-            "psr-hwinfo",
-            "psr-cmt-attach",
-            "psr-cmt-detach",
-            "psr-cmt-show",
-            "psr-cat-set",
-            "psr-cat-show",
-            "psr-mba-set",
-            "psr-mba-show",
-        ],
-    ),
-    (
-        "there is no hypervisor below the kernel",
-        &["set-parameters", "getenforce", "setenforce", "loadpolicy"],
-    ),
-    ("back ends are in the domain processes", &["devd"]),
-];
-
 /// Commands that xl does not have: their names have to be written out, so that beginnings mean what they mean to xl.
 const OWN: &[&str] = &["block-resize", "completions", "domains", "image", "manual"];
 
@@ -922,7 +949,7 @@ pub(crate) fn find(name: &str) -> Option<&'static Command> {
         return Some(command);
     }
     let here = COMMANDS.iter().map(|command| command.name);
-    let elsewhere = NOT_HERE.iter().flat_map(|(_, names)| names.iter().copied());
+    let elsewhere = elsewhere::names();
     let mut candidates = here
         .filter(|other| !OWN.contains(other))
         .chain(elsewhere)
@@ -931,12 +958,4 @@ pub(crate) fn find(name: &str) -> Option<&'static Command> {
         return None;
     };
     COMMANDS.iter().find(|command| command.name == only)
-}
-
-/// Why a command of xl is not here; `None` for what xl does not have either.
-pub(crate) fn why_not(name: &str) -> Option<&'static str> {
-    NOT_HERE
-        .iter()
-        .find(|(_, names)| names.contains(&name))
-        .map(|(reason, _)| *reason)
 }

@@ -64,7 +64,7 @@ fn troubles(host: &Host, domid: DomId) -> Result<String, Error> {
 }
 
 /// The host has an id too, and no devices.
-fn domid(host: &Host, who: &str) -> Result<DomId, Error> {
+pub(crate) fn domid(host: &Host, who: &str) -> Result<DomId, Error> {
     match host.find(who) {
         Ok(entry) => Ok(entry.domid),
         Err(Error::Host) => Ok(DomId::HOST),

@@ -1,5 +1,6 @@
 //! The commands, by what they are about.
 
+pub(crate) mod absent;
 pub(crate) mod device_lists;
 pub(crate) mod devices;
 pub(crate) mod dumping;

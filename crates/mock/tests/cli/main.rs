@@ -13,6 +13,7 @@ mod host;
 mod image;
 mod keeping;
 mod life_cycle;
+mod lists;
 mod memory;
 mod migrating;
 mod rename_restart;
