@@ -229,7 +229,7 @@ pub(crate) const COMMANDS: &[Command] = &[
         summary: "Attach to a domain's console",
         options: &[
             Opt::short('t', "kind of console; a PVH domain has a pv console only")
-                .with("pv|serial"),
+                .with("pv|serial|vuart"),
             Opt::short('n', "number of the console; there is number 0 only").with("NUM"),
         ],
         details: "Ctrl-] leaves the console. The last 64 KiB of output are shown first. The end of the input does not end the command, the end of the \

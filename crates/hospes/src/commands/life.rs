@@ -23,21 +23,23 @@ pub(crate) fn destroy(call: &Call) -> Outcome {
 pub(crate) fn console(call: &Call) -> Outcome {
     match call.args.value("t") {
         None | Some("pv") => {}
-        Some("serial") => return failed("a PVH domain has no serial console: use -t pv"),
-        Some(other) => {
-            return Err(Failure::Usage(format!(
-                "`{other}' is no kind of console: use pv"
-            )));
+        Some(kind @ ("serial" | "vuart")) => {
+            return failed(&format!("a PVH domain has no {kind} console: use -t pv"));
+        }
+        Some(_) => {
+            return failed(
+                "console type supported are: pv, serial, vuart; a PVH domain has pv: use -t pv",
+            );
         }
     }
-    match call.args.value("n").map(str::parse::<u32>) {
-        None | Some(Ok(0)) => {}
-        Some(Ok(number)) => {
+    match call.args.value("n") {
+        None => {}
+        Some(number) if number.parse() == Ok(0u32) => {}
+        Some(number) => {
             return failed(&format!(
                 "there is no console {number}: a domain has console 0 only"
             ));
         }
-        Some(Err(_)) => return Err(Failure::Usage("-n wants a number".into())),
     }
     let stream = Host::from_environment()?.console(call.args.at(0))?;
     terminal::attach(&stream)?;

@@ -101,7 +101,7 @@ fn console_of_no_domain_or_kind_is_refused() {
             .fails(1, &["console", "-n", "1", "one"])
             .contains("no console 1")
     );
-    bench.fails(2, &["console", "-t", "video", "one"]);
+    bench.fails(1, &["console", "-t", "video", "one"]);
 }
 
 /// Both ends of a new terminal.
