@@ -106,6 +106,7 @@ pub fn create(
         xen.restore_balloon(&saved.balloon());
         xen.mask_all_ports();
     }
+    let most_kib = content.saved.as_ref().and_then(|s| s.memory_most_kib);
     let placement = Arc::new(Placement::new(spec.vcpus));
     let mut vcpus = Vec::new();
     for (id, start) in (0..spec.vcpus).map(VcpuId).zip(content.vcpus) {
@@ -152,6 +153,7 @@ pub fn create(
         .store
         .add_domain(&entry, Arc::new(move || waker.set()))?;
     let store = spec.store.access();
+    let log = Arc::clone(&spec.log);
     let devices = Devices::new(
         spec.domid,
         &spec.name,
@@ -189,6 +191,14 @@ pub fn create(
         membership: Mutex::new(Some(membership)),
         sending: Arc::default(),
     };
+    if let Some(kib) = most_kib
+        && let Err(fault) = domain.set_memory_max(kib, &*spec.promised)
+    {
+        // It goes on with what it is to have.
+        log(&format!(
+            "The guest may not have {kib} KiB of memory, as mem-max has said: {fault}"
+        ));
+    }
     let page = |gfn| Page::of_frame(domain.xen.memory(), gfn);
     let (console_page, store_page) = (page(layout.console)?, page(layout.xenstore)?);
     start_services(

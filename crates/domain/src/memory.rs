@@ -31,8 +31,8 @@ const PAGE_KIB: u64 = PAGE_SIZE / 1024;
 /// What a domain's memory is to be.
 #[derive(Debug)]
 pub struct MemoryUse {
-    /// Held while it is changed.
-    changing: Mutex<()>,
+    /// Held while it is changed. What the guest may have, in KiB, where that was set apart from what it is to have.
+    most_kib: Mutex<Option<u64>>,
     target_kib: AtomicU64,
     /// What it is about to be allowed, while the host is asked for it.
     asked_pages: AtomicU64,
@@ -43,11 +43,16 @@ pub struct MemoryUse {
 impl MemoryUse {
     pub fn new(target_kib: u64) -> MemoryUse {
         MemoryUse {
-            changing: Mutex::default(),
+            most_kib: Mutex::default(),
             target_kib: AtomicU64::new(target_kib),
             asked_pages: AtomicU64::new(0),
             changed: Arc::default(),
         }
+    }
+
+    /// What the guest may have, in KiB, where that was set apart.
+    pub fn most_kib(&self) -> Option<u64> {
+        *lock(&self.most_kib)
     }
 }
 
@@ -66,7 +71,7 @@ impl Domain {
         kib: u64,
         promised: &dyn Fn() -> u64,
     ) -> Result<(), RequestError> {
-        let _changing = lock(&self.memory_use.changing);
+        let mut most_kib = lock(&self.memory_use.most_kib);
         if kib > self.spec.memory_max_bytes / 1024 {
             return Err(RequestError::MemoryAboveMax {
                 max_mib: self.spec.memory_max_bytes >> 20,
@@ -82,13 +87,14 @@ impl Domain {
             let path = hospes_store::domain_path(self.spec.domid) + "/memory/target";
             self.xen.set_target_pages(pages);
             self.memory_use.target_kib.store(kib, SeqCst);
+            *most_kib = None;
             self.store.write(&path, kib.to_string().as_bytes())
         })
     }
 
     /// Lets the guest have this much memory, of which it is not told.
     pub fn set_memory_max(&self, kib: u64, promised: &dyn Fn() -> u64) -> Result<(), RequestError> {
-        let _changing = lock(&self.memory_use.changing);
+        let mut most_kib = lock(&self.memory_use.most_kib);
         let target_kib = self.memory_use.target_kib.load(SeqCst);
         if kib < target_kib {
             return Err(RequestError::MemoryBelowTarget { target_kib });
@@ -96,6 +102,7 @@ impl Domain {
         let pages = kib / PAGE_KIB;
         self.grow(pages, promised, || {
             self.xen.set_limit_pages(pages);
+            *most_kib = Some(kib);
             Ok(())
         })
     }

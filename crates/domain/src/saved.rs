@@ -84,6 +84,9 @@ pub(crate) struct SavedVcpu {
 pub(crate) struct Saved {
     /// What the memory map lists.
     pub memory_max_bytes: u64,
+    /// What the guest may have, in KiB, where that was set apart from what it is to have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_most_kib: Option<u64>,
     pub system_time_ns: u64,
     pub features: SavedFeatures,
     /// Frames that the guest has given back: first ones and numbers.
@@ -351,6 +354,7 @@ fn write(
     } = xen.balloon();
     let saved = Saved {
         memory_max_bytes: domain.spec.memory_max_bytes,
+        memory_most_kib: domain.memory_use.most_kib(),
         system_time_ns: xen.system_time_ns(),
         features: domain.processor.features(),
         given_back,

@@ -145,6 +145,49 @@ fn saved_domain_goes_on_in_a_new_one() {
     assert_eq!(d.wait(), EndReason::Reboot);
 }
 
+/// What a guest of 32 MiB in 64 has or may take that was saved when it might have so much more than that, and restored beside others.
+fn claimed_mib_after(most_mib: Option<u64>, promised: u64) -> u64 {
+    let asked = Arc::new(AtomicBool::new(false));
+    let suspends = Arc::clone(&asked);
+    let sizes = [MEMORY / 2, MEMORY];
+    let d = domain_with(1, sizes, Sink::default(), move |c| {
+        Ok(match suspends.swap(false, SeqCst) {
+            true => c.shutdown(sched::SHUTDOWN_SUSPEND),
+            false => Exit::Yield,
+        })
+    })
+    .unwrap();
+    if let Some(mib) = most_mib {
+        d.set_memory_max(mib << 10, &|| 0).unwrap();
+    }
+    d.unpause();
+    suspend(&d, &asked);
+    let from: Box<dyn Read + Send> = Box::new(std::io::Cursor::new(saved(&d)));
+    let (stream, _) = Reader::new(from).unwrap();
+    let kernel = KernelFile::new();
+    let calls = AtomicU32::new(0);
+    let spec = DomainSpec {
+        // The domain itself has its place: others have come since.
+        promised: Box::new(move || match calls.fetch_add(1, SeqCst) {
+            0 | 1 => 0,
+            _ => promised,
+        }),
+        ..spec(1, sizes, Sink::default(), &kernel)
+    };
+    let d = Domain::restore(spec, stream, engine(|_| Ok(Exit::Yield))).unwrap();
+    // Of 4 KiB.
+    d.xen().claimed_pages() / 256
+}
+
+#[test]
+fn restored_domain_may_have_the_memory_that_it_might_have() {
+    assert_eq!(claimed_mib_after(None, 0), 32);
+    assert_eq!(claimed_mib_after(Some(48), 0), 48);
+    assert_eq!(claimed_mib_after(Some(1 << 30), 0), 64);
+    // What the host does not have it goes on without.
+    assert_eq!(claimed_mib_after(Some(48), u64::MAX), 32);
+}
+
 #[test]
 fn watchdog_waits_for_a_guest_that_is_suspended() {
     let d = suspended();
