@@ -308,6 +308,10 @@ impl Machine for Mock {
         soft: Option<&Affinity>,
     ) -> Result<(), MachineError> {
         let mut state = self.lock();
+        let last = state.affinities.len() - 1;
+        if vcpu.is_some_and(|vcpu| vcpu as usize > last) {
+            return Err(format!("its last vCPU is {last}").into());
+        }
         for (n, place) in state.affinities.iter_mut().enumerate() {
             if vcpu.is_none_or(|vcpu| vcpu as usize == n) {
                 place.0 = hard.unwrap_or(&place.0).clone();
@@ -329,7 +333,12 @@ impl Machine for Mock {
     }
 
     fn set_vcpus(&self, online: u32) -> Result<(), MachineError> {
-        self.lock().online = online;
+        let mut state = self.lock();
+        let most = state.affinities.len();
+        if online == 0 || online as usize > most {
+            return Err(format!("it has 1 to {most} vCPUs").into());
+        }
+        state.online = online;
         Ok(())
     }
 
@@ -348,7 +357,11 @@ impl Machine for Mock {
     }
 
     fn set_memory_max(&self, kib: u64, _: &dyn Fn() -> u64) -> Result<(), MachineError> {
-        say(&mut self.lock(), &format!("memory at most {kib}"));
+        let mut state = self.lock();
+        if kib < state.memory_kib {
+            return Err(format!("it is to have {} KiB", state.memory_kib).into());
+        }
+        say(&mut state, &format!("memory at most {kib}"));
         Ok(())
     }
 

@@ -24,3 +24,4 @@ mod signals;
 mod stopped;
 mod transport;
 mod unprivileged;
+mod wrong_arguments;
