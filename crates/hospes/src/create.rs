@@ -152,7 +152,7 @@ pub(crate) fn config_update(call: &Call) -> Outcome {
         return Ok(());
     }
     tell!("setting dom{} configuration", entry.domid);
-    Ok(host.update_config(&entry.domid.to_string(), config)?)
+    Ok(host.update_config(call.args.at(0), config)?)
 }
 
 /// The configuration in a file, and warnings about it; the error is all that is wrong with it.

@@ -1,7 +1,8 @@
 //! One domain id: its machine, its record, and how far it has come.
 
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use hospes_config::{DiskConfig, DomainConfig, Uuid, Vdev, VifConfig};
@@ -11,10 +12,7 @@ use crate::apart::RemoteMachine;
 use crate::busy::Line;
 use crate::error::{Error, Result};
 use crate::hub::ConsoleHub;
-use crate::log::log;
-use crate::logfile::move_log;
 use crate::machine::{Machine, MachineError};
-use crate::paths::Paths;
 use crate::protocol::{DeviceKind, DomainInfo, EndReason, Ended, Until};
 use crate::registry::{Record, Registry};
 use crate::scheduling::Share;
@@ -23,6 +21,8 @@ use crate::state::Promised;
 
 /// How long commands that wait for the end, and readers of the console, get to hear of it.
 pub(crate) const FAREWELL: Duration = Duration::from_secs(2);
+/// How often it is looked whether a change has been made.
+const LOOK: Duration = Duration::from_millis(5);
 
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
@@ -31,6 +31,8 @@ pub(crate) struct Progress {
     pub(crate) returns: bool,
     /// It has shut down and is about to be gone.
     pub(crate) leaves: bool,
+    /// What comes behind it is being made of its configuration.
+    handed_on: bool,
     /// The domain's id is free; with the id that took its place.
     pub(crate) gone: Option<Option<DomId>>,
     /// It is kept, and this one was to take its place; or why there is none.
@@ -44,7 +46,7 @@ pub(crate) struct Progress {
 pub(crate) struct Instance {
     pub(crate) domid: DomId,
     pub(crate) registry: Registry,
-    record: Mutex<Record>,
+    pub(crate) record: Mutex<Record>,
     /// Held while the record and the machine are changed together.
     pub(crate) changes: Mutex<()>,
     pub(crate) saving: AtomicBool,
@@ -52,8 +54,8 @@ pub(crate) struct Instance {
     pub(crate) deaf: Mutex<bool>,
     pub(crate) line: Mutex<Line>,
     pub(crate) standing: Mutex<Standing>,
-    machine: Arc<RemoteMachine>,
-    hub: Arc<ConsoleHub>,
+    pub(crate) machine: Arc<RemoteMachine>,
+    pub(crate) hub: Arc<ConsoleHub>,
     progress: Mutex<Progress>,
     changed: Condvar,
 }
@@ -178,9 +180,31 @@ impl Instance {
         lock(&self.progress).shutdown.is_some()
     }
 
+    /// What is said to those who want something of a domain that has shut down and is about to start again.
+    pub(crate) const RETURNS: &str =
+        "it has shut down and is about to start again: try again in a moment";
+
     /// Whether it has shut down and is about to start again.
     pub(crate) fn returns(&self) -> bool {
         lock(&self.progress).returns
+    }
+
+    /// Whether changes come too late for what comes behind it, which is to be asked for them.
+    pub(crate) fn has_handed_on(&self) -> bool {
+        lock(&self.progress).handed_on
+    }
+
+    /// The configuration of what comes behind it, with all changes that have been said to be made: a change that is being made has a while to be done, and others are
+    /// refused from here on.
+    pub(crate) fn hand_on(&self) -> DomainConfig {
+        self.update(|progress| progress.handed_on = true);
+        let deadline = Instant::now() + FAREWELL;
+        while matches!(self.changes.try_lock(), Err(TryLockError::WouldBlock))
+            && Instant::now() < deadline
+        {
+            thread::sleep(LOOK);
+        }
+        self.next_config()
     }
 
     /// The configuration with what has changed since the start.
@@ -223,90 +247,14 @@ impl Instance {
         self.set_record(record)
     }
 
-    /// Begins a change that a command wants, and refuses it where the domain was saved or given away while it had to wait.
-    fn begin_change(&self) -> std::result::Result<MutexGuard<'_, ()>, ChangeError> {
+    /// Begins a change that a command wants, and refuses it where the domain was saved or given away while it had to wait, or starts again.
+    pub(crate) fn begin_change(&self) -> std::result::Result<MutexGuard<'_, ()>, ChangeError> {
         let changes = lock(&self.changes);
-        match self.is_fixed() {
+        let returns = || self.has_handed_on().then(|| Instance::RETURNS.into());
+        match self.is_fixed().or_else(returns) {
             Some(why) => Err(ChangeError::Fixed(why)),
             None => Ok(changes),
         }
-    }
-
-    /// Gives the domain another name, which its logs get too.
-    pub(crate) fn rename(&self, name: &str) -> std::result::Result<(), ChangeError> {
-        let _changes = self.begin_change()?;
-        let mut record = lock(&self.record).clone();
-        let old = std::mem::replace(&mut record.name, name.to_string());
-        if old == name {
-            return Ok(());
-        }
-        record.config.name = name.to_string();
-        self.registry.update_and(self.domid, &record, |paths| {
-            self.move_logs(paths, &old, name);
-        })?;
-        *lock(&self.record) = record;
-        self.machine.rename(name).map_err(ChangeError::Machine)
-    }
-
-    /// Gives a domain that has come from another host the name and UUID that it had there.
-    pub(crate) fn settle_in(&self, name: &str, uuid: Uuid) -> std::result::Result<(), ChangeError> {
-        let _changes = lock(&self.changes);
-        let mut record = lock(&self.record).clone();
-        let old = std::mem::replace(&mut record.name, name.to_string());
-        record.uuid = uuid;
-        self.registry.update_and(self.domid, &record, |paths| {
-            self.move_logs(paths, &old, name);
-        })?;
-        *lock(&self.record) = record;
-        self.machine
-            .become_another(name, uuid)
-            .map_err(ChangeError::Machine)
-    }
-
-    fn move_logs(&self, paths: &Paths, old: &str, name: &str) {
-        log!("Domain {old} has the name {name} from here on");
-        let (from, to) = (paths.domain_log(old), paths.domain_log(name));
-        let (console_from, console_to) = (paths.console_log(old), paths.console_log(name));
-        let console = self.hub.move_log(&console_from, &console_to);
-        // A domain kept by `rename-restart` has none under its name.
-        let own = if from.exists() {
-            move_log(&from, &to)
-        } else {
-            Ok(())
-        };
-        if let Err(fault) = own.and(console) {
-            log!("A log keeps its name: {fault}");
-        }
-    }
-
-    /// Gives its name and UUID up to a domain that comes behind it.
-    pub(crate) fn become_another(
-        &self,
-        name: &str,
-        uuid: Uuid,
-    ) -> std::result::Result<(), ChangeError> {
-        let _changes = lock(&self.changes);
-        self.be_another(name, uuid)
-    }
-
-    /// The same, for who keeps the domain as it is.
-    pub(crate) fn be_another(
-        &self,
-        name: &str,
-        uuid: Uuid,
-    ) -> std::result::Result<(), ChangeError> {
-        let before = lock(&self.record).clone();
-        let mut record = before.clone();
-        record.name = name.to_string();
-        record.uuid = uuid;
-        self.set_record(record)?;
-        self.machine.become_another(name, uuid).map_err(|fault| {
-            // The store knows it as before.
-            if let Err(fault) = self.set_record(before) {
-                log!("The domain keeps the name {name}: {fault}");
-            }
-            ChangeError::Machine(fault)
-        })
     }
 
     /// Takes another configuration for the next start.

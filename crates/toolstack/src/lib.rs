@@ -36,6 +36,7 @@ mod log;
 mod logfile;
 mod machine;
 mod migrating;
+mod naming;
 mod orphans;
 mod paths;
 mod process;

@@ -297,7 +297,7 @@ fn answer(
     let machine = instance.machine();
     if request.asks_guest() && instance.has_shut_down() {
         let message = if instance.returns() {
-            "it has shut down and is about to start again: try again in a moment"
+            Instance::RETURNS
         } else if matches!(
             request,
             Request::Shutdown {
@@ -313,6 +313,9 @@ fn answer(
         return Some(Reply::Error {
             message: message.into(),
         });
+    }
+    if request.is_change() && instance.has_handed_on() {
+        return None;
     }
     if request.is_change()
         && !request.is_order()

@@ -453,7 +453,7 @@ impl<'a> Supervisor<'a> {
         server.stop();
         self.hub.connect(None);
         instance.machine().leave();
-        let config = instance.next_config();
+        let config = instance.hand_on();
         let record = Record::new(&config, self.uuid);
         let slot = self.replace(slot, &record, &instance)?;
         if !instance.succeed(slot.domid()) {
@@ -501,16 +501,9 @@ impl<'a> Supervisor<'a> {
     }
 
     fn try_rename_and_restart(&self, current: &Current) -> std::result::Result<DomId, ChangeError> {
-        let config = current.instance.next_config();
-        let name = format!("{}{}", config.name, Utc::now().name_suffix());
-        log!(
-            "Preserving domain {} {} as {name}",
-            current.domid(),
-            config.name
-        );
-        current
-            .instance
-            .become_another(&name, launch::random_uuid()?)?;
+        let suffix = Utc::now().name_suffix();
+        let instance = &current.instance;
+        let config = instance.become_another(&suffix, launch::random_uuid()?)?;
         if current.instance.wait_destroy(Some(Duration::ZERO)) {
             return Err(Error::Gone {
                 domid: current.domid(),

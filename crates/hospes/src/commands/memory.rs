@@ -11,7 +11,8 @@ pub(crate) fn set(call: &Call) -> Outcome {
     let (host, kib) = (Host::from_environment()?, kib(call)?);
     match find_but_host(&host, call.args.at(0), "its memory is")? {
         Some(entry) => {
-            let set = host.set_memory_target(&entry.domid.to_string(), kib);
+            // By the name that was given: a domain that starts again just now has another id.
+            let set = host.set_memory_target(call.args.at(0), kib);
             done(call, entry.domid, "dynamic", set)
         }
         None => Ok(()),
@@ -21,7 +22,7 @@ pub(crate) fn set(call: &Call) -> Outcome {
 pub(crate) fn max(call: &Call) -> Outcome {
     let (host, kib) = (Host::from_environment()?, kib(call)?);
     let domid = host.find(call.args.at(0))?.domid;
-    let set = host.set_memory_max(&domid.to_string(), kib);
+    let set = host.set_memory_max(call.args.at(0), kib);
     done(call, domid, "static", set)
 }
 

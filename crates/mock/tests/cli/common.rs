@@ -1,6 +1,7 @@
 //! A run-time directory of its own for every test, and the program run in it.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -161,6 +162,37 @@ impl Drop for Bench {
         let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
+
+/// A connection to a domain's control socket.
+pub struct Control(BufReader<UnixStream>);
+
+impl Control {
+    pub fn open(bench: &Bench, id: u32) -> Control {
+        let stream =
+            UnixStream::connect(bench.domain_dir(id).join("control.sock")).expect("it listens");
+        let patience = Some(Duration::from_secs(60));
+        stream.set_read_timeout(patience).expect("a socket");
+        Control(BufReader::new(stream))
+    }
+
+    pub fn send(&self, request: &str) {
+        let line = format!("{{\"version\":1,\"body\":{request}}}\n");
+        self.0
+            .get_ref()
+            .write_all(line.as_bytes())
+            .expect("it listens");
+    }
+
+    /// The answer, which is empty where the connection was closed without one.
+    pub fn answer(&mut self) -> String {
+        let mut line = String::new();
+        self.0.read_line(&mut line).expect("an answer or the end");
+        line
+    }
+}
+
+/// A request for it.
+pub const REBOOT: &str = r#"{"op":"shutdown","kind":"reboot"}"#;
 
 /// Everything that can be read, as it comes.
 pub fn read_in_thread(mut from: impl Read + Send + 'static) -> Receiver<String> {

@@ -1,8 +1,11 @@
-//! The configuration of the next start.
+//! The configuration of the next start and the name, also in the moment of a restart.
 
+use std::fs::File;
+
+use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 
-use crate::common::Bench;
+use crate::common::{Bench, Control, REBOOT, until};
 
 fn item(bench: &Bench, name: &str) -> Value {
     let list: Value = serde_json::from_str(&bench.ok(&["list", "-l", name])).expect("JSON");
@@ -57,4 +60,65 @@ fn create_shows_the_configuration_once_with_the_uuid_of_the_domain() {
     let shown: Value = serde_json::from_slice(&output.stderr).expect("JSON");
     let made = item(&bench, "one");
     assert_eq!(shown["c_info"], made["config"]["c_info"]);
+}
+
+#[test]
+fn rename_that_fails_changes_nothing() {
+    let bench = Bench::new();
+    bench.create("one", &[]);
+    bench.create("two", &[]);
+    for (name, fault) in [("two", "\"two\" exists already"), ("Domain-0", "Domain-0")] {
+        let said = bench.fails(1, &["rename", "one", name]);
+        assert!(said.contains(fault), "{said}");
+        assert_eq!(bench.row("one").expect("it has its name")[1], "1");
+        assert_eq!(item(&bench, "one")["config"]["c_info"]["name"], "one");
+        assert!(bench.path("log/one.log").exists());
+    }
+    bench.ok(&["rename", "one", "other"]);
+    assert_eq!(bench.row("other").expect("it has another")[1], "1");
+}
+
+#[test]
+fn change_that_comes_too_late_for_the_next_start_is_asked_of_that() {
+    let bench = Bench::new();
+    bench.create("one", &["memory=64", "maxmem=128"]);
+    let mut control = Control::open(&bench, 1);
+    let mut probe = Control::open(&bench, 1);
+    // All have been accepted when they are answered.
+    let requests = [
+        json!({ "op": "rename", "name": "other" }),
+        json!({ "op": "set-memory-target", "kib": 80 << 10 }),
+        json!({ "op": "update-config", "config": record(&bench)["config"] }),
+    ]
+    .map(|request| {
+        let mut control = Control::open(&bench, 1);
+        control.send(r#"{"op":"info"}"#);
+        assert!(control.answer().contains("info"));
+        (control, request.to_string())
+    });
+    // The next id cannot be given as long as this is held.
+    let registry = File::open(bench.path("run/lock")).expect("there");
+    flock(&registry, FlockOperation::LockExclusive).expect("a file");
+    control.send(REBOOT);
+    assert!(control.answer().contains("done"));
+    // This is not written down: it is done, or fails, until the configuration of the next start is taken.
+    until("the next start is being made", || {
+        probe.send(r#"{"op":"set-memory-max","kib":131072}"#);
+        probe.answer().is_empty()
+    });
+    for (mut control, request) in requests {
+        control.send(&request);
+        assert_eq!(control.answer(), "", "{request}");
+    }
+    let mut command = bench.spawn(&["mem-set", "one", "96"]);
+    drop(registry);
+    assert_eq!(command.wait(), Some(0));
+    assert_eq!(bench.row("one").expect("it runs again")[1], "2");
+    let build = &item(&bench, "one")["config"]["b_info"];
+    assert_eq!(build["target_memkb"], 96 << 10);
+}
+
+fn record(bench: &Bench) -> Value {
+    let text = std::fs::read(bench.domain_dir(1).join("domain.json")).expect("a record");
+    serde_json::from_slice(&text).expect("JSON")
 }

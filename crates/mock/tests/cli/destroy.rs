@@ -1,45 +1,13 @@
 //! Destroying a domain at the worst moments: success means that it does not come back.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
-use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::common::{Bench, until};
+use crate::common::{Bench, Control, REBOOT, until};
 
-/// A connection to a domain's control socket.
-struct Control(BufReader<UnixStream>);
-
-impl Control {
-    fn open(bench: &Bench, id: u32) -> Control {
-        let stream =
-            UnixStream::connect(bench.domain_dir(id).join("control.sock")).expect("it listens");
-        let patience = Some(Duration::from_secs(60));
-        stream.set_read_timeout(patience).expect("a socket");
-        Control(BufReader::new(stream))
-    }
-
-    fn send(&self, request: &str) {
-        let line = format!("{{\"version\":1,\"body\":{request}}}\n");
-        self.0
-            .get_ref()
-            .write_all(line.as_bytes())
-            .expect("it listens");
-    }
-
-    /// The answer, which is empty where the connection was closed without one.
-    fn answer(&mut self) -> String {
-        let mut line = String::new();
-        self.0.read_line(&mut line).expect("an answer or the end");
-        line
-    }
-}
-
-const REBOOT: &str = r#"{"op":"shutdown","kind":"reboot"}"#;
 const DESTROY: &str = r#"{"op":"destroy"}"#;
 
 #[test]
