@@ -9,29 +9,33 @@
 //!   the guest goes on; those that have changed go.
 //! * It can be written where the guest's tables allow that with the dirty bit set, but for frames with code: such a frame is made read-only before its bytes are read for translation. While
 //!   written frames are logged nothing is shown.
+//! * Pages of stacks are extents of one page each, which come and go ([`stacks`]).
 //! * Special frames are not shown; what else lies in the memory file at their place never is.
 //! * All vCPUs use the same window, so the top tables of all have the same entries for what it shows, or none. Four addresses 2^43 and 2^46 apart share a place: nothing is shown whose place
 //!   other tables lead to. Both are looked at whenever a vCPU loads a root or flushes.
 //! * Nothing but extents lies in what [`hospes_translate::layout::WINDOW`] says emitted code can reach; a process has one such window, and the first machine that needs it has it.
 
 mod extent;
+mod stacks;
 #[cfg(test)]
 mod tests;
 
 use std::collections::HashMap;
-use std::ops::RangeInclusive;
+use std::ffi::c_void;
+use std::ops::{Range, RangeInclusive};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 use std::sync::{PoisonError, RwLock, RwLockWriteGuard};
 
 use hospes_engine::cr;
 use hospes_memory::GuestMemory;
-use hospes_translate::layout::{WINDOW, WINDOW_REACH};
+use hospes_translate::layout::{WINDOW, WINDOW_REACH, window_address};
 use hospes_units::{Gfn, Gpa, PAGE_SIZE};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 
 pub(crate) use extent::{Asker, root};
 use extent::{Extent, Roof, UPPER, guest_addresses};
+use stacks::Stacks;
 
 /// Most extents.
 const EXTENTS: usize = 64;
@@ -43,6 +47,8 @@ const PIECES: usize = 50_000;
 const PIECES_TO_COME: usize = 8_000;
 /// Stores of one instruction to frames with code, after which it is one that writes code.
 const CODE_WRITES: u32 = 4;
+/// The same for stores to stacks.
+const STACK_WRITES: u32 = 64;
 /// Instructions that are remembered for that.
 const WRITERS: usize = 4096;
 /// Strikes after which nothing is tried there any more.
@@ -74,6 +80,7 @@ struct State {
     /// `None` until it is first needed.
     reserved: Option<bool>,
     extents: Vec<Extent>,
+    stacks: Stacks,
     /// What they rely on.
     roofs: Vec<Roof>,
     /// Written frames are being logged.
@@ -82,6 +89,8 @@ struct State {
     shut_something: bool,
     given_up: bool,
     disagreements: u32,
+    /// The same for pages of stacks that were not shown for that.
+    stack_disagreements: u32,
     /// How often something could not be shown or not for long, by address in units of 2 MiB.
     strikes: HashMap<u64, u32>,
     /// How often instructions have stored to frames with code, by address.
@@ -92,8 +101,9 @@ struct State {
 #[derive(Debug, Default)]
 pub(crate) struct KernelWindow {
     state: RwLock<State>,
-    /// How many extents there are, for those who would find nothing to do.
+    /// How many extents and pages of stacks there are, for those who would find nothing to do.
     extents: AtomicUsize,
+    open: AtomicBool,
     /// How many special frames are hidden, the first that were placed.
     specials: AtomicUsize,
 }
@@ -107,19 +117,23 @@ pub fn can_have_kernel_window() -> bool {
     family >= 0x19 || !matches!(name.as_slice(), b"AuthenticAMD" | b"HygonGenuine")
 }
 
+/// Has nothing be accessible in a range of the address space.
+///
+/// # Safety
+/// As mmap(2) with these flags: with `FIXED` whatever lies there goes.
+unsafe fn map_nothing(range: &Range<u64>, fixed: MapFlags) -> Result<*mut c_void, Errno> {
+    let (at, bytes) = (range.start as *mut _, (range.end - range.start) as usize);
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | fixed;
+    // SAFETY: as the caller says.
+    unsafe { rustix::mm::mmap_anonymous(at, bytes, ProtFlags::empty(), flags) }
+}
+
 fn reserve() -> bool {
     if !can_have_kernel_window() || TAKEN.swap(true, Ordering::SeqCst) {
         return false;
     }
     // SAFETY: the kernel refuses where anything is mapped already; nobody else maps at addresses of their choice.
-    let made = unsafe {
-        rustix::mm::mmap_anonymous(
-            WINDOW_REACH.start as *mut _,
-            (WINDOW_REACH.end - WINDOW_REACH.start) as usize,
-            ProtFlags::empty(),
-            MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE,
-        )
-    };
+    let made = unsafe { map_nothing(&WINDOW_REACH, MapFlags::FIXED_NOREPLACE) };
     match made {
         Ok(at) if at as u64 == WINDOW_REACH.start => true,
         other => {
@@ -138,34 +152,39 @@ fn reserve() -> bool {
 /// Has nothing be accessible in an extent's place.
 fn hide(e: &Extent, fixed: MapFlags) -> Result<(), Errno> {
     // SAFETY: the range lies in the reservation, and nothing but emitted code, which expects faults there, accesses it.
-    unsafe {
-        rustix::mm::mmap_anonymous(
-            e.host() as *mut _,
-            e.len as usize,
-            ProtFlags::empty(),
-            MapFlags::PRIVATE | MapFlags::NORESERVE | fixed,
-        )
-    }?;
+    unsafe { map_nothing(&(e.host()..e.host() + e.len), fixed) }?;
     Ok(())
+}
+
+/// Ends what an extent shows.
+fn take_out(e: &Extent) {
+    let removed = hide(e, MapFlags::FIXED).or_else(|_| {
+        // A process that has as many mappings as it may has to give some back first.
+        // SAFETY: the range lies in the reservation, and nothing but emitted code, which expects faults there, accesses it.
+        unsafe { rustix::mm::munmap(e.host() as *mut _, e.len as usize) }?;
+        hide(e, MapFlags::FIXED_NOREPLACE)
+    });
+    removed.expect("memory of the guest can be taken out of its window");
 }
 
 impl State {
     /// Takes an extent away.
     fn remove(&mut self, n: usize) {
-        let e = self.extents.swap_remove(n);
-        let removed = hide(&e, MapFlags::FIXED).or_else(|_| {
-            // A process that has as many mappings as it may has to give some back first.
-            // SAFETY: the range lies in the reservation, and nothing but emitted code, which expects faults there, accesses it.
-            unsafe { rustix::mm::munmap(e.host() as *mut _, e.len as usize) }?;
-            hide(&e, MapFlags::FIXED_NOREPLACE)
-        });
-        removed.expect("memory of the guest can be taken out of its window");
+        take_out(&self.extents.swap_remove(n));
     }
 
+    /// Shows nothing any more, and gives the host back what it needed for that.
     fn close(&mut self) {
-        while !self.extents.is_empty() {
-            self.remove(0);
+        if self.extents.is_empty() && self.stacks.is_untouched() {
+            return;
         }
+        // SAFETY: the range is the reservation, which only emitted code accesses, and that expects faults there.
+        if unsafe { map_nothing(&WINDOW_REACH, MapFlags::FIXED) }.is_err() {
+            let all = self.extents.iter().chain(self.stacks.iter());
+            all.for_each(take_out);
+        }
+        self.extents.clear();
+        self.stacks = Stacks::default();
     }
 
     fn strike(&mut self, gva: u64) {
@@ -175,13 +194,28 @@ impl State {
         *self.strikes.entry(gva >> REGION_BITS).or_default() += 1;
     }
 
+    /// What becomes of an instruction that stores to a frame with code.
+    fn stored(&mut self, rip: u64, most: u32) -> Verdict {
+        if self.writers.len() >= WRITERS {
+            self.writers.clear();
+        }
+        let times = self.writers.entry(rip).or_default();
+        *times += 1;
+        if *times > most {
+            Verdict::Elsewhere
+        } else {
+            Verdict::Step
+        }
+    }
+
     fn is_hopeless(&self, gva: u64) -> bool {
         let strikes = self.strikes.get(&(gva >> REGION_BITS));
         strikes.is_some_and(|&n| n >= STRIKES)
     }
 
     fn pieces(&self) -> usize {
-        self.extents.iter().map(|e| e.pieces).sum()
+        let extents: usize = self.extents.iter().map(|e| e.pieces).sum();
+        extents + 2 * self.stacks.len()
     }
 
     /// Changes what may be done with places of extents. False where nothing is shown any more: the window is given up where the host has no room for that, and closed where it has come
@@ -218,26 +252,26 @@ impl State {
     }
 
     fn shows(&self, gva: u64) -> bool {
-        self.extents
-            .iter()
-            .any(|e| gva.checked_sub(e.gva).is_some_and(|into| into < e.len))
+        let shows = |e: &Extent| gva.checked_sub(e.gva).is_some_and(|into| into < e.len);
+        let stack = self.stacks.at(window_address(gva));
+        self.extents.iter().chain(stack).any(shows)
     }
 
-    /// Puts an extent in its place, inaccessible as yet. False where the host has no room for it; then the place is as it was, or as inaccessible.
-    fn map(&self, e: &Extent, memory: &GuestMemory, offset: u64) -> bool {
-        let (at, bytes) = (e.host() as *mut std::ffi::c_void, e.len as usize);
+    /// Puts an extent in its place. False where the host has no room for it; then the place is as it was, or as inaccessible.
+    fn map(&self, e: &Extent, memory: &GuestMemory, offset: u64, rights: ProtFlags) -> bool {
+        let (at, bytes) = (e.host() as *mut c_void, e.len as usize);
+        let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
         // SAFETY: the range lies in the reservation, and no extent is there; only emitted code accesses it.
-        let mapped = unsafe {
-            let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
-            let mapped =
-                rustix::mm::mmap(at, bytes, ProtFlags::empty(), flags, memory.fd(), offset);
-            // The dump of a process that failed has this memory once already.
-            mapped.and_then(|_| rustix::mm::madvise(at, bytes, Advice::LinuxDontDump))
-        };
-        if mapped.is_err() {
+        if unsafe { rustix::mm::mmap(at, bytes, rights, flags, memory.fd(), offset) }.is_err() {
             let _ = hide(e, MapFlags::FIXED);
+            return false;
         }
-        mapped.is_ok()
+        // SAFETY: as above. The dump of a process that failed has this memory once already.
+        let left_out = unsafe { rustix::mm::madvise(at, bytes, Advice::LinuxDontDump) }.is_ok();
+        if !left_out {
+            take_out(e);
+        }
+        left_out
     }
 }
 
@@ -249,12 +283,20 @@ impl KernelWindow {
     /// To be called when the extents have changed.
     fn note(&self, state: &mut State) {
         state.roofs.clear();
-        for e in &state.extents {
-            if !state.roofs.iter_mut().any(|roof| roof.cover(e)) {
-                state.roofs.push(Roof::of(e));
+        let own = state.extents.iter().map(Roof::of);
+        for other in own.chain(state.stacks.roofs().iter().copied()) {
+            if !state.roofs.iter_mut().any(|roof| roof.cover(&other)) {
+                state.roofs.push(other);
             }
         }
-        self.extents.store(state.extents.len(), Ordering::SeqCst);
+        self.open.store(!state.extents.is_empty(), Ordering::SeqCst);
+        let shown = state.extents.len() + state.stacks.len();
+        self.extents.store(shown, Ordering::SeqCst);
+    }
+
+    /// Whether more than stacks is shown.
+    pub fn is_open(&self) -> bool {
+        self.open.load(Ordering::SeqCst)
     }
 
     pub fn is_empty(&self) -> bool {
@@ -263,7 +305,9 @@ impl KernelWindow {
 
     /// Bytes of guest addresses that are shown.
     pub fn shown_bytes(&self) -> u64 {
-        self.lock().extents.iter().map(|e| e.len).sum()
+        let state = self.lock();
+        let all = state.extents.iter().chain(state.stacks.iter());
+        all.map(|e| e.len).sum()
     }
 
     /// Whether an address is shown, or can be and is from now on.
@@ -276,41 +320,57 @@ impl KernelWindow {
         state.shows(gva) || self.extend(state, asker, gva)
     }
 
+    /// Whether all vCPUs' tables say what is about to be shown. One that loads another root, or flushes, from here on looks at the extents behind that: what another has changed before is seen now.
+    fn agreed(&self, asker: &Asker<'_>, e: &Extent) -> bool {
+        fence(Ordering::SeqCst);
+        let mut agreed = asker.confirms(e);
+        let roof = Roof::of(e);
+        (asker.roots)(&mut |root| agreed &= roof.agrees(asker.memory, root));
+        agreed && e.top != 0
+    }
+
     /// Shows what lies around an address, if it can be shown.
     fn extend(&self, state: &mut State, asker: &Asker<'_>, gva: u64) -> bool {
+        if state.shut || state.given_up || root(asker.cpu) == 0 || asker.cpu.cr4 & cr::CR4_PGE == 0
+        {
+            return false;
+        }
+        if self.show_stack(state, asker, gva) {
+            return true;
+        }
         if state.is_hopeless(gva) {
             return false;
         }
-        let shown = self.try_to_extend(state, asker, gva);
+        let Some(e) = asker.extent(gva) else {
+            // Other addresses of the region may have more around them.
+            return false;
+        };
+        let shown = self.try_to_extend(state, asker, e);
         if !shown {
             state.strike(gva);
         }
         shown
     }
 
-    fn try_to_extend(&self, state: &mut State, asker: &Asker<'_>, gva: u64) -> bool {
-        if state.shut
-            || state.given_up
-            || state.extents.len() >= EXTENTS
-            || root(asker.cpu) == 0
-            || asker.cpu.cr4 & cr::CR4_PGE == 0
-        {
+    fn try_to_extend(&self, state: &mut State, asker: &Asker<'_>, e: Extent) -> bool {
+        if state.extents.len() >= EXTENTS {
             return false;
         }
-        let Some(e) = asker.extent(gva) else {
-            return false;
-        };
         let (first, end) = (e.host(), e.host() + e.len);
+        let taken = |o: &Extent| o.host() < end && first < o.host() + o.len;
+        let mut others = state.extents.iter().chain(state.stacks.iter());
+        if others.any(taken) {
+            return false;
+        }
         // Kernels have allocations among small pages, which come and go.
         let beside = |o: &Extent| o.large && o.slot() == e.slot();
         if !e.large && !state.extents.iter().any(beside) {
             return false;
         }
-        let taken = |o: &Extent| o.host() < end && first < o.host() + o.len;
         let Some(offset) = asker.memory.ram_offset(Gpa(e.gpa).gfn(), e.len / PAGE_SIZE) else {
             return false;
         };
-        if state.extents.iter().any(taken) || !*state.reserved.get_or_insert_with(reserve) {
+        if !*state.reserved.get_or_insert_with(reserve) {
             return false;
         }
         let ram = asker.memory.ram().iter().map(|r| r.end - r.start);
@@ -318,15 +378,10 @@ impl KernelWindow {
         if shown.sum::<u64>() + e.len > TIMES_SHOWN * ram.sum::<u64>() {
             return false;
         }
-        // A vCPU that loads another root, or flushes, from here on looks at the extents behind that: what another has changed before is seen now.
         state.extents.push(e);
         self.note(state);
-        fence(Ordering::SeqCst);
-        let mut agreed = asker.confirms(&e);
-        let roof = Roof::of(&e);
-        (asker.roots)(&mut |root| agreed &= roof.agrees(asker.memory, root));
         let n = state.extents.len() - 1;
-        let shown = agreed && e.top != 0 && self.fill(state, n, asker, offset);
+        let shown = self.agreed(asker, &e) && self.fill(state, n, asker, offset);
         if !shown {
             state.extents.truncate(n);
         }
@@ -359,7 +414,7 @@ impl KernelWindow {
             state.close();
             return false;
         }
-        if !state.map(&e, asker.memory, offset) {
+        if !state.map(&e, asker.memory, offset, ProtFlags::empty()) {
             return false;
         }
         state.extents[n].pieces = pieces;
@@ -372,6 +427,9 @@ impl KernelWindow {
         let all = memory.special_frames();
         let known = self.specials.load(Ordering::SeqCst);
         state.protect_frames(&all[known..], MprotectFlags::empty(), |_| true);
+        for &gfn in &all[known..] {
+            state.remove_stack_frame(gfn);
+        }
         self.specials.store(all.len(), Ordering::SeqCst);
         all
     }
@@ -385,11 +443,18 @@ impl KernelWindow {
         let state = &mut *state;
         let inside = |e: &&Extent| host.checked_sub(e.host()).is_some_and(|into| into < e.len);
         let Some(e) = state.extents.iter().find(inside).copied() else {
-            let again = guest_addresses(host).any(|gva| self.extend(state, asker, gva));
-            return match again {
-                true => Verdict::Again,
-                false if state.shut => Verdict::Closed,
-                false => Verdict::Elsewhere,
+            if state.stacks.at(host).is_some()
+                || guest_addresses(host).any(|gva| self.extend(state, asker, gva))
+            {
+                return Verdict::Again;
+            }
+            return if state.shut {
+                Verdict::Closed
+            } else if guest_addresses(host).any(|gva| asker.is_on_new_stack(gva)) {
+                // What it still has of what it was before goes when it is stored to.
+                state.stored(asker.cpu.rip, STACK_WRITES)
+            } else {
+                Verdict::Elsewhere
             };
         };
         let gfn = Gpa(e.gpa + (host - e.host())).gfn();
@@ -403,16 +468,7 @@ impl KernelWindow {
             self.note(state);
             return Verdict::Again;
         }
-        if state.writers.len() >= WRITERS {
-            state.writers.clear();
-        }
-        let times = state.writers.entry(asker.cpu.rip).or_default();
-        *times += 1;
-        if *times > CODE_WRITES {
-            Verdict::Elsewhere
-        } else {
-            Verdict::Step
-        }
+        state.stored(asker.cpu.rip, CODE_WRITES)
     }
 
     /// A frame has become one with code: when this returns nobody writes it through the window.
@@ -425,6 +481,7 @@ impl KernelWindow {
             return;
         }
         state.protect_frames(&[gfn], MprotectFlags::READ, |e| e.writable);
+        state.remove_stack_frame(gfn);
         self.note(&mut state);
     }
 
@@ -448,11 +505,12 @@ impl KernelWindow {
         }
     }
 
-    /// Global pages of these addresses may have changed.
-    pub fn check(&self, asker: &Asker<'_>, range: RangeInclusive<u64>) {
+    /// Global pages of these addresses may have changed; of the small ones only that of `address`, if there is one.
+    pub fn check(&self, asker: &Asker<'_>, range: RangeInclusive<u64>, address: Option<u64>) {
         // The guest has changed its tables with plain stores.
         fence(Ordering::SeqCst);
-        if *range.end() < UPPER || self.is_empty() {
+        // A vCPU without paging accesses nothing here, and comes by again when it turns it on.
+        if *range.end() < UPPER || self.is_empty() || root(asker.cpu) == 0 {
             return;
         }
         // Nor may what it has flushed be in the place of what is shown.
@@ -466,6 +524,7 @@ impl KernelWindow {
                 state.remove(n);
             }
         }
+        state.check_stacks(asker, address);
         self.note(&mut state);
     }
 
@@ -483,7 +542,7 @@ impl KernelWindow {
     pub fn shut(&self) -> bool {
         let mut state = self.lock();
         state.shut = true;
-        let any = !state.extents.is_empty();
+        let any = !self.is_empty();
         state.shut_something |= any;
         state.close();
         self.note(&mut state);

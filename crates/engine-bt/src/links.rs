@@ -171,9 +171,9 @@ impl BtHost {
         }
     }
 
-    /// Global pages of these addresses may have changed: takes jumps apart whose target is not where it was.
-    pub(crate) fn check_links(&mut self, range: RangeInclusive<u64>) {
-        self.with_asker(|window, asker| window.check(asker, range.clone()));
+    /// Global pages of these addresses may have changed, of the small ones only that of `address`, if there is one: takes jumps apart whose target is not where it was.
+    pub(crate) fn check_links(&mut self, range: RangeInclusive<u64>, address: Option<u64>) {
+        self.with_asker(|window, asker| window.check(asker, range.clone(), address));
         if self.control.kernel_entry() == 0 {
             return;
         }

@@ -182,7 +182,7 @@ impl BtVcpu {
             gpr: &host.frame.cpu.gpr,
             gs_base: host.frame.cpu.seg[seg::GS].base,
             shows: &shows,
-            open: !shared.window.is_empty(),
+            open: shared.window.is_open(),
             elsewhere: t.elsewhere.of(key.gpa.gfn()),
         };
         let request = Request {

@@ -147,8 +147,8 @@ impl BtVcpu {
         self.after(|_| step)
     }
 
-    /// Sees to an access of the kernel's that may have faulted in the window. False where it is to be made again.
-    pub(crate) fn explain_fault(&mut self) -> bool {
+    /// Sees to an access of the kernel's at `pos` that may have faulted in the window. False where it is to be made again.
+    pub(crate) fn explain_fault(&mut self, pos: u32) -> bool {
         // Other faults than those of pages are none of the window's.
         let page_fault = self.host.frame.raw_trap == i32::from(exec::vector::PF);
         if self.host.frame.cpu.cpl() != 0 || !page_fault {
@@ -159,7 +159,13 @@ impl BtVcpu {
             .host
             .with_asker(|window, asker| window.faulted(asker, address));
         match verdict {
-            Verdict::Again => return false,
+            Verdict::Again => {
+                let rip = self.host.frame.cpu.rip;
+                let guard = self.host.shared.translations.lock().expect("translations");
+                let present = guard.blocks.generation() == self.host.blocks_generation;
+                self.host.resume_at = guard.blocks.reentry(pos, rip).filter(|_| present);
+                return false;
+            }
             Verdict::Step => {}
             Verdict::Elsewhere | Verdict::Closed => {
                 let rip = Gva(self.host.frame.cpu.rip);

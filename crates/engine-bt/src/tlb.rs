@@ -50,7 +50,7 @@ impl BtHost {
         self.pcid = pcid(&self.frame.cpu);
         self.flush_jumps_all();
         self.follow_tables();
-        self.check_links(0..=u64::MAX);
+        self.check_links(0..=u64::MAX, None);
     }
 
     /// CR3 names another address space: what is cached of the old one is put aside, what is still good of the new one comes back.
@@ -145,9 +145,9 @@ impl BtHost {
         let around = first..=(first | ((1 << LARGE_BITS) - 1));
         if gva >= KERNEL_CODE {
             self.follow_tables();
-            self.check_links(around);
+            self.check_links(around, Some(gva));
         } else {
-            self.with_asker(|window, asker| window.check(asker, around));
+            self.with_asker(|window, asker| window.check(asker, around, Some(gva)));
         }
     }
 
@@ -286,7 +286,7 @@ impl BtHost {
             self.follow_tables();
             if cpu.cr4 & cr::CR4_PGE == 0 && what != TlbFlush::All {
                 // Nothing is global.
-                self.check_links(0..=u64::MAX);
+                self.check_links(0..=u64::MAX, None);
             }
         }
         match what {

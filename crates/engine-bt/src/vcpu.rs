@@ -282,7 +282,7 @@ impl BtVcpu {
         if signal == kick_signal() {
             return None;
         }
-        if signal == libc::SIGSEGV && !self.explain_fault() {
+        if signal == libc::SIGSEGV && !self.explain_fault(pos) {
             return None;
         }
         self.host.frame.cpu.interrupt_shadow = false;

@@ -13,12 +13,17 @@ use crate::pages::CodePages;
 pub(super) const UPPER: u64 = 0xffff_8000_0000_0000;
 /// Address bits behind one entry of the top table.
 const TOP_BITS: u32 = 39;
+/// Number of the stack pointer among the general registers.
+const RSP: usize = 4;
 /// Smallest extent: anything smaller takes more of the host than it saves.
 const LEAST: u64 = 16 * PAGE_SIZE;
 /// Largest one of small pages.
 const MOST_SMALL: u64 = 2 << 20;
 /// No extent lies so near to where two addresses that are neighbours in the window are none in the guest: a displacement could lead from one to the other.
 const EDGE: u64 = 2 << 20;
+
+/// Bytes of a stack, at most: so near to the stack pointer an address may be one of the same stack.
+const STACK: u64 = 16 << 10;
 
 /// Addresses that are shown. All in bytes.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +47,12 @@ impl Extent {
 
     pub(super) fn host(&self) -> u64 {
         window_address(self.gva)
+    }
+
+    /// Whether no displacement leads from it to what is no neighbour in the guest.
+    fn is_clear(&self) -> bool {
+        let low = self.host() & ((1 << WINDOW_LOW_BITS) - 1);
+        low >= EDGE && low + self.len + EDGE <= 1 << WINDOW_LOW_BITS
     }
 
     /// Where it shows a frame, if it does.
@@ -108,28 +119,30 @@ fn rivals(slot: u64) -> [u64; 3] {
 pub(super) struct Roof {
     slot: u64,
     top: u64,
-    /// The first and the last gigabyte that they lie in.
-    first: u64,
-    last: u64,
+    /// The gigabytes that they lie in, a bit each.
+    gigabytes: [u64; 8],
 }
 
 impl Roof {
     pub(super) fn of(e: &Extent) -> Roof {
+        let mut gigabytes = [0; 8];
+        for n in e.gva >> 30..=(e.gva + (e.len - 1)) >> 30 {
+            gigabytes[(n & 511) as usize / 64] |= 1 << (n % 64);
+        }
         Roof {
             slot: e.slot(),
             top: e.top,
-            first: e.gva >> 30,
-            last: (e.gva + (e.len - 1)) >> 30,
+            gigabytes,
         }
     }
 
-    /// Takes in another extent. False where it is behind another entry.
-    pub(super) fn cover(&mut self, e: &Extent) -> bool {
-        let other = Roof::of(e);
+    /// Takes in what another covers. False where that is behind another entry.
+    pub(super) fn cover(&mut self, other: &Roof) -> bool {
         let same = (self.slot, self.top) == (other.slot, other.top);
         if same {
-            self.first = self.first.min(other.first);
-            self.last = self.last.max(other.last);
+            for (own, others) in self.gigabytes.iter_mut().zip(other.gigabytes) {
+                *own |= others;
+            }
         }
         same
     }
@@ -142,8 +155,9 @@ impl Roof {
         let here = entry(memory, root, self.slot);
         let free = |slot: u64| {
             let top = entry(memory, root, slot);
-            let empty = |gigabyte: u64| entry(memory, top & ADDR, gigabyte & 511) == 0;
-            top == 0 || (self.first..=self.last).all(empty)
+            let empty = |gigabyte: u64| entry(memory, top & ADDR, gigabyte) == 0;
+            let covered = |n: &u64| self.gigabytes[*n as usize / 64] >> (n % 64) & 1 != 0;
+            top == 0 || (0..512).filter(covered).all(empty)
         };
         (here == 0 || here == self.top) && rivals(self.slot).into_iter().all(free)
     }
@@ -196,19 +210,47 @@ impl Asker<'_> {
         while len < most && fits(first.wrapping_add(len), gpa + len) {
             len += size;
         }
-        let slot = first >> TOP_BITS & 511;
-        let extent = Extent {
-            gva: first,
+        let extent = self.of_pages(first, gpa, len, &leaf);
+        (len >= LEAST && extent.is_clear()).then_some(extent)
+    }
+
+    /// Whether an address may be one of the stack that the vCPU uses.
+    fn is_on_stack(&self, gva: u64) -> bool {
+        let lowest = self.cpu.gpr[RSP].wrapping_sub(STACK);
+        gva.wrapping_sub(lowest) < 2 * STACK
+    }
+
+    /// The small page around an address of that stack.
+    pub(super) fn stack_page(&self, gva: u64) -> Option<Extent> {
+        if !self.is_on_stack(gva) {
+            return None;
+        }
+        let ram = self.ram_at(gva)?;
+        let leaf = self.leaf(&ram, gva)?;
+        let page = self.of_pages(gva & !(PAGE_SIZE - 1), leaf.gpa, PAGE_SIZE, &leaf);
+        (leaf.size == PAGE_SIZE && leaf.writable && page.is_clear()).then_some(page)
+    }
+
+    /// Whether an address is one of that stack, in a page that can be shown when it has been stored to.
+    pub(super) fn is_on_new_stack(&self, gva: u64) -> bool {
+        let clean = || {
+            let walked = walk(self.cpu, self.memory, Gva(gva), Access::read(false));
+            walked.is_ok_and(|t| t.writable && !t.dirty)
+        };
+        let has_code = |page: Extent| self.pages.contains(Gpa(page.gpa).gfn());
+        self.is_on_stack(gva) && (clean() || self.stack_page(gva).is_some_and(has_code))
+    }
+
+    fn of_pages(&self, gva: u64, gpa: u64, len: u64, leaf: &Leaf) -> Extent {
+        Extent {
+            gva,
             gpa,
             len,
             writable: leaf.writable,
-            large: size != PAGE_SIZE,
-            top: entry(self.memory, root(self.cpu), slot),
+            large: leaf.size != PAGE_SIZE,
+            top: entry(self.memory, root(self.cpu), gva >> TOP_BITS & 511),
             pieces: 0,
-        };
-        let low = extent.host() & ((1 << WINDOW_LOW_BITS) - 1);
-        let clear = low >= EDGE && low + len + EDGE <= 1 << WINDOW_LOW_BITS;
-        (len >= LEAST && clear).then_some(extent)
+        }
     }
 
     /// Whether the guest's tables still say what an extent shows.

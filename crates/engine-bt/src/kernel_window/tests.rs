@@ -14,6 +14,10 @@ const LINEAR: u64 = 0xffff_8880_0000_0000;
 const TOP_BYTES: u64 = 1 << 39;
 const ROOT: u64 = 0x1000;
 const TABLES: u64 = 0x2000;
+const OTHER_ROOT: u64 = 0x1_0000;
+const STACK_TABLES: u64 = 0x2_0000;
+const STACKS: u64 = 0xffff_c900_0000_0000;
+const STACK_SLOT: u64 = STACKS >> 39 & 511;
 /// Present, writable, accessed, dirty; and for the last level large and global.
 const TABLE: u64 = 0x63;
 const PAGE: u64 = TABLE | 0x180;
@@ -23,6 +27,8 @@ struct Bench {
     pages: CodePages,
     cpu: CpuState,
     window: KernelWindow,
+    /// Of the vCPUs.
+    roots: Vec<u64>,
 }
 
 impl Bench {
@@ -54,18 +60,46 @@ impl Bench {
             pages: CodePages::new(bytes / PAGE_SIZE),
             cpu,
             window: KernelWindow::default(),
+            roots: vec![ROOT],
         }
     }
 
     fn show(&self, gva: u64) -> bool {
-        let roots = |each: &mut dyn FnMut(u64)| each(ROOT);
+        self.ask(|window, asker| window.show(asker, gva))
+    }
+
+    fn ask<T>(&self, f: impl FnOnce(&KernelWindow, &Asker<'_>) -> T) -> T {
+        let roots = |each: &mut dyn FnMut(u64)| self.roots.iter().for_each(|&root| each(root));
         let asker = Asker {
             cpu: &self.cpu,
             memory: &self.memory,
             pages: &self.pages,
             roots: &roots,
         };
-        self.window.show(&asker, gva)
+        f(&self.window, &asker)
+    }
+
+    /// Shows the page of a stack for a vCPU that has its stack there.
+    fn show_stack(&mut self, gva: u64) -> bool {
+        self.cpu.gpr[4] = gva;
+        self.show(gva)
+    }
+
+    /// Maps the same 512 frames in each 2 MiB behind an entry of the top table.
+    fn map_stacks(&self, root: u64, slot: u64) {
+        let put = |gpa, entry: u64| self.memory.write_obj(Gpa(gpa), &entry).unwrap();
+        put(root + 8 * slot, STACK_TABLES | TABLE);
+        for n in 0..512 {
+            put(STACK_TABLES + 8 * n, (STACK_TABLES + 0x1000) | TABLE);
+            put(
+                STACK_TABLES + 0x1000 + 8 * n,
+                (STACK_TABLES + 0x2000) | TABLE,
+            );
+            put(
+                STACK_TABLES + 0x2000 + 8 * n,
+                (LARGE + n * PAGE_SIZE) | TABLE | 0x100,
+            );
+        }
     }
 }
 
@@ -187,4 +221,121 @@ fn window_closes_where_the_host_has_no_room_for_a_mapping() {
     assert!(!is_readable(window_address(LINEAR)));
     bench.window.open();
     assert!(bench.show(LINEAR));
+}
+
+/// Bytes of this process's page tables.
+fn table_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmPTE:"));
+    let kib: u64 = line
+        .unwrap()
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .unwrap();
+    kib << 10
+}
+
+#[test]
+fn stacks_all_over_the_address_space_leave_no_page_tables() {
+    let mut bench = Bench::new(2 * LARGE, 1);
+    bench.map_stacks(ROOT, STACK_SLOT);
+    if !can_have_kernel_window() {
+        return;
+    }
+    let before = table_bytes();
+    for n in 2..20_000 {
+        let stack = STACKS + n * LARGE;
+        assert!(bench.show_stack(stack));
+        assert!(is_readable(window_address(stack)));
+    }
+    let more = table_bytes() - before;
+    assert!(more < 40 << 20, "{more}");
+    let shown = bench.window.shown_bytes();
+    assert!(shown <= 2048 * PAGE_SIZE, "{shown}");
+}
+
+#[test]
+fn top_tables_that_say_something_else_each_time_are_forgotten() {
+    let mut bench = Bench::new(2 * LARGE, 1);
+    if !can_have_kernel_window() {
+        return;
+    }
+    bench.map_stacks(ROOT, STACK_SLOT);
+    for n in 0..200 {
+        let entry = STACK_TABLES | TABLE | n << 52;
+        let at = Gpa(ROOT + 8 * STACK_SLOT);
+        bench.memory.write_obj(at, &entry).unwrap();
+        assert!(bench.show_stack(STACKS + (n + 2) * LARGE));
+        assert!(bench.window.lock().roofs.len() <= 17);
+    }
+}
+
+#[test]
+fn page_that_tables_disagree_about_takes_nothing_else_away() {
+    let mut bench = Bench::new(2 * LARGE, 1);
+    if !can_have_kernel_window() {
+        return;
+    }
+    bench.map_stacks(ROOT, STACK_SLOT);
+    bench.map_stacks(ROOT, STACK_SLOT + 1);
+    let other = Gpa(OTHER_ROOT + 8 * (STACK_SLOT + 1));
+    bench.memory.write_obj(other, &(TABLES | TABLE)).unwrap();
+    bench.roots.push(OTHER_ROOT);
+    assert!(bench.show_stack(STACKS + 2 * LARGE));
+    assert!(!bench.show_stack(STACKS + TOP_BYTES + 2 * LARGE));
+    bench.ask(|window, asker| window.follow_root(asker));
+    bench.cpu.cr3 = OTHER_ROOT;
+    bench.ask(|window, asker| window.follow_root(asker));
+    assert_eq!(bench.window.shown_bytes(), PAGE_SIZE);
+}
+
+#[test]
+fn what_lies_between_stacks_is_nobodys() {
+    let mut bench = Bench::new(2 * LARGE, 1);
+    if !can_have_kernel_window() {
+        return;
+    }
+    bench.map_stacks(ROOT, STACK_SLOT);
+    // The second gigabyte behind an entry whose addresses have the same places.
+    let rival = STACK_SLOT ^ 1 << 7;
+    let put = |gpa, entry: u64| bench.memory.write_obj(Gpa(gpa), &entry).unwrap();
+    put(ROOT + 8 * rival, OTHER_ROOT | TABLE);
+    put(OTHER_ROOT + 8, (TABLES + 0x1000) | TABLE);
+    let gigabyte = 1 << 30;
+    assert!(bench.show_stack(STACKS + 2 * LARGE));
+    assert!(bench.show_stack(STACKS + 2 * gigabyte));
+    assert!(!bench.show_stack(STACKS + gigabyte));
+    bench.ask(|window, asker| window.follow_root(asker));
+    assert_eq!(bench.window.shown_bytes(), 2 * PAGE_SIZE);
+}
+
+#[test]
+fn stacks_are_shown_whatever_is_beside_them() {
+    let mut bench = Bench::new(2 * LARGE, 1);
+    if !can_have_kernel_window() {
+        return;
+    }
+    bench.map_stacks(ROOT, STACK_SLOT);
+    let stack = STACKS + 2 * LARGE;
+    // A frame with code, one that is not dirty yet, and one that is shown already at another place.
+    bench.pages.mark(Gfn((LARGE >> 12) + 1));
+    let clean = Gpa(STACK_TABLES + 0x2000 + 16);
+    let entry: u64 = bench.memory.read_obj(clean).unwrap();
+    bench.memory.write_obj(clean, &(entry & !0x40)).unwrap();
+    assert!(bench.show_stack(stack));
+    assert!(!bench.show_stack(stack + PAGE_SIZE));
+    assert!(!bench.show_stack(stack + 2 * PAGE_SIZE));
+    assert!(bench.show_stack(stack + LARGE));
+    let fault =
+        |bench: &Bench, gva| bench.ask(|window, asker| window.faulted(asker, window_address(gva)));
+    assert_eq!(fault(&bench, stack + LARGE + PAGE_SIZE), Verdict::Step);
+    assert_eq!(fault(&bench, stack + LARGE + 2 * PAGE_SIZE), Verdict::Step);
+    bench.memory.write_obj(clean, &entry).unwrap();
+    assert_eq!(fault(&bench, stack + LARGE + 2 * PAGE_SIZE), Verdict::Again);
+    // A frame that gets code is shown nowhere.
+    bench.pages.mark(Gfn(LARGE >> 12));
+    bench.window.protect(&bench.memory, Gfn(LARGE >> 12));
+    assert!(!is_readable(window_address(stack)));
+    assert!(!is_readable(window_address(stack + LARGE)));
 }

@@ -225,7 +225,7 @@ impl Work<'_> {
         } else {
             STATUS
         };
-        if target.is_none() || self.held(i, STACK).is_none() {
+        if target.is_none() || self.held(i, STACK).is_none() && !self.windowed(i, STACK) {
             self.save_flags(i, live);
         }
         let connected = target.map(|t| (t, self.reach(t)));

@@ -176,10 +176,6 @@ impl Survey<'_> {
                 index,
             } => (segment, base, index),
         };
-        // Stacks are small, and every task has another one.
-        if base == Some(u16::from(RSP)) {
-            return false;
-        }
         let segment = match segment {
             None => 0,
             Some(5) => sight.gs_base,
@@ -256,7 +252,7 @@ impl Survey<'_> {
             index: None,
         };
         let size = self.word() as u32;
-        Some(self.access(family, v.plus.wrapping_add(disp), size, write))
+        Some(self.through(family, v.plus.wrapping_add(disp), size, write))
     }
 
     fn accesses(&mut self, insn: &Insn) -> [Option<Access>; 2] {
@@ -283,12 +279,15 @@ impl Survey<'_> {
             let far = insn.instr.has_segment_prefix() && disp.unsigned_abs() >= 1 << 30;
             a.window &= !masked && !far && !sight.is_elsewhere(pc);
         }
-        let stack = match insn.kind {
+        let mut stack = match insn.kind {
             Kind::Push | Kind::Call(_) | Kind::CallIndirect => self.stack(RSP, -w, true),
             Kind::Pop | Kind::Ret => self.stack(RSP, 0, false),
             Kind::Leave => self.stack(RBP, 0, false),
             _ => None,
         };
+        if let (Some(a), Some(sight)) = (&mut stack, self.sight) {
+            a.window &= !sight.is_elsewhere(self.pc.wrapping_add(insn.offset.into()));
+        }
         [operand, stack]
     }
 

@@ -6,11 +6,12 @@ use super::group::{OPERAND, Place, STACK};
 use super::{ColdKind, Flags, Tag, Work, bit, encode_into, redirect};
 use crate::asm::{RAX, RSP, cc};
 use crate::block::Resume;
-use crate::insn::{Insn, gpr};
+use crate::insn::{Insn, Kind, gpr};
 use crate::layout::{TLB_ENTRIES, TLB_ENTRY_BYTES, tlb_index};
 use crate::relocate::PlaceKind;
 
 const PAGE: u32 = 4096;
+const RBP: u8 = 5;
 
 #[derive(Clone, Copy)]
 pub(super) enum Address {
@@ -213,16 +214,21 @@ impl Work<'_> {
         if self.long() { 8 } else { 4 }
     }
 
-    /// The host address of the stack slot below (`write`) or at the stack pointer, with a check in front if it needs one.
-    pub(super) fn stack_slot(&mut self, i: usize, write: bool, avoid: u16) -> Place {
-        let w = self.stack_bytes();
-        self.slot_at(i, RSP, if write { -w } else { 0 }, write, avoid)
+    /// Where the stack slot of an instruction is: a register, and bytes from where it points.
+    pub(super) fn stack_access(&self, insn: &Insn) -> (u8, i32) {
+        match insn.kind {
+            Kind::Leave => (RBP, 0),
+            Kind::Pop | Kind::Popf | Kind::Ret => (RSP, 0),
+            _ => (RSP, -self.stack_bytes()),
+        }
     }
 
-    fn slot_at(&mut self, i: usize, base: u8, disp: i32, write: bool, avoid: u16) -> Place {
+    /// The host address of the stack slot of an instruction, with a check in front if it needs one.
+    pub(super) fn stack_slot(&mut self, i: usize, write: bool, avoid: u16) -> Place {
         if let Some(place) = self.held(i, STACK) {
             return place;
         }
+        let (base, disp) = self.stack_access(&self.insns[i]);
         let access = (self.stack_bytes() as u32, write);
         self.checked(i, STACK, access, avoid, |work, into, by| {
             let s = into.unwrap_or_else(|| work.scratch(i, avoid));
@@ -293,12 +299,11 @@ impl Work<'_> {
     }
 
     pub(super) fn leave(&mut self, i: usize, insn: &Insn) {
-        const RBP: u8 = 5;
         self.unspill(bit(RSP) | bit(RBP));
         self.save_flags_for(i, STACK);
         let avoid = bit(RSP) | bit(RBP);
         let w = self.stack_bytes();
-        let s = self.slot_at(i, RBP, 0, false, avoid);
+        let s = self.stack_slot(i, false, avoid);
         let v = self.value_scratch(i, s, avoid);
         self.asm.load_at(self.long(), v, s.reg, s.disp);
         // Once RSP has moved an interrupt overwrites the slot, so that nothing can be repeated: RBP is in the frame by then.

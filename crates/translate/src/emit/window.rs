@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Register};
 
-use super::group::{Group, Place};
+use super::group::{Group, OPERAND, Place};
 use super::memory::Address;
 use super::{Work, bit};
 use crate::insn::gpr;
@@ -37,9 +37,15 @@ impl Work<'_> {
         }
         let mask = self.layout.window_mask;
         let instr = self.insns[i].instr;
-        let near = near(&instr).map(|disp| disp + by);
-        let segment = segment(&instr);
-        let (reg, plus) = match (segment, gpr(instr.memory_base()), near) {
+        let (segment, base, near) = match which {
+            OPERAND => (segment(&instr), gpr(instr.memory_base()), near(&instr)),
+            _ => {
+                let (base, disp) = self.stack_access(&self.insns[i]);
+                (None, Some(base), Some(disp))
+            }
+        };
+        let near = near.map(|disp| disp + by);
+        let (reg, plus) = match (segment, base, near) {
             (None, Some(base), Some(disp)) => {
                 let s = into.unwrap_or_else(|| self.scratch(i, avoid));
                 self.asm.pext_mem(s, base, mask);

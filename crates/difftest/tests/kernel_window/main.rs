@@ -2,6 +2,8 @@
 //!
 //! Each program runs one instruction at a time as well, which knows no window, and both have to come to the same.
 
+mod stacks;
+
 use std::sync::mpsc::channel;
 
 use hospes_difftest::kernel::*;
