@@ -341,7 +341,11 @@ impl KernelWindow {
         if state.is_hopeless(gva) {
             return false;
         }
-        let Some(e) = asker.extent(gva) else {
+        let free = |at: u64, len: u64| {
+            let stack = len == PAGE_SIZE && state.stacks.at(at).is_some();
+            !stack && !state.extents.iter().any(|e| e.overlaps(at, len))
+        };
+        let Some(e) = asker.extent(gva, free) else {
             // Other addresses of the region may have more around them.
             return false;
         };
@@ -356,12 +360,6 @@ impl KernelWindow {
         if state.extents.len() >= EXTENTS {
             return false;
         }
-        let (first, end) = (e.host(), e.host() + e.len);
-        let taken = |o: &Extent| o.host() < end && first < o.host() + o.len;
-        let mut others = state.extents.iter().chain(state.stacks.iter());
-        if others.any(taken) {
-            return false;
-        }
         // Kernels have allocations among small pages, which come and go.
         let beside = |o: &Extent| o.large && o.slot() == e.slot();
         if !e.large && !state.extents.iter().any(beside) {
@@ -370,7 +368,9 @@ impl KernelWindow {
         let Some(offset) = asker.memory.ram_offset(Gpa(e.gpa).gfn(), e.len / PAGE_SIZE) else {
             return false;
         };
-        if !*state.reserved.get_or_insert_with(reserve) {
+        if state.stacks.iter().any(|o| o.overlaps(e.host(), e.len))
+            || !*state.reserved.get_or_insert_with(reserve)
+        {
             return false;
         }
         let ram = asker.memory.ram().iter().map(|r| r.end - r.start);

@@ -49,6 +49,11 @@ impl Extent {
         window_address(self.gva)
     }
 
+    /// Whether it shows anything in a range of places.
+    pub(super) fn overlaps(&self, first: u64, len: u64) -> bool {
+        first < self.host() + self.len && self.host() < first + len
+    }
+
     /// Whether no displacement leads from it to what is no neighbour in the guest.
     fn is_clear(&self) -> bool {
         let low = self.host() & ((1 << WINDOW_LOW_BITS) - 1);
@@ -186,8 +191,8 @@ impl Asker<'_> {
         ram.copied().find(|r| r.start <= t.gpa.0 && t.gpa.0 < r.end)
     }
 
-    /// The largest extent around an address, of pages of one size.
-    pub(super) fn extent(&self, gva: u64) -> Option<Extent> {
+    /// The largest extent around an address, of pages of one size whose places, of so many bytes, are free.
+    pub(super) fn extent(&self, gva: u64, free: impl Fn(u64, u64) -> bool) -> Option<Extent> {
         let ram = self.ram_at(gva)?;
         let leaf = self.leaf(&ram, gva)?;
         let size = leaf.size;
@@ -199,11 +204,15 @@ impl Asker<'_> {
         let same_top = |at: u64| at >> TOP_BITS == gva >> TOP_BITS;
         let fits = |at: u64, gpa: u64| {
             same_top(at)
+                && free(window_address(at), size)
                 && self
                     .leaf(&ram, at)
                     .is_some_and(|l| l.size == size && l.writable == leaf.writable && l.gpa == gpa)
         };
         let (mut first, mut gpa, mut len) = (gva & !(size - 1), leaf.gpa, size);
+        if !free(window_address(first), size) {
+            return None;
+        }
         while len < most && gpa >= size && fits(first.wrapping_sub(size), gpa - size) {
             (first, gpa, len) = (first - size, gpa - size, len + size);
         }

@@ -127,10 +127,9 @@ impl KernelWindow {
             return false;
         };
         let (host, gfn) = (page.host(), Gpa(page.gpa).gfn());
-        let taken = |e: &Extent| e.host() <= host && host < e.host() + e.len;
         if state.stack_disagreements >= HOPELESS
             || state.stacks.at(host).is_some()
-            || state.extents.iter().any(taken)
+            || state.extents.iter().any(|e| e.overlaps(host, PAGE_SIZE))
             || asker.pages.contains(gfn)
         {
             return false;

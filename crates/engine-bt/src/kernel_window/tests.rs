@@ -339,3 +339,39 @@ fn stacks_are_shown_whatever_is_beside_them() {
     assert!(!is_readable(window_address(stack)));
     assert!(!is_readable(window_address(stack + LARGE)));
 }
+
+#[test]
+fn small_pages_are_shown_beside_others() {
+    let regions = 4;
+    let bench = Bench::new(8 * LARGE, 1);
+    if !can_have_kernel_window() {
+        return;
+    }
+    let tables = 6 * LARGE;
+    let put = |gpa, entry: u64| bench.memory.write_obj(Gpa(gpa), &entry).unwrap();
+    for region in 1..regions {
+        let table = tables + region * PAGE_SIZE;
+        for n in 0..512 {
+            let frame = region * LARGE + n * PAGE_SIZE;
+            put(table + 8 * n, frame | TABLE | 0x100);
+        }
+        put(TABLES + 0x1000 + 8 * region, table | TABLE);
+    }
+    assert!(bench.show(LINEAR));
+    // What is shown at once ends where it is asked for.
+    for gva in [2 * LARGE + LARGE / 2, 2 * LARGE + LARGE / 2 + PAGE_SIZE] {
+        assert!(bench.show(LINEAR + gva));
+    }
+    // Less than is worth an extent of its own is left.
+    let little = 4 * LARGE - 8 * PAGE_SIZE;
+    assert!(bench.show(LINEAR + little - PAGE_SIZE));
+    let shown = bench.window.shown_bytes();
+    for page in (LARGE..4 * LARGE).step_by(PAGE_SIZE as usize) {
+        bench.show(LINEAR + page);
+    }
+    assert!(bench.window.shown_bytes() >= shown);
+    assert!(bench.window.shown_bytes() <= LARGE + 3 * LARGE);
+    for page in (LARGE..little).step_by(PAGE_SIZE as usize) {
+        assert!(bench.show(LINEAR + page), "{page:x}");
+    }
+}
