@@ -23,8 +23,8 @@ use crate::protocol::{self, IDENTIFY, REMOVE, SHUT_DOWN};
 
 /// How long an answer may take, with all attempts to start a store process.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
-/// How often a command that waits looks whether the store process does, too.
-const LOOK_FOR_ROOM: Duration = Duration::from_secs(1);
+/// How often one who waits looks why.
+pub(crate) const LOOK_FOR_TROUBLE: Duration = Duration::from_secs(1);
 /// Requests that are sent and not answered; all of them and their answers fit into the sockets' buffers.
 const UNDER_WAY_MAX: usize = 32;
 /// How often a transaction is tried that others come in between.
@@ -279,16 +279,18 @@ impl StoreClient {
             if answered || left.is_zero() {
                 break;
             }
-            let pause = if self.hasty {
-                left.min(LOOK_FOR_ROOM)
-            } else {
-                left
-            };
+            let pause = left.min(LOOK_FOR_TROUBLE);
             let waited = self.shared.answered.wait_timeout(state, pause);
             let (now, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
             state = now;
-            if self.hasty && timeout.timed_out() && self.shared.connector.is_full() {
-                gives_up = Error::Full;
+            if !timeout.timed_out() {
+                continue;
+            }
+            drop(state);
+            let trouble = self.shared.connector.trouble();
+            state = lock(&self.shared);
+            if let Some(trouble) = trouble.filter(|t| self.hasty || *t != Error::Full) {
+                gives_up = trouble;
                 break;
             }
         }

@@ -15,7 +15,7 @@ use hospes_store::{DomainEntry, Error, GuestLink, Outbox, ProtocolError, Quota, 
 use hospes_units::DomId;
 
 use crate::bell::{Bell, connect, use_stream};
-use crate::client::PATIENCE;
+use crate::client::{LOOK_FOR_TROUBLE, PATIENCE};
 use crate::place::Connector;
 use crate::protocol::{self, Ended, GUEST_KIND_MAX, HELLO, Hello, RESET, SEEN};
 
@@ -124,12 +124,20 @@ impl Guest {
             if left.is_zero() {
                 return Err(Error::Unreachable);
             }
-            state = self
-                .shared
-                .opened
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            let pause = left.min(LOOK_FOR_TROUBLE);
+            let waited = self.shared.opened.wait_timeout(state, pause);
+            let (now, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+            state = now;
+            if !timeout.timed_out() {
+                continue;
+            }
+            drop(state);
+            // Room is waited for.
+            let trouble = self.shared.connector.trouble();
+            state = lock(&self.shared);
+            if let Some(trouble @ Error::OtherVersion) = trouble {
+                return Err(trouble);
+            }
         }
     }
 }

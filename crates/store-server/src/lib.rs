@@ -40,6 +40,7 @@ mod protocol;
 mod server;
 
 pub use client::StoreClient;
+pub use hospes_store::Error as StoreError;
 pub use place::{Connector, Place, is_full};
 pub use server::{ServerError, Surroundings, serve};
 

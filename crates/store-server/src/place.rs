@@ -9,13 +9,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
-use hospes_store::wire;
+use hospes_store::{Error, wire};
 use hospes_units::DomId;
 use rustix::fs::{FlockOperation, flock};
 
 use crate::client::PATIENCE;
-use crate::protocol::{self, RESTRICT};
+use crate::protocol::{self, LEAVE, RESTRICT, VERSION};
+
+/// How often it is looked whether a process that leaves is gone.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// Starts a store process and returns when it listens, or has given up because another does.
 pub type Starter = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
@@ -26,8 +30,8 @@ pub trait Connector: fmt::Debug + Send + Sync {
     /// A new connection to the store process, which is started where there is none. It is called again, after a pause, where it fails.
     fn connect(&self) -> io::Result<UnixStream>;
 
-    /// Whether the store process waits for room on the file system, as it has to with the next change.
-    fn is_full(&self) -> bool;
+    /// Why the store process cannot be had, or not for changes, where that is known: it waits for room on the file system, or is of another version.
+    fn trouble(&self) -> Option<Error>;
 }
 
 /// The directory `<run>/xenstored` with the socket, the lock and the journal of a store process, and the way to start one.
@@ -72,19 +76,19 @@ impl Place {
     }
 
     fn connect_or_start(&self) -> io::Result<UnixStream> {
-        let connect = || UnixStream::connect(self.socket());
-        if let Ok(stream) = connect() {
+        if let Some(stream) = self.connect_running()? {
             return Ok(stream);
         }
         // When it was killed all its clients come here at once: one of them starts another.
         self.make_dir()?;
         let starting = open_lock(&self.dir.join("starting"))?;
         flock(&starting, FlockOperation::LockExclusive)?;
-        if let Ok(stream) = connect() {
+        if let Some(stream) = self.connect_running()? {
             return Ok(stream);
         }
         (self.starter)()?;
-        connect()
+        let started = self.connect_running()?;
+        started.ok_or_else(|| io::ErrorKind::ConnectionRefused.into())
     }
 
     /// A connection, to be passed on, that has domain 0's rights for what belongs to one domain, and no other rights; the store process is started
@@ -112,9 +116,43 @@ impl Place {
         Ok(stream)
     }
 
-    /// A connection to the store process if there is one.
-    pub fn connect_running(&self) -> io::Result<UnixStream> {
-        UnixStream::connect(self.socket())
+    /// A connection to the store process if there is one. One of another version is asked to leave; it fails where that stays.
+    fn connect_running(&self) -> io::Result<Option<UnixStream>> {
+        let Ok(mut stream) = UnixStream::connect(self.socket()) else {
+            return Ok(None);
+        };
+        if self.is_of_this_version() {
+            return Ok(Some(stream));
+        }
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(&wire::encode(LEAVE, 0, 0, b""))?;
+        if protocol::read_answer(&stream)?.kind != LEAVE {
+            return Err(io::Error::other(Error::OtherVersion));
+        }
+        let deadline = Instant::now() + PATIENCE;
+        while self.lock()?.is_none() {
+            if Instant::now() >= deadline {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            thread::sleep(LOOK);
+        }
+        Ok(None)
+    }
+
+    fn version(&self) -> PathBuf {
+        self.dir.join("version")
+    }
+
+    /// Whether the process that listens, or listened last, is of this version.
+    fn is_of_this_version(&self) -> bool {
+        fs::read_to_string(self.version()).is_ok_and(|v| v == VERSION.to_string())
+    }
+
+    /// Writes down of which version the process is that is about to listen.
+    pub(crate) fn note_version(&self) -> io::Result<()> {
+        let new = self.dir.join("version.new");
+        fs::write(&new, VERSION.to_string())?;
+        fs::rename(&new, self.version())
     }
 
     fn make_dir(&self) -> io::Result<()> {
@@ -178,8 +216,12 @@ impl Connector for Place {
         self.connect_or_start()
     }
 
-    fn is_full(&self) -> bool {
-        is_full(&self.dir)
+    fn trouble(&self) -> Option<Error> {
+        if is_full(&self.dir) {
+            return Some(Error::Full);
+        }
+        let is_another = self.socket().exists() && !self.is_of_this_version();
+        is_another.then_some(Error::OtherVersion)
     }
 }
 

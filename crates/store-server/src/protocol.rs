@@ -7,12 +7,17 @@
 //! RESTRICT, as the first message on a connection, takes from it for good what does not belong to one domain: a HELLO may follow for that domain
 //! only, which is entered with the UUID and name of the RESTRICT, or requests for the domain's nodes. On a connection of domain 0 that is not restricted, IDENTIFY changes the UUID of a domain, and SHUT_DOWN
 //! tells that one has shut down, as the hypervisor tells xenstored; RESUME of Xen's protocol takes that back.
+//!
+//! A process and its clients are of one [`VERSION`]. LEAVE, as the first message on a connection, ends a process that no domain needs, for one of another version to take its place.
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 
 use hospes_store::{Error, Request, wire};
 use hospes_units::DomId;
+
+/// Version of what is said here, and of the journal: one more with each change that those before would misunderstand.
+pub const VERSION: u32 = 1;
 
 /// Opens a guest's session or takes it up again: [`Hello`].
 pub const HELLO: u32 = 0x4853_0001;
@@ -28,6 +33,9 @@ pub const RESTRICT: u32 = 0x4853_0005;
 pub const IDENTIFY: u32 = 0x4853_0006;
 /// Domain number, as text.
 pub const SHUT_DOWN: u32 = 0x4853_0007;
+
+/// Nothing, or EBUSY where there are domains.
+pub const LEAVE: u32 = 0x4853_0008;
 
 pub const OK: &[u8] = b"OK\0";
 

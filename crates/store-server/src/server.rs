@@ -19,7 +19,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::core::{Core, Rights};
 use crate::journal::Journal;
 use crate::place::Place;
-use crate::protocol::{self, HELLO, Hello, IDENTIFY, REMOVE, RESTRICT, SEEN, SHUT_DOWN};
+use crate::protocol::{self, HELLO, Hello, IDENTIFY, LEAVE, REMOVE, RESTRICT, SEEN, SHUT_DOWN};
 
 /// Most connections; below the usual limit of 1024 file descriptors.
 const PEERS_MAX: usize = 900;
@@ -92,6 +92,7 @@ pub fn serve(place: &Place, around: &Surroundings<'_>) -> Result<(), ServerError
     let socket = place.socket();
     // One that a killed process left.
     let _ = fs::remove_file(&socket);
+    place.note_version().map_err(directory)?;
     let listener = UnixListener::bind(&socket).map_err(directory)?;
     fs::set_permissions(&socket, Permissions::from_mode(0o600)).map_err(directory)?;
     listener.set_nonblocking(true).map_err(directory)?;
@@ -112,6 +113,8 @@ struct Server<'a> {
     used: Instant,
     /// The journal could not be written.
     held: bool,
+    /// Another process waits for the end of this one.
+    leaves: bool,
 }
 
 impl<'a> Server<'a> {
@@ -152,6 +155,7 @@ impl<'a> Server<'a> {
             orphans_checked: Instant::now(),
             used: Instant::now(),
             held: false,
+            leaves: false,
         };
         server.remove_orphans();
         Ok(server)
@@ -162,6 +166,9 @@ impl<'a> Server<'a> {
             self.write_journal();
             if !self.held && self.send() {
                 continue;
+            }
+            if self.leaves && !self.held {
+                return Ok(());
             }
             let needed = !self.peers.is_empty() || self.core.sessions().next().is_some();
             if needed {
@@ -298,6 +305,10 @@ impl<'a> Server<'a> {
                     let result = self.restrict(id, &request.payload);
                     self.answer(id, &request, result);
                 }
+                (Role::Unknown, LEAVE) => {
+                    let result = self.leave();
+                    self.answer(id, &request, result);
+                }
                 (Role::Unknown | Role::Restricted(_), HELLO) => {
                     let result = self.hello(id, &request.payload);
                     self.answer(id, &request, result);
@@ -341,6 +352,15 @@ impl<'a> Server<'a> {
         }
         peer.role = Role::Restricted(self.core.connect_restricted(domid, uuid, name)?);
         peer.restricted = Some(domid);
+        Ok(())
+    }
+
+    fn leave(&mut self) -> Result<(), Error> {
+        if self.core.sessions().next().is_some() {
+            return Err(Error::Busy);
+        }
+        (self.around.log)("the store is left to a process of another version");
+        self.leaves = true;
         Ok(())
     }
 

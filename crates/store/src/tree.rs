@@ -38,6 +38,10 @@ pub enum Error {
         "the store process waits, as the file system with its directory is full: make room there"
     )]
     Full,
+    #[error(
+        "the store process is of another version of hospes, and domains that need it run: shut them down, or save them before and restore them behind the change of versions"
+    )]
+    OtherVersion,
 }
 
 impl Error {
@@ -72,8 +76,8 @@ impl Error {
             Error::Busy => "EBUSY",
             Error::Again => "EAGAIN",
             Error::TooBig => "E2BIG",
-            // Neither comes from the store process.
-            Error::Unreachable | Error::Full => "EIO",
+            // None comes from the store process.
+            Error::Unreachable | Error::Full | Error::OtherVersion => "EIO",
         }
     }
 }

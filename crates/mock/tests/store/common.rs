@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use hospes_store::wire::{self, kind};
-use hospes_store::{DomainEntry, DomainStore, GuestLink, Membership};
+use hospes_store::{DomainEntry, DomainStore, Error, GuestLink, Membership};
 use hospes_store_server::{Connector, Place, StoreClient};
 use hospes_units::DomId;
 use rustix::fs::{FlockOperation, flock};
@@ -112,6 +112,13 @@ impl Bench {
         })
     }
 
+    /// Has the store process that runs be taken for one of another version.
+    pub fn make_store_another(&self) {
+        let version = self.dir.join("run/xenstored/version");
+        assert!(version.exists());
+        std::fs::write(version, "another").expect("writable");
+    }
+
     /// Where a file may be made.
     pub fn file(&self, name: &str) -> String {
         self.dir.join(name).display().to_string()
@@ -179,8 +186,8 @@ impl Connector for Keeper {
         self.place.connect_restricted(self.domid, &uuid, &name)
     }
 
-    fn is_full(&self) -> bool {
-        self.place.is_full()
+    fn trouble(&self) -> Option<Error> {
+        self.place.trouble()
     }
 }
 

@@ -5,3 +5,4 @@ mod debian_tools;
 mod guests;
 mod killed;
 mod restricted;
+mod version;

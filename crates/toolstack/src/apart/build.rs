@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use hospes_config::Uuid;
-use hospes_store_server::{Connector, Place, StoreClient};
+use hospes_store_server::{Connector, Place, StoreClient, StoreError};
 use hospes_units::DomId;
 
-use super::call::{Answer, Ask, Build, Call};
+use super::call::{Answer, Ask, Build, Call, StoreTrouble};
 use super::machine::{RemoteMachine, Silence};
 use super::process::Process;
 use super::wire::{Line, Wire};
@@ -199,7 +199,13 @@ impl Questions {
                         .connect_restricted(identity.domid, &uuid.to_string(), name)?;
                 (serde_json::Value::Null, vec![OwnedFd::from(stream)])
             }
-            Ask::StoreIsFull => (self.place.is_full().into(), none),
+            Ask::StoreTrouble => {
+                let trouble = self.place.trouble().map(|trouble| match trouble {
+                    StoreError::Full => StoreTrouble::Full,
+                    _ => StoreTrouble::OtherVersion,
+                });
+                (serde_json::to_value(trouble)?, none)
+            }
             Ask::Promised => (self.promised.bytes().into(), none),
             Ask::Program(ask) => self.keeper.answer(ask)?,
         })

@@ -130,13 +130,20 @@ impl Back {
     }
 }
 
+/// See [`hospes_store_server::Connector::trouble`].
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum StoreTrouble {
+    Full,
+    OtherVersion,
+}
+
 /// What the machine process asks its keeper for.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Ask {
     /// A connection to the store, with this domain's rights.
     Store,
-    /// Whether the store's process waits for room.
-    StoreIsFull,
+    /// Why the store's process cannot be had, or not for changes: a [`StoreTrouble`], if it is known.
+    StoreTrouble,
     /// How much memory others have been promised, in bytes.
     Promised,
     /// What the program knows.

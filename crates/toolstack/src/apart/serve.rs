@@ -9,13 +9,13 @@ use std::sync::Arc;
 use std::thread;
 
 use hospes_migration::{LiveRound, Reader, Writer};
-use hospes_store_server::{Connector, StoreClient};
+use hospes_store_server::{Connector, StoreClient, StoreError};
 use hospes_units::DomId;
 use rustix::process::{Signal, set_parent_process_death_signal};
 use serde_json::Value;
 
 use super::Program;
-use super::call::{Answer, Ask, Back, Build, Call};
+use super::call::{Answer, Ask, Back, Build, Call, StoreTrouble};
 use super::wire::{Line, Wire};
 use crate::log::log;
 use crate::machine::{Machine, MachineError, MachineSpec, SavedInput};
@@ -54,9 +54,12 @@ impl Connector for Asker {
         Ok(UnixStream::from(stream.ok_or(io::ErrorKind::InvalidData)?))
     }
 
-    fn is_full(&self) -> bool {
-        let full = self.ask(&Ask::StoreIsFull);
-        full.is_ok_and(|(full, _)| full == Value::Bool(true))
+    fn trouble(&self) -> Option<StoreError> {
+        let (trouble, _) = self.ask(&Ask::StoreTrouble).ok()?;
+        Some(match serde_json::from_value::<Option<_>>(trouble).ok()?? {
+            StoreTrouble::Full => StoreError::Full,
+            StoreTrouble::OtherVersion => StoreError::OtherVersion,
+        })
     }
 }
 
