@@ -3,13 +3,18 @@
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use hospes_store::wire;
+use hospes_store::{Error, wire};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::place::Connector;
 
+/// How long an answer may take, with all attempts to start a store process.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+/// How often one who waits looks why.
+const LOOK_FOR_TROUBLE: Duration = Duration::from_secs(1);
 const RETRY_MIN: Duration = Duration::from_millis(5);
 const RETRY_MAX: Duration = Duration::from_millis(250);
 
@@ -63,6 +68,37 @@ pub fn connect(connector: &dyn Connector, is_wanted: impl Fn() -> bool) -> Optio
         pause = (2 * pause).min(RETRY_MAX);
     }
     None
+}
+
+/// Waits until a state has what is looked for, for as long as an answer may take; not where there is trouble with the store process that `gives_up` does not want to wait out.
+pub fn wait_for<S, T>(
+    state: &Mutex<S>,
+    changed: &Condvar,
+    connector: &dyn Connector,
+    gives_up: impl Fn(Error) -> bool,
+    mut find: impl FnMut(&S) -> Option<T>,
+) -> Result<T, Error> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut held = state.lock().unwrap_or_else(PoisonError::into_inner);
+    loop {
+        if let Some(found) = find(&held) {
+            return Ok(found);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Error::Unreachable);
+        }
+        let waited = changed.wait_timeout(held, left.min(LOOK_FOR_TROUBLE));
+        let (now, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        held = now;
+        if timeout.timed_out() {
+            drop(held);
+            if let Some(trouble) = connector.trouble().filter(|t| gives_up(*t)) {
+                return Err(trouble);
+            }
+            held = state.lock().unwrap_or_else(PoisonError::into_inner);
+        }
+    }
 }
 
 /// Uses a connection: sends what `next` gives, whenever the bell rings, and has `take` see the messages that have come. Ends when the connection breaks or carries what is

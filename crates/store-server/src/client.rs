@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use hospes_store::wire::{self, PAYLOAD_MAX, kind};
 use hospes_store::{
@@ -16,15 +15,11 @@ use hospes_store::{
 };
 use hospes_units::DomId;
 
-use crate::bell::{Bell, connect, use_stream};
+use crate::bell::{Bell, connect, use_stream, wait_for};
 use crate::guest::Guest;
 use crate::place::Connector;
 use crate::protocol::{self, IDENTIFY, REMOVE, SHUT_DOWN};
 
-/// How long an answer may take, with all attempts to start a store process.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
-/// How often one who waits looks why.
-pub(crate) const LOOK_FOR_TROUBLE: Duration = Duration::from_secs(1);
 /// Requests that are sent and not answered; all of them and their answers fit into the sockets' buffers.
 const UNDER_WAY_MAX: usize = 32;
 /// How often a transaction is tried that others come in between.
@@ -270,30 +265,18 @@ impl StoreClient {
 
     /// Waits for an answer; with the connection that it came by.
     fn finish(&self, number: u32) -> Result<(Vec<u8>, u64), Error> {
-        let deadline = Instant::now() + PATIENCE;
-        let mut gives_up = Error::Unreachable;
-        let mut state = lock(&self.shared);
-        loop {
-            let answered = state.calls.get(&number).is_none_or(|c| c.answer.is_some());
-            let left = deadline.saturating_duration_since(Instant::now());
-            if answered || left.is_zero() {
-                break;
-            }
-            let pause = left.min(LOOK_FOR_TROUBLE);
-            let waited = self.shared.answered.wait_timeout(state, pause);
-            let (now, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
-            state = now;
-            if !timeout.timed_out() {
-                continue;
-            }
-            drop(state);
-            let trouble = self.shared.connector.trouble();
-            state = lock(&self.shared);
-            if let Some(trouble) = trouble.filter(|t| self.hasty || *t != Error::Full) {
-                gives_up = trouble;
-                break;
-            }
-        }
+        let shared = &*self.shared;
+        let answered = wait_for(
+            &shared.state,
+            &shared.answered,
+            &*shared.connector,
+            |trouble| self.hasty || trouble != Error::Full,
+            |state| {
+                let call = state.calls.get(&number);
+                call.is_none_or(|c| c.answer.is_some()).then_some(())
+            },
+        );
+        let mut state = lock(shared);
         let Some(mut call) = state.calls.remove(&number) else {
             return Err(Error::Unreachable);
         };
@@ -303,7 +286,7 @@ impl StoreClient {
                 if call.sent {
                     state.under_way = state.under_way.saturating_sub(1);
                 }
-                Err(gives_up)
+                Err(answered.err().unwrap_or(Error::Unreachable))
             }
         }
     }

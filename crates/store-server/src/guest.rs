@@ -8,14 +8,12 @@ use std::collections::{BTreeSet, VecDeque};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use hospes_store::wire::{self, kind};
 use hospes_store::{DomainEntry, Error, GuestLink, Outbox, ProtocolError, Quota, Request, Waker};
 use hospes_units::DomId;
 
-use crate::bell::{Bell, connect, use_stream};
-use crate::client::{LOOK_FOR_TROUBLE, PATIENCE};
+use crate::bell::{Bell, connect, use_stream, wait_for};
 use crate::place::Connector;
 use crate::protocol::{self, Ended, GUEST_KIND_MAX, HELLO, Hello, RESET, SEEN};
 
@@ -114,31 +112,15 @@ impl Guest {
     }
 
     fn wait_opened(&self) -> Result<(), Error> {
-        let deadline = Instant::now() + PATIENCE;
-        let mut state = lock(&self.shared);
-        loop {
-            if let Some(result) = state.opened {
-                return result;
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(Error::Unreachable);
-            }
-            let pause = left.min(LOOK_FOR_TROUBLE);
-            let waited = self.shared.opened.wait_timeout(state, pause);
-            let (now, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
-            state = now;
-            if !timeout.timed_out() {
-                continue;
-            }
-            drop(state);
-            // Room is waited for.
-            let trouble = self.shared.connector.trouble();
-            state = lock(&self.shared);
-            if let Some(trouble @ Error::OtherVersion) = trouble {
-                return Err(trouble);
-            }
-        }
+        let shared = &*self.shared;
+        let is_hopeless = |trouble| trouble == Error::OtherVersion;
+        wait_for(
+            &shared.state,
+            &shared.opened,
+            &*shared.connector,
+            is_hopeless,
+            |state| state.opened,
+        )?
     }
 }
 

@@ -15,7 +15,7 @@ use hospes_store::{Error, wire};
 use hospes_units::DomId;
 use rustix::fs::{FlockOperation, flock};
 
-use crate::client::PATIENCE;
+use crate::bell::PATIENCE;
 use crate::protocol::{self, LEAVE, RESTRICT, VERSION};
 
 /// How often it is looked whether a process that leaves is gone.
