@@ -378,6 +378,11 @@ fn other_tables_are_seen() {
 fn each_of_two_vcpus_has_its_own_tables() {
     let m = machine(load);
     make_other_root(&m);
+    run_with_other_root_beside(m);
+}
+
+/// Stops twice what a vCPU executes, and between that what another does that has [`OTHER_ROOT`] for its tables: each finds what its own say.
+fn run_with_other_root_beside(m: Machine) {
     m.code(OTHER_CODE, |a| {
         a.mov(rdx, OTHER_ROOT).unwrap();
         a.mov(cr3, rdx).unwrap();

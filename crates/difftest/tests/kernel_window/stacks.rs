@@ -257,38 +257,7 @@ fn each_of_two_vcpus_has_its_own_stack() {
     map_area(&m, OTHER_ROOT, AREA_SLOT, OTHER_AREA_TABLES);
     m.put(entry_of_page(OTHER_AREA_TABLES, WORD), &[REPLACED_PAGE]);
     m.put(OTHER_ROOT, &[ROOT + 0x1000 + (P | W | A)]);
-    m.code(OTHER_CODE, |a| {
-        a.mov(rdx, OTHER_ROOT).unwrap();
-        a.mov(cr3, rdx).unwrap();
-        a.mov(rdx, CODE).unwrap();
-        a.jmp(rdx).unwrap();
-    });
-    let mut first = m.start(Execution::Translated, begin);
-    let mut second = first.another(|cpu| {
-        begin(cpu);
-        cpu.rip = OTHER_CODE;
-    });
-    let stop = |vcpu: &mut dyn Vcpu| {
-        assert_eq!(vcpu.run().unwrap(), Exit::Hypercall);
-        vcpu.state().gpr[reg::RCX]
-    };
-    let (shown, stopped) = channel();
-    let (done, seen) = channel();
-    std::thread::scope(|s| {
-        s.spawn(move || {
-            assert_eq!(stop(&mut *first.vcpu), OLD);
-            assert!(is_open(&first));
-            shown.send(()).unwrap();
-            seen.recv().unwrap();
-            assert_eq!(stop(&mut *first.vcpu), OLD);
-        });
-        s.spawn(move || {
-            stopped.recv().unwrap();
-            assert_eq!(stop(&mut *second), NEW);
-            assert_eq!(stop(&mut *second), NEW);
-            done.send(()).unwrap();
-        });
-    });
+    run_with_other_root_beside(m);
 }
 
 #[test]
