@@ -505,8 +505,8 @@ mod tests {
             move || {
                 let (stream, _) = listener.accept().expect("a command");
                 // The request comes too late.
-                let new = registry
-                    .replace(&old, &record("a", 1))
+                let (new, _) = registry
+                    .replace(&old, |record| record)
                     .expect("its own name");
                 let listener = self::listen(new.dir());
                 drop(stream);

@@ -194,9 +194,8 @@ impl Instance {
         lock(&self.progress).handed_on
     }
 
-    /// The configuration of what comes behind it, with all changes that have been said to be made: a change that is being made has a while to be done, and others are
-    /// refused from here on.
-    pub(crate) fn hand_on(&self) -> DomainConfig {
+    /// What comes behind it is about to be made of its record: a change that is being made has a while to be written there, and others are refused from here on.
+    pub(crate) fn hand_on(&self) {
         self.update(|progress| progress.handed_on = true);
         let deadline = Instant::now() + FAREWELL;
         while matches!(self.changes.try_lock(), Err(TryLockError::WouldBlock))
@@ -204,7 +203,6 @@ impl Instance {
         {
             thread::sleep(LOOK);
         }
-        self.next_config()
     }
 
     /// The configuration with what has changed since the start.
@@ -218,13 +216,7 @@ impl Instance {
 
     /// The configuration of the next start.
     pub(crate) fn next_config(&self) -> DomainConfig {
-        let record = lock(&self.record);
-        let config = record.next.as_ref().unwrap_or(&record.config);
-        DomainConfig {
-            name: record.name.clone(),
-            uuid: record.config.uuid,
-            ..config.clone()
-        }
+        lock(&self.record).next_config()
     }
 
     /// The configuration of the next start, where it was set apart.

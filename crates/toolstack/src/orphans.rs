@@ -220,8 +220,8 @@ mod tests {
             let registry = registry.clone();
             thread::spawn(move || registry.entries())
         });
-        let next = registry.replace(&living, &record("living", 8));
-        let next = next.expect("its own name");
+        let next = registry.replace(&living, |record| record);
+        let (next, _) = next.expect("its own name");
         for listing in listing {
             let entries = listing.join().expect("no panic").expect("a list");
             assert_eq!(entries.len(), 1);

@@ -63,6 +63,16 @@ impl Record {
         }
     }
 
+    /// The configuration of the next start.
+    pub(crate) fn next_config(&self) -> DomainConfig {
+        let config = self.next.as_ref().unwrap_or(&self.config);
+        DomainConfig {
+            name: self.name.clone(),
+            uuid: self.config.uuid,
+            ..config.clone()
+        }
+    }
+
     /// The process that the guest is in.
     pub(crate) fn guest_process(&self) -> u32 {
         self.machine.unwrap_or(self.pid)
@@ -154,12 +164,21 @@ impl Registry {
         self.allocate_locked(&entries, record, None)
     }
 
-    /// Gives a domain the place of `old`, which ends: under one lock, so that no other takes its name in between. After [`Error::Locked`] `old` has its place still.
-    pub fn replace(&self, old: &Slot, record: &Record) -> Result<Slot> {
+    /// Gives a domain the place of `old`, which ends: under one lock, so that no other takes its name in between, nor changes what is made of its
+    /// record by `next`. After [`Error::Locked`] `old` has its place still.
+    pub fn replace(
+        &self,
+        old: &Slot,
+        next: impl FnOnce(Record) -> Record,
+    ) -> Result<(Slot, Record)> {
         let (_lock, entries) = self.lock_swept()?;
-        let slot = self.allocate_locked(&entries, record, Some(old.domid));
+        let made = read_record(&old.dir).and_then(|record| {
+            let record = next(record);
+            let slot = self.allocate_locked(&entries, &record, Some(old.domid))?;
+            Ok((slot, record))
+        });
         remove(old)?;
-        slot
+        made
     }
 
     /// Ends a domain's entry.
@@ -445,8 +464,8 @@ mod tests {
     fn replace_keeps_the_name_and_changes_the_id() {
         let (registry, _directory) = registry("replace");
         let old = registry.allocate(&record("a", 1)).expect("free");
-        let new = registry
-            .replace(&old, &record("a", 1))
+        let (new, _) = registry
+            .replace(&old, |record| record)
             .expect("its own name");
         assert_eq!(new.domid(), DomId(2));
         assert_eq!(registry.entries().expect("list").len(), 1);

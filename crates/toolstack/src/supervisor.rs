@@ -453,9 +453,8 @@ impl<'a> Supervisor<'a> {
         server.stop();
         self.hub.connect(None);
         instance.machine().leave();
-        let config = instance.hand_on();
-        let record = Record::new(&config, self.uuid);
-        let slot = self.replace(slot, &record, &instance)?;
+        instance.hand_on();
+        let (slot, record) = self.replace(slot, &instance)?;
         if !instance.succeed(slot.domid()) {
             self.finish(slot, &instance);
             self.close();
@@ -477,9 +476,17 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    fn replace(&self, old: Slot, record: &Record, instance: &Instance) -> Result<Slot> {
-        let given_up = || instance.is_destroyed() || self.ending.is_asked();
-        insist(given_up, || self.registry.replace(&old, record))
+    fn replace(&self, old: Slot, instance: &Instance) -> Result<(Slot, Record)> {
+        let next = |record: Record| Record::new(&record.next_config(), self.uuid);
+        insist(
+            || self.is_to_end(instance),
+            || self.registry.replace(&old, next),
+        )
+    }
+
+    /// Whether nothing is to come behind a domain, whatever its configuration says.
+    fn is_to_end(&self, instance: &Instance) -> bool {
+        instance.is_destroyed() || self.ending.is_asked()
     }
 
     /// Gives the ended domain another name and starts a new one in a process of its own.

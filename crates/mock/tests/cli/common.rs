@@ -1,5 +1,6 @@
 //! A run-time directory of its own for every test, and the program run in it.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -8,6 +9,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, flock};
 
 /// After so long a test gives up: no measure of anything.
 const GIVE_UP: Duration = Duration::from_secs(60);
@@ -124,6 +127,13 @@ impl Bench {
             .lines()
             .find(|line| line.split_whitespace().next() == Some(name))?;
         Some(row.split_whitespace().map(String::from).collect())
+    }
+
+    /// Has nobody else use the registry while it is kept.
+    pub fn hold_registry(&self) -> File {
+        let registry = File::open(self.path("run/lock")).expect("there");
+        flock(&registry, FlockOperation::LockExclusive).expect("a file");
+        registry
     }
 
     pub fn spawn<A: AsRef<str>>(&self, arguments: &[A]) -> Session {

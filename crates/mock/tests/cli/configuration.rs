@@ -1,8 +1,8 @@
 //! The configuration of the next start and the name, also in the moment of a restart.
 
-use std::fs::File;
+use std::thread;
+use std::time::Duration;
 
-use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 
 use crate::common::{Bench, Control, REBOOT, until};
@@ -97,8 +97,7 @@ fn change_that_comes_too_late_for_the_next_start_is_asked_of_that() {
         (control, request.to_string())
     });
     // The next id cannot be given as long as this is held.
-    let registry = File::open(bench.path("run/lock")).expect("there");
-    flock(&registry, FlockOperation::LockExclusive).expect("a file");
+    let registry = bench.hold_registry();
     control.send(REBOOT);
     assert!(control.answer().contains("done"));
     // This is not written down: it is done, or fails, until the configuration of the next start is taken.
@@ -116,6 +115,43 @@ fn change_that_comes_too_late_for_the_next_start_is_asked_of_that() {
     assert_eq!(bench.row("one").expect("it runs again")[1], "2");
     let build = &item(&bench, "one")["config"]["b_info"];
     assert_eq!(build["target_memkb"], 96 << 10);
+}
+
+#[test]
+fn change_that_waits_for_the_registry_in_a_restart_is_made_or_refused() {
+    // Who gets the registry first is left to chance, so there are several.
+    let benches = [(); 6].map(|()| {
+        let bench = Bench::new();
+        bench.create("one", &["vcpus=1", "maxvcpus=2"]);
+        let mut config = record(&bench)["config"].clone();
+        config["vcpus"] = 2.into();
+        let (control, mut rebooting) = (Control::open(&bench, 1), Control::open(&bench, 1));
+        let registry = bench.hold_registry();
+        control.send(&json!({ "op": "update-config", "config": config }).to_string());
+        rebooting.send(REBOOT);
+        assert!(rebooting.answer().contains("done"));
+        (bench, control, registry)
+    });
+    for (bench, ..) in &benches {
+        until("it starts again", || {
+            bench.log("one.log").contains("Rebooting now")
+        });
+    }
+    // From then on it waits for the registry alone.
+    thread::sleep(Duration::from_secs(3));
+    for (bench, mut control, registry) in benches {
+        drop(registry);
+        let answer = control.answer();
+        until("it runs again", || {
+            bench
+                .row("one")
+                .is_some_and(|row| row[1] == "2" && row[4] == "-b----")
+        });
+        let record = std::fs::read(bench.domain_dir(2).join("domain.json")).expect("a record");
+        let record: Value = serde_json::from_slice(&record).expect("JSON");
+        let made = record["config"]["vcpus"] == 2;
+        assert_eq!(answer.contains("done"), made, "{answer}");
+    }
 }
 
 fn record(bench: &Bench) -> Value {
