@@ -241,8 +241,11 @@ impl Instance {
 
     /// Begins a change that a command wants, and refuses it where the domain was saved or given away while it had to wait, or starts again.
     pub(crate) fn begin_change(&self) -> std::result::Result<MutexGuard<'_, ()>, ChangeError> {
+        let (_, uuid) = self.identity();
         let changes = lock(&self.changes);
-        let returns = || self.has_handed_on().then(|| Instance::RETURNS.into());
+        // One that is kept by `rename-restart` has left its UUID to the domain that was meant.
+        let is_kept = || self.has_shut_down() && self.identity().1 != uuid;
+        let returns = || (self.has_handed_on() || is_kept()).then(|| Instance::RETURNS.into());
         match self.is_fixed().or_else(returns) {
             Some(why) => Err(ChangeError::Fixed(why)),
             None => Ok(changes),

@@ -510,7 +510,12 @@ impl<'a> Supervisor<'a> {
     fn try_rename_and_restart(&self, current: &Current) -> std::result::Result<DomId, ChangeError> {
         let suffix = Utc::now().name_suffix();
         let instance = &current.instance;
-        let config = instance.become_another(&suffix, launch::random_uuid()?)?;
+        let uuid = launch::random_uuid()?;
+        let become_another = || match instance.become_another(&suffix, uuid) {
+            Err(ChangeError::Registry(fault)) => Err(fault),
+            outcome => Ok(outcome),
+        };
+        let config = insist(|| self.is_to_end(instance), become_another)??;
         if current.instance.wait_destroy(Some(Duration::ZERO)) {
             return Err(Error::Gone {
                 domid: current.domid(),

@@ -1,8 +1,10 @@
 //! Domains that are kept under another name while a new one takes their place.
 
 use std::process::{Child, Stdio};
+use std::thread;
+use std::time::Duration;
 
-use crate::common::{Bench, Session, until};
+use crate::common::{Bench, Control, Session, until};
 
 /// Has the guest end in this way, on its console.
 fn end(bench: &Bench, name: &str, line: &str) -> Session {
@@ -109,4 +111,47 @@ fn create_foreground_fails_where_no_domain_takes_its_place() {
         let table = bench.ok(&["list"]);
         assert!(table.lines().any(|line| line.starts_with("twin-2")));
     }
+}
+
+#[test]
+fn change_that_waits_while_the_domain_gets_another_name_is_refused() {
+    let bench = Bench::new();
+    bench.create("twin", &["on_crash='rename-restart'"]);
+    let mut console = bench.spawn(&["console", "twin"]);
+    console.expect("mock guest ready");
+    let mut control = Control::open(&bench, 1);
+    control.send(r#"{"op":"info"}"#);
+    assert!(control.answer().contains("info"));
+    let registry = bench.hold_registry();
+    console.send("crash\n");
+    until("it is about to get its name", || {
+        bench.log("twin.log").contains("Preserving domain 1")
+    });
+    control.send(r#"{"op":"rename","name":"other"}"#);
+    // It is read and waits, of which nothing is to be seen.
+    thread::sleep(Duration::from_secs(1));
+    drop(registry);
+    let answer = control.answer();
+    assert!(answer.contains("about to start again"), "{answer}");
+    until_id(&bench, "twin", "2");
+    let table = bench.ok(&["list"]);
+    assert!(table.lines().any(|line| line.starts_with("twin-2")));
+}
+
+#[test]
+fn end_renamed_waits_for_the_registry_however_long_it_is_held() {
+    let bench = Bench::new();
+    bench.create("twin", &["on_crash='rename-restart'"]);
+    let mut console = bench.spawn(&["console", "twin"]);
+    console.expect("mock guest ready");
+    let registry = bench.hold_registry();
+    console.send("crash\n");
+    until("it has not got the registry", || {
+        let log = bench.log("twin.log");
+        ["waits until it can be written down", "cannot be renamed"]
+            .iter()
+            .any(|line| log.contains(line))
+    });
+    drop(registry);
+    until_id(&bench, "twin", "2");
 }
