@@ -19,6 +19,17 @@ fn until_id(bench: &Bench, name: &str, id: &str) {
     });
 }
 
+/// Whether somebody is connected to a domain's control socket.
+fn is_connected_to(bench: &Bench, id: u32) -> bool {
+    const CONNECTED: &str = "03";
+    let socket = bench.domain_dir(id).join("control.sock");
+    let sockets = std::fs::read_to_string("/proc/net/unix").expect("Linux has it");
+    sockets.lines().any(|line| {
+        let columns: Vec<&str> = line.split_whitespace().collect();
+        columns.get(5) == Some(&CONNECTED) && columns.get(7) == socket.to_str().as_ref()
+    })
+}
+
 /// A command that creates a domain and stays with it.
 fn foreground(bench: &Bench, name: &str) -> Child {
     let mut command = bench.command();
@@ -84,7 +95,8 @@ fn create_foreground_follows_the_new_domain() {
     until_id(&bench, "twin", "2");
     // It goes on as any other.
     bench.ok(&["reboot", "twin"]);
-    until_id(&bench, "twin", "3");
+    // One that ends before the command has found it counts as lost.
+    until("the command has found it", || is_connected_to(&bench, 3));
     bench.ok(&["shutdown", "-w", "-w", "twin"]);
     let (status, said) = outcome(foreground);
     assert_eq!(status, Some(0), "{said}");
