@@ -54,10 +54,12 @@ impl Domain {
         given_up: &dyn Fn() -> bool,
     ) -> bool {
         loop {
-            match self.store.read_text(path).as_deref() {
-                None | Some("" | SUSPEND) => return true,
-                Some(_) if Instant::now() >= deadline || given_up() => return false,
-                Some(_) => std::thread::sleep(LOOK),
+            match self.store.read(path) {
+                Err(hospes_store::Error::NoEntry) => return true,
+                Ok(value) if value.is_empty() || value == SUSPEND.as_bytes() => return true,
+                // Where the store cannot be reached nobody knows.
+                _ if Instant::now() >= deadline || given_up() => return false,
+                _ => std::thread::sleep(LOOK),
             }
         }
     }

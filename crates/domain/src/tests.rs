@@ -1,6 +1,7 @@
 //! Domains whose engine runs a script in place of a guest's kernel.
 
 mod core_dump;
+mod failing;
 mod live;
 mod media;
 mod memory;

@@ -1,54 +1,10 @@
 //! Media of a drive, which change places.
 
 use hospes_image::{HostFiles, OpenSpec};
-use hospes_store::{Error, NewNode, Perms, StoreAccess, Watch, WatchListener};
 
+use super::failing::Failing;
 use super::*;
 use crate::devices::Devices;
-
-/// A store that does not take so many of the next devices.
-struct Failing {
-    below: Arc<dyn StoreAccess>,
-    left: Arc<AtomicU32>,
-}
-
-impl StoreAccess for Failing {
-    fn read(&self, path: &str) -> Result<Vec<u8>, Error> {
-        self.below.read(path)
-    }
-
-    fn write(&self, path: &str, value: &[u8]) -> Result<(), Error> {
-        self.below.write(path, value)
-    }
-
-    fn mkdir(&self, path: &str) -> Result<(), Error> {
-        self.below.mkdir(path)
-    }
-
-    fn remove(&self, path: &str) -> Result<(), Error> {
-        self.below.remove(path)
-    }
-
-    fn list(&self, path: &str) -> Result<Vec<String>, Error> {
-        self.below.list(path)
-    }
-
-    fn set_perms(&self, path: &str, perms: &Perms) -> Result<(), Error> {
-        self.below.set_perms(path, perms)
-    }
-
-    fn write_all(&self, nodes: &[NewNode]) -> Result<(), Error> {
-        let left = |left: u32| left.checked_sub(1);
-        match self.left.fetch_update(SeqCst, SeqCst, left) {
-            Ok(_) => Err(Error::Invalid),
-            Err(_) => self.below.write_all(nodes),
-        }
-    }
-
-    fn watch(&self, path: &str, listener: WatchListener) -> Result<Watch, Error> {
-        self.below.watch(path, listener)
-    }
-}
 
 /// A medium of 1 MiB in this file.
 fn medium(file: &KernelFile) -> DiskSpec {
@@ -72,7 +28,8 @@ fn medium_that_cannot_be_attached_leaves_the_one_before_in_the_drive() {
     let left = Arc::new(AtomicU32::new(0));
     let store = Arc::new(Failing {
         below: Arc::clone(&d.store),
-        left: Arc::clone(&left),
+        devices: Arc::clone(&left),
+        reads: Arc::default(),
     });
     let (xen, files) = (Arc::clone(&d.xen), Arc::new(HostFiles));
     let devices = Devices::new(DomId(3), "a", 1, store, xen, files, Arc::new(|_| {}));

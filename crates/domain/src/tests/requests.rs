@@ -1,5 +1,6 @@
 //! What a guest is asked through the store.
 
+use super::failing::Failing;
 use super::*;
 
 const NODE: &str = "/local/domain/3/control/shutdown";
@@ -48,4 +49,19 @@ fn wait_acknowledged_returns_when_the_guest_has_ended() {
     };
     d.wait_acknowledged(&end).unwrap();
     assert_eq!(d.store().read_text(NODE).as_deref(), Some("poweroff"));
+}
+
+#[test]
+fn store_that_cannot_be_read_acknowledges_nothing() {
+    let mut d = domain(|_| Exit::Yield);
+    d.request_shutdown(ShutdownKind::Reboot).unwrap();
+    d.store = Arc::new(Failing {
+        below: Arc::clone(&d.store),
+        devices: Arc::default(),
+        reads: Arc::new(AtomicU32::new(3)),
+    });
+    let looks = AtomicU32::new(0);
+    let given_up = || looks.fetch_add(1, SeqCst) == 5;
+    let result = d.wait_acknowledged(&given_up);
+    assert!(matches!(result, Err(RequestError::Unacknowledged { .. })));
 }
