@@ -286,7 +286,12 @@ fn call(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::Facts;
+    use crate::hold::Hold;
     use crate::testing::Directory;
+    use crate::threads::Event;
+    use crate::types::{Op, Queue, Request};
+    use crate::uring::{End, start};
 
     #[test]
     fn sync_without_room_fails_for_good_where_something_went_through_the_page_cache() {
@@ -311,5 +316,40 @@ mod tests {
         file.write_bytes(&[1; 100], 3).unwrap();
         assert_eq!(sync(full()), Some(libc::EIO));
         assert_eq!(sync(Ok(())), Some(libc::EIO));
+    }
+
+    #[test]
+    fn sync_that_fails_after_its_queue_was_dropped_is_not_forgotten() {
+        // Nothing can be synced there.
+        let path = Path::new("/dev/null");
+        let facts = Facts {
+            is_block: false,
+            identity: (0, 0),
+            logical_sector_bytes: 512,
+            physical_sector_bytes: 512,
+            discard_granularity: None,
+            alignment: None,
+        };
+        let opened = Opened {
+            cached: File::open(path).unwrap(),
+            direct: None,
+            facts,
+            keep: Box::new(()),
+        };
+        let file = Arc::new(HostFile::new(path, opened).unwrap());
+        let storage: Arc<dyn Storage> = file.clone();
+        let hold = Arc::new(Hold::new(path.to_owned()));
+        let event = Event::new().unwrap();
+        let mut ring = start(&storage, &hold, &event, End::Cut).expect("the host has io_uring");
+        ring.submit(Request {
+            id: 0,
+            op: Op::Flush,
+            offset: 0,
+            bytes: 0,
+            buffers: Vec::new(),
+        });
+        ring.flush_submissions();
+        drop(ring);
+        assert!(file.note_sync(Ok(())).is_err());
     }
 }

@@ -211,17 +211,11 @@ impl Ring {
             return;
         };
         self.free.push(slot as usize);
-        let answer = match u64::try_from(result) {
-            Ok(done) => Ok(done),
-            Err(_) => Err(std::io::Error::from_raw_os_error(-result)),
-        };
+        let answer = answer_of(result);
         let result = match flight.request.op {
-            // One that was not even tried has not failed.
-            Op::Flush if !answer.as_ref().is_err_and(is_for_later) => {
-                self.file.note_sync(answer.map(drop)).map_err(IoError::Host)
-            }
+            Op::Flush => self.synced(answer).map_err(IoError::Host),
             Op::Discard => discarded(answer.map(drop)).map_err(IoError::Host),
-            Op::Flush | Op::Read | Op::Write => answer
+            Op::Read | Op::Write => answer
                 .map_err(IoError::Host)
                 .and_then(|done| self.finish(&flight, done)),
         };
@@ -250,6 +244,14 @@ impl Ring {
                     result,
                 });
             }
+        }
+    }
+
+    /// The end of a sync. One that was not even tried has not failed.
+    fn synced(&self, answer: std::io::Result<u64>) -> std::io::Result<()> {
+        match answer {
+            Err(error) if is_for_later(&error) => Err(error),
+            answer => self.file.note_sync(answer.map(drop)),
         }
     }
 
@@ -302,6 +304,11 @@ impl Ring {
             self.event.signal();
         }
     }
+}
+
+/// What the kernel says of a request.
+fn answer_of(result: i32) -> std::io::Result<u64> {
+    u64::try_from(result).map_err(|_| std::io::Error::from_raw_os_error(-result))
 }
 
 fn is_for_later(error: &std::io::Error) -> bool {
@@ -390,12 +397,16 @@ impl Drop for Ring {
                 .completion()
                 .map(|entry| (entry.user_data(), entry.result()))
                 .collect();
-            for (slot, _) in answers {
+            for (slot, result) in answers {
                 if slot == TIMER {
                     continue;
                 }
                 if let Some(flight) = self.slots.get_mut(slot as usize).and_then(Option::take) {
                     self.free.push(slot as usize);
+                    if flight.request.op == Op::Flush {
+                        // Nobody waits for it, but the host tells of what is lost only once.
+                        let _ = self.synced(answer_of(result));
+                    }
                     if flight.held {
                         self.hold.leave();
                     }
