@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::retry_on_intr;
@@ -30,6 +30,8 @@ pub(crate) struct HostFile {
     _keep: Keep,
     /// After a failed `fdatasync` the host has forgotten which pages it could not write: no later one can be believed.
     sync_failed: AtomicBool,
+    /// Held by the one `fdatasync` of [`Storage::sync`] at a time: of several that wait for the same pages the host tells one alone that they are lost.
+    syncing: Mutex<()>,
 }
 
 impl Drop for HostFile {
@@ -53,6 +55,7 @@ impl HostFile {
             cache_written: AtomicBool::new(false),
             _keep: opened.keep,
             sync_failed: AtomicBool::new(false),
+            syncing: Mutex::new(()),
         };
         file.reached(file.len().map_err(ImageError::host(path, "get its size"))?);
         Ok(file)
@@ -77,6 +80,11 @@ impl HostFile {
     /// Whether it is a block device.
     pub(crate) fn is_block(&self) -> bool {
         self.block
+    }
+
+    /// Whether the page cache may have something of it that was written. It is to be synced by [`Storage::sync`] then, and nothing else.
+    pub(crate) fn is_cached(&self) -> bool {
+        self.direct.is_none() || self.cache_written.load(Ordering::Acquire)
     }
 
     /// The descriptor for data, and the alignment it needs.
@@ -107,7 +115,7 @@ impl HostFile {
         }
         result.map_err(|error| {
             // Without room at this point cached pages are lost: the guest must hear of it.
-            let cached = self.direct.is_none() || self.cache_written.load(Ordering::Acquire);
+            let cached = self.is_cached();
             let waits = is_full(&error) && !cached;
             if !waits {
                 self.sync_failed.store(true, Ordering::Release);
@@ -140,6 +148,8 @@ impl Storage for HostFile {
     }
 
     fn sync(&self) -> io::Result<()> {
+        // One that failed is noted before the next begins.
+        let _one = self.syncing.lock().expect("no thread panics with it");
         let result = retry_on_intr(|| rustix::fs::fdatasync(&self.cached));
         self.note_sync(result.map_err(io::Error::from))
     }
@@ -285,13 +295,18 @@ fn call(
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+    use std::time::Duration;
+
     use super::*;
-    use crate::files::Facts;
+    use crate::files::{Facts, HostFiles};
     use crate::hold::Hold;
-    use crate::testing::Directory;
+    use crate::open::open_on;
+    use crate::testing::{Directory, flush, spec};
     use crate::threads::Event;
     use crate::types::{Op, Queue, Request};
     use crate::uring::{End, start};
+    use crate::{Format, OpenSpec, create_qcow2};
 
     #[test]
     fn sync_without_room_fails_for_good_where_something_went_through_the_page_cache() {
@@ -316,6 +331,39 @@ mod tests {
         file.write_bytes(&[1; 100], 3).unwrap();
         assert_eq!(sync(full()), Some(libc::EIO));
         assert_eq!(sync(Ok(())), Some(libc::EIO));
+    }
+
+    #[test]
+    fn flush_beside_a_sync_that_fails_fails_too() {
+        let directory = Directory::new();
+        let (raw, qcow2) = (directory.file("a.img", 1 << 20), directory.join("a.qcow2"));
+        create_qcow2(&qcow2, 1 << 20).unwrap();
+        for (path, format) in [(raw, Format::Raw), (qcow2, Format::Qcow2)] {
+            let cached = OpenSpec {
+                direct: false,
+                ..spec(&path, format)
+            };
+            let mut file = None;
+            let opened = open_on(&cached, &HostFiles, |storage| {
+                file = storage.clone().host_file();
+                Ok(storage)
+            });
+            let ((image, _), file) = (opened.unwrap(), file.unwrap());
+            let other = file.syncing.lock().unwrap();
+            thread::scope(|scope| {
+                let flushed = scope.spawn(|| flush(&mut *image.queue().unwrap()));
+                // Long enough for one that does not wait.
+                for _ in 0..20 {
+                    if !flushed.is_finished() {
+                        thread::sleep(Duration::from_millis(10));
+                    }
+                }
+                let error = io::Error::from_raw_os_error(libc::EIO);
+                assert!(file.note_sync(Err(error)).is_err());
+                drop(other);
+                assert!(flushed.join().unwrap().is_err(), "{format:?}");
+            });
+        }
     }
 
     #[test]

@@ -82,7 +82,9 @@ impl Queue for RawQueue {
         } else if request.op == Op::Discard && request.bytes == 0 {
             // The host's calls refuse what is empty; other back ends do not.
             self.ring.complete(request.id, Ok(()));
-        } else if request.op == Op::Discard && self.side_discards {
+        } else if request.op == Op::Discard && self.side_discards
+            || request.op == Op::Flush && self.ring.is_cached()
+        {
             self.side.submit(request);
         } else {
             self.ring.submit(request);

@@ -105,6 +105,11 @@ impl Ring {
         })
     }
 
+    /// Whether a flush has to go another way; see [`HostFile::is_cached`].
+    pub(crate) fn is_cached(&self) -> bool {
+        self.file.is_cached()
+    }
+
     /// Completes a request that never went to the host.
     pub(crate) fn complete(&mut self, id: u64, result: Result<(), IoError>) {
         self.done.push(Completion { id, result });

@@ -35,7 +35,7 @@ struct Qcow2Queue {
 impl Qcow2Queue {
     /// The request for the ring, if all of it has its place in the file.
     fn direct(&mut self, request: &Request) -> Option<(u64, Option<Token>)> {
-        self.ring.as_ref()?;
+        let cached = self.ring.as_ref()?.is_cached();
         // Threads say why.
         if request.op == Op::Write && self.image.storage.check_uncut().is_err() {
             return None;
@@ -45,7 +45,7 @@ impl Qcow2Queue {
             Err(TryLockError::WouldBlock | TryLockError::Poisoned(_)) => return None,
         };
         match request.op {
-            Op::Flush if !self.image.options.read_only && Qcow2::is_clean(&mut meta) => {
+            Op::Flush if !cached && !self.image.options.read_only && Qcow2::is_clean(&mut meta) => {
                 Some((0, None))
             }
             Op::Read | Op::Write => {
