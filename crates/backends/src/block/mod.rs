@@ -47,12 +47,15 @@ const DURABLE: Duration = Duration::from_secs(60);
 /// Opens the image of a disk anew.
 pub type Reopen = Box<dyn FnMut() -> Result<Arc<dyn Image>, String> + Send>;
 
+/// An image that others may look at for a moment; `None` once it is to be closed.
+type Seen = Arc<Mutex<Option<Weak<dyn Image>>>>;
+
 /// A disk of a guest.
 pub struct Block {
     /// `None` while it is let go.
     image: Option<Arc<dyn Image>>,
     /// The same, for others.
-    seen: Arc<Mutex<Weak<dyn Image>>>,
+    seen: Seen,
     reopen: Option<Reopen>,
     cdrom: bool,
     max_queues: u32,
@@ -67,7 +70,7 @@ impl Block {
     /// A disk on an image, for a domain with so many vCPUs.
     pub fn new(image: Arc<dyn Image>, cdrom: bool, vcpus: u32, log: Log) -> Block {
         Block {
-            seen: Arc::new(Mutex::new(Arc::downgrade(&image))),
+            seen: Arc::new(Mutex::new(Some(Arc::downgrade(&image)))),
             image: Some(image),
             reopen: None,
             cdrom,
@@ -200,13 +203,16 @@ impl Backend for Block {
         // Only this opening knows what is not durable yet, and that it may be lost.
         let deadline = Instant::now() + DURABLE;
         self.flush_until(deadline)?;
-        let Some(image) = self.image.take() else {
-            return Ok(());
-        };
-        let gone = Arc::downgrade(&image);
-        drop(image);
-        // Somebody may just look at it.
-        while gone.strong_count() > 0 {
+        while let Some(image) = &self.image {
+            let mut seen = lock(&self.seen);
+            // Whoever just looks at it would else be the one to close it, some time later.
+            if Arc::strong_count(image) == 1 {
+                *seen = None;
+                drop(seen);
+                self.image = None;
+                break;
+            }
+            drop(seen);
             if Instant::now() >= deadline {
                 return Err("its image stays open".to_owned());
             }
@@ -220,7 +226,7 @@ impl Backend for Block {
             && let Some(reopen) = &mut self.reopen
         {
             let image = reopen()?;
-            *lock(&self.seen) = Arc::downgrade(&image);
+            *lock(&self.seen) = Some(Arc::downgrade(&image));
             self.image = Some(image);
             self.durable = None;
         }
@@ -249,7 +255,7 @@ impl Drop for Block {
 
 /// Does not keep the image open.
 struct DiskMonitor {
-    image: Arc<Mutex<Weak<dyn Image>>>,
+    image: Seen,
     stats: Arc<Stats>,
 }
 
@@ -259,7 +265,7 @@ impl Monitor for DiskMonitor {
     }
 
     fn trouble(&self) -> Option<String> {
-        let image = lock(&self.image).upgrade();
+        let image = lock(&self.image).as_ref()?.upgrade();
         match image?.status() {
             Status::Good => None,
             Status::Held(why) => Some(why),

@@ -1,7 +1,9 @@
 //! A disk whose image is let go of while its guest is suspended, and had again.
 
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, Weak};
+use std::thread;
+use std::time::Duration;
 
 use hospes_image::{Geometry, Image, ImageError, Op, Queue, Status};
 use hospes_xen_abi::blkif;
@@ -16,23 +18,35 @@ use crate::testing::wait;
 const MIB: usize = 1 << 20;
 
 /// An image as it is opened: closed when nobody has it any more, whoever else has what is behind it.
-struct Opened(Arc<MemoryImage>);
+struct Opened {
+    image: Arc<MemoryImage>,
+    /// Counts those that are closed.
+    closed: Arc<AtomicU32>,
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        // Tables are written now.
+        thread::sleep(Duration::from_millis(20));
+        self.closed.fetch_add(1, SeqCst);
+    }
+}
 
 impl Image for Opened {
     fn geometry(&self) -> Geometry {
-        self.0.geometry()
+        self.image.geometry()
     }
 
     fn queue(&self) -> Result<Box<dyn Queue>, ImageError> {
-        self.0.queue()
+        self.image.queue()
     }
 
     fn resize(&self, bytes: u64) -> Result<(), ImageError> {
-        self.0.resize(bytes)
+        self.image.resize(bytes)
     }
 
     fn status(&self) -> Status {
-        self.0.status()
+        self.image.status()
     }
 }
 
@@ -41,6 +55,7 @@ struct Bench {
     m: Machine,
     locked: Arc<AtomicBool>,
     opened: Arc<Mutex<Weak<Opened>>>,
+    closed: Arc<AtomicU32>,
 }
 
 impl Bench {
@@ -50,13 +65,18 @@ impl Bench {
         m.guest.close(m.queues[0].port);
         let locked = Arc::new(AtomicBool::new(false));
         let opened = Arc::new(Mutex::new(Weak::new()));
+        let closed = Arc::new(AtomicU32::new(0));
         let open = {
             let (image, locked, opened) = (m.image.clone(), locked.clone(), opened.clone());
+            let closed = closed.clone();
             move || {
                 if locked.load(SeqCst) {
                     return Err("somebody has it".to_owned());
                 }
-                let image = Arc::new(Opened(image.clone()));
+                let image = Arc::new(Opened {
+                    image: image.clone(),
+                    closed: closed.clone(),
+                });
                 *lock(&opened) = Arc::downgrade(&image);
                 Ok(image as Arc<dyn Image>)
             }
@@ -65,7 +85,12 @@ impl Bench {
         let block = block.with_reopen(Box::new(open));
         let nodes = DeviceNodes::default();
         m.bus.attach(ID, &nodes, Box::new(block)).unwrap();
-        let mut bench = Bench { m, locked, opened };
+        let mut bench = Bench {
+            m,
+            locked,
+            opened,
+            closed,
+        };
         bench.m.connect(1, 0);
         bench
     }
@@ -194,6 +219,23 @@ fn image_that_is_not_durable_is_not_closed() {
     let (_, gref) = bench.m.page(3);
     let write = request(blkif::OP_WRITE, 8, &[segment(gref, 0, 7)]);
     assert_eq!(bench.m.ask(write).status, blkif::STATUS_OKAY);
+}
+
+#[test]
+fn let_go_ends_when_the_image_is_closed_whoever_looked_at_it() {
+    let bench = Bench::new();
+    let looking = lock(&bench.opened).upgrade();
+    thread::scope(|scope| {
+        let let_go = scope.spawn(|| bench.m.bus.let_go().map(|()| bench.closed.load(SeqCst)));
+        // Long enough for the device to let go where it does not wait for this.
+        for _ in 0..20 {
+            if lock(&bench.opened).strong_count() > 1 {
+                thread::sleep(Duration::from_millis(10));
+            }
+        }
+        drop(looking);
+        assert_eq!(let_go.join().unwrap().unwrap(), 1);
+    });
 }
 
 #[test]
