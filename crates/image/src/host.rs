@@ -302,7 +302,7 @@ mod tests {
     use crate::files::{Facts, HostFiles};
     use crate::hold::Hold;
     use crate::open::open_on;
-    use crate::testing::{Directory, flush, spec};
+    use crate::testing::{Directory, flush, spec, write};
     use crate::threads::Event;
     use crate::types::{Op, Queue, Request};
     use crate::uring::{End, start};
@@ -331,6 +331,29 @@ mod tests {
         file.write_bytes(&[1; 100], 3).unwrap();
         assert_eq!(sync(full()), Some(libc::EIO));
         assert_eq!(sync(Ok(())), Some(libc::EIO));
+    }
+
+    #[test]
+    fn qcow2_past_the_page_cache_is_written_past_it_as_a_whole() {
+        let directory = Directory::new();
+        let path = directory.join("a.qcow2");
+        create_qcow2(&path, 1 << 30).unwrap();
+        let mut file = None;
+        let opened = open_on(&spec(&path, Format::Qcow2), &HostFiles, |storage| {
+            file = storage.clone().host_file();
+            Ok(storage)
+        });
+        let ((image, _), file) = (opened.unwrap(), file.unwrap());
+        if file.direct.is_none() {
+            return;
+        }
+        let mut queue = image.queue().unwrap();
+        for bytes in [4 << 30, 40 << 40] {
+            image.resize(bytes).unwrap();
+            write(&mut *queue, bytes - 4096, &[7; 4096]).unwrap();
+            flush(&mut *queue).unwrap();
+        }
+        assert!(!file.is_cached());
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //!
 //! A flush that fails may have linked what was new to the file, from the step on in which things are linked: the next one takes it for linked.
 
-use super::cache::{Dirty, Table};
+use super::cache::{Dirty, SECTOR, Table};
 use super::header::Header;
 use super::meta::Meta;
 use crate::storage::Storage;
@@ -70,11 +70,14 @@ fn take(table: &mut Table, unlinked: &mut Vec<Piece>, linked: &mut Vec<Piece>) -
     Some(dirty)
 }
 
+/// A table in whole sectors, which alone go past the host's page cache. What follows the L1 table in its last cluster belongs to nobody.
 fn bytes_of(entries: &[u64]) -> Vec<u8> {
-    entries
+    let mut bytes: Vec<u8> = entries
         .iter()
         .flat_map(|entry| entry.to_be_bytes())
-        .collect()
+        .collect();
+    bytes.resize(bytes.len().next_multiple_of(SECTOR), 0);
+    bytes
 }
 
 impl Meta {
